@@ -1,0 +1,3573 @@
+#!/usr/bin/env python3
+"""cs: a CloudStack API client in one file, for Python 3.6 and later, standard library only.
+
+    from cs import CloudStack, read_config
+
+    cs = CloudStack(endpoint="https://cloud.example/client/api", key="...", secret="...")
+    for vm in cs.iter_list("listVirtualMachines", state="Running"):
+        print(vm["name"])
+    cs.createSecurityGroup(name="web", description="HTTP traffic")
+    cs.deployVirtualMachine(zoneid=..., templateid=..., serviceofferingid=..., fetch_result=True)
+
+Every API call, present or future, is a method; AIOCloudStack has the same ones as coroutines. On the command line:
+`cs listZones`, `python -m cs listZones` or `python cs.py listZones`.
+
+Contents: 1 settings, 2 errors, 3 parameters and signature, 4 protocol, 5 transport, 6 clients, 7 configuration,
+8 command line. Data flows one way: keyword arguments -> parameters -> signed request -> exchange -> decoded answer ->
+page or job loop -> result. The protocol decides everything and does no I/O; the transport is the only room with
+sockets.
+
+License: BSD, see LICENSE.
+"""
+
+import collections
+import hmac
+import io
+import json as jsonlib
+import os
+import re
+import sys
+import threading
+import time
+from binascii import b2a_base64
+from urllib.parse import quote, urlsplit
+
+__all__ = [
+    "AIOCloudStack",
+    "CloudStack",
+    "CloudStackApiException",
+    "CloudStackConnectionError",
+    "CloudStackException",
+    "CloudStackJobTimeout",
+    "CloudStackTimeoutError",
+    "main",
+    "read_config",
+    "read_config_from_ini",
+]
+
+__version__ = "6.0.0"
+
+EXPIRES_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
+
+# Tests replace these three; nothing else in this file tells the time, sleeps or draws lots.
+_clock = time.monotonic
+_sleep = time.sleep
+
+
+def _random():
+    """A number from 0 to 1; random costs milliseconds to import, and only a retry needs it."""
+    import random
+
+    return random.random()
+
+
+# --- 1 settings -----------------------------------------------------------------------------------------------------
+# One table drives the constructor's conversions, the environment, the ini keys, read_config's defaults and README.
+
+
+def strtobool(value):
+    """The bool that a word stands for: y yes t true on 1, n no f false off 0, in any case. Else ValueError."""
+    word = value.lower()
+    if word in ("y", "yes", "t", "true", "on", "1"):
+        return True
+    if word in ("n", "no", "f", "false", "off", "0"):
+        return False
+    raise ValueError("invalid truth value {!r}".format(value))
+
+
+def _flag(value):
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    if isinstance(value, int) and value in (0, 1):
+        return bool(value)
+    try:
+        return strtobool(value)
+    except (AttributeError, ValueError):
+        raise ValueError("{!r} is neither true nor false".format(value)) from None
+
+
+def _number(value, most=1e9):
+    """An int or float out of a number or of the string an ini file gives; never nan, infinity or more than `most`."""
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        if isinstance(value, str):
+            value = float(value) if re.search("[.eEnN]", value) else int(value)
+        if not abs(value) <= most:  # beyond 1e9 the platform's own clocks give up
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError("{!r} is not a number of seconds".format(value)) from None
+    return value
+
+
+def _seconds(value):
+    number = _number(value)
+    if number < 0:
+        raise ValueError("{!r} is negative".format(value))
+    return number
+
+
+def _positive_seconds(value):
+    number = _number(value)
+    if number <= 0:
+        raise ValueError("{!r} is not more than 0 seconds".format(value))
+    return number
+
+
+def _optional_seconds(value):
+    return None if value in (None, "") else _seconds(value)
+
+
+def _count(value, least=0):
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        number = int(value)
+        if number != float(value) or number < least:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError("{!r} is not a whole number of {} or more".format(value, least)) from None
+    return number
+
+
+def _positive_count(value):
+    return _count(value, least=1)
+
+
+def _lifetime(value):
+    """A timedelta out of seconds or a timedelta."""
+    import datetime
+
+    if isinstance(value, datetime.timedelta):
+        return value
+    try:
+        return datetime.timedelta(seconds=_number(value, 1e15))
+    except OverflowError:
+        raise ValueError("{!r} is too long".format(value)) from None
+
+
+def _verb(value):
+    if not isinstance(value, str) or value.lower() not in ("get", "post"):
+        raise ValueError("{!r} is neither get nor post".format(value))
+    return value.lower()
+
+
+def _text_or_none(value):
+    """Text, or None for none; refused without being quoted, since it may be a secret."""
+    try:
+        value = bytes.decode(value, "utf-8") if isinstance(value, bytes) else value
+        if value is not None and not isinstance(value, str):
+            raise ValueError("text was expected, got {}".format(type(value).__name__))
+        if value:
+            str.encode(value, "utf-8")
+    except UnicodeError:
+        raise ValueError("it holds something that is not UTF-8") from None
+    return str.__str__(value) if value else None
+
+
+def _ca_path(value):
+    """A path, or None for the system's CA certificates. No value turns verification off: an ini file's
+    `verify = false` reads as None, and only dangerous_no_tls_verify does what it seems to say."""
+    if value is None or isinstance(value, bool):
+        return None
+    value = os.fspath(value)
+    try:
+        strtobool(value)
+    except ValueError:
+        return value or None
+    return None
+
+
+def _pem_path(value):
+    if value is None or value == "":
+        return None
+    if isinstance(value, (tuple, list)):
+        return tuple(os.fspath(part) for part in value)
+    return os.fspath(value)
+
+
+def _header_map(value):
+    headers = dict(value or {})
+    for name, content in headers.items():
+        _check_header(name, content)  # and again when they are sent: the map is the program's to change
+    return headers
+
+
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
+
+
+def _check_header(name, content):
+    """Refuse what would break out of its header line (RFC 9110, 5.5), without ever quoting the content."""
+    if not isinstance(name, str) or not _TOKEN.match(name):
+        raise ValueError("{!r} is no header name".format(name))
+    if name.lower() in ("content-length", "transfer-encoding"):
+        raise ValueError("{!r} belongs to the transport".format(name))
+    text = content.decode("latin-1") if isinstance(content, bytes) else content
+    if not isinstance(text, (str, int, float, type(None))):
+        raise ValueError("the value of {!r} is no text".format(name))
+    if re.search(r"[\x00-\x08\x0a-\x1f\x7f]|[^\x00-\xff]", str(text)):
+        raise ValueError("the value of {!r} holds a line break, a control character or one beyond Latin-1".format(name))
+
+
+def _session_object(value):
+    if type(value).__module__.partition(".")[0] == "aiohttp":
+        raise ValueError("an aiohttp session cannot be used; leave it out, or give a requests.Session")
+    return value
+
+
+_Setting = collections.namedtuple("_Setting", "name default convert where meaning")
+
+# where: "both" is read from the environment (CLOUDSTACK_<NAME>) and from ini files; "code" is the constructor's alone.
+SETTINGS = (
+    _Setting("endpoint", None, _text_or_none, "both", "URL of the API, http or https"),
+    _Setting("key", None, _text_or_none, "both", "API key; without key and user name requests go out unsigned"),
+    _Setting("secret", None, _text_or_none, "both", "secret key that belongs to the API key"),
+    _Setting("timeout", 10, _positive_seconds, "both", "seconds to connect, and of silence; ten times that in all"),
+    _Setting("method", "get", _verb, "both", "HTTP verb, get or post; post is used by itself where get cannot do"),
+    _Setting(
+        "verify", None, _ca_path, "both", "CA certificates to trust, a file or a directory; the system's if unset"
+    ),
+    _Setting("cert", None, _pem_path, "both", "client certificate, a PEM file"),
+    _Setting("cert_key", None, _pem_path, "both", "private key of the client certificate, where it has its own file"),
+    _Setting("name", None, _text_or_none, "code", "what repr() calls the client; read_config() fills in the region"),
+    _Setting("retry", 0, _count, "both", "how often to send again what may safely be sent again"),
+    _Setting("retry_backoff", 0.5, _seconds, "both", "seconds before the first retry; doubles, with jitter, up to 30"),
+    _Setting("job_timeout", None, _optional_seconds, "both", "seconds to wait for a job; no limit if unset"),
+    _Setting("poll_interval", 2.0, _seconds, "both", "seconds between two looks at a job"),
+    _Setting("expiration", 600, _lifetime, "both", "seconds a signature is valid; negative: for ever"),
+    _Setting("trace", False, _flag, "both", "show each exchange on standard error, secrets replaced"),
+    _Setting("dangerous_no_tls_verify", False, _flag, "both", "do not verify the server's certificate"),
+    _Setting("headers", None, _header_map, "code", "more HTTP headers; one each as HEADER_<NAME> or header_<name>"),
+    _Setting("session", None, _session_object, "code", "object with requests.Session's interface to send with"),
+    _Setting("fetch_result", False, _flag, "code", "wait for jobs and return their results; True for AIOCloudStack"),
+    _Setting("username", None, _text_or_none, "both", "log in with this user name, instead of key and secret"),
+    _Setting("password", None, _text_or_none, "both", "password of that user"),
+    _Setting("domain", None, _text_or_none, "both", "domain path of that user; / if unset"),
+    _Setting("concurrency", 128, _positive_count, "code", "connections kept; worker threads of AIOCloudStack"),
+    _Setting("max_response_size", 256 * 1024 * 1024, _positive_count, "both", "bytes an answer may have, unpacked"),
+)
+_SETTING = {setting.name: setting for setting in SETTINGS}
+
+
+# --- 2 errors -------------------------------------------------------------------------------------------------------
+
+
+class CloudStackException(Exception):
+    """The root of everything this client raises about an exchange.
+
+    CloudStackException                 an answer that is not CloudStack's: HTML, broken JSON, a redirect
+     +-- CloudStackApiException         the server's own error, or a failed job: see .error
+     +-- CloudStackConnectionError      name look-up, refused, reset, TLS; also a ConnectionError
+     +-- CloudStackTimeoutError         no answer in time; also a TimeoutError
+          +-- CloudStackJobTimeout      the job still ran at job_timeout: see .jobid
+
+    Arguments and settings that cannot be used are a ValueError, before anything is sent.
+
+    .response         the answer (status_code, reason, headers, text, json()), None where there was none
+    .jobid            the job's id, on everything raised after a job was submitted; else None
+    .outcome_unknown  True where a command that changes something may have run although this was raised
+    .unsent           True where the server surely never saw the request
+    """
+
+    jobid = None
+    outcome_unknown = False
+    unsent = False
+
+    def __init__(self, *args, response=None):
+        super().__init__(*args)
+        self.response = response
+
+    def __str__(self):
+        # OSError's own would print two arguments as "[Errno first] second".
+        return ": ".join(str(arg) for arg in self.args)
+
+
+class CloudStackApiException(CloudStackException):
+    """The server refused a command, or a job failed. error: the dict with errorcode, errortext, or what stood there."""
+
+    def __init__(self, *args, error=None, response=None):
+        super().__init__(*args, response=response)
+        self.error = error
+
+    def __str__(self):
+        return "{}, error: {}".format(super().__str__(), self.error)
+
+
+class CloudStackConnectionError(CloudStackException, ConnectionError):
+    """No connection, or one that broke before the answer was whole."""
+
+    stale = False  # the connection was a kept one that the server had closed by then
+
+
+class CloudStackTimeoutError(CloudStackException, TimeoutError):
+    """The server was silent for `timeout` seconds, or took ten times that in all."""
+
+
+class CloudStackJobTimeout(CloudStackTimeoutError):
+    """The job was still running after job_timeout seconds; args are the message and the job's id."""
+
+
+# --- 3 parameters and signature -------------------------------------------------------------------------------------
+
+
+def cs_encode(value):
+    """Percent-encode as the server does before it verifies a signature (ApiServer.verifyRequest: Java's URLEncoder,
+    then %20 for +): all but A-Z a-z 0-9 . - _ * is encoded, `~` too, which Python 3.7 and later would leave."""
+    if isinstance(value, str) and _UNRESERVED.match(value):
+        return value
+    return quote(value, safe="*").replace("~", "%7E")
+
+
+_UNRESERVED = re.compile(r"[A-Za-z0-9._*-]*\Z")
+
+
+def check_key(key, allowed):
+    """True where the key is one of the allowed names, or matches one of them as a shell pattern."""
+    import fnmatch
+
+    return any(key == pattern or fnmatch.fnmatchcase(key, pattern) for pattern in allowed)
+
+
+def _scalar(name, value):
+    """The text of one value. The base type's own conversion is used, whatever a subclass (an Enum, Ansible's tagged
+    types) makes of str(). Raises ValueError that names the parameter and the type, never the value."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__repr__(value)
+    if isinstance(value, float):
+        return float.__repr__(value)
+    if isinstance(value, bytes):
+        try:
+            return bytes.decode(value, "utf-8")
+        except UnicodeDecodeError:
+            raise ValueError("parameter {!r}: bytes that are not UTF-8".format(name)) from None
+    raise ValueError("parameter {!r}: a value of type {} cannot be sent".format(name, type(value).__name__))
+
+
+def _joined(name, values):
+    """A list as the server reads it: commas, no escaping. Sets have no order of their own, so they are sorted."""
+    texts = [_scalar(name, value) for value in values if value is not None]
+    return ",".join(sorted(texts) if isinstance(values, (set, frozenset)) else texts)
+
+
+_LISTS = (list, tuple, set, frozenset)
+
+
+def _map_entries(name, index, entry):
+    """(`name[index].field`, text) for each field of a dict; what is empty is left out."""
+    if not isinstance(entry, dict):
+        raise ValueError("parameter {!r}: {} among dicts".format(name, type(entry).__name__))
+    for field, value in entry.items():
+        full = "{}[{}].{}".format(name, index, field)
+        if isinstance(value, _LISTS):
+            text = _joined(full, value)
+            if text or any(item is not None for item in value):
+                yield full, text
+        elif value is not None:
+            yield full, _scalar(full, value)
+
+
+def _flat_pairs(name, value):
+    """The (name, text) pairs that one keyword argument stands for on the wire; none for None and for what is empty."""
+    if value is None:
+        return
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, _LISTS):
+        yield name, _scalar(name, value)
+        return
+    items = [item for item in value if item is not None]
+    if any(isinstance(item, dict) for item in items):
+        for index, item in enumerate(items):
+            yield from _map_entries(name, index, item)
+    elif items:
+        yield name, _joined(name, value)
+
+
+def flatten(params):
+    """Keyword arguments -> {name: text} as CloudStack wants them: dicts and lists of dicts as `name[0].field`, other
+    lists joined by commas, booleans as true and false, None and empty ones left out. Raises ValueError."""
+    return {str(key): text for name, value in params.items() for key, text in _flat_pairs(name, value)}
+
+
+def transform(params):
+    """flatten(), in place; bytes at the top stay as they are."""
+    flat = flatten({name: value for name, value in params.items() if not isinstance(value, bytes)})
+    for name in [name for name, value in params.items() if not isinstance(value, bytes)]:
+        del params[name]
+    params.update(flat)
+
+
+# The server answers 431 to control characters (ApiServer.checkCharacterInkParams); lone surrogates have no UTF-8.
+_UNSENDABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+
+
+def _check_text(name, text):
+    for part in (name, text):
+        found = _UNSENDABLE.search(part)
+        if found:
+            raise ValueError(
+                "parameter {!a}: the server refuses the character U+{:04X}".format(name, ord(found.group()))
+            )
+
+
+def _java_order(pair):
+    """The server sorts names as Java compares strings: by UTF-16 code units, case-sensitive."""
+    return pair[0].encode("utf-16-be")
+
+
+def sign(params, secret):
+    """The signature (base64, not yet percent-encoded) of {name: text}, as ApiServer.verifyRequest computes it: sorted
+    by the raw name, values encoded but names not, the whole lower-cased, HMAC-SHA1."""
+    ordered = sorted(params.items(), key=_java_order)
+    canonical = "&".join(name + "=" + cs_encode(text) for name, text in ordered).lower()
+    digest = hmac.new(secret.encode("utf-8"), canonical.encode("utf-8"), "sha1").digest()
+    return b2a_base64(digest).decode("ascii").strip()
+
+
+def _wire_form(params):
+    """Query string or form body; sorted, so that the same call gives the same bytes."""
+    return "&".join(cs_encode(name) + "=" + cs_encode(text) for name, text in sorted(params.items()))
+
+
+# Names whose values are nobody's business; they are told by how they end: `details[0].password`, `usersecretkey`.
+_SECRET = (
+    r"(?:password|passwd|passphrase|secret|secret[_-]?key|private[_-]?key|user[_-]?data|session[_-]?key|jsessionid"
+    r"|signature|api[_-]?key|token|credentials?)"
+)
+_SECRET_NAME = re.compile(r"(?i)" + _SECRET + r"\Z")
+_SECRET_HEADER = re.compile(r"(?i)(?:" + _SECRET + r"|auth|authorization|cookie|key)\Z")
+_SECRET_FIELD = re.compile(r'(?i)("[\w.\[\]-]*' + _SECRET + r'"\s*:\s*)"(?:[^"\\]|\\.)*"?')
+_SECRET_ELEMENT = re.compile(r"(?i)(<[\w.-]*" + _SECRET + r">)[^<]*")
+MASK = "***"
+
+
+def _is_secret(name):
+    return _SECRET_NAME.search(name) is not None
+
+
+def _masked_header(name, value):
+    return "{}: {}".format(name, MASK if _SECRET_HEADER.search(name) else value)
+
+
+def _masked_text(text, secrets):
+    """Text with the values of secret fields, and the given secrets wherever they stand, replaced."""
+    text = _SECRET_FIELD.sub(r'\1"' + MASK + '"', text)
+    text = _SECRET_ELEMENT.sub(r"\1" + MASK, text)
+    for secret in sorted(filter(None, secrets), key=len, reverse=True):
+        if len(secret) > 3:  # shorter ones stand in half of all words
+            for form in (secret, cs_encode(secret), quote(secret), jsonlib.dumps(secret)[1:-1]):
+                text = text.replace(form, MASK)
+    return text
+
+
+# --- 4 protocol -----------------------------------------------------------------------------------------------------
+# Generators that decide everything and do no I/O. What they yield is done by a driver (section 6), which sends back
+# what came of it or throws what was raised: a _Request becomes its _Response, a number of seconds is slept, a list of
+# generators is run at once and becomes the list of their results and exceptions.
+
+PAGE_SIZE = 500  # the server's default.page.size, unless the site changed it
+LONGEST_WAIT = 30.0  # seconds: no retry waits longer, and a server that asks for more gets an error instead
+LONGEST_HEAD = 8000  # bytes of request line and headers; the server answers 414 over 8192
+FIRST_LOOK = 0.5  # seconds before the first look at a job: short ones need not take a whole poll_interval
+PATIENCE = 10  # looks at a job in a row that may go wrong where no job_timeout limits them (a server's restart)
+PAGES_AHEAD = 4  # page requests of one fetch_list that may be under way at once
+_LAZY = object()  # as fetch_list: do not collect, give the walk itself (iter_list)
+
+# GET is refused for all but these where enforce.post.requests.and.timestamps is set (ApiServlet, since 4.20).
+_READING = re.compile(r"(?i)(?:get|list|query|find)\w+\Z")
+_READING_TOO = frozenset(
+    "isaccountallowedtocreateofferingswithtags quotabalance quotaisenabled quotastatement quotasummary quotatarifflist"
+    " cloudianisenabled readyforshutdown verifyoauthcodeandgetuser".split()
+)
+_CHANGING = re.compile(r"(?i)(?:getUploadParamsFor\w*|getDiagnosticsData|listAndSwitchSamlAccount)\Z")
+_RETRY_AFTER = re.compile(r"(?i)retry after\s*\[?\s*([0-9]+)\s*\]?\s*ms")
+_PAGE_LIMIT = re.compile(r"(?i)page ?size.*max allowed.*?([0-9]{1,9})")
+
+
+def _get_allowed(command):
+    return bool(_READING.match(command)) or command.lower() in _READING_TOO
+
+
+def _only_reads(command):
+    """Whether a command may be repeated: a reading name, and none of those that change something under one."""
+    return bool(_READING.match(command)) and not _CHANGING.match(command)
+
+
+class _Call:
+    """One command: what to send, and how its answer is to be read."""
+
+    def __init__(self, command, params, json=True, opcode_name="command", headers=None):
+        self.command = command
+        self.json = json
+        self.opcode_name = opcode_name
+        self.headers = _header_map(headers)
+        self.reads = _only_reads(command)
+        self.secret = command.lower() == "login" or any(map(_is_secret, params))
+        self.params = {}
+        self.expires = None
+        for name, text in params.items():
+            self._take(name, text)
+        self.total = None  # seconds for one exchange in all, where that is less than ten times the timeout
+        self.response = None  # the last answer
+
+    def _take(self, name, text):
+        _check_text(name, text)
+        lower = name.lower()
+        if lower == "expires":
+            self.expires = text
+        elif not (lower in ("signature", "signatureversion") or (self.json and lower == "response")):
+            self.params[name] = text
+
+    def given(self, name):
+        """The value of a parameter, its name in any case, or None; the server compares them so after verification."""
+        return next((text for key, text in self.params.items() if key.lower() == name), None)
+
+    def give(self, **values):
+        for name, value in values.items():
+            for key in [key for key in self.params if key.lower() == name]:
+                del self.params[key]
+            self.params[name] = str(value)
+
+    def complete_page(self, size):
+        """The server refuses page without pagesize."""
+        if self.given("page") is not None and self.given("pagesize") is None:
+            self.give(pagesize=size)
+
+    def with_page(self, page, size):
+        """The same call for one page."""
+        call = _Call(self.command, self.params, self.json, self.opcode_name, self.headers)
+        call.expires = self.expires
+        call.total = self.total
+        call.give(page=page, pagesize=size)
+        return call
+
+
+class _Server:
+    """What was learned about the server behind one endpoint, kept for as long as the client."""
+
+    def __init__(self):
+        self.post_only = False  # commands that change something must be POST
+        self.page_limit = PAGE_SIZE
+        self.login = None  # a _Login, while there is a session
+        self.login_error = None
+        self.logging_in = threading.Lock()
+        self.jobs = _JobList()
+
+
+class _Login:
+    def __init__(self, key, cookies):
+        self.key = key
+        self.cookies = cookies
+
+
+class _Request:
+    """One HTTP request, ready to be sent: method, url, body and headers as they go out; what a person may see of it is
+    made only when it is looked at."""
+
+    def __init__(self, client, call, params, secrets):
+        self.endpoint = client.endpoint.partition("#")[0]
+        self.params = params
+        self.query = _wire_form(params)
+        self.method = "GET"
+        self.headers = {}
+        self.secrets = secrets  # other values that must not be shown
+        self.timeout = client.timeout
+        self.total = 10 * client.timeout if call.total is None else min(call.total, 10 * client.timeout)
+        self.verify = client.verify
+        self.cert = client.cert
+        self.limit = client.max_response_size
+        self.socket = None  # set while the exchange is under way, so that it can be cut off
+
+    @property
+    def url(self):
+        return self.endpoint if self.method == "POST" else self._with_query(self.endpoint, self.query)
+
+    @property
+    def body(self):
+        return self.query.encode("ascii") if self.method == "POST" else None
+
+    @staticmethod
+    def _with_query(endpoint, query):
+        return endpoint + ("&" if "?" in endpoint else "?") + query
+
+    def shown_params(self):
+        return {name: MASK if _is_secret(name) else text for name, text in self.params.items()}
+
+    def shown_url(self):
+        shown = _shown(self.endpoint, with_path_slash=True)
+        return shown if self.method == "POST" else shown + "?" + _wire_form(self.shown_params())
+
+    def all_secrets(self):
+        return self.secrets + [text for name, text in self.params.items() if _is_secret(name)]
+
+    def add_headers(self, *maps):
+        """Later ones win; names compare without regard to case; None takes one out."""
+        merged = {name.lower(): (name, value) for headers in maps for name, value in headers.items()}
+        for name, value in merged.values():
+            _check_header(name, value)
+            if value is not None:
+                self.headers[name] = value.decode("latin-1") if isinstance(value, bytes) else str(value)
+
+    def head_size(self):
+        return len(self.url) + 32 + sum(len(name) + len(value) + 4 for name, value in self.headers.items())
+
+
+def _shown(endpoint, with_path_slash=False):
+    """An address without what may be secret in it: user and password, query, fragment. Takes any text."""
+    scheme, host, path = re.findall(r"\A((?:[A-Za-z][\w+.-]*:)?//)?([^/?#]*)([^?#]*)", endpoint)[0]
+    return scheme + host.rpartition("@")[2] + (path or "/" * with_path_slash)
+
+
+def _check_client(client):
+    """Refuse, before anything is sent, settings that make no sense together. Raises ValueError that names them."""
+    endpoint = client.endpoint
+    together = (endpoint, client.key, client.secret, client.username, client.password)
+    if client.__dict__.get("_checked") == together:
+        return
+    if not endpoint:
+        raise ValueError("endpoint: missing; it is the URL of the API, such as https://host/client/api")
+    try:
+        parts = urlsplit(endpoint)
+        proper = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        proper = False
+    if not proper or re.search(r"[^\x21-\x7e]", endpoint):
+        raise ValueError("endpoint: {!a} is no http:// or https:// address".format(_shown(endpoint)))
+    if parts.username is not None:
+        raise ValueError("endpoint: a user name or password cannot be part of the address")
+    if (client.key is None) != (client.secret is None):
+        missing, given = ("key", "secret") if client.key is None else ("secret", "key")
+        raise ValueError("{0}: missing, although {1} is given; they go together".format(missing, given))
+    if (client.username is None) != (client.password is None):
+        missing, given = ("username", "password") if client.username is None else ("password", "username")
+        raise ValueError("{0}: missing, although {1} is given; they go together".format(missing, given))
+    if client.key is not None and client.username is not None:
+        raise ValueError("username: given together with key; use either key and secret or username and password")
+    client.__dict__["_checked"] = together
+
+
+def _build(client, call, login=None, post=False):
+    """A signed _Request; built anew for each attempt, since `expires` must be fresh."""
+    params = dict(call.params)
+    params[call.opcode_name] = call.command
+    if call.json:
+        params["response"] = "json"
+    secrets = [client.password]
+    if login is not None:
+        params["sessionkey"] = login.key
+        secrets += login.cookies.values()
+    elif client.key is not None and client.username is None:
+        for name in [name for name in params if name.lower() == "apikey"]:
+            del params[name]
+        params["apiKey"] = client.key
+        _add_expiry(client, call, params)
+        params["signature"] = sign(params, client.secret)
+        secrets += [client.secret]
+    if call.expires is not None:
+        params.setdefault("expires", call.expires)
+    request = _Request(client, call, params, secrets)
+    _add_headers(client, call, request, login)
+    if _needs_post(client, call, request, post):
+        request.method = "POST"
+        request.headers["Content-Type"] = "application/x-www-form-urlencoded"
+    return request
+
+
+def _is_anonymous(client, call):
+    return client.key is None and client.username is None and call.command.lower() != "login"
+
+
+def _needs_post(client, call, request, post):
+    """Whether GET cannot do. What is sent without credentials goes to the integration port, which reads no body; but
+    for login, which takes nothing else than POST."""
+    if _is_anonymous(client, call):
+        return False
+    return (
+        post
+        or call.secret
+        or client.method == "post"
+        or request.head_size() > LONGEST_HEAD
+        or (client._server.post_only and not _get_allowed(call.command))
+    )
+
+
+def _add_expiry(client, call, params):
+    seconds = client.expiration.total_seconds()
+    if call.expires is not None or seconds >= 0:
+        params["signatureVersion"] = "3"
+        moment = time.gmtime(min(time.time() + seconds, 253402300799))  # the year 9999, as far as the format goes
+        params["expires"] = call.expires or time.strftime("%Y-%m-%dT%H:%M:%S+0000", moment)
+
+
+_LOOPBACK = re.compile(r"https?://(?:127\.|localhost\b|\[::1\])")  # where packing costs more than it saves
+
+
+def _add_headers(client, call, request, login):
+    local = _LOOPBACK.match(request.endpoint)
+    own = {"User-Agent": "cs/" + __version__, "Accept-Encoding": "identity" if local else "gzip"}
+    if login is not None:
+        own["Cookie"] = "; ".join(name + "=" + value for name, value in login.cookies.items())
+    request.add_headers(own, client.headers, call.headers)
+
+
+# strict=False: the server leaves raw control characters in strings. NaN and Infinity are no JSON.
+def _no_constant(name):
+    raise ValueError(name + " is no JSON")
+
+
+_JSON = jsonlib.JSONDecoder(strict=False, parse_constant=_no_constant)
+
+
+def _parse(response):
+    """The answer as JSON. Raises ValueError or RecursionError."""
+    return _JSON.decode(response.content.decode("utf-8-sig", "replace"))
+
+
+def _advice(client):
+    return "Make sure endpoint URL {!r} is correct.".format(_shown(client.endpoint))
+
+
+def _decode(client, call, response):
+    """The value under the answer's single top-level key, or the CloudStackException that the answer amounts to.
+
+    About 85 commands answer under another key than their own, so whatever single key there is, is taken; and bodies of
+    any status may be the servlet container's HTML, so it is parsing that tells, not the status."""
+    code = response.status_code
+    status = "HTTP {} {}".format(code, response.reason)
+    if 300 <= code < 400 and response.headers.get("Location"):
+        raise CloudStackException(status, _redirect_text(response), response=response)
+    if not call.json:
+        if code != 200:
+            raise CloudStackApiException(_api_text(code), error=response.text, response=response)
+        return response.text
+    kind = response.headers.get("Content-Type")
+    if code == 200 and not response.content:
+        raise CloudStackException(
+            status, "The answer is empty: an unexpected error inside the server.", response=response
+        )
+    if code == 200 and kind and "json" not in kind.lower() and "javascript" not in kind.lower():
+        raise CloudStackException("JSON (application/json) was expected, got {!r}".format(kind), response=response)
+    try:
+        document = _parse(response)
+    except (ValueError, RecursionError):
+        broken = "Malformed JSON document. " if code == 200 else ""
+        raise CloudStackException(status, broken + _advice(client), response=response) from None
+    if not isinstance(document, dict) or len(document) != 1:
+        detail = "a single top-level key was expected"
+        raise CloudStackException("Unexpected response from CloudStack", detail, response=response)
+    (value,) = document.values()
+    if code != 200:
+        raise CloudStackApiException(_api_text(code), error=value, response=response)
+    return value
+
+
+def _api_text(code):
+    text = "HTTP {} response from CloudStack".format(code)
+    if code == 511:
+        text += " (two-factor authentication is required: use an API key and secret, which it does not apply to)"
+    return text
+
+
+def _redirect_text(response):
+    place = _shown(response.headers.get("Location"))
+    return "Redirects are not followed; the new address is {!a}. Set the endpoint to where the API is.".format(place)
+
+
+def _status(error):
+    return getattr(error.response, "status_code", None)
+
+
+def _refused(error):
+    """Whether the server said that it did not run the command: throttled, or itself in maintenance."""
+    said = isinstance(error, CloudStackApiException) and isinstance(error.error, dict) and "errorcode" in error.error
+    return _status(error) == 429 or (_status(error) == 503 and said)
+
+
+def _passing(error):
+    """Whether the same reading request may well succeed a little later."""
+    if error.response is None:
+        return isinstance(error, OSError)
+    return _status(error) in (429, 502, 503, 504)
+
+
+def _asked_wait(error):
+    """Seconds the server asked to wait, by the text of its 429 or by Retry-After; None where it did not say."""
+    if error.response is None:
+        return None
+    text = error.error.get("errortext") if isinstance(getattr(error, "error", None), dict) else None
+    found = _RETRY_AFTER.search(text) if isinstance(text, str) else None
+    if found:
+        return float(found.group(1)) / 1000.0
+    after = (error.response.headers.get("Retry-After") or "").strip()
+    if re.match(r"[0-9]+\Z", after):
+        return float(after)
+    from email.utils import mktime_tz, parsedate_tz
+
+    try:
+        moment = parsedate_tz(after)
+        return None if moment is None else max(0.0, mktime_tz(moment) - time.time())
+    except (OverflowError, TypeError, ValueError):
+        return None
+
+
+def backoff(attempt, first):
+    """Seconds before retry number `attempt` (0 is the first): exponential, half of it jitter, at most LONGEST_WAIT."""
+    return min(LONGEST_WAIT, first * 2.0 ** min(attempt, 32)) * (0.5 + _random() / 2)
+
+
+def _retry_delay(client, call, error, attempt):
+    """Seconds until the call may be sent again, or None where it may not. A command that changes something is sent
+    again only where the server surely did not run it."""
+    if not (error.unsent or _refused(error) or (call.reads and _passing(error))):
+        return None
+    asked = _asked_wait(error)
+    if asked is not None and asked > LONGEST_WAIT:
+        return None
+    return max(asked or 0.0, backoff(attempt, client.retry_backoff))
+
+
+def _wants_post(error):
+    text = error.error.get("errortext") if isinstance(error, CloudStackApiException) and _is_error(error) else None
+    return _status(error) == 400 and "using post" in str(text).lower()
+
+
+def _is_error(error):
+    return isinstance(error.error, dict)
+
+
+def _mark(call, error):
+    """Say on the exception whether the command may have run."""
+    if error.outcome_unknown:
+        return
+    answered = (isinstance(error, CloudStackApiException) and _is_error(error)) or 300 <= (_status(error) or 0) < 500
+    error.outcome_unknown = not (call.reads or error.unsent or answered)
+    if error.outcome_unknown and error.response is None and error.args:
+        hint = "{} may have run, its outcome is unknown: look before it is sent again".format(call.command)
+        error.args = (error.args[0], "; ".join([str(arg) for arg in error.args[1:]] + [hint]))
+
+
+def _ask(client, call, retries=None):
+    """Send one command until it is answered or may not be sent again; returns the decoded answer."""
+    attempt = 0
+    post = renewed = replayed = False
+    retries = client.retry if retries is None else retries
+    while True:
+        login = yield from _current_login(client)
+        try:
+            call.response = yield _build(client, call, login, post)
+            return _decode(client, call, call.response)
+        except CloudStackException as error:
+            if _wants_post(error) and not post and not _is_anonymous(client, call):
+                post = client._server.post_only = True
+                continue
+            if login is not None and _status(error) == 401 and not renewed:
+                renewed = True
+                _forget_login(client, login)
+                continue
+            if call.reads and not replayed and getattr(error, "stale", False):
+                replayed = True
+                continue
+            delay = None if attempt >= retries else _retry_delay(client, call, error, attempt)
+            if delay is None:
+                _mark(call, error)
+                raise
+        attempt += 1
+        yield delay
+
+
+# Sessions: user name and password instead of key and secret.
+
+
+def _current_login(client):
+    """The session to send with, made if there is none; None where the client has no user name. Of many callers one logs
+    in and the others wait for it, and share its failure: wrong passwords in a row would lock the account."""
+    if client.username is None:
+        return None
+    import copy
+
+    server = client._server
+    waited = False
+    while server.login is None:
+        if not server.logging_in.acquire(False):
+            waited = True
+            yield 0.02
+            continue
+        try:
+            if waited and server.login is None and server.login_error is not None:
+                raise copy.copy(server.login_error)  # each caller writes the id of its own job on it
+            if server.login is None:
+                server.login_error = None
+                server.login = yield from _log_in(client)
+        except CloudStackException as error:
+            server.login_error = error
+            raise
+        finally:
+            server.logging_in.release()
+    return server.login
+
+
+def _log_in(client):
+    params = {"username": client.username, "password": client.password, "domain": client.domain or "/"}
+    call = _Call("login", params)
+    attempt = 0
+    while True:
+        try:
+            call.response = yield _build(client, call, post=True)
+            answer = _decode(client, call, call.response)
+            break
+        except CloudStackException as error:
+            delay = None if attempt >= client.retry else _retry_delay(client, call, error, attempt)
+            if delay is None:
+                raise
+        attempt += 1
+        yield delay
+    key = answer.get("sessionkey") if isinstance(answer, dict) else None
+    if not isinstance(key, str) or not key or _UNSENDABLE.search(key):
+        detail = "login gave no session key"
+        raise CloudStackException("Unexpected response from CloudStack", detail, response=call.response)
+    return _Login(key, call.response.cookies())
+
+
+def _forget_login(client, login):
+    if client._server.login is login:  # else somebody else has renewed it already
+        client._server.login = None
+
+
+def _log_out(client):
+    """End the session, if there is one, as well as may be: the server ends it by itself after half an hour idle."""
+    login = client._server.login
+    if login is None:
+        return
+    client._server.login = None
+    try:
+        yield _build(client, _Call("logout", {}), login, post=True)
+    except CloudStackException:
+        pass
+
+
+# Pages.
+
+
+def _rows(answer):
+    """The answer's rows: its only list, whatever its name. None where it is an object, not a list."""
+    if not isinstance(answer, dict):
+        return None
+    lists = [value for value in answer.values() if isinstance(value, list)]
+    if len(lists) == 1:
+        return lists[0]
+    return [] if not set(answer) - {"count"} else None
+
+
+class _Walk:
+    """All pages of one list, in order; `yield from next_page()` gives a list of rows, or None after the last.
+
+    A page is never taken for the last by its length alone: `count` is the total for most commands, the length of this
+    page for some, and missing for others. So the walk goes on while a page is full or fewer than `count` rows were
+    seen, and ends with an empty page, with one that repeats the one before it (commands that ignore `page`), or with
+    one that is longer than asked for (those, again). Rows are never compared by id: templates repeat it for every
+    zone."""
+
+    def __init__(self, client, call, ahead=1, report=None):
+        self.client = client
+        self.call = call
+        self.ahead = ahead
+        self.report = report
+        self.page = self._given("page", 1)
+        self.size = self._given("pagesize", client._server.page_limit)
+        self.first = None  # the first answer, for what is no list
+        self.total = None  # what the server says there is
+        self.seen = 0
+        self.previous = None
+        self.buffered = []
+        self.done = False
+
+    def _given(self, name, default):
+        text = self.call.given(name)
+        try:
+            return _count(text, least=1) if text else default
+        except ValueError as error:
+            raise ValueError("parameter {!r}: {}".format(name, error)) from None
+
+    def next_page(self):
+        while not self.done:
+            if not self.buffered:
+                yield from self._fetch()
+            answer = self.buffered.pop(0)
+            if isinstance(answer, BaseException):
+                self.done = True
+                raise answer
+            rows = self._take(answer)
+            if rows:
+                if self.report:
+                    self.report("rows", self.seen, self.total)
+                return rows
+        return None
+
+    def _fetch(self):
+        calls = [self.call.with_page(self.page + offset, self.size) for offset in range(self._how_many())]
+        if len(calls) > 1:
+            self.buffered = yield [_ask(self.client, call) for call in calls]
+        else:
+            self.buffered = [(yield from self._ask_within_limit(calls[0]))]
+
+    def _how_many(self):
+        """Requests that may be under way at once. More than one only where a full page and a count above it say that
+        the pages are there."""
+        if not self.previous or len(self.previous) < self.size or not self.total:
+            return 1
+        left = -(-(self.total - self.seen) // self.size)
+        return max(1, min(left, self.ahead if self.client.session is None else 1))
+
+    def _ask_within_limit(self, call):
+        """One page; where the server says on the first that its limit is lower, with that one, which is remembered."""
+        try:
+            return (yield from _ask(self.client, call))
+        except CloudStackApiException as error:
+            text = error.error.get("errortext") if _is_error(error) else None
+            found = _PAGE_LIMIT.search(text) if _status(error) == 431 and isinstance(text, str) else None
+            if not found or self.first is not None or not 0 < int(found.group(1)) < self.size:
+                raise
+            limit = int(found.group(1))
+        self.page = (self.page - 1) * self.size // limit + 1
+        self.client._server.page_limit = self.size = limit
+        return (yield from _ask(self.client, call.with_page(self.page, limit)))
+
+    def _take(self, answer):
+        """The new rows of one answer; notes whether it was the last."""
+        rows = _rows(answer)
+        if self.first is None:
+            self.first = answer
+        if not rows or rows == self.previous:
+            self.done = True
+            return None
+        self.seen += len(rows)
+        count = answer.get("count")
+        if isinstance(count, int) and count > len(rows):
+            self.total = count  # more than this page has: then it is the total, for this command
+        if self.total:
+            self.done = self.seen >= self.total
+        else:
+            self.done = len(rows) < self.size
+        self.done = self.done or len(rows) > self.size
+        self.previous = rows
+        self.page += 1
+        return rows
+
+    def is_list(self):
+        return _rows(self.first) is not None
+
+
+def _collect(client, call):
+    """Every row of a list; what is no list, as it is."""
+    walk = _Walk(client, call, PAGES_AHEAD, client._progress)
+    everything = []  # type: list
+    while True:
+        rows = yield from walk.next_page()
+        if rows is None:
+            return everything if walk.is_list() else walk.first
+        everything += rows
+
+
+# Jobs.
+
+
+class _JobList:
+    """Which jobs are pending, found out once for all who wait: listAsyncJobs tells in one request what single looks
+    would ask for each. It serves threads and event loops alike, since nobody waits for anybody: who finds the news too
+    old fetches it, who finds another fetching looks again a moment later, and who was fetching may be cancelled.
+
+    A job that is not in the list is asked for singly, so that whatever the list leaves out (another account's jobs,
+    rows that moved between pages) costs a request and nothing else."""
+
+    FEWEST = 4  # waiters; for fewer, asking singly is as cheap
+
+    def __init__(self):
+        self.waiting = set()
+        self.refreshing = threading.Lock()
+        self.pending = frozenset()  # type: frozenset
+        self.asked_at = None  # when the list was asked for: what it says is at least as new as that
+        self.off_until = 0.0
+
+    def __call__(self, client, call, since, deadline):
+        """When news newer than `since` was asked for that shows the job pending, or None: then ask for it singly."""
+        jobid = call.params["jobid"]
+        while len(self.waiting) >= self.FEWEST and self.off_until <= _clock() < deadline:
+            if self.asked_at is not None and self.asked_at > since:
+                return self.asked_at if jobid in self.pending else None
+            if not self.refreshing.acquire(False):
+                yield max(0.02, min(0.2, client.poll_interval / 10))
+                continue
+            try:
+                yield from self._refresh(client, call, deadline)
+            finally:
+                self.refreshing.release()
+        return None
+
+    def _refresh(self, client, call, deadline):
+        """Read the list; where that fails, or takes as many requests as it could save, do without for a while."""
+        asked_at = _clock()
+        listing = _Call("listAsyncJobs", {}, opcode_name=call.opcode_name, headers=call.headers)
+        listing.total = max(0.0, deadline - asked_at) + client.timeout
+        walk = _Walk(client, listing)
+        pending = set()  # type: set
+        most = len(self.waiting) // 2
+        try:
+            for _ in range(most):
+                rows = yield from walk.next_page()
+                if rows is None:
+                    break
+                pending.update(str(row.get("jobid")) for row in rows if isinstance(row, dict))
+            if not walk.done or not walk.is_list():
+                raise CloudStackException("listAsyncJobs is of no use here")
+        except CloudStackException as error:
+            # Passing trouble passes; a role that may not list jobs, or far too many jobs of others, stays a while.
+            self.off_until = _clock() + (client.poll_interval if _passing(error) else 600.0)
+            return
+        self.pending, self.asked_at = frozenset(pending), asked_at
+
+
+def _is_job(answer):
+    """Whether an answer is that of a submitted job; queryAsyncJobResult's own also holds a jobid, and a status."""
+    return isinstance(answer, dict) and "jobid" in answer and "jobstatus" not in answer
+
+
+def _await_job(client, call, jobid):
+    """The jobresult of a job, waited for; whatever is raised meanwhile carries the job's id."""
+    try:
+        return (yield from _poll(client, call, _poll_call(call, str(jobid))))
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        setattr(error, "jobid", str(jobid))  # noqa: B010  (KeyboardInterrupt and CancelledError, too)
+        raise
+
+
+def _poll_call(call, jobid):
+    try:
+        return _Call("queryAsyncJobResult", {"jobid": jobid}, opcode_name=call.opcode_name, headers=call.headers)
+    except ValueError as error:
+        raise CloudStackException("Unexpected response from CloudStack", str(error)) from None
+
+
+def _poll(client, call, poll):
+    """_look_until_done, counted among those who wait."""
+    waiting = client._server.jobs.waiting
+    waiting.add(poll)
+    try:
+        return (yield from _look_until_done(client, call, poll))
+    finally:
+        waiting.discard(poll)
+
+
+def _look_until_done(client, call, poll):
+    """Look until the job is done, and once more at the deadline. Trouble on the way (no answer, none of CloudStack's,
+    429, 503) is ridden out for as long as the deadline allows, or PATIENCE times in a row where there is none."""
+    started = news = _clock()
+    deadline = float("inf") if client.job_timeout is None else started + client.job_timeout
+    pause = min(FIRST_LOOK, client.poll_interval)
+    trouble = 0
+    answered = None
+    while True:
+        yield max(0.0, min(pause, deadline - _clock()))
+        if client._progress:
+            client._progress("job", call.command, _clock() - started)
+        seen_at = None if trouble else (yield from client._server.jobs(client, poll, news, deadline))
+        if seen_at is not None:
+            news = seen_at
+            pause = max(client.poll_interval / 2, seen_at + client.poll_interval - _clock())  # all wake as one
+            continue
+        news = _clock()
+        last = news >= deadline
+        poll.total = max(0.0, deadline - news) + client.timeout
+        try:
+            answer = yield from _ask(client, poll, retries=0)
+            finished, result = _job_outcome(answer, poll.response)
+            if finished:
+                return result
+            answered, trouble, pause = poll.response, 0, client.poll_interval
+        except CloudStackException as error:
+            if not _rideable(error) or (client.job_timeout is None and trouble + 1 >= PATIENCE):
+                raise
+            answered = error.response or answered
+            pause = min(LONGEST_WAIT, max(_asked_wait(error) or 0.0, client.poll_interval * 2.0**trouble))
+            trouble += 1
+        if last:
+            response = answered and answered.replaced(408, "Request Timeout")
+            raise CloudStackJobTimeout("Timeout waiting for async job result", poll.params["jobid"], response=response)
+
+
+def _rideable(error):
+    """Whether a look at a job that went wrong says nothing about the job. Errors the server states in JSON do."""
+    if isinstance(error, CloudStackApiException):
+        return error.args[0] != "Job failure" and (_status(error) in (429, 503) or not isinstance(error.error, dict))
+    return True
+
+
+def _job_outcome(answer, response):
+    """(finished, result) out of queryAsyncJobResult's answer. A failed job may come without jobresult: the server was
+    restarted, its queue cancelled. Raises CloudStackApiException with what the server said."""
+    try:
+        status = int(answer["jobstatus"])
+    except (KeyError, OverflowError, TypeError, ValueError):
+        detail = "queryAsyncJobResult gave no jobstatus"
+        raise CloudStackException("Unexpected response from CloudStack", detail, response=response) from None
+    result = answer.get("jobresult")
+    if status == 0:
+        return False, None
+    if status == 1:
+        return True, {} if result is None else result
+    raise CloudStackApiException("Job failure", error=answer if result is None else result, response=response)
+
+
+def _command(client, call, fetch_list, fetch_result):
+    """A whole call: the answer, all rows of a list, or the result of a job."""
+    _check_client(client)
+    if fetch_list is _LAZY:
+        return _Walk(client, call, report=client._progress)
+    call.complete_page(client._server.page_limit)
+    answer = yield from _collect(client, call) if fetch_list else _ask(client, call)
+    if fetch_result and _is_job(answer):
+        answer = yield from _await_job(client, call, answer["jobid"])
+    return answer
+
+
+def _resume(client, jobid):
+    _check_client(client)
+    return (yield from _await_job(client, _Call("queryAsyncJobResult", {"jobid": str(jobid)}), jobid))
+
+
+# --- 5 transport ----------------------------------------------------------------------------------------------------
+
+IDLE = 20.0  # seconds after which a kept connection is not used again; the server closes it after 30
+_CHUNK = 1 << 18
+
+
+class _Response:
+    """An answer, read to its end: status_code, reason, headers (mapping, names in any case), content (bytes), text,
+    json(), as requests has them."""
+
+    def __init__(self, status_code, reason, headers, content):
+        self.status_code = status_code
+        self.reason = reason
+        self.headers = headers
+        self.content = content
+
+    def __repr__(self):
+        return "<Response [{}]>".format(self.status_code)
+
+    @property
+    def text(self):
+        return self.content.decode("utf-8", "replace")
+
+    def json(self):
+        return _parse(self)
+
+    def replaced(self, status_code, reason):
+        """The same answer under another status."""
+        return _Response(status_code, reason, self.headers, self.content)
+
+    def cookies(self):
+        lines = self.headers.get_all("Set-Cookie") if hasattr(self.headers, "get_all") else None
+        pairs = [line.partition(";")[0].partition("=") for line in lines or []]
+        return {name.strip(): value.strip() for name, _, value in pairs if name.strip()}
+
+
+class _Clocked(io.RawIOBase):
+    """The reading side of a socket under two clocks: each silence, and the exchange in all."""
+
+    def __init__(self, sock, silence, deadline):
+        self._sock = sock
+        self._raw = sock.makefile("rb", buffering=0)
+        self._silence = silence
+        self._deadline = deadline
+        self.over = False
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        if self.over:
+            return 0
+        left = self._deadline - _clock()
+        if left <= 0:
+            raise TimeoutError("the answer took too long in all")
+        self._sock.settimeout(min(self._silence, left))
+        return self._raw.readinto(buffer)
+
+    def close(self):
+        self._raw.close()
+        super().close()
+
+
+class _Answer(io.BufferedReader):
+    """What http.client reads an answer from. On closing it looks whether bytes beyond the answer came along, which a
+    poll of the socket could not see: the connection is then out of step and must not be used again."""
+
+    surplus = False
+
+    def close(self):
+        if not self.closed:
+            self.raw.over = True  # type: ignore[attr-defined]
+            self.surplus = self.surplus or bool(self.peek(1))
+        super().close()
+
+
+class _ClockedSocket:
+    """Stands for the socket where http.client wants only to read: its makefile() gives an _Answer."""
+
+    def __init__(self, sock, silence, deadline):
+        self.answer = _Answer(_Clocked(sock, silence, deadline), 1 << 16)
+
+    def makefile(self, mode):
+        return self.answer
+
+
+class _Handler:
+    """The last stop in urllib's chain, after ProxyHandler has had its say; the request knows who sends it."""
+
+    handler_order = 500
+
+    def add_parent(self, parent):
+        pass
+
+    def close(self):
+        pass
+
+    def __lt__(self, other):
+        return self.handler_order < other.handler_order
+
+    def http_open(self, request):
+        return request.send(request)
+
+    https_open = http_open
+
+
+def _make_opener():
+    """urllib's proxies (environment, NO_PROXY, CONNECT, authentication) and nothing else: no redirects, no handling of
+    error statuses, no file:, ftp: or data:."""
+    import urllib.request as urllib
+
+    opener = urllib.OpenerDirector()
+    for handler in (urllib.ProxyHandler(), urllib.UnknownHandler(), _Handler()):
+        opener.add_handler(handler)  # type: ignore[arg-type]
+    return opener
+
+
+def _dropped(sock):
+    """Whether an idle connection was closed by the server, or said something unasked."""
+    import select
+
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        return bool(poll.poll(0))
+    return bool(select.select([sock], [], [], 0)[0])
+
+
+class _Transport:
+    """exchange(_Request) -> _Response, over kept connections. Safe to share between threads (deque's append and pop
+    are atomic) and across a fork (the child starts without connections)."""
+
+    def __init__(self, keep):
+        self.keep = keep
+        self._start()
+
+    def _start(self):
+        self._idle = {}  # where to -> deque of (connection, since); last in, first out
+        self._contexts = {}
+        self._opener = None
+        self._pid = os.getpid()
+
+    def __del__(self):
+        self.close()
+
+    def close(self):
+        for idle in list(self._idle.values()):
+            while idle:
+                self._discard(idle)
+
+    @staticmethod
+    def _discard(idle):
+        try:
+            idle.pop()[0].close()
+        except (IndexError, OSError):
+            pass
+
+    def exchange(self, request):
+        """Send and read one answer of any status. Raises CloudStackConnectionError, CloudStackTimeoutError, or
+        ValueError for a setting (verify, cert) that cannot be used."""
+        import http.client
+        import urllib.error
+        import urllib.request
+
+        if self._pid != os.getpid():
+            self.close()
+            self._start()
+        if self._opener is None:
+            self._opener = _make_opener()
+        wanted = urllib.request.Request(request.url, request.body, method=request.method)
+        wanted.__dict__.update(cs=request, send=self._send)
+        unusable = None
+        try:
+            return self._opener.open(wanted, timeout=request.timeout)
+        except _Unusable as error:
+            unusable = ValueError(*error.args)
+        except _Failed as raised:
+            failed = raised
+        except (urllib.error.URLError, http.client.HTTPException, UnicodeError) as error:
+            failed = _Failed(error, unsent=True)
+        # Raised out here, so that what urllib quoted is not its context either.
+        if unusable:
+            raise unusable
+        raise _network_error(failed, request) from _quotable(failed.cause)
+
+    def _context(self, verify, cert):
+        """The one SSLContext for these settings; making it costs tens of milliseconds."""
+        key = (verify, cert)
+        if key not in self._contexts:
+            self._contexts[key] = _make_context(verify, cert)
+        return self._contexts[key]
+
+    def _send(self, wanted):
+        """One exchange over a kept or a new connection. Raises _Failed."""
+        import http.client
+
+        request = wanted.cs
+        proxy_auth = wanted.get_header("Proxy-authorization")
+        where = (wanted.type, wanted.host, wanted._tunnel_host, proxy_auth, request.verify, request.cert)
+        deadline = _clock() + request.total
+        connection = self._checkout(where)
+        kept = connection is not None
+        if not kept:
+            connection = self._connect(wanted, proxy_auth, deadline)
+        request.socket = connection.sock
+        try:
+            response, reusable = self._converse(connection, wanted, deadline)
+        except BaseException as error:
+            connection.close()
+            if not isinstance(error, _EXPECTED + (http.client.HTTPException,)):
+                raise
+            raise _Failed(error, stale=kept and isinstance(error, ConnectionError)) from None
+        finally:
+            request.socket = None
+        if reusable:
+            self._keep(where, connection)
+        else:
+            connection.close()
+        return response
+
+    def _checkout(self, where):
+        """The connection to `where` that was used last, if it is still good."""
+        idle = self._idle.get(where)
+        while idle:
+            try:
+                connection, since = idle.pop()
+            except IndexError:  # another thread was faster
+                return None
+            if _clock() - since < IDLE and not _dropped(connection.sock):
+                return connection
+            connection.close()
+        return None
+
+    def _keep(self, where, connection):
+        idle = self._idle.setdefault(where, collections.deque())
+        idle.append((connection, _clock()))
+        if len(idle) > self.keep:
+            try:
+                idle.popleft()[0].close()
+            except IndexError:
+                pass
+
+    def _connect(self, wanted, proxy_auth, deadline):
+        """A new connection, through the proxy's tunnel where there is one, TLS done. Raises _Failed(unsent=True)."""
+        import http.client
+
+        request = wanted.cs
+        connection = None
+        try:
+            connection = self._new_connection(wanted)
+            connection.response_class = _response_class(request, deadline)
+            if wanted._tunnel_host:
+                auth = {"Proxy-Authorization": proxy_auth} if proxy_auth else {}
+                connection.set_tunnel(wanted._tunnel_host, headers=auth)
+            connection.connect()
+        except BaseException as error:
+            if connection is not None:
+                connection.close()
+            if not isinstance(error, _EXPECTED + (http.client.HTTPException,)):
+                raise
+            raise _Failed(error, unsent=True) from None
+        return connection
+
+    def _new_connection(self, wanted):
+        import http.client
+
+        seconds = wanted.cs.timeout
+        if wanted.type != "https":
+            return http.client.HTTPConnection(wanted.host, timeout=seconds)
+        try:
+            context = self._context(wanted.cs.verify, wanted.cs.cert)
+        except ValueError as error:
+            raise _Unusable(*error.args) from None
+        return http.client.HTTPSConnection(wanted.host, timeout=seconds, context=context)
+
+    def _converse(self, connection, wanted, deadline):
+        """Write the request, read the answer: (_Response, whether the connection can be used again)."""
+        request = wanted.cs
+        connection.sock.settimeout(request.timeout)
+        headers = dict(request.headers)
+        if not wanted._tunnel_host:  # else the tunnel's request has carried it
+            headers.update(wanted.headers)
+        made = []  # type: list
+        connection.response_class = _response_class(request, deadline, made)
+        connection.request(request.method, wanted.selector, request.body, headers)
+        response = connection.getresponse()
+        try:
+            content = _read_body(response, request.limit)
+            will_close = response.will_close
+        finally:
+            response.close()
+        if made[-1].answer.surplus:
+            will_close = True
+        return _Response(response.status, response.reason, response.headers, content), not will_close and bool(
+            connection.sock
+        )
+
+
+class _Failed(Exception):
+    """An exchange that failed, on its way through urllib, which would wrap an OSError of its own making."""
+
+    def __init__(self, cause, unsent=False, stale=False):
+        super().__init__()
+        self.cause = cause
+        self.unsent = unsent
+        self.stale = stale
+
+
+class _TooLarge(ValueError):
+    pass
+
+
+class _Unusable(Exception):
+    """A setting whose file cannot be used, on its way out as the ValueError that it is."""
+
+
+# zlib.error is neither; it is made a ValueError where it happens. ssl.CertificateError is a ValueError on 3.6.
+_EXPECTED = (OSError, ValueError)
+
+
+def _response_class(request, deadline, made=None):
+    """What http.client is to make of a socket to read an answer from it: reading it against both clocks."""
+    import http.client
+
+    def make(sock, *args, **options):
+        clocked = _ClockedSocket(sock, request.timeout, deadline)
+        if made is not None:
+            made.append(clocked)
+        return http.client.HTTPResponse(clocked, *args, **options)  # type: ignore[arg-type]
+
+    return make
+
+
+def _read_body(response, limit):
+    """The whole body, unpacked. Raises _TooLarge beyond the limit, IncompleteRead where the end is missing."""
+    import http.client
+
+    packed = response.headers.get("Content-Encoding", "").strip().lower() in ("gzip", "x-gzip")
+    if response.length is not None and response.length > limit:
+        raise _TooLarge
+    if response.length is not None and not packed:
+        return response.read()
+    unpack = _gunzip() if packed else None
+    parts = []
+    size = 0
+    while True:
+        part = response.read(_CHUNK)
+        if not part:
+            break
+        if unpack:
+            part = _unpacked(unpack, part, limit - size + 1)
+        size += len(part)
+        if size > limit:
+            raise _TooLarge
+        parts.append(part)
+    if response.length:  # read(amount) does not complain of a body that ends before its Content-Length
+        raise http.client.IncompleteRead(b"", response.length)
+    if unpack and size and not unpack.eof:
+        raise http.client.IncompleteRead(b"")
+    return b"".join(parts)
+
+
+def _gunzip():
+    import zlib
+
+    return zlib.decompressobj(16 + zlib.MAX_WBITS)
+
+
+def _unpacked(unpack, part, limit):
+    import zlib
+
+    try:
+        return unpack.decompress(part, limit)
+    except zlib.error:
+        raise ValueError("bad gzip") from None
+
+
+def _make_context(verify, cert):
+    """Raises ValueError that names the setting whose file cannot be used."""
+    import ssl
+
+    path = verify if isinstance(verify, str) else None
+    try:
+        if path and os.path.isdir(path):
+            context = ssl.create_default_context(capath=path)
+        else:
+            context = ssl.create_default_context(cafile=path)
+    except (OSError, ValueError) as error:
+        raise ValueError("verify: cannot read CA certificates from {!a}: {}".format(path, _reason(error))) from None
+    if verify is False:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if cert:
+        own, key = cert if isinstance(cert, tuple) else (cert, None)
+        try:
+            # An empty password keeps OpenSSL from asking for one on the terminal.
+            context.load_cert_chain(own, key, password="")
+        except (OSError, ValueError) as error:
+            raise ValueError("cert: cannot use client certificate {!a}: {}".format(own, _reason(error))) from None
+    return context
+
+
+def _reason(error):
+    """What went wrong, in words, without a Python class or an [Errno ..] around it."""
+    return getattr(error, "strerror", None) or str(getattr(error, "reason", "") or error) or type(error).__name__
+
+
+def _quotable(error):
+    """The exception as a __cause__, where its text is not made of what was sent (InvalidURL quotes the signed path)."""
+    return error if isinstance(error, OSError) else None
+
+
+def _network_error(failed, request):
+    """The CloudStackException for what the standard library raised."""
+    kind, what, why = _told(failed, request)
+    made = kind("{} {}".format(what, _shown(request.url)), why)
+    made.unsent = failed.unsent
+    made.errno = getattr(failed.cause, "errno", None)
+    if isinstance(made, CloudStackConnectionError):
+        made.stale = failed.stale
+    return made
+
+
+def _told(failed, request):
+    """(exception class, what happened, why) of a _Failed."""
+    import http.client
+    import socket
+    import ssl
+
+    error = failed.cause
+    lost, late = CloudStackConnectionError, CloudStackTimeoutError
+    if isinstance(error, (socket.timeout, TimeoutError)):
+        if failed.unsent:
+            return late, "Cannot connect to", "no answer within {} s (timeout)".format(request.timeout)
+        return late, "No answer from", _silence(error, request)
+    if isinstance(error, (ssl.SSLError, ssl.CertificateError)):
+        return lost, "TLS failure with", _tls_reason(error)
+    if isinstance(error, socket.gaierror):
+        return lost, "Cannot find", "name look-up: " + _reason(error)
+    if failed.unsent:
+        return lost, "Cannot connect to", _reason(error) if isinstance(error, OSError) else type(error).__name__
+    if isinstance(error, _TooLarge):
+        why = "it has more than max_response_size, {} bytes".format(request.limit)
+        return CloudStackException, "Too large an answer from", why
+    if isinstance(error, http.client.IncompleteRead):
+        return lost, "Broken answer from", "it ends before its end"
+    if isinstance(error, OSError):
+        return lost, "Connection lost to", _lost_reason(error)
+    return lost, "Broken answer from", "not HTTP ({})".format(type(error).__name__)
+
+
+def _silence(error, request):
+    if "in all" in str(error) or request.total < request.timeout:
+        return "it was not whole after {:g} s".format(request.total)
+    return "nothing for {} s (timeout)".format(request.timeout)
+
+
+def _lost_reason(error):
+    return "closed without an answer" if "without response" in str(error) else _reason(error)
+
+
+def _tls_reason(error):
+    text = str(getattr(error, "verify_message", None) or getattr(error, "reason", None) or error)
+    hint = "; `verify` names the CA certificates to trust" if "certificate" in str(error).lower() else ""
+    return (text.replace("_", " ").lower() if text.isupper() else text) + hint
+
+
+def _session_exchange(session, request):
+    """The same exchange through an object with the interface of requests.Session. Its exceptions are not chained: they
+    quote the address, signature and all."""
+    options = {}
+    if request.verify is not True:
+        options["verify"] = request.verify
+    if request.cert:
+        options["cert"] = request.cert
+    try:
+        answer = session.request(
+            request.method,
+            request.url,
+            data=request.body,
+            headers=request.headers,
+            timeout=request.timeout,
+            allow_redirects=False,
+            **options,
+        )
+        content = answer.content if isinstance(answer.content, bytes) else answer.text.encode("utf-8")
+    except Exception as error:
+        late = isinstance(error, TimeoutError) or "Timeout" in type(error).__name__
+        kind = CloudStackTimeoutError if late else CloudStackConnectionError
+        raise_as = kind("No answer from " + _shown(request.url), "the session raised " + type(error).__name__)
+    else:
+        return _Response(answer.status_code, answer.reason, answer.headers, content)
+    raise raise_as
+
+
+def _trace_request(request):
+    lines = ["{} {}".format(request.method, request.shown_url())]
+    lines += [_masked_header(name, value) for name, value in request.headers.items()]
+    lines += ["", _wire_form(request.shown_params()), ""] if request.method == "POST" else [""]
+    _to_stderr("\n".join(lines))
+
+
+def _trace_response(request, response, seconds):
+    lines = ["{} {}".format(response.status_code, response.reason)]
+    lines += [_masked_header(name, value) for name, value in response.headers.items()]
+    lines += ["", _masked_text(response.text, request.all_secrets()), "", "({:.0f} ms)".format(seconds * 1000), ""]
+    _to_stderr("\n".join(lines))
+
+
+def _to_stderr(text):
+    """One write, so that threads do not write into each other's lines; a broken stderr is no reason to fail."""
+    try:
+        sys.stderr.write(_printable(text) + "\n")
+        sys.stderr.flush()
+    except (AttributeError, OSError, ValueError):
+        pass
+
+
+def _printable(text):
+    """Text as a terminal may safely be shown it: control characters but line breaks and tabs, C1 controls,
+    bidirectional overrides and lone surrogates escaped."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], text)
+
+
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+
+
+# --- 6 clients ------------------------------------------------------------------------------------------------------
+
+
+class CloudStack:
+    """A client: any API command is a method, `cs.listZones(name="x")`, and returns plain JSON.
+
+    Settings are described in SETTINGS and README; each may also be the string an ini file gives, each is an attribute
+    that may be set at any time, and every call looks at them anew. Nothing is opened before the first call. One client
+    may be used by many threads.
+
+    Control arguments of a call, never sent:
+      json=True             False: the answer's text as it is
+      opcode_name="command" name of the parameter that holds the command
+      fetch_list=False      True: every page of a list, as a list
+      headers=None          more HTTP headers
+      fetch_result=None     whether to wait for a job and return its result; None: as the client is set
+
+    Raises ValueError, before anything is sent, for what cannot be sent; CloudStackException for the rest, see there.
+    """
+
+    _progress = None  # type: object  # the command line's: ("rows", seen, total), ("job", command, seconds)
+
+    def __init__(
+        self, endpoint, key=None, secret=None, timeout=10, method="get", verify=None, cert=None, cert_key=None,
+        name=None, retry=0, retry_backoff=0.5, job_timeout=None, poll_interval=2.0, expiration=600, trace=False,
+        dangerous_no_tls_verify=False, headers=None, session=None, fetch_result=False, *,
+        theme=None, output=None, username=None, password=None, domain=None, concurrency=128,
+        max_response_size=256 * 1024 * 1024
+    ):  # fmt: skip
+        given = dict(locals())
+        for setting in SETTINGS:
+            value = given[setting.name]
+            setattr(self, setting.name, setting.default if value is None else value)
+
+    def __setattr__(self, name, value):
+        """Settings are converted and checked wherever they are set; other attributes are the program's own."""
+        setting = _SETTING.get(name)
+        if setting is not None:
+            try:
+                value = setting.convert(value)
+            except (TypeError, ValueError) as error:
+                raise ValueError("{}: {}".format(name, error)) from None
+        object.__setattr__(self, name, value)
+
+    def __getattr__(self, command):
+        if command.startswith("_"):
+            raise AttributeError(command)
+
+        def call(**params):
+            return self._request(command, **params)
+
+        call.__name__ = call.__qualname__ = command
+        return call
+
+    def __repr__(self):
+        return "<CloudStack: {}>".format(self.name or _shown(self.endpoint or ""))
+
+    def __getstate__(self):
+        # Connections, threads and what was learned stay behind; a copy makes its own.
+        return {name: value for name, value in self.__dict__.items() if name not in _OWN}
+
+    @property
+    def verify(self):
+        """True, or the path of the CA certificates; False only where dangerous_no_tls_verify is set and no path."""
+        return self._ca or not self.dangerous_no_tls_verify
+
+    @verify.setter
+    def verify(self, value):
+        self._ca = value
+
+    @property
+    def cert(self):
+        """The client certificate's path, or a pair with its key's."""
+        return (self._pem, self.cert_key) if self.cert_key and isinstance(self._pem, str) else self._pem
+
+    @cert.setter
+    def cert(self, value):
+        self._pem = value
+
+    @property
+    def _server(self):
+        """What was learned about the present endpoint, as the present user."""
+        servers = self.__dict__.setdefault("_servers", {})
+        place = (self.endpoint, self.key, self.username)
+        return servers.get(place) or servers.setdefault(place, _Server())
+
+    @property
+    def _transport(self):
+        own = self.__dict__.get("_connections")
+        return own or self.__dict__.setdefault("_connections", _Transport(self.concurrency))
+
+    def _request(
+        self, command, json=True, opcode_name="command", fetch_list=False, headers=None, fetch_result=None, **params
+    ):
+        """Every command goes through here, which makes it the place for a subclass to step in; pages, polls and log-in
+        are this client's own and do not."""
+        call = _Call(command, flatten(params), json, opcode_name, headers)
+        wait = self.fetch_result if fetch_result is None else _flag(fetch_result)
+        every = fetch_list if fetch_list is _LAZY else _flag(fetch_list)
+        return self._run(_command(self, call, every, wait))
+
+    def iter_list(self, command, **params):
+        """The rows of a list command one by one, page after page, with a page or two in memory; what is no list is
+        one row. Takes what the command itself takes."""
+        walk = self._request(command, fetch_list=_LAZY, **params)
+        while True:
+            rows = self._run(walk.next_page())
+            if rows is None:
+                break
+            yield from rows
+        if not walk.is_list():
+            yield walk.first
+
+    def wait_job(self, jobid):
+        """The result of a job submitted earlier, waited for as fetch_result does."""
+        return self._run(_resume(self, jobid))
+
+    def close(self):
+        """End the session, if one was logged in to, and close the connections. The client may be used again."""
+        CloudStack._run(self, _log_out(self))
+        self.__dict__.pop("_servers", None)
+        own = self.__dict__.pop("_connections", None)
+        if own is not None:
+            own.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    def _exchange(self, request):
+        """One request, one answer, wherever it is sent from; both clients and every thread come through here."""
+        trace = self.trace
+        if trace:
+            _trace_request(request)
+        begun = _clock()
+        try:
+            if self.session is not None:
+                response = _session_exchange(self.session, request)
+            else:
+                response = self._transport.exchange(request)
+        except CloudStackException as error:
+            if trace:
+                _to_stderr("{} ({:.0f} ms)\n".format(error, (_clock() - begun) * 1000))
+            raise
+        if trace:
+            _trace_response(request, response, _clock() - begun)
+        return response
+
+    def _run(self, steps):
+        """Drive a protocol generator to its end: do what it yields, send in what came of it, throw what was raised."""
+        result = error = None
+        try:
+            while True:
+                try:
+                    step = steps.send(result) if error is None else steps.throw(error)
+                except StopIteration as end:
+                    return end.value
+                result = error = None
+                try:
+                    if isinstance(step, _Request):
+                        result = self._exchange(step)
+                    elif isinstance(step, list):
+                        result = _in_threads(self._outcome, step)
+                    else:
+                        _sleep(step)
+                except BaseException as raised:
+                    error = raised
+        finally:
+            error = None  # an exception that knows this frame, and this frame it, would keep both alive
+            steps.close()
+
+    def _outcome(self, steps):
+        try:
+            return self._run(steps)
+        except Exception as error:
+            return error
+
+
+_OWN = ("_connections", "_servers", "_pool", "_progress", "_checked")
+
+
+def _in_threads(function, items):
+    """[function(item) for item in items], all at once."""
+    results = [None] * len(items)
+
+    def work(index, item):
+        results[index] = function(item)
+
+    threads = [threading.Thread(target=work, args=pair, daemon=True) for pair in enumerate(items)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+class AIOCloudStack(CloudStack):
+    """The same client for asyncio: commands are coroutines, iter_list an asynchronous iterator, and jobs are waited
+    for unless fetch_result=False. Exchanges run in at most `concurrency` threads of its own; waiting holds none. It is
+    tied to no event loop. `async with` or `await aclose()` end a session and close connections; leaving them out is
+    no harm."""
+
+    def __init__(
+        self, endpoint, key=None, secret=None, timeout=10, method="get", verify=None, cert=None, cert_key=None,
+        name=None, retry=0, retry_backoff=0.5, job_timeout=None, poll_interval=2.0, expiration=600, trace=False,
+        dangerous_no_tls_verify=False, headers=None, session=None, fetch_result=True,
+        **options
+    ):  # fmt: skip
+        given = {name: value for name, value in locals().items() if name not in ("self", "options", "__class__")}
+        super().__init__(**given, **options)
+
+    async def _run(self, steps):
+        """As CloudStack._run, on an event loop."""
+        import asyncio
+
+        result = error = None
+        try:
+            while True:
+                try:
+                    step = steps.send(result) if error is None else steps.throw(error)
+                except StopIteration as end:
+                    return end.value
+                result = error = None
+                try:
+                    if isinstance(step, _Request):
+                        result = await self._in_worker(step)
+                    elif isinstance(step, list):
+                        result = await asyncio.gather(*map(self._outcome, step))
+                    else:
+                        await asyncio.sleep(step)
+                except BaseException as raised:
+                    error = raised
+        finally:
+            error = None
+            steps.close()
+
+    async def _outcome(self, steps):
+        try:
+            return await self._run(steps)
+        except Exception as error:
+            return error
+
+    async def _in_worker(self, request):
+        """asyncio.to_thread, but with this client's own threads; the default ones are too few."""
+        import asyncio
+
+        work = _with_context(self._exchange, request)
+        try:
+            return await asyncio.get_event_loop().run_in_executor(self._workers(), work)
+        except asyncio.CancelledError:
+            _cut_off(request)
+            raise
+
+    def _workers(self):
+        pid, pool = self.__dict__.get("_pool", (None, None))
+        if pid != os.getpid():  # threads do not survive a fork
+            from concurrent.futures import ThreadPoolExecutor
+
+            pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="cs")
+            self.__dict__["_pool"] = (os.getpid(), pool)
+        return pool
+
+    async def iter_list(self, command, **params):
+        walk = await self._request(command, fetch_list=_LAZY, **params)
+        while True:
+            rows = await self._run(walk.next_page())
+            if rows is None:
+                break
+            for row in rows:
+                yield row
+        if not walk.is_list():
+            yield walk.first
+
+    iter_list.__doc__ = CloudStack.iter_list.__doc__
+
+    def close(self):
+        super().close()
+        pid, pool = self.__dict__.pop("_pool", (None, None))
+        if pid == os.getpid():
+            pool.shutdown(wait=False)
+
+    async def aclose(self):
+        """close(), without holding up the event loop."""
+        await self._run(_log_out(self))
+        self.close()
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *exc_info):
+        await self.aclose()
+
+
+def _with_context(function, argument):
+    """The call, in a copy of the caller's context variables, as asyncio.to_thread has it (3.6 has none)."""
+    import functools
+
+    try:
+        from contextvars import copy_context
+    except ImportError:
+        return functools.partial(function, argument)
+    return functools.partial(copy_context().run, function, argument)
+
+
+def _cut_off(request):
+    """Wake the thread that reads for a caller who has gone away."""
+    import socket
+
+    sock = request.socket
+    if sock is not None:
+        try:
+            # The plain socket's method: SSLSocket's would pull the TLS layer from under the reading thread.
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+
+# --- 7 configuration ------------------------------------------------------------------------------------------------
+
+_PREFIX = "CLOUDSTACK_"
+_INI_KEYS = [setting.name for setting in SETTINGS if setting.where == "both"] + ["theme", "output"]
+# Where the request goes, as whom, and whom it trusts: never mixed from two files, else a file that holds nothing but
+# an endpoint, left in a working directory, would be sent another file's key.
+_TOGETHER = frozenset(
+    "endpoint key secret username password domain verify cert cert_key dangerous_no_tls_verify headers".split()
+)
+_ALWAYS = (
+    "timeout method retry verify cert cert_key name trace expiration poll_interval dangerous_no_tls_verify".split()
+)
+
+
+class _Found:
+    """What the ini files say about one region: values {key: text}, and origins {key: path}."""
+
+    def __init__(self):
+        self.values = {}
+        self.origins = {}
+        self.tried = []
+        self.read = []
+        self.has_section = False
+
+    def add(self, path, items):
+        self.has_section = True
+        for key, value in items:
+            if value and (key in _INI_KEYS or check_key(key, ["header_?*"])):
+                self.values[key] = value
+                self.origins[key] = path
+
+    def forget(self, keys):
+        for key in keys:
+            self.values.pop(key, None)
+
+    def check_origins(self):
+        """Raises ValueError where values that belong together come from two files."""
+        first = {}  # type: dict
+        for key in sorted(self.values):
+            if _group(key) in _TOGETHER:
+                first.setdefault(os.path.realpath(self.origins[key]), (key, self.origins[key]))
+        if len(first) > 1:
+            (key, path), (other, elsewhere) = list(first.values())[:2]
+            raise ValueError(
+                "the files {!a} ({}) and {!a} ({}) cannot be combined: endpoint, credentials, certificates and headers "
+                "must all come from one of them".format(path, key, elsewhere, other)
+            )
+
+
+def _group(key):
+    return "headers" if key.startswith("header_") else key
+
+
+def _ini_paths(config=None):
+    paths = [os.path.expanduser("~/.cloudstack.ini"), os.path.abspath("cloudstack.ini")]
+    named = config or os.environ.get(_PREFIX + "CONFIG")
+    return paths + [os.path.expanduser(named)] if named else paths
+
+
+def _read_text(path):
+    """The text of a file. Raises ValueError that says what is wrong with it; FileNotFoundError where there is none."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(path) from None
+    except UnicodeDecodeError:
+        raise ValueError("cannot read {!a}: it is not UTF-8 text".format(path)) from None
+    except (OSError, ValueError) as error:
+        raise ValueError("cannot read {!a}: {}".format(path, _reason(error))) from None
+
+
+def _parse_ini(path, text):
+    """A parser of the file as it stands, `%` and all. configparser's errors quote lines of the file, which may be
+    secrets: the ValueError tells line numbers only."""
+    import configparser
+
+    parser = configparser.RawConfigParser()
+    try:
+        parser.read_string(text, source=path)
+    except configparser.MissingSectionHeaderError as error:
+        reason = "line {} stands before any [section]".format(error.lineno)
+    except (configparser.DuplicateOptionError, configparser.DuplicateSectionError) as error:
+        reason = "line {} repeats {!a}".format(error.lineno, getattr(error, "option", None) or error.section)
+    except configparser.ParsingError as error:
+        reason = "line {} is no 'name = value'".format(error.errors[0][0] if error.errors else "?")
+    except configparser.Error as error:
+        reason = type(error).__name__
+    else:
+        return parser
+    raise ValueError("{!a} is no ini file: {}".format(path, reason))
+
+
+def _section_items(path, raw, region):
+    """The (key, text) pairs of a section. `%%` and `%(name)s` mean what they always mean in ini files, any other `%`
+    stands for itself. Raises ValueError for a `%(name)s` that leads nowhere."""
+    import configparser
+
+    def doubled(found):
+        return found.group() if len(found.group()) > 1 else "%%"
+
+    parser = configparser.ConfigParser()
+    values = {key: re.sub(r"%%|%\([^)]+\)s|%", doubled, value) for key, value in raw.items(region)}
+    parser.read_dict({"section": values})
+    for key in values:
+        try:
+            yield key, parser.get("section", key)
+        except configparser.InterpolationError:
+            reason = "in [{}], {!a} refers to a name that is not there".format(region, key)
+            raise ValueError("{!a}: {}".format(path, reason)) from None
+
+
+def _from_files(region, config=None):
+    """What ~/.cloudstack.ini, ./cloudstack.ini and $CLOUDSTACK_CONFIG say about a region; later files win."""
+    found = _Found()
+    found.tried = _ini_paths(config)
+    for path in found.tried:
+        try:
+            parser = _parse_ini(path, _read_text(path))
+        except FileNotFoundError:
+            continue
+        found.read.append(path)
+        if parser.has_section(region):
+            found.add(path, _section_items(path, parser, region))
+    if len(found.tried) > 2 and found.tried[-1] not in found.read:  # a file that was named must be there
+        raise SystemExit("Config file not found. Tried " + found.tried[-1])
+    return found
+
+
+def _from_environment():
+    values = {key: os.environ.get(_PREFIX + key.upper()) for key in _INI_KEYS}
+    for name, value in os.environ.items():
+        if name.upper().startswith(_PREFIX + "HEADER_"):
+            values["header_" + name[len(_PREFIX + "HEADER_") :].lower().replace("_", "-")] = value
+    return {key: value for key, value in values.items() if value}
+
+
+def _as_settings(values):
+    """{key: text} as the constructor takes it: headers gathered, and the two booleans parsed where they can be."""
+    settings = {key: value for key, value in values.items() if not key.startswith("header_")}
+    headers = {key[len("header_") :]: value for key, value in values.items() if key.startswith("header_")}
+    if headers:
+        settings["headers"] = headers
+    for key in ("trace", "dangerous_no_tls_verify"):
+        try:
+            settings[key] = strtobool(settings[key])
+        except (KeyError, AttributeError, ValueError):
+            pass
+    return settings
+
+
+def _load_config(ini_group=None, flags=None, config=None):
+    """(settings, what the files said). See read_config; flags {key: text} beat everything, config stands for
+    CLOUDSTACK_CONFIG."""
+    flags = flags or {}
+    region = ini_group or os.environ.get(_PREFIX + "REGION") or "cloudstack"
+    overrides = [word.strip().lower() for word in os.environ.get(_PREFIX + "OVERRIDES", "").split(",") if word.strip()]
+    env = _from_environment()
+    env_first = "endpoint" in env and not ini_group and not overrides
+    unsigned = os.environ.get(_PREFIX + "KEY") == "" and (env_first or "key" in overrides)
+    if env_first and (unsigned or ("key" in env and "secret" in env)) and not config:
+        found = _Found()
+    else:
+        found = _from_files(region, config)
+        _check_region(found, ini_group, "endpoint" in env or "endpoint" in flags)
+    winners = dict(env) if env_first else {key: env[key] for key in env if key in overrides or _group(key) in overrides}
+    winners.update(flags)
+    if unsigned:
+        env.pop("secret", None)
+    found.forget(list(winners) + _rivals(winners, unsigned))
+    found.check_origins()
+    values = dict(env, **found.values)
+    values.update(flags)
+    if not values.get("endpoint"):
+        where = "" if found.has_section else " (there is no section [{}] in {})".format(region, ", ".join(found.read))
+        raise ValueError("the configuration is missing the following keys: endpoint" + where)
+    settings = {key: _SETTING[key].default for key in _ALWAYS}
+    settings["trace"] = None
+    settings["name"] = region if found.has_section else None
+    settings.update(_as_settings(values))
+    return settings, found
+
+
+def _rivals(winners, unsigned):
+    """The credentials of a file that do not go with those of the environment."""
+    if unsigned:
+        return ["key", "secret"]
+    if "key" in winners:
+        return ["username", "password", "domain"]
+    return ["key", "secret"] if "username" in winners else []
+
+
+def _check_region(found, ini_group, has_endpoint):
+    if not found.read and not has_endpoint:
+        raise SystemExit("Config file not found. Tried {}".format(", ".join(found.tried)))
+    if ini_group and not found.has_section:
+        import configparser
+
+        raise configparser.NoSectionError(ini_group)
+
+
+def read_config(ini_group=None):
+    """The settings for `CloudStack(**read_config())`, from the environment and ini files; ini_group is the region.
+
+    With CLOUDSTACK_ENDPOINT set, no ini_group and no CLOUDSTACK_OVERRIDES, the environment wins and files fill what it
+    leaves open; with key and secret there too, no file is read. Otherwise the files win, but for the keys that
+    CLOUDSTACK_OVERRIDES names. Raises SystemExit where there is no configuration at all, ValueError where it cannot be
+    used, configparser.NoSectionError where ini_group is in no file."""
+    return _load_config(ini_group)[0]
+
+
+def read_config_from_ini(ini_group=None):
+    """What the section of a region holds in the ini files, plus `name` and `headers`; {"name": None} without it."""
+    region = ini_group or os.environ.get(_PREFIX + "REGION") or "cloudstack"
+    found = _from_files(region)
+    found.check_origins()
+    return dict(_as_settings(found.values), name=region if found.has_section else None)
+
+
+# --- 8 command line -------------------------------------------------------------------------------------------------
+
+FORMATS = ("json", "jsonl", "table", "csv", "text")
+
+_HELP = """\
+cs [options] COMMAND [name=value ...]    call the CloudStack API, print its answer
+
+  cs listVirtualMachines state=Running   any API command; name=@file reads a file
+  cs COMMAND --help                      what a command takes and returns
+  cs --list [words]                      the commands that match
+  cs --configure                         ask for endpoint, key and secret; save them
+
+ -o, --output json|jsonl|table|csv|text  -c, --columns id,name,nic.0.ipaddress
+     --sort [-]COLUMN                        --all      every page of a list
+ -r, --region NAME   section of ini file     --config FILE    --endpoint URL
+     --async         do not wait for jobs    --wait JOBID  go on waiting for one
+     --timeout SECONDS    --retry COUNT      --post     send by POST
+     --dry-run       show, do not send       --force    send what looks wrong
+ -q, --quiet         only usage errors   -t, --trace    show each exchange
+     --color auto|always|never               --theme STYLE  of Pygments
+     --sync          fetch the list of commands that help, checks, completion use
+     --completion bash|zsh|fish              --version  -h, --help
+
+exit: 0 done  1 error answer  2 usage  3 no answer  4 job still runs  130 Ctrl-C
+More: README.rst (this program), https://cloudstack.apache.org/api.html (the API)
+"""
+
+
+class _Usage(Exception):
+    """The command line cannot be carried out as it was typed."""
+
+
+def _make_parser():
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="cs", add_help=False)
+    parser.error = _raise_usage  # type: ignore[method-assign]
+    add = parser.add_argument
+    for names in (
+        "-h --help",
+        "-q --quiet",
+        "-t --trace",
+        "--post",
+        "--all",
+        "--dry-run",
+        "--force",
+        "--list",
+        "--sync",
+    ):
+        add(*names.split(), action="store_true")
+    add("--async", dest="no_wait", action="store_true")
+    add("--version", action="store_true")
+    add("--configure", action="store_true")
+    for names in (
+        "-r --region",
+        "-c --columns",
+        "--sort",
+        "--theme",
+        "--wait",
+        "--endpoint",
+        "--config",
+        "--timeout",
+        "--retry",
+    ):
+        add(*names.split())
+    add("-o", "--output", type=str.lower, choices=FORMATS)
+    add("--color", choices=("auto", "always", "never"), default="auto")
+    add("--completion", choices=("bash", "zsh", "fish"))
+    add("--complete", metavar="LINE", help=argparse.SUPPRESS)
+    return parser
+
+
+def _raise_usage(message):
+    message = re.sub(r"argument (\S+): ignored explicit argument (.*)", r"option \1 takes no value: \2", message)
+    raise _Usage(message + "; see cs --help")
+
+
+def _parse_arguments(args):
+    """(options, words). Options may stand anywhere; names are never completed, since tomorrow's options would change
+    what an abbreviation means (argparse can be told so only since 3.8: before, that breaks -qt)."""
+    parser = _make_parser()
+    args = list(args)
+    for index, arg in enumerate(args):
+        if arg.startswith("--") and arg.partition("=")[0] not in parser._option_string_actions and arg != "--":
+            raise _Usage("there is no option {!a}; see cs --help".format(arg.partition("=")[0]))
+        if arg == "--sort" and index + 1 < len(args):  # `--sort -name` is no option -n
+            args[index : index + 2] = ["--sort=" + args[index + 1], "--"]
+    options, words = parser.parse_known_args([arg for arg in args if arg != "--"])
+    for word in words:
+        if word.startswith("-"):
+            raise _Usage("there is no option {!a}; see cs --help".format(word))
+    return options, words
+
+
+def _parse_parameters(words):
+    """name=value words -> keyword arguments; a repeated name joins with commas, in the order given."""
+    params = {}  # type: dict
+    for word in words:
+        name, equals, value = word.partition("=")
+        name = name.strip()
+        if not equals or not name:
+            raise _Usage("{!a} is not a correctly formatted option; it should be name=value".format(word))
+        if name in ("headers", "self", "command"):
+            hint = "; set header_<name> in the ini file, or CLOUDSTACK_HEADER_<NAME>" if name == "headers" else ""
+            raise _Usage("{!a} cannot be a parameter here{}".format(name, hint))
+        value = _parse_value(name, value.strip())
+        params[name] = params[name] + "," + value if name in params else value
+    for name in ("json", "fetch_list", "fetch_result"):
+        if name in params:
+            try:
+                params[name] = strtobool(params[name])
+            except ValueError:
+                raise _Usage("{}={!a} is neither true nor false".format(name, params[name])) from None
+    return params
+
+
+def _parse_value(name, value):
+    """Quotes around a value are taken off; @file and @- are read, @@ stands for one @."""
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+        return value[1:-1]
+    if not value.startswith("@"):
+        return value
+    if value.startswith("@@"):
+        return value[1:]
+    try:
+        text = _read_stdin() if value == "@-" else _read_text(os.path.expanduser(value[1:]))
+    except FileNotFoundError:
+        raise _Usage("{}: there is no file {!a} (@@ stands for a plain @)".format(name, value[1:])) from None
+    except ValueError as error:
+        raise _Usage("{}: {}".format(name, error)) from None
+    return text[:-1] if text.endswith("\n") else text
+
+
+def _read_stdin():
+    if sys.stdin is None:
+        raise ValueError("there is no standard input")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError("standard input is not UTF-8 text") from None
+
+
+class _Job:
+    """One run of the command line: options, settings, client. Messages go through say(), so that -q has one place."""
+
+    def __init__(self, options):
+        self.options = options
+        self.settings = {}
+        self.client = None
+        self.progress = _Progress()
+        self.asked = ""
+
+    def say(self, text):
+        if not self.options.quiet:
+            self.clear_progress()
+            _to_stderr(text)
+
+    def clear_progress(self):
+        self.progress.clear()
+
+    def connect(self):
+        """Make the client that configuration and options describe. Raises _Usage, ValueError."""
+        import configparser
+
+        options = self.options
+        flags = {name: getattr(options, name) for name in ("endpoint", "timeout", "retry") if getattr(options, name)}
+        try:
+            self.settings, found = _load_config(options.region, flags, options.config)
+        except SystemExit as error:
+            raise _Usage(
+                "{}; `cs --configure` makes one, or set CLOUDSTACK_ENDPOINT, _KEY and _SECRET".format(error)
+            ) from None
+        except configparser.NoSectionError:
+            raise _Usage("Error: region {!r} not in config".format(options.region)) from None
+        self._warn_of_readable_files(found)
+        self.settings.update({"method": "post"} if options.post else {}, **({"trace": True} if options.trace else {}))
+        self.client = CloudStack(**self.settings)
+        _check_client(self.client)
+        if not options.quiet and not options.trace and sys.stderr is not None and sys.stderr.isatty():
+            self.client._progress = self.progress
+
+    def _warn_of_readable_files(self, found):
+        for path in sorted({found.origins[key] for key in ("secret", "password") if key in found.values}):
+            if os.name == "posix" and os.stat(path).st_mode & 0o044:
+                self.say("Warning: {0} holds a secret and can be read by others; chmod 600 {0}".format(path))
+
+    @property
+    def format(self):
+        """The output format: option, environment or ini file, json. Raises ValueError."""
+        name = str(self.options.output or self.settings.get("output") or "json").lower()
+        if name not in FORMATS:
+            raise ValueError("output: {!a} is none of {}".format(name, ", ".join(FORMATS)))
+        return name
+
+    @property
+    def colored(self):
+        wish = self.options.color
+        if wish != "auto":
+            return wish == "always"
+        return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+class _Progress:
+    """One line on standard error that is rewritten while pages or a job are waited for, and gone afterwards."""
+
+    def __init__(self):
+        self.shown_at = None
+
+    def __call__(self, kind, what, more):
+        now = _clock()
+        if self.shown_at is not None and now - self.shown_at < 0.1:
+            return
+        self.shown_at = now
+        if kind == "rows":
+            text = "{} of {} rows".format(what, more) if more else "{} rows".format(what)
+        else:
+            text = "{}: waiting for the job, {:.0f} s".format(what, more)
+        self._put(text)
+
+    def _put(self, text):
+        try:
+            sys.stderr.write("\r\x1b[K" + text)
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            pass
+
+    def clear(self):
+        if self.shown_at is not None:
+            self.shown_at = None
+            self._put("")
+
+
+# Output.
+
+
+def _write(text):
+    """Text on standard output, whatever it can show; raises OSError where it cannot be written."""
+    out = sys.stdout
+    try:
+        out.write(text)
+    except UnicodeEncodeError:
+        out.write(text.encode(out.encoding, "backslashreplace").decode(out.encoding))
+
+
+def _json_text(document, indent=2):
+    """JSON as it is printed: what a terminal must not see, and what standard output cannot show, as \\uXXXX."""
+    text = jsonlib.dumps(document, indent=indent, sort_keys=True, ensure_ascii=False)
+    text = _UNPRINTABLE.sub(lambda found: jsonlib.dumps(found.group())[1:-1], text)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = jsonlib.dumps(document, indent=indent, sort_keys=True)
+    return text
+
+
+def _highlighted(text, theme):
+    """JSON coloured by Pygments, where it is installed."""
+    try:
+        from pygments import highlight
+        from pygments.formatters import Terminal256Formatter
+        from pygments.lexers import JsonLexer
+        from pygments.util import ClassNotFound
+    except ImportError:
+        return text
+    try:
+        formatter = Terminal256Formatter(style=theme or "default")
+    except ClassNotFound:
+        formatter = Terminal256Formatter()
+    return highlight(text, JsonLexer(), formatter).rstrip("\n")
+
+
+def _rows_of(answer):
+    """What a table shows of any answer: the rows of a list, else the one object in it (a job's result), else itself."""
+    if isinstance(answer, list):
+        return answer
+    if not isinstance(answer, dict):
+        return [answer]
+    rows = _rows(answer)
+    if rows is not None:
+        return rows
+    inner = list(answer.values())
+    return inner if len(inner) == 1 and isinstance(inner[0], dict) else [answer]
+
+
+def _with_rows(answer, rows):
+    """The answer with other rows in the place of its own."""
+    if isinstance(answer, list):
+        return rows
+    keys = [key for key, value in answer.items() if isinstance(value, list)] if isinstance(answer, dict) else []
+    if _rows(answer) is not None and keys:
+        return dict(answer, **{keys[0]: rows})
+    if isinstance(answer, dict) and len(answer) == 1 and isinstance(list(answer.values())[0], dict):
+        return {list(answer)[0]: rows[0]} if rows else answer
+    return rows[0] if rows else answer
+
+
+def _pick(value, path):
+    """What a dotted path leads to; a list without an index gives all of its items. None where there is nothing."""
+    head, _, rest = path.partition(".")
+    if isinstance(value, list):
+        if head.isdigit():
+            value = value[int(head)] if int(head) < len(value) else None
+            return _pick(value, rest) if rest else value
+        found = [_pick(item, path) for item in value]
+        found = [item for item in found if item is not None]
+        return found or None
+    if not isinstance(value, dict):
+        return None
+    if path in value:
+        return value[path]
+    inner = value.get(head)
+    return _pick(inner, rest) if rest else inner
+
+
+def _cell(value):
+    """A value as text: lists joined by commas, objects as compact JSON, booleans as the API spells them."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and not any(isinstance(item, dict) for item in value):
+        return ",".join(map(_cell, value))
+    return jsonlib.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+_PREFERRED = (
+    "id jobid name displayname username account type state allocationstate status jobstatus zonename ipaddress"
+    " nic.ipaddress cidr hostname cpunumber memory size templatename serviceofferingname virtualmachinename vmname"
+    " displaytext key value resourcetype cmd level description created".split()
+)
+_MOST_COLUMNS = 8
+
+
+def _default_columns(rows, everything=False):
+    """Sensible columns first: id, name, state and the like; then, for csv, all that there are."""
+    present = {}  # type: dict
+    for row in rows:
+        if isinstance(row, dict):
+            present.update((key, True) for key in row)
+    columns = [path for path in _PREFERRED if path.partition(".")[0] in present]
+    rest = [key for key in present if key not in columns]
+    if everything:
+        return [path for path in columns if "." not in path] + rest
+    scalar = [
+        key for key in rest if not any(isinstance(row.get(key), (dict, list)) for row in rows if isinstance(row, dict))
+    ]
+    return (columns or scalar)[:_MOST_COLUMNS] or ["value"]
+
+
+def _near(name, names, most=3):
+    import difflib
+
+    lower = {other.lower(): other for other in names}
+    return [lower[match] for match in difflib.get_close_matches(name.lower(), list(lower), most, 0.6)]
+
+
+def _field_names(rows):
+    """Every dotted path that leads somewhere in these rows, one level into lists and objects."""
+    names = {}
+    for row in rows[:1000]:
+        for key, value in row.items() if isinstance(row, dict) else ():
+            names[key] = True
+            for inner in value[:1] if isinstance(value, list) else [value]:
+                if isinstance(inner, dict):
+                    names.update(("{}.{}".format(key, field), True) for field in inner)
+    return list(names)
+
+
+def _chosen_columns(job, rows):
+    """The columns asked for with -c, after a word about those that no row has; None where none were asked for."""
+    if not job.options.columns:
+        return None
+    columns = [name.strip() for name in job.options.columns.split(",") if name.strip()]
+    _warn_of_columns(job, rows, columns)
+    return columns
+
+
+def _warn_of_columns(job, rows, columns):
+    for name in columns:
+        if rows and all(_pick(row, name) is None for row in rows):
+            near = _near(name, _field_names(rows))
+            job.say(
+                "Warning: no row has {!a}{}".format(
+                    name, "; did you mean {}?".format(" or ".join(near)) if near else ""
+                )
+            )
+
+
+def _sort_key(value):
+    """Numbers as numbers, also where the API gives them as text; what is missing last."""
+    if value is None:
+        return (2, 0, "")
+    text = _cell(value)
+    try:
+        return (0, float(text), text)
+    except ValueError:
+        return (1, 0, text.lower())
+
+
+def _sorted(job, rows):
+    column = job.options.sort
+    if not column:
+        return rows
+    backwards = column.startswith("-")
+    column = column.lstrip("-")
+    _warn_of_columns(job, rows, [column])
+    present = [row for row in rows if _pick(row, column) is not None]
+    missing = [row for row in rows if _pick(row, column) is None]
+    return sorted(present, key=lambda row: _sort_key(_pick(row, column)), reverse=backwards) + missing
+
+
+def _print_answer(job, answer, plain=False):
+    """An answer in the format asked for, or as plain text (json=false); an empty one prints nothing."""
+    if answer in ({}, [], None, ""):
+        return
+    if plain:
+        _write((_printable(answer) if sys.stdout.isatty() else answer).rstrip("\n") + "\n")
+        return
+    rows = _rows_of(answer)
+    wanted = _sorted(job, rows)
+    columns = _chosen_columns(job, rows)
+    shape = job.format
+    if columns is not None and shape in ("json", "jsonl"):
+        wanted = [{name: _pick(row, name) for name in columns} for row in wanted]
+    if shape == "json":
+        changed = wanted if columns is not None or job.options.sort else None
+        text = _json_text(answer if changed is None else _with_rows(answer, changed))
+        _write((_highlighted(text, job.options.theme or job.settings.get("theme")) if job.colored else text) + "\n")
+    elif shape == "jsonl":
+        _write("".join(_json_text(row, None) + "\n" for row in wanted))
+    elif shape == "csv":
+        _print_csv(wanted, columns or _default_columns(wanted, everything=True))
+    elif shape == "text":
+        _print_text(wanted, columns or _default_columns(wanted))
+    else:
+        _print_table(job, wanted, columns)
+
+
+def _cells(rows, columns):
+    for row in rows:
+        yield [
+            _cell(row if columns == ["value"] and not isinstance(row, dict) else _pick(row, name)) for name in columns
+        ]
+
+
+def _print_csv(rows, columns):
+    """RFC 4180: a header, CRLF, quotes where needed."""
+    import csv
+
+    for line in [columns] + list(_cells(rows, columns)):
+        out = io.StringIO()
+        csv.writer(out).writerow(line)
+        _write_lines(out.getvalue())
+
+
+def _write_lines(text):
+    """Text whose line ends are already what they should be, whatever the platform makes of \\n."""
+    _write(text.replace("\r\n", "\n") if os.linesep == "\r\n" else text)
+
+
+def _print_text(rows, columns):
+    for cells in _cells(rows, columns):
+        cells = [
+            cell.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r") for cell in cells
+        ]
+        line = "\t".join(cells)
+        _write((_printable(line) if sys.stdout.isatty() else line) + "\n")
+
+
+def _width(text):
+    """Columns a terminal takes for a text: wide characters two, combining ones none."""
+    if text.isascii() if hasattr(text, "isascii") else len(text) == len(text.encode("utf-8", "replace")):
+        return len(text)
+    import unicodedata
+
+    wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
+    none = sum(unicodedata.category(char) in ("Mn", "Me", "Cf") for char in text)
+    return len(text) + wide - none
+
+
+def _cut(text, width):
+    """Text made to fit a width, an ellipsis at its end where something is gone."""
+    if _width(text) <= width:
+        return text
+    while text and _width(text) > width - 1:
+        text = text[:-1]
+    return text + "…" if width > 0 else ""
+
+
+def _print_table(job, rows, chosen):
+    """Aligned columns under a header. On a terminal it fits: default columns are left out from the end, and only then
+    is anything cut; elsewhere nothing is."""
+    columns = chosen or _default_columns(rows)
+    terminal = sys.stdout.isatty()
+    table = [columns] + [
+        [_printable(cell.replace("\n", " ").replace("\t", " ")) for cell in cells] for cells in _cells(rows, columns)
+    ]
+    widths = [max(_width(line[index]) for line in table) for index in range(len(columns))]
+    if terminal:
+        import shutil
+
+        room = shutil.get_terminal_size().columns
+        while not chosen and len(widths) > 2 and sum(widths) + 2 * len(widths) - 2 > room:
+            widths.pop()
+        widths = _fitted(widths, room - 2 * len(widths) + 2)
+    for number, line in enumerate(table):
+        cells = [_cut(cell, width) for cell, width in zip(line, widths)]
+        text = "  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(cells, widths)).rstrip()
+        _write(("\x1b[1m" + text + "\x1b[0m" if number == 0 and job.colored else text) + "\n")
+
+
+def _fitted(widths, room):
+    """Widths that add up to the room: the widest gives way first, down to four columns."""
+    widths = list(widths)
+    while sum(widths) > room and max(widths) > 4:
+        widths[widths.index(max(widths))] -= 1
+    return widths
+
+
+# What the server offers: listApis, reduced and cached.
+
+_CATALOG_VERSION = 1
+_OLD = 30 * 86400  # seconds after which a catalog only warns
+_ALWAYS_KNOWN = frozenset(
+    "response customjobid page pagesize expires signature signatureversion apikey sessionkey ctxuserid ctxaccountid "
+    "ctxstarteventid ctxdetails uuid".split()
+)
+
+
+def _cache_path(client, *more):
+    """A file of the cache for this endpoint and account; a hash, so that its name tells nothing."""
+    import hashlib
+
+    base = os.environ.get("XDG_CACHE_HOME") or ""
+    base = base if os.path.isabs(base) else os.path.join(os.path.expanduser("~"), ".cache")
+    who = "\0".join([client.endpoint, client.key or client.username or ""] + list(more))
+    return os.path.join(base, "cs", hashlib.sha256(who.encode("utf-8")).hexdigest()[:32])
+
+
+def _write_private(path, text):
+    """Replace a file as one step, readable by its owner only. Raises OSError."""
+    scratch = "{}.{}.tmp".format(path, os.getpid())
+    file = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(file, "w", encoding="utf-8", newline="\n") as out:
+            out.write(text)
+        os.replace(scratch, path)
+    except BaseException:
+        os.unlink(scratch)
+        raise
+
+
+class _Catalog:
+    """The commands of one account. On disk: a header line, a line of JSON for each command, an end line; so that one
+    command can be looked up without parsing all of them, and a file cut short is noticed."""
+
+    def __init__(self, text):
+        head, _, rest = text.partition("\n")
+        header = jsonlib.loads(head)
+        body, _, end = rest.rstrip("\n").rpartition("\n")
+        if header["version"] != _CATALOG_VERSION or end != "end {}".format(header["count"]):
+            raise ValueError("another version, or cut short")
+        self.fetched = float(header["fetched"])
+        self._text = "\n" + body
+
+    @property
+    def old(self):
+        return not 0 <= time.time() - self.fetched < _OLD
+
+    def names(self):
+        return re.findall(r'\n\["([^"]+)"', self._text)
+
+    def all(self):
+        return [_Command(*jsonlib.loads(line)) for line in self._text.split("\n") if line]
+
+    def get(self, name):
+        """The _Command of a name in its exact case, or None."""
+        start = self._text.find('\n["{}",'.format(name))
+        if start < 0:
+            return None
+        return _Command(*jsonlib.loads(self._text[start + 1 :].partition("\n")[0]))
+
+    def resolve(self, name):
+        """The command's own spelling, where the name's case is all that differs and only one fits; else the name."""
+        alike = [other for other in self.names() if other.lower() == name.lower()]
+        return name if name in alike or len(alike) != 1 else alike[0]
+
+
+class _Command(collections.namedtuple("_Command", "name description isasync since params fields")):
+    """One command. params: [name, type, required, description, length, since]; fields: dotted names of the answer's."""
+
+    def param(self, name):
+        return next((param for param in self.params if param[0].lower() == name.lower()), None)
+
+
+def _text_of(entry, name):
+    value = entry.get(name)
+    return value if isinstance(value, str) else ""
+
+
+def _reduced(api):
+    """What is kept of one command of listApis."""
+    params = [
+        [_text_of(param, "name"), _text_of(param, "type"), bool(param.get("required")), _text_of(param, "description"),
+         param.get("length"), _text_of(param, "since")]
+        for param in api.get("params") or [] if isinstance(param, dict)
+    ]  # fmt: skip
+    fields = []
+    for field in api.get("response") or []:
+        if isinstance(field, dict) and field.get("name"):
+            fields.append(field["name"])
+            inner = field.get("response") or []
+            fields += ["{}.{}".format(field["name"], f["name"]) for f in inner if isinstance(f, dict) and f.get("name")]
+    return [api["name"], _text_of(api, "description"), bool(api.get("isasync")), _text_of(api, "since"), params, fields]
+
+
+def _fetch_catalog(job):
+    """Ask the server for listApis and keep it. Raises CloudStackException, ValueError where it cannot be kept."""
+    path = _cache_path(job.client)
+    rows = [row for row in job.client.listApis(fetch_list=True) if isinstance(row, dict) and row.get("name")]
+    lines = sorted(jsonlib.dumps(_reduced(row)) for row in rows)
+    if not lines:
+        raise CloudStackException("Unexpected response from CloudStack", "listApis gave no commands")
+    head = jsonlib.dumps({"version": _CATALOG_VERSION, "fetched": int(time.time()), "count": len(lines)})
+    text = "\n".join([head] + lines + ["end {}".format(len(lines))]) + "\n"
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        _write_private(path, text)
+    except OSError as error:
+        raise ValueError("cannot write the cache {!a}: {}".format(path, _reason(error))) from None
+    job.say("{} commands of {} are now known".format(len(lines), _shown(job.client.endpoint)))
+    return _Catalog(text)
+
+
+def _cached_catalog(client):
+    """The _Catalog, or None; a damaged one is thrown away."""
+    path = _cache_path(client)
+    try:
+        with open(path, encoding="utf-8") as file:
+            return _Catalog(file.read())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        try:
+            os.unlink(path)
+        except OSError:
+            pass
+        return None
+
+
+def _problems(catalog, command, params):
+    """What the server would ignore in silence, or refuse: a sentence each, all at once."""
+    spec = catalog.get(command)
+    if spec is None:
+        if command in ("login", "logout"):
+            return []
+        near = _near(command, catalog.names())
+        return ["the server has no command {!a} for you{}".format(command, _did_you_mean(near))]
+    control = ("json", "fetch_list", "fetch_result", "opcode_name")
+    given = [name for name in params if name not in control]
+    bases = {name: name.partition("[")[0].lower() for name in given}
+    known = {param[0].lower(): param[0] for param in spec.params}
+    problems = [
+        "{} has no parameter {!a}{}".format(command, name, _did_you_mean(_near(bases[name], known.values())))
+        for name in given if bases[name] not in known and bases[name] not in _ALWAYS_KNOWN
+    ]  # fmt: skip
+    missing = [param[0] for param in spec.params if param[2] and param[0].lower() not in bases.values()]
+    if missing:
+        problems.append("{} needs {}".format(command, ", ".join(sorted(missing))))
+    return problems
+
+
+def _did_you_mean(names):
+    return "; did you mean {}?".format(" or ".join(names)) if names else ""
+
+
+def _check_against_catalog(job, command, params):
+    """The command, in its own spelling. Raises _Usage for what the catalog knows to be wrong, unless --force."""
+    catalog = _cached_catalog(job.client)
+    if catalog is None or job.options.force:
+        return command
+    command = catalog.resolve(command)
+    problems = _problems(catalog, command, params)
+    if not problems:
+        return command
+    text = "\n    ".join(problems)
+    if catalog.old:
+        job.say("Warning: {}\n    (known from {:.0f} days ago; `cs --sync` looks again)".format(
+            text, (time.time() - catalog.fetched) / 86400))  # fmt: skip
+        return command
+    advice = "Nothing was sent. `cs --sync` looks again what the server offers; --force sends it all the same."
+    raise _Usage("{}\n    {}".format(text, advice))
+
+
+def _catalog_for_reading(job):
+    """The catalog, fetched now where there is none: --list and COMMAND --help ask for nothing else."""
+    return (None if job.options.sync else _cached_catalog(job.client)) or _fetch_catalog(job)
+
+
+def _list_commands(job, words):
+    """--list: the commands in whose name or description all the words stand."""
+    found = []
+    for spec in _catalog_for_reading(job).all():
+        if all(word.lower() in (spec.name + " " + spec.description).lower() for word in words):
+            found.append(spec)
+    room = max([len(spec.name) for spec in found] or [0])
+    terminal = sys.stdout.isatty()
+    if terminal:
+        import shutil
+
+    for spec in found:
+        line = _printable("{:{}}  {}".format(spec.name, room, spec.description.strip().replace("\n", " "))).rstrip()
+        _write((_cut(line, shutil.get_terminal_size().columns) if terminal else line) + "\n")
+    if not found:
+        job.say("No command matches {}".format(" ".join(words)))
+    return 0 if found else 1
+
+
+def _describe_command(job, name):
+    """COMMAND --help."""
+    catalog = _catalog_for_reading(job)
+    spec = catalog.get(catalog.resolve(name))
+    if spec is None:
+        raise _Usage("; ".join(_problems(catalog, name, {})) + "\n    `cs --list WORD` looks for one.")
+    _write(_printable("\n".join(_description_lines(spec))) + "\n")
+    return 0
+
+
+def _description_lines(spec):
+    import textwrap
+
+    since = " (since {})".format(spec.since) if spec.since else ""
+    yield "{}{}".format(spec.name, since)
+    yield from textwrap.wrap(spec.description, 96, initial_indent="  ", subsequent_indent="  ")
+    if spec.isasync:
+        yield "  It starts a job, which is waited for unless --async."
+    ordered = sorted(spec.params, key=lambda param: (not param[2], param[0]))
+    for heading, required in (("Required", True), ("Optional", False)):
+        group = [param for param in ordered if param[2] is required]
+        if group:
+            yield ""
+            yield heading + ":"
+        for name, kind, _, meaning, length, since in group:
+            facts = [kind] + ["at most {}".format(length)] * bool(length and kind == "string" and length != 255)
+            facts += ["since {}".format(since)] * bool(since)
+            left = "  {} ({})".format(name, ", ".join(filter(None, facts)))
+            yield from textwrap.wrap(left + "  " + meaning, 96, subsequent_indent=" " * 6)
+    if spec.fields:
+        top = [field for field in spec.fields if "." not in field]
+        yield ""
+        yield from textwrap.wrap("Returns: " + ", ".join(top), 96, subsequent_indent="  ")
+    yield ""
+    yield "Example: cs {}".format(" ".join([spec.name] + ["{}={}".format(p[0], _example(p)) for p in ordered if p[2]]))
+
+
+def _example(param):
+    kinds = {"boolean": "true", "integer": "1", "long": "1", "uuid": "ID", "date": "2026-01-31", "list": "A,B"}
+    return "'...'" if param[1] == "map" else kinds.get(param[1], "...")
+
+
+# Completion. The shells' scripts hand over the line up to the cursor and get lines of `word TAB description`. Words
+# come partly from the server, and names from tenants: only words that no shell would evaluate are given, and the
+# scripts never evaluate any.
+
+_SCRIPTS = {
+    "bash": r"""
+_cs_complete() {
+    local line word cut="" cur="${COMP_WORDS[COMP_CWORD]}"
+    COMPREPLY=()
+    word="${COMP_LINE:0:COMP_POINT}"; word="${word##*[[:space:]]}"
+    # bash takes a word apart at = and : and replaces only the last part
+    case "$COMP_WORDBREAKS" in *=*) [[ "$word" == *=* ]] && cut="${word%"${word##*=}"}" ;; esac
+    while IFS= read -r line; do
+        line="${line%%$'\t'*}"
+        [[ "$line" == *= || "$line" == *, ]] && compopt -o nospace 2>/dev/null
+        COMPREPLY+=("${line#"$cut"}")
+    done < <(CLOUDSTACK_TRACE= command "${COMP_WORDS[0]}" --complete="${COMP_LINE:0:COMP_POINT}" 2>/dev/null)
+}
+complete -F _cs_complete cs
+""",
+    "zsh": r"""#compdef cs
+_cs() {
+    local line word; local -a plain shown open
+    for line in "${(@f)$(CLOUDSTACK_TRACE= command "${words[1]}" --complete="${LBUFFER}" 2>/dev/null)}"; do
+        [[ -n "$line" ]] || continue
+        word="${line%%$'\t'*}"
+        if [[ "$word" == *= || "$word" == *, ]]; then open+=("$word"); continue; fi
+        plain+=("$word"); shown+=("${line//$'\t'/  -- }")
+    done
+    (( $#open )) && compadd -S '' -- "${open[@]}"
+    (( $#plain )) && compadd -l -d shown -- "${plain[@]}"
+}
+if [[ "$funcstack[1]" = _cs ]]; then _cs "$@"; else compdef _cs cs; fi
+""",
+    "fish": r"""
+function __cs_complete
+    set -l line (commandline -cp)
+    env CLOUDSTACK_TRACE= (commandline -opc)[1] --complete="$line" 2>/dev/null
+end
+complete -c cs -f -a '(__cs_complete)'
+""",
+}
+_SAFE_WORD = re.compile(r"[A-Za-z0-9_.,:/@%+=\[\]-]+\Z")
+_OPTION_VALUES = {
+    "--output": FORMATS, "-o": FORMATS, "--color": ("auto", "always", "never"), "--completion": ("bash", "zsh", "fish")
+}  # fmt: skip
+_PATIENCE_AT_A_KEY = 1.0  # seconds to connect and as many for the answer
+_REMEMBERED = 60.0  # seconds for which ids are not asked for again
+
+
+def _complete(line):
+    """The (word, description) pairs that may stand where the cursor is, at the end of the line."""
+    words = line.split()[1:] + ([""] if not line or line[-1].isspace() else [])
+    current = words.pop() if words else ""
+    before = words[-1] if words else ""
+    if current.startswith("--") and "=" in current:
+        option, _, part = current.partition("=")
+        return _starting(
+            [(option + "=" + word, text) for word, text in _complete_option(option, words)], option + "=" + part
+        )
+    if before in _OPTION_VALUES or before in ("-r", "--region", "-c", "--columns", "--sort"):
+        return _starting(_complete_option(before, words, current), current)
+    if current.startswith("-"):
+        names = _make_parser()._option_string_actions
+        return _starting(
+            [(name, "") for name in sorted(names) if name.startswith("--") and name != "--complete"], current
+        )
+    return _starting(_complete_call(words, current), current)
+
+
+def _starting(pairs, prefix):
+    fitting = [pair for pair in pairs if pair[0].startswith(prefix)]
+    return fitting or [pair for pair in pairs if pair[0].lower().startswith(prefix.lower())]
+
+
+def _command_among(words):
+    """The command on a line: the first word that is neither an option nor an option's value."""
+    takes = {name for action in _make_parser()._actions if action.nargs is None for name in action.option_strings}
+    for index, word in enumerate(words):
+        if not word.startswith("-") and not (index and words[index - 1] in takes):
+            return word
+    return None
+
+
+def _complete_option(option, words, current=""):
+    if option in ("-r", "--region"):
+        return [(name, "") for name in _regions()]
+    if option in ("-c", "--columns", "--sort"):
+        job = _completion_job(words)
+        spec = job and _spec_of(job, _command_among(words))
+        done = current.rpartition(",")[0]
+        return [((done + "," if done else "") + field, "") for field in (spec.fields if spec else [])]
+    return [(word, "") for word in _OPTION_VALUES.get(option, ())]
+
+
+def _regions():
+    found = set()
+    for path in _ini_paths():
+        try:
+            found.update(_parse_ini(path, _read_text(path)).sections())
+        except (OSError, ValueError):
+            pass
+    return sorted(found)
+
+
+def _completion_job(words):
+    """A _Job for the configuration that the line chooses, or None where there is none to use."""
+    usable = [word for word in words if word.startswith("-") or words.index(word) > 0]
+    try:
+        options, _ = _parse_arguments([word for word in usable if "$" not in word and "`" not in word])
+        options.quiet = True
+        options.trace = False
+        job = _Job(options)
+        job.connect()
+    except (_Usage, ValueError):
+        return None
+    return job
+
+
+def _spec_of(job, command):
+    catalog = _cached_catalog(job.client)
+    return catalog.get(catalog.resolve(command)) if catalog and command else None
+
+
+def _complete_call(words, current):
+    job = _completion_job(words)
+    catalog = job and _cached_catalog(job.client)
+    if not catalog:
+        return []
+    command = _command_among(words)
+    if command is None:
+        return [(spec.name, spec.description) for spec in catalog.all()]
+    spec = catalog.get(catalog.resolve(command))
+    if spec is None:
+        return []
+    name, equals, value = current.partition("=")
+    if not equals:
+        used = {word.partition("=")[0].lower() for word in words}
+        ordered = sorted(spec.params, key=lambda param: (not param[2], param[0]))
+        return [(param[0] + "=", param[3]) for param in ordered if param[0].lower() not in used]
+    param = spec.param(name)
+    if param and param[1] == "boolean":
+        return [(name + "=true", ""), (name + "=false", "")]
+    if not name.lower().endswith(("id", "ids")):
+        return []
+    done = value.rpartition(",")[0]
+    front = name + "=" + (done + "," if done else "")
+    return [(front + ident, text) for ident, text in _ids(job, catalog, spec, name)]
+
+
+def _ids(job, catalog, spec, name):
+    """(id, name) of what an ...id parameter may be, asked of the list command that fits; remembered for a minute."""
+    lister = _lister(catalog, spec, name)
+    if lister is None:
+        return []
+    path = _cache_path(job.client, "ids", lister.name)
+    try:
+        with open(path, encoding="utf-8") as file:
+            kept = jsonlib.load(file)
+        if 0 <= time.time() - kept["at"] < _REMEMBERED:
+            return [(row[0], row[1]) for row in kept["rows"]]
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        pass
+    rows = _ask_ids(job.client, lister)
+    try:
+        _write_private(path, jsonlib.dumps({"at": int(time.time()), "rows": rows}))
+    except OSError:
+        pass
+    return rows
+
+
+def _ask_ids(client, lister):
+    params = {"listall": "true"} if lister.param("listall") else {}
+    if lister.param("templatefilter"):
+        params["templatefilter"] = "executable"
+    client.timeout = _PATIENCE_AT_A_KEY
+    call = _Call(lister.name, params)
+    call.total = _PATIENCE_AT_A_KEY
+    try:
+        rows = _rows(client._run(_ask(client, call, retries=0)))
+    except CloudStackException:
+        return []
+    found = [
+        (row.get("id"), _cell(row.get("displayname") or row.get("name"))) for row in rows or [] if isinstance(row, dict)
+    ]
+    return [(ident, name) for ident, name in found if isinstance(ident, str)]
+
+
+_SHORT_NAMES = {"vm": "virtualmachine", "userdata": "userdata", "iso": "iso", "parentdomain": "domain"}
+
+
+def _lister(catalog, spec, name):
+    """The list command whose ids a parameter takes: zoneid -> listZones, and plain id by the command's own object."""
+    thing = re.sub(r"ids?\Z", "", name.lower())
+    if not thing:
+        thing = re.sub(r"\A[a-z]+", "", spec.name).lower()
+    thing = _SHORT_NAMES.get(thing, thing)
+    wanted = ["list" + thing + end for end in ("s", "", "es")] + ["list" + thing[:-1] + "ies"]
+    spelled = {other.lower(): other for other in catalog.names()}
+    return next((catalog.get(spelled[other]) for other in wanted if other in spelled), None)
+
+
+def _print_completions(line):
+    for word, text in _complete(line):
+        if _SAFE_WORD.match(word):
+            text = " ".join(_printable(text).split())
+            _write(word + ("\t" + _cut(text, 60) if text else "") + "\n")
+    return 0
+
+
+# Writing the ini file.
+
+
+def _configure(job):
+    """--configure: ask, try with one call, write the section to ~/.cloudstack.ini."""
+    region = job.options.region or os.environ.get(_PREFIX + "REGION") or "cloudstack"
+    if not re.match(r"[^\[\]\s][^\[\]\r\n]*\Z", region):
+        raise _Usage("{!a} cannot be the name of a section".format(region))
+    path = os.path.realpath(job.options.config or os.path.expanduser("~/.cloudstack.ini"))
+    try:
+        text = _read_text(path)
+        _parse_ini(path, text)  # a broken file is not made worse
+    except FileNotFoundError:
+        text = ""
+    answers = {"endpoint": _ask_person("Endpoint (https://host/client/api): "), "key": _ask_person("API key: ")}
+    answers["secret"] = _ask_person("Secret key (not shown): ", hidden=True)
+    client = CloudStack(timeout=job.options.timeout or 10, **answers)
+    _check_client(client)
+    try:
+        with client:
+            client.listCapabilities()
+        job.say("They work: {} answered.".format(_shown(client.endpoint)))
+    except CloudStackException as error:
+        _to_stderr("They do not work: {}".format(_sentence(error)))
+        if _ask_person("Save them all the same? [y/N] ").lower() not in ("y", "yes"):
+            job.say("Nothing was written.")
+            return 1
+    try:
+        _write_private(path, _with_section(text, region, answers))
+    except OSError as error:
+        raise ValueError("cannot write {!a}: {}".format(path, _reason(error))) from None
+    job.say("Section [{}] of {} is written.".format(region, path))
+    return 0
+
+
+def _ask_person(question, hidden=False):
+    sys.stderr.write("" if hidden and sys.stdin.isatty() else question)
+    sys.stderr.flush()
+    if hidden and sys.stdin.isatty():
+        from getpass import getpass
+
+        answer = getpass(question, sys.stderr)
+    else:
+        answer = sys.stdin.readline()
+        if not answer:
+            raise _Usage("no answer to '{}'; nothing was written".format(question.strip()))
+    return answer.strip()
+
+
+def _with_section(text, region, values):
+    """An ini file's text with these values in a section; comments, order and everything else stay."""
+    lines = text.splitlines()
+    start = next((index for index, line in enumerate(lines) if line.strip() == "[{}]".format(region)), None)
+    fresh = ["{} = {}".format(name, value.replace("%", "%%")) for name, value in values.items()]
+    if start is None:
+        return "\n".join(lines + ([""] if lines else []) + ["[{}]".format(region)] + fresh) + "\n"
+    end = next((index for index in range(start + 1, len(lines)) if lines[index].startswith("[")), len(lines))
+    kept, dropping = [], False
+    for line in lines[start + 1 : end]:
+        name = re.match(r"([^\s#;=:][^=:]*?)\s*[=:]", line)
+        dropping = (name is not None and name.group(1).lower() in values) or (
+            dropping and line[:1].isspace() and line.strip()
+        )
+        if not dropping:
+            kept.append(line)
+    return "\n".join(lines[: start + 1] + fresh + kept + lines[end:]) + "\n"
+
+
+# Carrying it out.
+
+
+def _show_plan(job, command, params):
+    """--dry-run: what would be sent, and nothing is."""
+    control = {name: params.pop(name) for name in ("json", "opcode_name") if name in params}
+    params = {name: value for name, value in params.items() if name not in ("fetch_list", "fetch_result")}
+    call = _Call(command, flatten(params), **control)
+    call.complete_page(PAGE_SIZE)
+    request = _build(job.client, call)
+    lines = ["{} {}".format(request.method, _shown(job.client.endpoint, True))]
+    lines += ["{}={}".format(name, text) for name, text in sorted(request.shown_params().items())]
+    _write("\n".join(_printable(line) for line in lines) + "\n")
+
+
+def _call(job, command, params):
+    """Make the call and print what comes of it; returns the exit code."""
+    options = job.options
+    job.asked = " ".join([command] + [
+        "{}={}".format(name, MASK if _is_secret(name) else value) for name, value in params.items()
+    ])  # fmt: skip
+    if options.all:
+        params["fetch_list"] = True
+    params.setdefault("fetch_result", not (options.no_wait or "async" in command.lower()))
+    if params.get("fetch_list") and job.format == "jsonl" and not options.sort:
+        return _stream(job, command, dict(params, fetch_list=False))
+    answer = job.client._request(command, **params)
+    job.clear_progress()
+    _print_answer(job, answer, plain=params.get("json") is False)
+    _warn_of_missing_rows(job, answer, params)
+    return 1 if isinstance(answer, dict) and "errortext" in answer else 0
+
+
+def _stream(job, command, params):
+    """jsonl of a whole list: each row is written as it arrives."""
+    columns = None
+    params = {name: value for name, value in params.items() if name not in ("fetch_list", "fetch_result")}
+    for number, row in enumerate(job.client.iter_list(command, **params)):
+        if number == 0:
+            job.clear_progress()
+            columns = _chosen_columns(job, [row])
+        if columns:
+            row = {name: _pick(row, name) for name in columns}
+        _write(_json_text(row, None) + "\n")
+    return 0
+
+
+def _warn_of_missing_rows(job, answer, params):
+    rows = (_rows(answer) if isinstance(answer, dict) else None) or []
+    total = answer.get("count") if rows else None
+    asked = {name.lower() for name in params}
+    if (
+        isinstance(total, int)
+        and total > len(rows)
+        and not asked & {"page", "pagesize"}
+        and not params.get("fetch_list")
+    ):
+        job.say("{} of {} shown; --all for the rest".format(len(rows), total))
+
+
+_HINTS = {
+    401: "Check endpoint, key and secret of this region, and this machine's clock; the server says the same where it "
+    "does not know the command: cs --list.",
+    405: "Check the endpoint: it usually ends in /client/api.",
+    429: "Ask less often, or let it be asked again: --retry 3.",
+    430: "See cs {command} --help for what its parameters look like.",
+    431: "See cs {command} --help for what it takes.",
+    432: "Either there is no such command or your role may not use it: cs --sync, then cs --list.",
+    503: "The server is in maintenance; nothing was done. Try again later, or with --retry 3.",
+    530: "The management server's log says more.",
+    531: "Your role or account may not do this.",
+    532: "A limit of the account or project is reached: cs listResourceLimits.",
+    533: "There is no room for it now: another zone, host or a smaller offering may do.",
+    536: "Something else still uses it.",
+}
+
+
+def _sentence(error):
+    """An exception in a line: its message, and what the server said."""
+    text = ": ".join(str(arg) for arg in error.args)
+    document = getattr(error, "error", None)
+    if isinstance(document, dict) and document.get("errortext"):
+        text += ": {}".format(document["errortext"])
+    return text
+
+
+def _report(job, error):
+    """Tell of a CloudStackException; returns the exit code."""
+    job.clear_progress()
+    lines = ["CloudStack error: " + _sentence(error)]
+    if job.asked:
+        lines.append("  Asked: {} of {}".format(job.asked, _shown(job.client.endpoint)))
+    document = getattr(error, "error", None)
+    if isinstance(document, dict):
+        codes = ["{} {}".format(name, document[name]) for name in ("errorcode", "cserrorcode") if name in document]
+        lines += ["  Codes: " + ", ".join(codes)] if codes else []
+    lines += ["  Try: " + hint for hint in [_hint(job, error)] if hint]
+    if error.jobid and not isinstance(error, CloudStackApiException):
+        lines.append(_how_to_go_on(error))
+    job.say("\n".join(lines))
+    if isinstance(error, CloudStackJobTimeout):
+        return 4
+    if error.response is not None:
+        _print_error_answer(job, error.response)
+    return 3 if isinstance(error, OSError) else 1
+
+
+def _hint(job, error):
+    document = getattr(error, "error", None)
+    code = document.get("errorcode") if isinstance(document, dict) else _status(error)
+    if isinstance(error, CloudStackApiException) and isinstance(code, int):
+        return _HINTS.get(code, "").format(command=job.asked.partition(" ")[0])
+    return "Look whether it was done before you send it again." if error.outcome_unknown else ""
+
+
+def _how_to_go_on(error):
+    return "Job {0} may still be running; to go on waiting for it: cs --wait {0}".format(error.jobid)
+
+
+def _print_error_answer(job, response):
+    """What the server said: JSON on standard output, anything else on standard error, the beginning of it."""
+    try:
+        document = response.json()
+    except (ValueError, RecursionError):
+        job.say(response.text[:2000])
+    else:
+        _write(_json_text(document) + "\n")
+
+
+def _carry_out(job, words):
+    """Everything after parsing; returns the exit code."""
+    options = job.options
+    if options.version:
+        _write("cs {}\n".format(__version__))
+    elif options.completion:
+        _write(_SCRIPTS[options.completion])
+    elif options.complete is not None:
+        return _print_completions(options.complete)
+    elif options.configure:
+        return _configure(job)
+    elif options.help and not words:
+        _write(_HELP)
+    else:
+        return _use_server(job, words)
+    return 0
+
+
+def _use_server(job, words):
+    options = job.options
+    command = words[0] if words else None
+    params = {} if options.list else _parse_parameters(words[1:])
+    if command is None and not (options.wait or options.list or options.sync):
+        raise _Usage("no command given; see cs --help")
+    if command is not None and not options.list and not re.match(r"[\w.-]+\Z", command, re.ASCII):
+        raise _Usage("{!a} stands where the command should be: cs [options] COMMAND [name=value ...]".format(command))
+    job.connect()
+    job.format  # noqa: B018  (a wrong format is told before anything is sent)
+    with job.client:
+        if options.list:
+            return _list_commands(job, words)
+        if options.help:
+            return _describe_command(job, command)
+        if options.sync and not options.dry_run:
+            _fetch_catalog(job)
+        if command is not None:
+            command = _check_against_catalog(job, command, params)
+        if options.dry_run:
+            _show_plan(job, *(("queryAsyncJobResult", {"jobid": options.wait}) if options.wait else (command, params)))
+            return 0
+        if options.wait:
+            _print_answer(job, job.client.wait_job(options.wait))
+        return _call(job, command, params) if command is not None else 0
+
+
+def main(args=None):
+    """The command line. Returns the exit code: 0; 1 an answer that is an error, or a failed job; 2 usage or
+    configuration; 3 no answer; 4 job still running at job_timeout; 130 interrupted."""
+    job = None
+    if sys.stdout is None:  # closed by whoever started this
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    try:
+        options, words = _parse_arguments(sys.argv[1:] if args is None else args)
+        job = _Job(options)
+        try:
+            code = _carry_out(job, words)
+        finally:
+            job.clear_progress()
+        sys.stdout.flush()
+        return code
+    except (_Usage, ValueError) as error:
+        _to_stderr(str(error) if str(error).startswith("Error: ") else "cs: {}".format(error))
+        return 2
+    except CloudStackException as error:
+        return _guard_output(_report, job, error)
+    except KeyboardInterrupt as error:
+        if getattr(error, "jobid", None):
+            _to_stderr("Interrupted. " + _how_to_go_on(error))
+        return 130
+    except OSError as error:
+        return _output_failed(error)
+
+
+def _guard_output(function, *args):
+    try:
+        code = function(*args)
+        sys.stdout.flush()
+        return code
+    except OSError as error:
+        return _output_failed(error)
+
+
+def _output_failed(error):
+    """Nobody reads on (head, a pager): that is all right. Anything else is not. What is still in standard output's
+    buffer goes nowhere, else the interpreter would complain at its end."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError, AttributeError):
+        pass
+    if isinstance(error, BrokenPipeError):
+        return 0
+    _to_stderr("cs: cannot write the answer: {}".format(_reason(error)))
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

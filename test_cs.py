@@ -1,0 +1,7938 @@
+"""The tests of cs.py, and the stand-in management server they run against.
+
+    python3 test_cs.py                           run the tests
+    python3 test_cs.py sandbox COMMAND [args]    start the simulator, run cs.py against it once, end with its exit code
+    python3 test_cs.py sandbox                   keep the simulator running (--port N for a fixed port) until Ctrl-C
+
+The simulator is a small cloud behind a real socket. It is written from how the server behaves, not from what cs.py
+sends: nothing of cs.py is used for it, least of all to check a signature. The tests follow in the same file.
+"""
+
+import base64
+import calendar
+import collections
+import copy
+import hashlib
+import hmac
+import html
+import http.client
+import json
+import os
+import pickle
+import random
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import unittest
+import zlib
+from urllib.parse import unquote, urlencode
+
+# --- simulator: wire ------------------------------------------------------------------------------------------------
+# Requests into parameters, the signature, and answers into bytes.
+
+MAX_HEAD = 8192  # request line and headers
+MAX_FORM = 1 << 20
+MAX_FORM_KEYS = 5000
+CREDENTIALS_TEXT = "unable to verify user credentials and/or request signature"
+
+_READING = re.compile(r"(get|list|query|find)\w+", re.ASCII)
+_ANNOTATED_READING = frozenset(
+    "isAccountAllowedToCreateOfferingsWithTags quotaBalance quotaIsEnabled quotaStatement quotaSummary quotaTariffList "
+    "cloudianIsEnabled readyForShutdown verifyOAuthCodeAndGetUser".split()
+)
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_MAP_NAME = re.compile(r"([^\[\]]+)\[([0-9]+)\]\.([^\[\]]+)")
+_DATE = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.\d+)?(Z|[+-]\d\d:?\d\d)", re.ASCII)
+_JAVA_UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789.-_*")
+_ENCODED = [chr(byte) if byte in _JAVA_UNRESERVED else "%{:02X}".format(byte) for byte in range(256)]
+
+
+class ApiError(Exception):
+    """An error the server states in its own words: code, text, and the entities it is about."""
+
+    def __init__(self, code, text, uuids=()):
+        Exception.__init__(self, code, text)
+        self.code, self.text, self.uuids = code, text, uuids
+
+    def body(self):
+        named = [{"uuid": uuid, "description": description} for uuid, description in self.uuids]
+        return {"uuidList": named, "errorcode": self.code, "cserrorcode": 9999, "errortext": self.text}
+
+
+class HtmlError(Exception):
+    """An error of the servlet container, or of a proxy: an HTML page, and nothing ran."""
+
+    def __init__(self, code, text=None, close=True):
+        Exception.__init__(self, code, text)
+        self.code, self.text, self.close = code, text or http.client.responses.get(code, str(code)), close
+
+    def answer(self):
+        page = "<html>\n<head><title>Error {0} {1}</title></head>\n<body><h2>HTTP ERROR {0} {1}</h2></body>\n</html>\n"
+        body = page.format(self.code, html.escape(self.text))
+        return Answer(self.code, body, {"Content-Type": "text/html;charset=iso-8859-1"}, close=self.close)
+
+
+class Headers(dict):
+    """Header fields by name in any case; the names of the same spelling twice are joined by a comma."""
+
+    def __init__(self, pairs=()):
+        dict.__init__(self)
+        for name, value in pairs:
+            name = name.lower()
+            self[name] = dict.get(self, name) + ", " + value if name in self else value
+
+    def get(self, name, default=None):
+        return dict.get(self, name.lower(), default)
+
+    def __getitem__(self, name):
+        return dict.__getitem__(self, name.lower())
+
+    def __contains__(self, name):
+        return dict.__contains__(self, name.lower())
+
+
+class Record:
+    """One request as it was received."""
+
+    def __init__(self, method, target, version, headers, connection):
+        self.method, self.version, self.headers, self.connection = method, version, headers, connection
+        self.path, _, self.query = target.partition("?")
+        self.body = b""
+        self.params = {}
+        self.time = time.monotonic()
+
+    @property
+    def command(self):
+        return self.params.get("command")
+
+    def read_parameters(self, form=True):
+        """Merge query and form: the last of a name wins in a query, the first in a form, the query over the form."""
+        content_type = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if form and self.body and content_type == "application/x-www-form-urlencoded":
+            pairs = parse_pairs(self.body.decode("utf-8", "replace"))
+            if len(self.body) > MAX_FORM or len(pairs) > MAX_FORM_KEYS:
+                raise HtmlError(400, "Unable to parse form content")
+            for name, value in pairs:
+                self.params.setdefault(name, value)
+        self.params.update(parse_pairs(self.query))
+
+    def cookies(self):
+        pairs = (piece.partition("=") for piece in self.headers.get("Cookie", "").split(";"))
+        return {name.strip(): value.strip().strip('"') for name, _, value in pairs}
+
+    def __repr__(self):
+        return "<Record {} {}>".format(self.method, self.command)
+
+
+class Answer:
+    """What goes back: a dict is sent as JSON, text and bytes as they are. close: and then the connection is closed."""
+
+    cookies = ()
+    gzip = None  # whether the client may get it packed; None for what a script gave, which is sent as it is
+
+    def __init__(self, status=200, body=b"", headers=None, reason=None, close=False):
+        self.status, self.reason, self.close = status, reason, close
+        self.headers = dict(headers or {})
+        if not any(name.lower() == "content-type" for name in self.headers):
+            kind = "application/json" if isinstance(body, dict) else "text/html"
+            self.headers["Content-Type"] = kind + "; charset=UTF-8"
+        if isinstance(body, dict):
+            body = to_json(body)
+        self.body = body.encode("utf-8", "surrogatepass") if isinstance(body, str) else body
+
+
+DROP = "close the connection without running the command"
+RUN_THEN_DROP = "run the command, then close the connection without an answer"
+GO_ON = "answer as usual"
+
+
+def decode(text):
+    return unquote(text.replace("+", " "), errors="replace")
+
+
+def parse_pairs(text):
+    pairs = (piece.partition("=") for piece in text.split("&") if piece)
+    return [(decode(name), decode(value)) for name, _, value in pairs]
+
+
+def java_encode(value):
+    """What Java's URLEncoder makes of a value once each "+" became "%20"."""
+    return "".join([_ENCODED[byte] for byte in value.encode("utf-8", "replace")])
+
+
+def signature_of(params, secret):
+    """The signature of the decoded parameters: names raw, in the order of Java strings (UTF-16 units)."""
+    names = sorted(params, key=lambda name: name.encode("utf-16-be", "replace"))
+    text = "&".join([name + "=" + java_encode(params[name]) for name in names if name != "signature"]).lower()
+    digest = hmac.new(secret.encode("utf-8"), text.encode("utf-8", "replace"), hashlib.sha1).digest()
+    return base64.b64encode(digest).decode("ascii")
+
+
+def parse_date(text):
+    """Seconds since 1970 of a date with an offset, or None."""
+    match = _DATE.match(text)
+    if not match or match.end() != len(text):
+        return None
+    try:
+        seconds = calendar.timegm(time.strptime("".join(match.group(1, 2, 3, 4, 5, 6)), "%Y%m%d%H%M%S"))
+    except ValueError:
+        return None
+    offset = match.group(7)
+    if offset == "Z":
+        return seconds
+    shift = int(offset[1:3]) * 3600 + int(offset[-2:]) * 60
+    return seconds - shift if offset[0] == "+" else seconds + shift
+
+
+def format_date(seconds):
+    return time.strftime("%Y-%m-%dT%H:%M:%S+0000", time.gmtime(seconds))
+
+
+def is_reading(command):
+    """Whether a server that enforces POST lets this command through by GET."""
+    return bool(_READING.fullmatch(command.lower())) or command in _ANNOTATED_READING
+
+
+def lower_names(params):
+    """Split verified parameters into plain ones and maps: {"zoneid": ..}, {"tags": {0: {"key": .., "value": ..}}}."""
+    plain, maps = {}, {}
+    for name, value in params.items():
+        if "[" not in name and "]" not in name:
+            plain[name.lower()] = value
+            continue
+        match = _MAP_NAME.match(name)
+        if not match or match.end() != len(name):
+            text = "Unable to decode parameter: {}; an array of objects is written parameter[index].field=value"
+            raise ApiError(430, text.format(name))
+        maps.setdefault(match.group(1).lower(), {}).setdefault(int(match.group(2)), {})[match.group(3)] = value
+    return plain, maps
+
+
+def to_json(tree):
+    """JSON as the server writes it: control characters stand raw, having been un-escaped once more at the end."""
+    text = json.dumps(tree, ensure_ascii=False, separators=(",", ":"))
+    if "\\u00" not in text:
+        return text
+    return re.sub(r"\\\\|\\u00([01][0-9a-f])", lambda m: chr(int(m.group(1), 16)) if m.group(1) else m.group(), text)
+
+
+def to_xml(tree):
+    (key, value), = tree.items()
+    parts = ['<?xml version="1.0" encoding="UTF-8"?><{} cloud-stack-version="4.23.0.0">'.format(key)]
+    for name, member in value.items():
+        _xml(name, member, parts)
+    return "".join(parts) + "</{}>".format(key)
+
+
+def _xml(name, value, parts):
+    if isinstance(value, list):
+        for item in value:
+            _xml(name, item, parts)
+    elif isinstance(value, dict):
+        parts.append("<{}>".format(name))
+        for inner, member in value.items():
+            _xml(inner, member, parts)
+        parts.append("</{}>".format(name))
+    else:
+        text = str(value).lower() if isinstance(value, bool) else html.escape(str(value), quote=False)
+        parts.append("<{0}>{1}</{0}>".format(name, text))
+
+
+# --- simulator: the cloud -------------------------------------------------------------------------------------------
+# Rows in tables, jobs, and one registry of commands; listApis and the checks of parameters both come from the registry.
+
+Parameter = collections.namedtuple("Parameter", "name type entity required description length since")
+Rows = collections.namedtuple("Rows", "member rows")
+PAGING = ("keyword", "page", "pagesize")
+OWNING = ("account", "domainid", "projectid", "listall", "isrecursive")
+OWNER_FIELDS = ("account", "domainid", "domain", "projectid", "project")
+LONGEST = {"userdata": 1048576, "publickey": 5120, "ids": 65535}
+LENIENT = ("userdataid", "backupofferingid")  # newer ones: what is no UUID is dropped in silence, with the filter
+COMMANDS = {}
+OWNED = set("virtualmachine volume snapshot network securitygroup affinitygroup sshkeypair project event".split())
+TABLES = (
+    "zone pod cluster host template serviceoffering diskoffering networkoffering network account domain project user "
+    "virtualmachine volume snapshot securitygroup affinitygroup sshkeypair event resourcelimit counter condition "
+    "hosttag storagetag provider ldap"
+).split()
+
+# name, type ("uuid:zone": an id of that table), what it is; ids without a table are those of the command's own entity
+_PARAMETERS = """
+account string the account of the resource, used with domainid
+affinitygroupid uuid:affinitygroup list by affinity group
+affinitygroupids list the ids of the affinity groups the machine belongs to
+affinitygroupnames list the names of the affinity groups the machine belongs to
+available boolean true for zones that take new machines
+backupofferingid uuid list by backup offering
+cidrlist list the CIDR list associated
+clusterid uuid:cluster the cluster
+description string the description
+details map details as key and value
+deviceid long the device of the volume in the machine
+diskofferingid uuid:diskoffering the disk offering
+displayname string the name to show
+domain string the path of the domain that the user belongs to
+domainid uuid:domain the domain of the resource, used with account
+enddate date nothing after this date
+endport integer the last port of the rule
+expunge boolean true to expunge the machine at once
+fingerprint string the fingerprint of the public key
+forced boolean force it
+format string the format of the volume
+group string a group for the machine
+haenable boolean true for high availability
+hostid uuid:host the host
+hypervisor string the hypervisor
+icmpcode integer the code of the ICMP message
+icmptype integer the type of the ICMP message
+id uuid the id
+ids list the ids, mutually exclusive with id
+iptonetworklist map ip and networkid of each nic, instead of networkids
+isrecursive boolean true to include the domains below domainid
+key string list by tag key
+keypair string the name of the ssh key pair for the machine
+keyword string list by keyword
+level string the level of the event
+listall boolean true to list all the caller may see, not only what is its own; false by default
+maxiops long the most input and output operations a second
+name string the name
+networkid uuid:network list by network
+networkids list the networks of the machine, the default one first
+networktype string list by type of network
+page integer the page to list
+pagesize integer the rows of a page
+password string the password
+podid uuid:pod list by pod
+projectid uuid:project the project; -1 for all projects
+protocol string tcp, udp, icmp or all
+publickey string the public key
+resourceid string list by resource
+resourceids list the resources to tag
+resourcetype string the type of the resource
+rootdisksize long the size of the root disk in GB
+securitygroupid uuid:securitygroup the security group
+securitygroupids list the ids of the security groups of the machine
+securitygroupname string the name of the security group
+securitygroupnames list the names of the security groups of the machine
+serviceofferingid uuid:serviceoffering the service offering
+size long the size in GB
+snapshotid uuid:snapshot the snapshot to start from
+startdate date nothing before this date
+startport integer the first port of the rule
+startvm boolean false to leave the machine stopped; true by default
+state string list by state
+tags map list by tags, or the tags, as key and value
+templatefilter string featured, self, selfexecutable, sharedexecutable, executable, community or all
+templateid uuid:template the template
+type string list by type
+userdata string user data, base64
+userdataid uuid the registered user data
+username string the name of the user
+value string list by tag value
+virtualmachineid uuid:virtualmachine the virtual machine
+volumeid uuid:volume the volume
+zoneid uuid:zone the zone
+jobid uuid:job the job
+"""
+_PARAMETERS = {line.split()[0]: line.split(None, 2)[1:] for line in _PARAMETERS.strip().splitlines()}
+_SINCE = {"listall": "3.0", "userdataid": "4.18", "backupofferingid": "4.17", "startvm": "3.0.1"}
+
+
+class Command:
+    """What a command is called, takes and answers with, and the function that runs it."""
+
+    def __init__(self, name, parameters, description, entity, run, job, key, admin):
+        self.name, self.description, self.entity, self.run = name, description, entity, run
+        self.job, self.key, self.admin = job, key or name.lower() + "response", admin
+        self.parameters = [self._parameter(word) for word in parameters.split()]
+        self.reading = is_reading(name)
+
+    def _parameter(self, word):
+        name = word.rstrip("!")
+        kind, text = _PARAMETERS[name]
+        kind, _, entity = kind.partition(":")
+        if name == "id":
+            entity, text = self.entity, "the id of the " + self.entity
+        return Parameter(name, kind, entity, word.endswith("!"), text, LONGEST.get(name, 255), _SINCE.get(name))
+
+
+def command(name, parameters, description, entity="success", job=False, key=None, admin=False):
+    """Register a command. The function of a job is a generator: it yields (lock, id) when it has checked its arguments,
+    runs to the next yield when the job begins, and to its return, the job's result, when the job ends.
+    """
+
+    def register(run):
+        COMMANDS[name] = Command(name, parameters, description, entity, run, job, key, admin)
+        return run
+
+    return register
+
+
+class User:
+    """Who calls: key and secret, or user name, password and domain (a path)."""
+
+    def __init__(self, row, password, domain, account_type):
+        self.id, self.username, self.account = row["id"], row["username"], row["account"]
+        self.accountid, self.domainid = row["accountid"], row["domainid"]
+        self.row, self.password, self.domain = row, password, domain
+        self.admin = account_type == 1
+        self.key, self.secret = row["apikey"], make_key(self.username + " secret")
+
+    @property
+    def owner(self):
+        return {"account": self.account, "domainid": self.domainid, "domain": self.row["domain"]}
+
+
+class Job:
+    """An asynchronous job. What its state is depends on the clock alone: nothing runs until somebody asks."""
+
+    def __init__(self, uuid, command_name, user, created, begins, seconds):
+        self.id, self.command, self.user, self.created = uuid, command_name, user, created
+        self.begins, self.due, self.begun, self.body = begins, begins + seconds, False, None
+        self.status, self.code, self.result, self.completed, self.lost = 0, 0, None, None, False
+
+    def advance(self, now):
+        if not self.begun and self.begins <= now:
+            self.begun = True
+            next(self.body)
+        if self.begun and self.due <= now:
+            next(self.body)
+
+    def row(self):
+        row = collections.OrderedDict(accountid=self.user.accountid, userid=self.user.id)
+        row["cmd"] = "org.apache.cloudstack.api.command.user.{}Cmd".format(self.command[0].upper() + self.command[1:])
+        row.update(jobstatus=self.status, jobprocstatus=0, jobresultcode=self.code)
+        if self.result is not None:
+            row.update(jobresulttype="object", jobresult=self.result)
+        row["created"] = format_date(self.created)
+        if self.completed is not None:
+            row["completed"] = format_date(self.completed)
+        row["jobid"] = self.id
+        return row
+
+
+def make_key(seed):
+    return base64.urlsafe_b64encode(hashlib.sha512(seed.encode()).digest()).decode().rstrip("=")
+
+
+class Cloud:
+    """The state. The same in every run: ids are drawn from a counter."""
+
+    _furnished = None  # the furniture, pickled: ten times faster than to make it again for every simulator
+
+    def __init__(self, clock=time.time):
+        self.clock, self.lock = clock, threading.RLock()
+        self.jobs, self._pending, self._busy = collections.OrderedDict(), [], {}
+        if Cloud._furnished is None:
+            self.tables, self.users, self.userdata = {name: [] for name in TABLES}, {}, {}
+            self._serial = self._machines = self._addresses = 0
+            self._furnish()
+            skipped = ("clock", "lock", "jobs", "_pending", "_busy")
+            Cloud._furnished = pickle.dumps({k: v for k, v in vars(self).items() if k not in skipped}, 4)
+        vars(self).update(pickle.loads(Cloud._furnished))
+
+    def uuid(self):
+        self._serial += 1
+        digest = hashlib.md5(b"simulator %d" % self._serial).hexdigest()
+        return "-".join((digest[:8], digest[8:12], "4" + digest[13:16], "a" + digest[17:20], digest[20:]))
+
+    def add(self, table, name=None, *more, **values):
+        """Append a row; dicts in `more` and keywords are its fields, None ones left out as the server does."""
+        row = {"id": self.uuid()}
+        if name is not None:
+            row["name"] = name
+        for fields in more + (values,):
+            row.update((field, value) for field, value in fields.items() if value is not None)
+        self.tables[table].append(row)
+        return row
+
+    def find(self, table, uuid):
+        for row in self.tables[table]:
+            if row["id"] == uuid:
+                return row
+        return None
+
+    def remove(self, table, row):
+        self.tables[table] = [other for other in self.tables[table] if other is not row]
+
+    def named(self, table, name):
+        return next((row for row in self.tables[table] if row.get("name") == name), None)
+
+    # the furniture
+
+    def _furnish(self):
+        created = "2026-01-12T09:30:00+0000"
+        root = self.add("domain", "ROOT", level=0, path="ROOT", haschild=True, state="Active")
+        lab = self.add("domain", "research", level=1, path="ROOT/research", haschild=False, state="Active")
+        lab["parentdomainid"] = root["id"]
+        admin = self._account("admin", root, 1, "Root Admin", "correct horse battery staple", "/")
+        user = self._account("user", lab, 0, "User", "tilde~and+plus*", "/research")
+        self.admin, self.owner = admin, admin.owner
+        for name, kind in (("north", "Advanced"), ("south", "Advanced")):
+            self._zone(name, kind, created)
+        self._offerings(created)
+        project = self.add("project", "apollo", admin.owner, displaytext="The Apollo project", state="Suspended",
+                           owner=[{"account": "admin"}], created=created)
+        self.apollo = {"projectid": project["id"], "project": "apollo", "domainid": root["id"], "domain": "ROOT"}
+        for owner in (admin.owner, user.owner, self.apollo):
+            self._properties(owner, created)
+        for owner, count in ((admin.owner, 32), (user.owner, 6), (self.apollo, 4)):
+            self.add_machines(count, owner)
+        self._small_tables(admin, created)
+
+    def _account(self, name, domain, kind, role, password, path):
+        place = {"domainid": domain["id"], "domain": domain["name"]}
+        account = self.add("account", name, place, accounttype=kind, rolename=role, state="enabled", domainpath=path)
+        row = self.add("user", None, place, username=name, firstname=name.title(), lastname="Sample", state="enabled",
+                       email=name + "@cloud.example", account=name, accountid=account["id"], accounttype=kind,
+                       rolename=role, apikey=make_key(name + " key"))
+        account["user"] = [row]
+        self.users[name] = User(row, password, path, kind)
+        return self.users[name]
+
+    def _zone(self, name, kind, created):
+        zone = self.add("zone", name, networktype=kind, securitygroupsenabled=False, allocationstate="Enabled",
+                        dns1="192.0.2.53", internaldns1="10.0.0.53", localstorageenabled=True, tags=[])
+        place = {"zoneid": zone["id"], "zonename": name}
+        pod = self.add("pod", name + "-pod-1", place, netmask="255.255.255.0", allocationstate="Enabled")
+        place = dict(place, podid=pod["id"], podname=pod["name"])
+        cluster = self.add("cluster", name + "-cluster-1", place, hypervisortype="KVM", clustertype="CloudManaged")
+        place.update(clusterid=cluster["id"], clustername=cluster["name"])
+        for number in range(1, 4):
+            self.add("host", "{}-kvm-{}".format(name, number), place, state="Up", type="Routing", hypervisor="KVM",
+                     cpunumber=64, memorytotal=549755813888, resourcestate="Enabled", created=created,
+                     ipaddress="10.0.{}.{}".format(len(self.tables["zone"]), number), hosttags="ssd")
+
+    def _offerings(self, created):
+        north, south = self.tables["zone"]
+        both = {"ostypename": "Debian GNU/Linux 12 (64-bit)", "passwordenabled": False}
+        rocky = {"ostypename": "Rocky Linux 9", "passwordenabled": True}
+        ubuntu = {"ostypename": "Ubuntu 24.04 LTS", "passwordenabled": False}
+        debian = None
+        for name, system, zone in (("Debian 12", both, north), ("Debian 12", both, south),
+                                   ("Rocky Linux 9", rocky, north), ("Ubuntu 24.04", ubuntu, south)):
+            row = self.add("template", name, system, self.owner, zoneid=zone["id"], zonename=zone["name"],
+                           displaytext=name + " cloud image", ispublic=True, isfeatured=True, isready=True,
+                           status="Download Complete", format="QCOW2", hypervisor="KVM", templatetype="USER",
+                           size=2147483648, created=created, tags=[])
+            if system is both:  # one template in two zones is two rows of one id
+                debian = debian or row["id"]
+                row["id"] = debian
+        for name, cpus, memory in (("Small", 1, 1024), ("Medium", 2, 4096), ("Large", 4, 16384),
+                                   ("Titan", 512, 4194304)):
+            self.add("serviceoffering", name, displaytext="{} CPUs, {} MB".format(cpus, memory), cpunumber=cpus,
+                     cpuspeed=2000, memory=memory, storagetype="shared", iscustomized=False, issystem=False,
+                     created=created)
+        self.add("serviceoffering", "Custom", displaytext="As you like it", iscustomized=True, issystem=False,
+                 storagetype="shared", created=created)
+        for name, size in (("20 GB", 20), ("100 GB", 100)):
+            self.add("diskoffering", name, displaytext=name + " disk", disksize=size, iscustomized=False,
+                     created=created)
+        self.add("diskoffering", "Any size", displaytext="A disk of any size", iscustomized=True, created=created)
+        for name, kind in (("Isolated with source NAT", "Isolated"), ("Layer 2", "L2")):
+            self.add("networkoffering", name, displaytext=name, guestiptype=kind, traffictype="Guest", state="Enabled",
+                     created=created, service=[{"name": "Dhcp"}, {"name": "Dns"}] if kind == "Isolated" else [])
+
+    def _properties(self, owner, created):
+        offering = self.tables["networkoffering"][0]
+        for zone in self.tables["zone"]:
+            for name in ("web", "backend"):
+                number = len(self.tables["network"]) + 1
+                self.add("network", name, owner, displaytext=name + " tier", traffictype="Guest", type="Isolated",
+                         zoneid=zone["id"], zonename=zone["name"], networkofferingid=offering["id"],
+                         networkofferingname=offering["name"], cidr="10.1.{}.0/24".format(number), state="Implemented",
+                         gateway="10.1.{}.1".format(number), netmask="255.255.255.0", issystem=False, created=created,
+                         tags=[])
+        self.add("securitygroup", "default", owner, description="Default Security Group", ingressrule=[], egressrule=[],
+                 tags=[])
+        web = self.add("securitygroup", "web", owner, description="HTTP and HTTPS", ingressrule=[], egressrule=[],
+                       tags=[])
+        for port in (80, 443):
+            web["ingressrule"].append(self.rule("tcp", port, port, "0.0.0.0/0"))
+        self.add("affinitygroup", "spread", owner, type="host anti-affinity", description="Not on one host",
+                 virtualmachineIds=[])
+        self.add("sshkeypair", "laptop", owner, fingerprint="4b:5d:1f:aa:02:1c:44:9e:7e:91:3a:0c:55:61:de:12")
+
+    def _small_tables(self, admin, created):
+        kinds = "user_vm public_ip volume snapshot template project network vpc cpu memory primary_storage".split()
+        for number, kind in enumerate(kinds):
+            for owner in (admin.owner, self.users["user"].owner):
+                self.tables["resourcelimit"].append(
+                    dict(owner, resourcetype=str(number), resourcetypename=kind, max=-1 if number else 500))
+        for source in ("cpu", "memory", "virtualrouter"):
+            counter = self.add("counter", source + " used", source=source, value=source, provider="VirtualRouter")
+            self.add("condition", None, relationaloperator="GT", threshold=80, counter=[counter])
+        self.tables["hosttag"] = [{"id": self.uuid(), "name": name} for name in ("gpu", "ssd", "windows")]
+        self.tables["storagetag"] = [{"id": self.uuid(), "name": name} for name in ("fast", "slow")]
+        self.tables["provider"] = [{"name": name, "type": "PRIMARY"} for name in ("DefaultPrimary", "StorPool")]
+        self.tables["ldap"] = [{"hostname": "ldap.cloud.example", "port": 389}]
+
+    def rule(self, protocol, first, last, cidr, **more):
+        values = dict(more, ruleid=self.uuid(), protocol=protocol, startport=first, endport=last, cidr=cidr, tags=[])
+        return {field: value for field, value in values.items() if value is not None}
+
+    def add_machines(self, count, owner=None):
+        """Put `count` more machines, each with its root volume, into the cloud; the admin's unless told otherwise."""
+        with self.lock:
+            return [self._furnished_machine(owner or self.owner) for _ in range(count)]
+
+    def _furnished_machine(self, owner):
+        number = self._machines
+        zone = self.tables["zone"][number % 2]
+        templates = [row for row in self.tables["template"] if row["zoneid"] == zone["id"]]
+        networks = [row for row in self.tables["network"] if row["zoneid"] == zone["id"] and owned_by(row, owner)]
+        role = ("web", "db", "cache", "worker")[number % 4]
+        machine = self.new_machine(
+            owner, zone, templates[number // 2 % 2], self.tables["serviceoffering"][number % 3], networks[:1],
+            "{}-{:02d}".format(role, number // 4 + 1))
+        machine["created"] = format_date(1771200000 + 3600 * number)
+        self.tables["volume"][-1]["created"] = machine["created"]
+        if number % 5 == 4:
+            machine["state"] = "Stopped"
+        else:
+            self.place(machine)
+        self.tag(machine, "UserVm", "role", role)
+        if number % 8 == 1:
+            volume = self.new_volume(owner, zone, "data-{:02d}".format(number), 20, machine, 1)
+            volume["created"] = machine["created"]
+        self.event("VM.CREATE", "Successfully completed starting Vm. Vm Id: " + machine["id"], owner,
+                   1771200000 + 3600 * number)
+        return machine
+
+    # what commands do
+
+    def new_machine(self, owner, zone, template, offering, networks, name, addresses=(), custom=None):
+        self._machines += 1
+        number = self._machines
+        machine = self.add(
+            "virtualmachine", name, owner, displayname=name, instancename="i-2-{}-VM".format(number),
+            userid=self.users["admin"].id, username="admin", created=format_date(self.clock()), state="Stopped",
+            haenable=False, zoneid=zone["id"], zonename=zone["name"], templateid=template["id"],
+            templatename=template["name"], templatedisplaytext=template["displaytext"],
+            ostypename=template["ostypename"], passwordenabled=template["passwordenabled"],
+            rootdeviceid=0, rootdevicetype="ROOT", hypervisor="KVM",
+            securitygroup=[], nic=[], tags=[], affinitygroup=[], isdynamicallyscalable=False, details={})
+        self.size(machine, offering, custom or {})
+        for index, network in enumerate(networks):
+            address = addresses[index] if index < len(addresses) else None
+            machine["nic"].append(self._nic(network, index == 0, address))
+        self.new_volume(owner, zone, "ROOT-{}".format(number), 20, machine, 0)
+        return machine
+
+    def size(self, machine, offering, custom):
+        machine.update(serviceofferingid=offering["id"], serviceofferingname=offering["name"])
+        machine["cpunumber"] = int(custom.get("cpuNumber") or offering.get("cpunumber", 1))
+        machine["cpuspeed"] = int(custom.get("cpuSpeed") or offering.get("cpuspeed", 1000))
+        machine["memory"] = int(custom.get("memory") or offering.get("memory", 512))
+        machine["details"].update(custom)
+
+    def _nic(self, network, default, address=None):
+        self._addresses += 1
+        number = self._addresses
+        address = address or "{}.{}".format(network["cidr"].rpartition(".")[0], 10 + number % 240)
+        return {"id": self.uuid(), "networkid": network["id"], "networkname": network["name"], "isdefault": default,
+                "gateway": network["gateway"], "ipaddress": address, "traffictype": "Guest", "type": network["type"],
+                "netmask": "255.255.255.0",
+                "macaddress": "02:01:00:{:02x}:{:02x}:01".format(number >> 8 & 255, number & 255)}
+
+    def new_volume(self, owner, zone, name, gigabytes, machine=None, device=None, **more):
+        volume = self.add("volume", name, owner, more, zoneid=zone["id"], zonename=zone["name"], size=gigabytes << 30,
+                          type="ROOT" if device == 0 else "DATADISK", state="Ready" if machine else "Allocated",
+                          created=format_date(self.clock()), storagetype="shared", hypervisor="KVM", tags=[])
+        if machine:
+            self.attach(volume, machine, device)
+        return volume
+
+    def attach(self, volume, machine, device=None):
+        if device is None:
+            taken = {row.get("deviceid") for row in self.volumes_of(machine)}
+            device = next(number for number in range(1, 1000) if number not in taken)
+        volume.update(virtualmachineid=machine["id"], vmname=machine["name"], vmdisplayname=machine["displayname"],
+                      vmstate=machine["state"], deviceid=device, state="Ready")
+
+    def detach(self, volume):
+        for field in ("virtualmachineid", "vmname", "vmdisplayname", "vmstate", "deviceid"):
+            volume.pop(field, None)
+
+    def volumes_of(self, machine):
+        return [row for row in self.tables["volume"] if row.get("virtualmachineid") == machine["id"]]
+
+    def place(self, machine, host=None):
+        if host is None:
+            hosts = [row for row in self.tables["host"] if row["zoneid"] == machine["zoneid"]]
+            host = hosts[int(machine["instancename"].split("-")[2]) % len(hosts)]
+        machine.update(state="Running", hostid=host["id"], hostname=host["name"])
+
+    def unplace(self, machine, state):
+        machine["state"] = state
+        machine.pop("hostid", None)
+        machine.pop("hostname", None)
+
+    def expunge(self, machine):
+        for volume in self.volumes_of(machine):
+            if volume["type"] == "ROOT":
+                self.remove("volume", volume)
+            else:
+                self.detach(volume)
+        self.remove("virtualmachine", machine)
+
+    def tag(self, row, kind, key, value):
+        row["tags"] = [tag for tag in row.get("tags", ()) if tag["key"] != key]
+        tag = {"key": key, "value": value, "resourcetype": kind, "resourceid": row["id"]}
+        tag.update((field, row[field]) for field in OWNER_FIELDS if field in row)
+        row["tags"].append(tag)
+
+    def event(self, kind, text, owner, seconds):
+        self.add("event", None, owner, username="admin", type=kind, level="INFO", description=text, state="Completed",
+                 created=format_date(seconds))
+
+    # jobs
+
+    def submit(self, command_name, user, body, seconds, lost=False):
+        """Start a job: its generator has the arguments checked now, and begins when nothing holds its lock."""
+        lock, entity = next(body)
+        now = self.clock()
+        job = Job(self.uuid(), command_name, user, now, max(now, self._busy.get(lock, 0)), seconds)
+        job.body, job.lost = body, lost
+        if lock:
+            self._busy[lock] = job.due
+        self.jobs[job.id] = job
+        self._pending.append(job)
+        self.settle()
+        return dict({"id": entity} if entity else {}, jobid=job.id)
+
+    def settle(self):
+        """Let every job come as far as the clock says it is."""
+        if not self._pending:
+            return
+        now, waiting = self.clock(), []
+        for job in self._pending:
+            try:
+                if job.lost and job.due <= now:
+                    job.status, job.code = 2, 530
+                elif job.status == 0 and not job.lost:
+                    job.advance(now)
+            except StopIteration as stop:
+                job.status, job.result = 1, copy.deepcopy(stop.value)
+                self.event(re.sub("(?<=[a-z])(?=[A-Z])", ".", job.command).upper(),
+                           "Successfully completed " + job.command, job.user.owner, now)
+            except ApiError as error:
+                job.status, job.code = 2, 530
+                job.result = {"errorcode": error.code, "errortext": error.text}
+            if job.status == 0:
+                waiting.append(job)
+            else:
+                job.completed = max(job.due, job.created)
+        self._pending = waiting
+
+    def job(self, uuid, retention):
+        job = self.jobs.get(uuid)
+        return job if job and self.clock() < job.created + retention else None
+
+
+def owned_by(row, owner):
+    mine = ("projectid",) if "projectid" in owner else ("account", "domainid")
+    return all(row.get(field) == owner[field] for field in mine)
+
+
+class Call:
+    """One command being run: who asks, with which converted arguments."""
+
+    def __init__(self, simulator, user, spec, params):
+        self.simulator, self.cloud, self.user, self.spec = simulator, simulator.cloud, user, spec
+        self.plain, self.maps = lower_names(params)
+        self.args, self.cookies = {}, ()
+
+    def convert(self):
+        """Fill args from the parameters the command declares; everything else is ignored in silence."""
+        for parameter in self.spec.parameters:
+            name = parameter.name
+            value = self.maps.get(name) if parameter.type == "map" else self.plain.get(name)
+            if value or (value == "" and parameter.type == "string"):
+                value = self._converted(parameter, value)
+                if value is not None:
+                    self.args[name] = value
+            elif parameter.required:
+                text = "Unable to execute API command {} due to missing parameter {}"
+                raise ApiError(431, text.format(self.spec.name.lower(), name))
+
+    def _converted(self, parameter, value):
+        kind = parameter.type
+        if kind == "map":
+            return [value[index] for index in sorted(value)]
+        if len(value) > parameter.length:
+            text = "Value greater than max allowed length {} for param: {}"
+            raise ApiError(431, text.format(parameter.length, parameter.name))
+        if kind == "boolean":
+            return value.lower() == "true"
+        if kind == "list":
+            return value.split(",")
+        if kind == "uuid":
+            return self._entity_id(parameter, value)
+        try:
+            if kind in ("integer", "long"):
+                return int(value)
+            if kind == "date":
+                return read_date(value)
+        except ValueError:
+            self._refuse(parameter, value)
+        return value
+
+    def _entity_id(self, parameter, value):
+        if parameter.name in LENIENT:
+            return value if re.fullmatch("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", value) else None
+        known = parameter.entity not in self.cloud.tables or self.cloud.find(parameter.entity, value)
+        if not known and not (parameter.name == "projectid" and value == "-1"):
+            self._refuse(parameter, value)
+        return value
+
+    def _refuse(self, parameter, value):
+        text = "Unable to execute API command {} due to invalid value. Invalid parameter {} value={}: incorrect {}"
+        kind = "long value format, or entity does not exist" if parameter.type == "uuid" else parameter.type + " format"
+        raise ApiError(431, text.format(self.spec.name.lower(), parameter.name, value, kind))
+
+    def get(self, name, default=None):
+        return self.args.get(name, default)
+
+    def entity(self, table, name="id"):
+        """The row an argument names, the caller's right to it checked; None without the argument."""
+        row = self.cloud.find(table, self.args.get(name)) if name in self.args else None
+        if row and table in OWNED:
+            self.check_access(row)
+        return row
+
+    def check_access(self, row):
+        if not self.user.admin and not owned_by(row, self.user.owner):
+            text = "Acct [{}] does not have permission to operate with resource [{}]."
+            raise ApiError(531, text.format(self.user.account, row["id"]))
+
+    def entities(self, table, name, names=None):
+        """The rows a list of ids, or of names, stands for, in the order given."""
+        rows = [(uuid, self.cloud.find(table, uuid)) for uuid in self.args.get(name, ())]
+        rows += [(word, self.mine(table, word)) for word in self.args.get(names, ())]
+        for word, row in rows:
+            if row is None:
+                raise ApiError(431, "Unable to find {} {}".format(table, word))
+            self.check_access(row)
+        return [row for _, row in rows]
+
+    def mine(self, table, name):
+        owner = self.owner()
+        return next((row for row in self.cloud.tables[table] if row["name"] == name and owned_by(row, owner)), None)
+
+    def owner(self):
+        """Who will own what is created: the caller, or the account or project it names."""
+        if "projectid" in self.args:
+            project = self.entity("project", "projectid")
+            return {"projectid": project["id"], "project": project["name"], "domainid": project["domainid"],
+                    "domain": project["domain"]}
+        for user in self.cloud.users.values():
+            if user.account == self.args.get("account") and user.domainid == self.args.get("domainid", user.domainid):
+                self.check_access(user.owner if self.user.admin else dict(user.owner, id=user.account))
+                return user.owner
+        return self.user.owner
+
+    def details(self, name="details"):
+        """A map written flat, all in index 0, or with an index an entry; as one dict."""
+        merged = {}
+        for entry in self.args.get(name, ()):
+            merged.update(entry)
+        return merged
+
+    def pairs(self, name="tags"):
+        """A map in key and value style."""
+        entries = self.args.get(name, ())
+        if any("key" not in entry for entry in entries):
+            raise ApiError(430, "Malformed parameter {}: key and value are needed".format(name))
+        return [(entry["key"], entry.get("value")) for entry in entries]
+
+    def page(self, rows):
+        """The part of the rows that the page parameters ask for."""
+        limit = self.simulator.default_page_size
+        page, size = self.args.get("page"), self.args.get("pagesize")
+        if (page is None) != (size is None):
+            raise ApiError(431, "page and pagesize have to be given together")
+        if page is None:
+            return rows[:limit]
+        if size > limit:
+            raise ApiError(431, "Page size can't exceed max allowed page size value: {}".format(limit))
+        if page < 1 or size < 1:
+            raise ApiError(431, "page and pagesize have to be positive")
+        return rows[(page - 1) * size:page * size]
+
+
+def read_date(text):
+    """Seconds of a date parameter; without an offset it is in the server's time zone, which is UTC here."""
+    text = text.strip().replace(" ", "T")
+    seconds = parse_date(text)
+    if seconds is None:
+        seconds = parse_date((text if "T" in text else text + "T00:00:00") + "Z")
+    if seconds is None:
+        raise ValueError(text)
+    return seconds
+
+
+# lists
+
+_NO_FILTER = set(OWNING + PAGING + ("templatefilter", "details"))
+_FILTERS = {
+    "ids": lambda row, ids: row["id"] in ids,
+    "networkid": lambda row, uuid: any(nic["networkid"] == uuid for nic in row["nic"]),
+    "securitygroupid": lambda row, uuid: any(group["id"] == uuid for group in row["securitygroup"]),
+    "affinitygroupid": lambda row, uuid: any(group["id"] == uuid for group in row["affinitygroup"]),
+    "securitygroupname": lambda row, name: row["name"] == name,
+    "startdate": lambda row, seconds: parse_date(row["created"]) >= seconds,
+    "enddate": lambda row, seconds: parse_date(row["created"]) <= seconds,
+    "available": lambda row, wanted: True,
+}
+
+
+def visible(call, rows):
+    """Those of the rows of owned things that the call is about."""
+    user, project = call.user, call.get("projectid")
+    if project == "-1":
+        return [row for row in rows if "projectid" in row and (user.admin or row["domainid"] == user.domainid)]
+    if project:
+        return [row for row in rows if row.get("projectid") == project]
+    rows = [row for row in rows if "projectid" not in row]
+    if not user.admin:
+        return [row for row in rows if owned_by(row, user.owner)]
+    if "account" in call.args:
+        owner = {"account": call.args["account"], "domainid": call.get("domainid", user.domainid)}
+        return [row for row in rows if owned_by(row, owner)]
+    if "domainid" in call.args:
+        return [row for row in rows if row["domainid"] == call.args["domainid"]]
+    return rows if call.get("listall") else [row for row in rows if owned_by(row, user.owner)]
+
+
+def select(call, rows):
+    """The rows that pass every filter among the arguments."""
+    if "id" in call.args and "ids" in call.args:
+        raise ApiError(431, "Specify either id or ids but not both parameters")
+    for name, value in call.args.items():
+        if name in _NO_FILTER:
+            continue
+        if name == "tags":
+            wanted = call.pairs()
+            rows = [row for row in rows if has_tags(row, wanted)]
+        elif name in _FILTERS:
+            rows = [row for row in rows if _FILTERS[name](row, value)]
+        elif name == "name" and call.spec.entity == "virtualmachine":
+            rows = [row for row in rows if value.lower() in row["name"].lower()]
+        else:
+            word = str(value).lower()
+            rows = [row for row in rows if str(row.get(name, "")).lower() == word]
+    if "keyword" in call.args:
+        word = call.args["keyword"].lower()
+        rows = [row for row in rows if word in row.get("name", "").lower()]
+    return rows
+
+
+def has_tags(row, wanted):
+    tags = {tag["key"]: tag["value"] for tag in row.get("tags", ())}
+    return all(key in tags and value in (None, tags[key]) for key, value in wanted)
+
+
+def _list(name, table, parameters="", description=None, member=None, key=None, admin=False):
+    """Register a command that lists a table."""
+    owned = table in OWNED or table == "resourcelimit"
+    parameters = " ".join((parameters,) + PAGING + (OWNING if owned else ()))
+
+    def run(call):
+        rows = call.cloud.tables[table]
+        return Rows(member or table, select(call, visible(call, rows) if owned else rows))
+
+    text = description or "Lists {}s.".format(table)
+    COMMANDS[name] = Command(name, parameters, text, table, run, False, key, admin)
+
+
+_list("listZones", "zone", "id name available networktype tags")
+_list("listPods", "pod", "id name zoneid", admin=True)
+_list("listClusters", "cluster", "id name zoneid podid hypervisor", admin=True)
+_list("listHosts", "host", "id name zoneid podid clusterid type state hypervisor", admin=True)
+_list("listServiceOfferings", "serviceoffering", "id name virtualmachineid", "Lists service offerings.")
+_list("listDiskOfferings", "diskoffering", "id name", "Lists disk offerings.")
+_list("listNetworkOfferings", "networkoffering", "id name state", "Lists network offerings.")
+_list("listNetworks", "network", "id name zoneid type tags")
+_list("listDomains", "domain", "id name listall", admin=True)
+_list("listUsers", "user", "id username account", admin=True)
+_list("listProjects", "project", "id name state")
+_list("listVirtualMachines", "virtualmachine",
+      "id ids name zoneid state hostid templateid serviceofferingid networkid securitygroupid affinitygroupid keypair "
+      "hypervisor tags details userdataid backupofferingid", "Lists the virtual machines of the caller.")
+_list("listVolumes", "volume", "id ids name zoneid type state virtualmachineid diskofferingid tags")
+_list("listSnapshots", "snapshot", "id ids name volumeid zoneid tags")
+_list("listSSHKeyPairs", "sshkeypair", "id name fingerprint", "Lists ssh key pairs.")
+_list("listEvents", "event", "id type level startdate enddate")
+_list("listResourceLimits", "resourcelimit", "resourcetype", "Lists resource limits.")
+_list("listCounters", "counter", "id name", key="counterresponse")
+_list("listConditions", "condition", "id")
+_list("listHostTags", "hosttag", "", "Lists the tags of hosts.", admin=True)
+_list("listStorageTags", "storagetag", "", "Lists the tags of storage.", admin=True)
+_list("listStorageProviders", "provider", "type", "Lists storage providers.", "dataStoreProvider", admin=True)
+_list("listLdapConfigurations", "ldap", "", "Lists LDAP servers.", "LdapConfiguration", "ldapconfigurationresponse",
+      admin=True)
+_LIST = " ".join(PAGING + OWNING)
+
+
+@command("listTemplates", "templatefilter! id ids name zoneid hypervisor tags " + _LIST, "Lists templates.", "template")
+def _list_templates(call):
+    known = "featured self selfexecutable sharedexecutable executable community all".split()
+    if call.args["templatefilter"] not in known:
+        raise ApiError(431, "Please specify a valid template filter")
+    return Rows("template", select(call, call.cloud.tables["template"]))
+
+
+@command("listAccounts", "id name state " + _LIST, "Lists accounts.", "account")
+def _list_accounts(call):
+    every = call.user.admin and call.get("listall")
+    rows = [row for row in call.cloud.tables["account"] if every or row["id"] == call.user.accountid]
+    return Rows("account", select(call, rows))
+
+
+@command("listSecurityGroups", "id securitygroupname virtualmachineid tags " + _LIST, "Lists security groups.",
+         "securitygroup")
+def _list_security_groups(call):
+    return Rows("securitygroup", of_machine(call, "securitygroup"))
+
+
+@command("listAffinityGroups", "id name type virtualmachineid " + _LIST, "Lists affinity groups.", "affinitygroup")
+def _list_affinity_groups(call):
+    return Rows("affinitygroup", of_machine(call, "affinitygroup"))
+
+
+def of_machine(call, table):
+    """The groups of the table, or those of the machine that the call names."""
+    rows = visible(call, call.cloud.tables[table])
+    machine = call.entity("virtualmachine", "virtualmachineid")
+    if machine:
+        del call.args["virtualmachineid"]
+        rows = [row for row in rows if any(group["id"] == row["id"] for group in machine[table])]
+    return select(call, rows)
+
+
+@command("listTags", "key value resourceid resourcetype " + _LIST, "Lists the tags of resources.", "tag")
+def _list_tags(call):
+    tables = [call.cloud.tables[table] for table in sorted(OWNED)]
+    tags = [tag for table in tables for row in table for tag in row.get("tags", ())]
+    return Rows("tag", select(call, visible(call, tags)))
+
+
+@command("listAsyncJobs", "startdate " + _LIST, "Lists the jobs that are not done yet.", "job")
+def _list_async_jobs(call):
+    cloud, retention = call.cloud, call.simulator.job_retention
+    pending = [job for job in cloud.jobs.values() if job.status == 0 and cloud.job(job.id, retention)]
+    if not (call.user.admin and call.get("listall")):
+        pending = [job for job in pending if job.user.account == call.user.account]
+    pending = [job for job in pending if job.created >= call.get("startdate", 0)]
+    return Rows("asyncjobs", [job.row() for job in sorted(pending, key=lambda job: job.created)])
+
+
+@command("queryAsyncJobResult", "jobid!", "Asks for the state and the result of a job.", "job")
+def _query_job(call):
+    job = call.cloud.job(call.args["jobid"], call.simulator.job_retention)
+    if job is None:
+        raise ApiError(431, "Unable to find a job by id " + call.args["jobid"])
+    if not call.user.admin and job.user.account != call.user.account:
+        raise ApiError(531, "Acct [{}] does not have permission to operate with the job".format(call.user.account))
+    return job.row()
+
+
+@command("listCapabilities", "", "Lists what the server can do.", "capability")
+def _list_capabilities(call):
+    return {"capability": {
+        "cloudstackversion": "4.23.0.0", "securitygroupsenabled": True, "userpublictemplateenabled": True,
+        "defaultuipagesize": 20, "dynamicrolesenabled": True, "apilimitmax": call.simulator.rate_limit or 25,
+        "apilimitinterval": 1, "maxpagesize": call.simulator.default_page_size}}
+
+
+@command("getApiLimit", "", "Tells what is left of the caller's API limit.", "apilimit")
+def _get_api_limit(call):
+    issued, limit = call.simulator.issued(call.user), call.simulator.rate_limit or 25
+    return {"apilimit": {"account": call.user.account, "accountid": call.user.accountid, "apiIssued": issued,
+                         "apiAllowed": max(0, limit - issued), "expireAfter": 1000}}
+
+
+@command("getVirtualMachineUserData", "virtualmachineid!", "Returns the user data of a machine.", "virtualmachine")
+def _get_user_data(call):
+    machine = call.entity("virtualmachine", "virtualmachineid")
+    found = {"virtualmachineid": machine["id"], "userdata": call.cloud.userdata.get(machine["id"])}
+    return {"virtualmachineuserdata": {name: value for name, value in found.items() if value is not None}}
+
+
+@command("getUploadParamsForVolume", "name! zoneid! format! diskofferingid projectid account domainid",
+         "Makes a volume to upload to.", "volume", key="postuploadvolumeresponse")
+def _get_upload_params(call):
+    volume = call.cloud.new_volume(call.owner(), call.entity("zone", "zoneid"), call.args["name"], 1)
+    volume["state"] = "NotUploaded"
+    return {"getuploadparams": {"id": volume["id"], "postURL": "https://upload.cloud.example/upload/" + volume["id"],
+                                "metadata": "c2ltdWxhdGVk", "expires": format_date(call.cloud.clock() + 600),
+                                "signature": make_key(volume["id"])}}
+
+
+# virtual machines
+
+
+def need(row, *states):
+    """A job that finds its resource in another state fails."""
+    if row["state"] not in states:
+        text = "Unable to do this with {} {}: it is {}, not {}"
+        raise ApiError(530, text.format(row.get("instancename") or row["name"], row["id"], row["state"],
+                                        " or ".join(states)), [(row["id"], "")])
+
+
+@command("deployVirtualMachine",
+         "zoneid! templateid! serviceofferingid! name displayname networkids iptonetworklist diskofferingid size "
+         "rootdisksize details userdata keypair securitygroupids securitygroupnames affinitygroupids "
+         "affinitygroupnames hostid group startvm tags hypervisor account domainid projectid",
+         "Creates a virtual machine and starts it.", "virtualmachine", job=True)
+def _deploy(call):
+    cloud, get = call.cloud, call.get
+    machine = deployed(call)
+    offering = call.entity("serviceoffering", "serviceofferingid")
+    host = call.entity("host", "hostid")
+    yield machine["id"], machine["id"]
+    machine["state"] = "Starting"
+    yield
+    if machine["memory"] > 1 << 20 or machine["cpunumber"] > 64:
+        machine["state"] = "Error"
+        text = "Unable to create a deployment for VM instance {} of offering {}: insufficient capacity"
+        raise ApiError(533, text.format(machine["id"], offering["name"]))
+    if get("startvm", True):
+        cloud.place(machine, host)
+    else:
+        cloud.unplace(machine, "Stopped")
+    result = dict(machine)
+    if machine["passwordenabled"]:
+        result["password"] = make_key(machine["id"])[:12]
+    return {"virtualmachine": result}
+
+
+def deployed(call):
+    """The new row of a machine, its arguments checked."""
+    cloud, get, owner = call.cloud, call.get, call.owner()
+    if "networkids" in call.args and "iptonetworklist" in call.args:
+        raise ApiError(431, "networkids can't be given along with iptonetworklist")
+    zone = call.entity("zone", "zoneid")
+    networks, addresses = call.entities("network", "networkids"), []
+    for entry in get("iptonetworklist", ()):
+        network = cloud.find("network", entry.get("networkid"))
+        if network is None:
+            raise ApiError(431, "Unable to find network {}".format(entry.get("networkid")))
+        networks.append(network)
+        addresses.append(entry.get("ip"))
+    if not networks:
+        mine = (row for row in cloud.tables["network"] if row["zoneid"] == zone["id"] and owned_by(row, owner))
+        networks = list(mine)[:1]
+    groups = call.entities("securitygroup", "securitygroupids", "securitygroupnames")
+    affinity = call.entities("affinitygroup", "affinitygroupids", "affinitygroupnames")
+    if "keypair" in call.args and not cloud.named("sshkeypair", get("keypair")):
+        raise ApiError(431, "A key pair with name '{}' was not found.".format(get("keypair")))
+    template, offering = call.entity("template", "templateid"), call.entity("serviceoffering", "serviceofferingid")
+    name = get("name") or "VM-" + cloud.uuid()
+    machine = cloud.new_machine(owner, zone, template, offering, networks, name, addresses, call.details())
+    machine.update({field: get(field) for field in ("displayname", "keypair", "group") if field in call.args})
+    machine["securitygroup"] = [{"id": row["id"], "name": row["name"]} for row in groups]
+    machine["affinitygroup"] = [{"id": row["id"], "name": row["name"]} for row in affinity]
+    for row in affinity:
+        row["virtualmachineIds"].append(machine["id"])
+    for key, value in call.pairs():
+        cloud.tag(machine, "UserVm", key, value)
+    if "userdata" in call.args:
+        cloud.userdata[machine["id"]] = get("userdata")
+    if "diskofferingid" in call.args:
+        size = call.entity("diskoffering", "diskofferingid").get("disksize") or get("size", 1)
+        cloud.new_volume(owner, zone, "DATA-" + machine["instancename"].split("-")[2], size, machine, 1)
+    return machine
+
+
+@command("startVirtualMachine", "id! hostid", "Starts a virtual machine.", "virtualmachine", job=True)
+def _start(call):
+    machine, host = call.entity("virtualmachine"), call.entity("host", "hostid")
+    yield machine["id"], None
+    need(machine, "Stopped")
+    machine["state"] = "Starting"
+    yield
+    call.cloud.place(machine, host)
+    return {"virtualmachine": machine}
+
+
+@command("stopVirtualMachine", "id! forced", "Stops a virtual machine.", "virtualmachine", job=True)
+def _stop(call):
+    machine = call.entity("virtualmachine")
+    yield machine["id"], None
+    need(machine, "Running")
+    machine["state"] = "Stopping"
+    yield
+    call.cloud.unplace(machine, "Stopped")
+    return {"virtualmachine": machine}
+
+
+@command("rebootVirtualMachine", "id! forced", "Reboots a virtual machine.", "virtualmachine", job=True)
+def _reboot(call):
+    machine = call.entity("virtualmachine")
+    yield machine["id"], None
+    need(machine, "Running")
+    yield
+    return {"virtualmachine": machine}
+
+
+@command("destroyVirtualMachine", "id! expunge", "Destroys a virtual machine.", "virtualmachine", job=True)
+def _destroy(call):
+    machine = call.entity("virtualmachine")
+    yield machine["id"], None
+    need(machine, "Running", "Stopped", "Error", "Destroyed")
+    yield
+    call.cloud.unplace(machine, "Destroyed")
+    if call.get("expunge"):
+        machine["state"] = "Expunging"
+        call.cloud.expunge(machine)
+    return {"virtualmachine": machine}
+
+
+@command("expungeVirtualMachine", "id!", "Expunges a destroyed machine.", "virtualmachine", job=True, admin=True)
+def _expunge(call):
+    machine = call.entity("virtualmachine")
+    yield machine["id"], None
+    need(machine, "Destroyed", "Error", "Stopped")
+    yield
+    call.cloud.expunge(machine)
+    return {"success": True}
+
+
+@command("restoreVirtualMachine", "virtualmachineid! templateid", "Puts a machine back to its template.",
+         "virtualmachine", job=True, key="restorevmresponse")
+def _restore(call):
+    machine, template = call.entity("virtualmachine", "virtualmachineid"), call.entity("template", "templateid")
+    yield machine["id"], None
+    need(machine, "Running", "Stopped")
+    yield
+    if template:
+        machine.update(templateid=template["id"], templatename=template["name"])
+    return {"virtualmachine": machine}
+
+
+@command("scaleVirtualMachine", "id! serviceofferingid! details", "Gives a machine another service offering.",
+         "virtualmachine", job=True)
+def _scale(call):
+    machine, offering = call.entity("virtualmachine"), call.entity("serviceoffering", "serviceofferingid")
+    yield machine["id"], None
+    need(machine, "Stopped")
+    yield
+    call.cloud.size(machine, offering, call.details())
+    return {"virtualmachine": machine}
+
+
+@command("updateVirtualMachine", "id! name displayname group haenable userdata details securitygroupids",
+         "Changes the properties of a machine.", "virtualmachine")
+def _update(call):
+    machine = call.entity("virtualmachine")
+    for field in ("name", "displayname", "group", "haenable"):
+        if field in call.args:
+            machine[field] = call.args[field]
+    machine["details"].update(call.details())
+    if "userdata" in call.args:
+        call.cloud.userdata[machine["id"]] = call.args["userdata"]
+    if "securitygroupids" in call.args:
+        groups = call.entities("securitygroup", "securitygroupids")
+        machine["securitygroup"] = [{"id": row["id"], "name": row["name"]} for row in groups]
+    return {"virtualmachine": machine}
+
+
+# volumes and snapshots
+
+
+@command("createVolume", "name! zoneid diskofferingid snapshotid size maxiops account domainid projectid",
+         "Creates a volume.", "volume", job=True)
+def _create_volume(call):
+    zone, offering = call.entity("zone", "zoneid"), call.entity("diskoffering", "diskofferingid")
+    snapshot = call.entity("snapshot", "snapshotid")
+    if not offering and not snapshot:
+        raise ApiError(431, "Missing parameter(s), either a positive volume size or snapshotid must be specified.")
+    size = call.get("size") or (offering or {}).get("disksize") or (snapshot or {}).get("virtualsize", 1 << 30) >> 30
+    zone = zone or call.cloud.tables["zone"][0]
+    volume = call.cloud.new_volume(call.owner(), zone, call.args["name"], size)
+    if offering:
+        volume.update(diskofferingid=offering["id"], diskofferingname=offering["name"])
+    yield volume["id"], volume["id"]
+    yield
+    return {"volume": volume}
+
+
+@command("attachVolume", "id! virtualmachineid! deviceid", "Attaches a volume to a machine.", "volume", job=True)
+def _attach(call):
+    volume, machine = call.entity("volume"), call.entity("virtualmachine", "virtualmachineid")
+    yield volume["id"], None
+    need(machine, "Running", "Stopped")
+    if "virtualmachineid" in volume:
+        raise ApiError(431, "Please specify a volume that is not attached to any VM.", [(volume["id"], "volumeId")])
+    yield
+    call.cloud.attach(volume, machine, call.get("deviceid"))
+    return {"volume": volume}
+
+
+@command("detachVolume", "id!", "Detaches a volume from its machine.", "volume", job=True)
+def _detach(call):
+    volume = call.entity("volume")
+    yield volume["id"], None
+    if "virtualmachineid" not in volume or volume["type"] == "ROOT":
+        raise ApiError(431, "The specified volume is not attached, or is a root volume.", [(volume["id"], "volumeId")])
+    yield
+    call.cloud.detach(volume)
+    return {"volume": volume}
+
+
+@command("deleteVolume", "id!", "Deletes a detached volume.", "volume")
+def _delete_volume(call):
+    volume = call.entity("volume")
+    if "virtualmachineid" in volume:
+        raise ApiError(431, "Please specify a volume that is not attached to any VM.", [(volume["id"], "volumeId")])
+    call.cloud.remove("volume", volume)
+    return {"success": True}
+
+
+@command("createSnapshot", "volumeid! name tags account domainid", "Takes a snapshot of a volume.", "snapshot",
+         job=True)
+def _create_snapshot(call):
+    volume, cloud = call.entity("volume", "volumeid"), call.cloud
+    owner = {field: volume[field] for field in OWNER_FIELDS if field in volume}
+    snapshot = cloud.add("snapshot", call.get("name") or volume["name"] + "_snapshot", owner, volumeid=volume["id"],
+                         volumename=volume["name"], volumetype=volume["type"], zoneid=volume["zoneid"], tags=[],
+                         virtualsize=volume["size"], state="BackingUp", created=format_date(cloud.clock()))
+    for key, value in call.pairs():
+        cloud.tag(snapshot, "Snapshot", key, value)
+    yield volume["id"], snapshot["id"]
+    yield
+    snapshot["state"] = "BackedUp"
+    return {"snapshot": snapshot}
+
+
+@command("deleteSnapshot", "id!", "Deletes a snapshot.", "snapshot", job=True)
+def _delete_snapshot(call):
+    snapshot = call.entity("snapshot")
+    yield snapshot["id"], None
+    yield
+    call.cloud.remove("snapshot", snapshot)
+    return {"success": True}
+
+
+# tags, groups, keys, projects
+
+_TAGGED = {"uservm": "virtualmachine", "virtualmachine": "virtualmachine"}
+
+
+def _resources(call):
+    table = call.args["resourcetype"].lower()
+    table = _TAGGED.get(table, table)
+    if table not in OWNED and table != "template":
+        raise ApiError(431, "Unknown resource type {}".format(call.args["resourcetype"]))
+    return call.entities(table, "resourceids")
+
+
+@command("createTags", "resourceids! resourcetype! tags!", "Puts tags on resources.", "tag", job=True)
+def _create_tags(call):
+    rows, pairs = _resources(call), call.pairs()
+    yield None, None
+    yield
+    for row in rows:
+        for key, value in pairs:
+            call.cloud.tag(row, call.args["resourcetype"], key, value)
+    return {"success": True}
+
+
+@command("deleteTags", "resourceids! resourcetype! tags", "Takes tags off resources.", "tag", job=True)
+def _delete_tags(call):
+    rows, pairs = _resources(call), call.pairs()
+    yield None, None
+    yield
+    for row in rows:
+        row["tags"] = [tag for tag in row["tags"] if pairs and not any(has_tags({"tags": [tag]}, [p]) for p in pairs)]
+    return {"success": True}
+
+
+def _new(call, table, **values):
+    """A row of the caller's with a name that it has not given before."""
+    name, owner = call.args["name"], call.owner()
+    if call.mine(table, name):
+        raise ApiError(431, "A {} with name '{}' already exists.".format(table, name))
+    return call.cloud.add(table, name, owner, **values)
+
+
+@command("createSecurityGroup", "name! description account domainid projectid", "Creates a security group.",
+         "securitygroup")
+def _create_security_group(call):
+    return {"securitygroup": _new(call, "securitygroup", description=call.get("description", ""), ingressrule=[],
+                                  egressrule=[], tags=[])}
+
+
+@command("deleteSecurityGroup", "id name account domainid projectid", "Deletes a security group.", "securitygroup")
+def _delete_security_group(call):
+    group = call.entity("securitygroup") or call.mine("securitygroup", call.get("name"))
+    if group is None:
+        raise ApiError(431, "Unable to find security group; nothing is deleted")
+    machines = call.cloud.tables["virtualmachine"]
+    if any(group["id"] == used["id"] for machine in machines for used in machine["securitygroup"]):
+        raise ApiError(536, "Cannot delete group when it's in use by virtual machines", [(group["id"], "group")])
+    call.cloud.remove("securitygroup", group)
+    return {"success": True}
+
+
+@command("authorizeSecurityGroupIngress",
+         "securitygroupid securitygroupname protocol startport endport icmptype icmpcode cidrlist account domainid "
+         "projectid",
+         "Lets traffic into a security group.", "securitygroup", job=True)
+def _authorize(call):
+    group = call.entity("securitygroup", "securitygroupid")
+    group = group or call.mine("securitygroup", call.get("securitygroupname"))
+    if group is None:
+        raise ApiError(431, "Unable to find security group")
+    protocol, first = call.get("protocol", "all").lower(), call.get("startport")
+    if protocol in ("tcp", "udp") and first is None:
+        raise ApiError(431, "Invalid port: startport and endport are needed for " + protocol)
+    yield group["id"], None
+    yield
+    last = call.get("endport", first)
+    codes = {name: call.get(name) for name in ("icmptype", "icmpcode")}
+    rules = [call.cloud.rule(protocol, first, last, cidr, **codes) for cidr in call.get("cidrlist", ["0.0.0.0/0"])]
+    group["ingressrule"] += rules
+    return {"securitygroup": dict(group, ingressrule=rules)}
+
+
+@command("revokeSecurityGroupIngress", "id!", "Takes back a rule of a security group.", "rule", job=True)
+def _revoke(call):
+    uuid = call.args["id"]
+    groups = [g for g in call.cloud.tables["securitygroup"] if any(r["ruleid"] == uuid for r in g["ingressrule"])]
+    if not groups:
+        raise ApiError(431, "Unable to find security rule " + uuid)
+    call.check_access(groups[0])
+    yield groups[0]["id"], None
+    yield
+    groups[0]["ingressrule"] = [rule for rule in groups[0]["ingressrule"] if rule["ruleid"] != uuid]
+    return {"success": True}
+
+
+@command("createAffinityGroup", "name! type! description account domainid projectid", "Creates an affinity group.",
+         "affinitygroup", job=True)
+def _create_affinity_group(call):
+    group = _new(call, "affinitygroup", type=call.args["type"], description=call.get("description"),
+                 virtualmachineIds=[])
+    yield group["id"], group["id"]
+    yield
+    return {"affinitygroup": group}
+
+
+@command("deleteAffinityGroup", "id name account domainid projectid", "Deletes an affinity group.", "affinitygroup",
+         job=True)
+def _delete_affinity_group(call):
+    group = call.entity("affinitygroup") or call.mine("affinitygroup", call.get("name"))
+    if group is None:
+        raise ApiError(431, "Unable to find affinity group")
+    yield group["id"], None
+    yield
+    call.cloud.remove("affinitygroup", group)
+    return {"success": True}
+
+
+def _fingerprint(seed):
+    digest = hashlib.md5(seed.encode("utf-8")).hexdigest()
+    return ":".join(digest[index:index + 2] for index in range(0, 32, 2))
+
+
+@command("createSSHKeyPair", "name! account domainid projectid", "Creates an ssh key pair.", "sshkeypair")
+def _create_key_pair(call):
+    pair = _new(call, "sshkeypair", fingerprint=_fingerprint(call.args["name"]))
+    lines = "\n".join(make_key(pair["id"] + str(line))[:64] for line in range(4))
+    pem = "-----BEGIN RSA PRIVATE KEY-----\n{}\n-----END RSA PRIVATE KEY-----\n".format(lines)
+    return {"keypair": dict(pair, privatekey=pem)}
+
+
+@command("registerSSHKeyPair", "name! publickey! account domainid projectid", "Registers a public key.", "sshkeypair")
+def _register_key_pair(call):
+    return {"keypair": _new(call, "sshkeypair", fingerprint=_fingerprint(call.args["publickey"]))}
+
+
+@command("deleteSSHKeyPair", "name! account domainid projectid", "Deletes an ssh key pair.", "sshkeypair")
+def _delete_key_pair(call):
+    pair = call.mine("sshkeypair", call.args["name"])
+    if pair is None:
+        raise ApiError(431, "A key pair with name '{}' does not exist.".format(call.args["name"]))
+    call.cloud.remove("sshkeypair", pair)
+    return {"success": True}
+
+
+@command("registerUserKeys", "id!", "Gives a user a new API key and secret.", "user")
+def _register_user_keys(call):
+    user = next(user for user in call.cloud.users.values() if user.id == call.args["id"])
+    call.check_access(dict(user.owner, id=user.id))
+    user.key, user.secret = make_key(call.cloud.uuid()), make_key(call.cloud.uuid())
+    user.row["apikey"] = user.key
+    return {"userkeys": {"apikey": user.key, "secretkey": user.secret}}
+
+
+@command("activateProject", "id!", "Activates a project.", "project", job=True, key="activaterojectresponse")
+def _activate(call):
+    project = call.entity("project")
+    yield project["id"], None
+    yield
+    project["state"] = "Active"
+    return {"project": project}
+
+
+# listApis
+
+_KINDS = {bool: "boolean", int: "integer", dict: "map", list: "list"}
+_schema = []
+
+
+def _response_fields(entity, rows):
+    """Name and type of each field in the rows of an entity, nested lists of objects described in turn."""
+    fields = {}
+    for row in rows:
+        for name, value in row.items():
+            if name not in fields or (value and not fields[name]):
+                fields[name] = value
+    described = []
+    for name, value in fields.items():
+        kind = "date" if name == "created" else _KINDS.get(type(value), "string")
+        field = {"name": name, "description": "the {} of the {}".format(name, entity), "type": kind}
+        if kind == "list" and value and isinstance(value[0], dict):
+            field["response"] = _response_fields(name, value)
+        described.append(field)
+    return described
+
+
+def schema():
+    """Pairs of a command and its entry in listApis, made once: (Command, dict)."""
+    if not _schema:
+        tables = Cloud().tables
+        by_entity = collections.defaultdict(list)
+        for spec in COMMANDS.values():
+            by_entity[spec.entity].append(spec.name)
+        _schema.extend((spec, _api(spec, tables, by_entity[spec.entity])) for spec in COMMANDS.values())
+    return _schema
+
+
+def _api(spec, tables, related):
+    success = [{"success": True, "displaytext": ""}]
+    response = _response_fields(spec.entity, tables.get(spec.entity) or success)
+    if spec.job:
+        response += [{"name": name, "description": text, "type": kind} for name, text, kind in (
+            ("jobid", "the UUID of the latest async job acting on this object", "string"),
+            ("jobstatus", "the current status of the latest async job acting on this object", "integer"))]
+    entry = {"name": spec.name, "description": spec.description, "isasync": spec.job, "params": [
+        dict({"name": p.name, "description": p.description, "type": p.type, "length": p.length, "required": p.required},
+             **({"since": p.since} if p.since else {})) for p in spec.parameters]}
+    others = ",".join(name for name in related if name != spec.name)
+    if others:
+        entry["related"] = others
+    entry["response"] = response + [{}]
+    entry["httprequesttype"] = "GET" if spec.reading else "POST"
+    return entry
+
+
+@command("listApis", "name", "Lists the commands the caller may use.", "api")
+def _list_apis(call):
+    entries = [entry for spec, entry in schema() if call.simulator.allowed(call.user, spec)]
+    entries += [dict(schema()[0][1], name="listSynthetic{:04d}".format(number), description="Made for tests.")
+                for number in range(call.simulator.extra_apis)]
+    if "name" in call.args:
+        entries = [entry for entry in entries if entry["name"].lower() == call.args["name"].lower()]
+        if not entries:
+            raise ApiError(431, "Unable to find the API {}".format(call.args["name"]))
+    random.shuffle(entries)
+    return {"count": len(entries), "api": entries}
+
+
+@command("login", "username! password! domain domainid", "Starts a session; by POST only.", "session")
+def _login(call):
+    return call.simulator.sessions.open(call)
+
+
+@command("logout", "", "Ends the session.", "session")
+def _logout(call):
+    return {"description": "success"}
+
+
+# --- simulator: server ----------------------------------------------------------------------------------------------
+# Sessions, the checks before a command runs, connections, and the Simulator that holds them together.
+
+
+class Sessions:
+    """Who has logged in. A session is a cookie and a session key that has to come with it."""
+
+    def __init__(self, simulator):
+        self.simulator, self.open_sessions, self.opened = simulator, {}, 0
+
+    def open(self, call):
+        domain = "/" + call.get("domain", "/").strip("/")
+        for user in call.cloud.users.values():
+            if (user.username, user.password, user.domain) == (call.args["username"], call.args["password"], domain):
+                return self._opened(call, user)
+        text = "Failed to authenticate user {} in domain {}; please provide valid credentials"
+        raise ApiError(531, text.format(call.args["username"], domain))
+
+    def _opened(self, call, user):
+        self.opened += 1
+        uuid, key = "node0" + call.cloud.uuid().replace("-", ""), make_key(call.cloud.uuid())[:27]
+        self.open_sessions[uuid] = [user, key, self.simulator.clock()]
+        call.cookies = ["JSESSIONID={}; Path=/client; HttpOnly".format(uuid), "sessionkey={}; HttpOnly".format(key)]
+        return {"username": user.username, "userid": user.id, "domainid": user.domainid, "account": user.account,
+                "timeout": self.simulator.session_timeout, "firstname": user.row["firstname"], "registered": "false",
+                "lastname": user.row["lastname"], "type": str(user.row["accounttype"]), "sessionkey": key}
+
+    def user(self, record, cookies):
+        """The user of a live session, or None without one. What does not know the session key ends the session."""
+        uuid = cookies.get("JSESSIONID")
+        session = self.open_sessions.get(uuid)
+        now = self.simulator.clock()
+        if session and now > session[2] + self.simulator.session_timeout:
+            session = self.open_sessions.pop(uuid, None) and None
+        if session is None:
+            return None
+        if not session[1] == cookies.get("sessionkey") == record.params.get("sessionkey"):
+            del self.open_sessions[uuid]
+            raise ApiError(401, CREDENTIALS_TEXT)
+        session[2] = now
+        return session[0]
+
+    def close(self, cookies):
+        self.open_sessions.pop(cookies.get("JSESSIONID"), None)
+
+
+class Simulator:
+    """A management server on loopback.
+
+    `with Simulator() as cloud:` or start() and stop(). Every option is an attribute that may be changed while it runs.
+    """
+
+    job_seconds = 0.3  # how long a job takes
+    job_retention = 86400  # seconds until a job is forgotten
+    clock = staticmethod(time.time)
+    enforce_post = False  # enforce.post.requests.and.timestamps
+    default_page_size = 500
+    count_is_page_length = frozenset("listAutoScaleVmGroups listConditions listCounters listResourceLimits".split())
+    count_missing = frozenset()
+    ignores_paging = frozenset("listHostTags listStorageTags listStorageProviders listLdapConfigurations".split())
+    role_lacks = frozenset("listAsyncJobs listApis".split())  # what the role of "user" may not call
+    rate_limit = None  # requests a second an account
+    gzip = True
+    chunk_over = 16384  # bytes from which an answer is chunked
+    idle_close = 30.0
+    json_content_type = "application/json; charset=UTF-8"
+    latency = 0.0
+    maintenance = False
+    html_error = None  # a status: every answer is this one in HTML, as a proxy's
+    empty_200 = frozenset()  # commands that end in 200 with nothing
+    two_factor = False  # sessions have not passed the second factor
+    session_timeout = 1800
+    job_fails_without_result = frozenset()  # commands whose jobs end as if the server had been restarted
+    extra_apis = 0  # synthetic entries more in listApis
+
+    def __init__(self, port=0, host="127.0.0.1", tls=None, **options):
+        self.port, self.host, self.tls = port, host, tls
+        for name, value in options.items():
+            if name not in OPTIONS:
+                raise TypeError("Simulator has no option {!r}".format(name))
+            setattr(self, name, value)
+        self.requests = []
+        self.sessions = Sessions(self)
+        self._received, self._accepted = collections.Counter(), collections.Counter()
+        self._scripts = collections.defaultdict(collections.deque)
+        self._windows = {}
+        self._cloud, self._lock = None, threading.RLock()
+        self._listeners, self._connections, self._connected = [], set(), 0
+        self._integration = None
+        self._stopping = threading.Event()
+
+    # the public face
+
+    def start(self):
+        self._stopping.clear()
+        self.port = self._listen(self.port, self.tls, False)
+        return self
+
+    def stop(self):
+        """Close every socket, and wait a moment for the threads."""
+        self._stopping.set()
+        listeners, self._listeners, self._integration = self._listeners, [], None
+        for listener in listeners:
+            listener.close()
+        with self._lock:
+            connections = list(self._connections)
+        for connection in connections:
+            connection.abort()
+        deadline = time.monotonic() + 0.02
+        for connection in connections:
+            connection.thread.join(max(0, deadline - time.monotonic()))
+
+    def __enter__(self):
+        return self.start()
+
+    def __exit__(self, *exc_info):
+        self.stop()
+
+    @property
+    def endpoint(self):
+        return "{}://{}/client/api".format("https" if self.tls else "http", self._authority(self.port))
+
+    @property
+    def integration_endpoint(self):
+        with self._lock:
+            if self._integration is None:
+                self._integration = self._listen(0, None, True)
+        return "http://{}/client/api".format(self._authority(self._integration))
+
+    @property
+    def cloud(self):
+        with self._lock:
+            if self._cloud is None:
+                self._cloud = Cloud(lambda: self.clock())
+        return self._cloud
+
+    @property
+    def users(self):
+        """The accounts by user name: "admin", and "user" whose role lacks some commands."""
+        return self.cloud.users
+
+    @property
+    def key(self):
+        return self.users["admin"].key
+
+    @property
+    def secret(self):
+        return self.users["admin"].secret
+
+    def count(self, command_name):
+        """How many requests of the command were received."""
+        return self._received[command_name]
+
+    def accepted(self, command_name):
+        """How many requests of the command passed every check and ran."""
+        return self._accepted[command_name]
+
+    def script(self, command_name, *answers):
+        """Have the next exchanges of a command (None: of any) answered by these: an Answer, a callable that is given
+        the Record and returns an Answer or None, DROP, RUN_THEN_DROP or GO_ON.
+        """
+        with self._lock:
+            self._scripts[command_name].extend(answers)
+
+    def allowed(self, user, spec):
+        return user.admin or not (spec.admin or spec.name in self.role_lacks)
+
+    def issued(self, user):
+        start, count = self._windows.get(user.account, (0, 0))
+        return count if self.clock() < start + 1 else 0
+
+    # sockets
+
+    def _authority(self, port):
+        return "{}:{}".format("[" + self.host + "]" if ":" in self.host else self.host, port)
+
+    def _listen(self, port, tls, integration):
+        listener = Listener(self, self.host, port, tls, integration)
+        self._listeners.append(listener)
+        return listener.port
+
+    def connected(self, sock, tls, integration):
+        """Serve a connection in a thread of its own."""
+        with self._lock:
+            self._connected += 1
+            connection = Connection(self, sock, tls, integration, self._connected)
+            self._connections.add(connection)
+        connection.thread.start()
+
+    def disconnected(self, connection):
+        with self._lock:
+            self._connections.discard(connection)
+
+    def pause(self):
+        """Sit out the latency; whether the server is stopping."""
+        return self._stopping.wait(self.latency) if self.latency else self._stopping.is_set()
+
+    # one exchange
+
+    def receive(self, record):
+        with self._lock:
+            self.requests.append(record)
+            self._received[record.command] += 1
+
+    def scripted(self, record):
+        """What the script has for this exchange: an Answer, DROP, RUN_THEN_DROP, or GO_ON."""
+        with self._lock:
+            queue = self._scripts.get(record.command) or self._scripts.get(None)
+            step = queue.popleft() if queue else GO_ON
+        if callable(step):
+            step = step(record)
+        return GO_ON if step is None else step
+
+    def answer(self, record, integration):
+        """Check and run the command of a request; the Answer in JSON or XML."""
+        if self.html_error:
+            raise HtmlError(self.html_error, close=False)
+        if not integration and record.path.rstrip("/") != "/client/api":
+            raise HtmlError(404, close=False)
+        if record.method not in ("GET", "POST"):
+            raise HtmlError(405, "HTTP method {} is not supported by this URL".format(record.method), close=False)
+        name = record.params.get("command")
+        if name == "login" and record.method != "POST" and not integration:
+            return Answer(405, "login takes POST requests only", {"Content-Type": "text/plain", "Allow": "POST"})
+        if name in self.empty_200:
+            return Answer(200, b"", {"Content-Type": self.json_content_type})
+        spec, status, cookies = COMMANDS.get(name), 200, ()
+        key = spec.key if spec else "errorresponse"
+        with self.cloud.lock:
+            try:
+                body, cookies = self._checked(record, spec, integration)
+            except ApiError as error:
+                status, body = error.code, error.body()
+                key = "null" if error.code == 432 and not spec else key
+            except Exception as error:  # a mistake in the simulator itself must not look like a network failure
+                status, body = 530, ApiError(530, "Internal error: {!r}".format(error)).body()
+            return self._written(record, status, {key: body}, cookies)
+
+    def _written(self, record, status, tree, cookies):
+        if record.params.get("response", "").lower() == "json":
+            answer = Answer(status, to_json(tree), {"Content-Type": self.json_content_type})
+        else:
+            answer = Answer(status, to_xml(tree), {"Content-Type": "text/xml; charset=UTF-8"})
+        answer.headers["X-Content-Type-Options"] = "nosniff"
+        answer.cookies = cookies
+        answer.gzip = self.gzip and "gzip" in record.headers.get("Accept-Encoding", "").lower()
+        return answer
+
+    def _checked(self, record, spec, integration):
+        """Every check before a command runs, then the command: (body, cookies)."""
+        self.cloud.settle()
+        user = self._authenticated(record, spec, integration)
+        if spec is None or (user and not self.allowed(user, spec)):
+            raise ApiError(432, "The given command '{}' either does not exist, is not available for user, or not "
+                                "available from ip address '127.0.0.1'.".format(record.command))
+        if self.maintenance:
+            raise ApiError(503, "The server is in maintenance and does not take requests")
+        if user and not integration:
+            self._throttle(user)
+        for name, value in record.params.items():
+            if _CONTROL.search(value) or _CONTROL.search(name):
+                text = "Received value for parameter {} is invalid, contains illegal ASCII non-printable characters"
+                raise ApiError(431, text.format(_CONTROL.sub("?", name)))
+        call = Call(self, user, spec, record.params)
+        call.convert()
+        body = self._run(call)
+        with self._lock:
+            self._accepted[spec.name] += 1
+        return body, call.cookies
+
+    def _authenticated(self, record, spec, integration):
+        """The user who asks; None where nobody needs to be known."""
+        params, cookies = record.params, record.cookies()
+        if integration:
+            if any(name.lower() in ("apikey", "signature") for name in params):
+                raise ApiError(401, "The integration port takes no credentials")
+            return self.cloud.users["admin"]
+        if spec and spec.name in ("login", "logout"):
+            if spec.name == "logout":
+                self.sessions.close(cookies)
+            return None
+        if self.enforce_post and record.method != "POST" and not is_reading(params.get("command", "")):
+            text = "State changing command {} needs to be sent using POST request"
+            raise ApiError(400, text.format(record.command))
+        user = self.sessions.user(record, cookies)
+        if user is None:
+            return self._verified(params, spec)
+        if self.two_factor:
+            raise ApiError(511, "Two factor authentication is mandatory, and this session has not passed it")
+        return user
+
+    def _verified(self, params, spec):
+        """The user whose key and signature these are. What is wrong is not told."""
+        user = next((user for user in self.cloud.users.values() if user.key == params.get("apiKey")), None)
+        if user and spec and "signature" in params and self._fresh(params):
+            given = params["signature"].encode("utf-8", "replace")
+            if hmac.compare_digest(signature_of(params, user.secret).encode(), given):
+                return user
+        raise ApiError(401, CREDENTIALS_TEXT)
+
+    def _fresh(self, params):
+        lowered = {name.lower(): value for name, value in params.items()}
+        if lowered.get("signatureversion") != "3":
+            return not self.enforce_post
+        expires, now = parse_date(lowered.get("expires", "")), self.clock()
+        return expires is not None and expires >= now and not (self.enforce_post and expires > now + 900)
+
+    def _throttle(self, user):
+        if not self.rate_limit:
+            return
+        now = self.clock()
+        start, count = self._windows.get(user.account, (0, 0))
+        if now >= start + 1:
+            start, count = now, 0
+        if count >= self.rate_limit:
+            text = "The given user has reached his/her account api limit, please retry after {} ms."
+            raise ApiError(429, text.format(max(1, int((start + 1 - now) * 1000))))
+        self._windows[user.account] = (start, count + 1)
+
+    def _run(self, call):
+        spec = call.spec
+        result = spec.run(call)
+        if spec.job:
+            lost = spec.name in self.job_fails_without_result
+            return self.cloud.submit(spec.name, call.user, result, self.job_seconds, lost)
+        return self._paged(call, result) if isinstance(result, Rows) else result
+
+    def _paged(self, call, result):
+        name, total = call.spec.name, len(result.rows)
+        page = call.page(result.rows)
+        if name in self.ignores_paging:
+            page = result.rows
+        if name in self.count_is_page_length:
+            total = len(page)
+        if not total:
+            return {}
+        body = {} if name in self.count_missing else {"count": total}
+        if page:
+            body[result.member] = page
+        return body
+
+
+OPTIONS = frozenset(
+    "job_seconds job_retention clock enforce_post default_page_size count_is_page_length count_missing ignores_paging "
+    "role_lacks rate_limit gzip chunk_over idle_close json_content_type latency maintenance html_error empty_200 "
+    "two_factor session_timeout job_fails_without_result extra_apis".split()
+)
+
+
+class Listener:
+    """A listening socket and the thread that accepts from it."""
+
+    def __init__(self, simulator, host, port, tls, integration):
+        self.simulator, self.tls, self.integration, self.closing = simulator, tls, integration, False
+        self.sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.sock.bind((host, port))
+            self.sock.listen(512)
+        except BaseException:
+            self.sock.close()
+            raise
+        self.address = self.sock.getsockname()
+        self.port = self.address[1]
+        self.thread = threading.Thread(target=self._accept, name="simulator", daemon=True)
+        self.thread.start()
+
+    def _accept(self):
+        while not self.closing:
+            try:
+                sock = self.sock.accept()[0]
+            except OSError:
+                continue
+            if self.closing:
+                sock.close()
+            else:
+                self.simulator.connected(sock, self.tls, self.integration)
+
+    def close(self):
+        self.closing = True
+        try:  # wakes accept on every system, which closing the socket does not
+            socket.create_connection(self.address[:2], 1).close()
+        except OSError:
+            pass
+        self.thread.join(1)
+        self.sock.close()
+
+
+class Connection:
+    """One TCP connection and the thread that serves it, request after request."""
+
+    def __init__(self, simulator, sock, tls, integration, number):
+        self.simulator, self.sock, self.tls, self.integration, self.number = simulator, sock, tls, integration, number
+        self.buffer = b""
+        self.thread = threading.Thread(target=self._serve, name="simulator", daemon=True)
+
+    def abort(self):
+        """Make whatever the thread does on the socket end, from outside."""
+        try:
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # ssl's own would pull its state from under the thread
+        except OSError:
+            pass
+
+    def _serve(self):
+        try:
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.sock.settimeout(max(0.001, self.simulator.idle_close))
+            if self.tls:
+                self.sock = self.tls.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
+                self.sock.do_handshake()
+            while self._exchange():
+                self.sock.settimeout(max(0.001, self.simulator.idle_close))
+        except (OSError, EOFError, ValueError):  # gone, idle for too long, or no HTTP
+            pass
+        finally:
+            self.simulator.disconnected(self)
+            self.sock.close()
+
+    def _exchange(self):
+        """Read a request and answer it; whether the connection goes on."""
+        try:
+            record = self._request()
+        except HtmlError as error:
+            self._send(error.answer(), None, False)
+            self._linger()
+            return False
+        keep = self._keeps(record)
+        step = self.simulator.scripted(record)
+        if self.simulator.pause() or step is DROP:
+            return False
+        if step in (GO_ON, RUN_THEN_DROP):
+            answer = self._answer(record)
+            if step is RUN_THEN_DROP:
+                return False
+        else:
+            answer = step
+        keep = keep and not answer.close
+        self._send(answer, record, keep)
+        if not keep and self.integration:
+            self._linger()
+        return keep
+
+    def _answer(self, record):
+        try:
+            if "Content-Encoding" in record.headers and not self.integration:
+                raise HtmlError(415, close=False)
+            return self.simulator.answer(record, self.integration)
+        except HtmlError as error:
+            return error.answer()
+
+    def _keeps(self, record):
+        options = record.headers.get("Connection", "").lower()
+        if self.integration or "close" in options:
+            return False
+        return record.version == "HTTP/1.1" or "keep-alive" in options
+
+    # reading
+
+    def _more(self):
+        data = self.sock.recv(65536)
+        if not data:
+            raise EOFError
+        self.buffer += data
+
+    def _head(self):
+        while b"\r\n\r\n" not in self.buffer:
+            if len(self.buffer) > MAX_HEAD:
+                break
+            self._more()
+            self.buffer = self.buffer.lstrip(b"\r\n")
+        head, _, rest = self.buffer.partition(b"\r\n\r\n")
+        if len(head) > MAX_HEAD:
+            raise HtmlError(414 if len(head.partition(b"\r\n")[0]) > MAX_HEAD else 431)
+        self.buffer = rest
+        return head.decode("latin-1")
+
+    def _request(self):
+        lines = self._head().split("\r\n")
+        words = lines[0].split(" ")
+        if len(words) != 3 or not words[2].startswith("HTTP/1."):
+            raise HtmlError(400)
+        pairs = (line.partition(":") for line in lines[1:])
+        headers = Headers((name.strip(), value.strip()) for name, _, value in pairs)
+        target = words[1]
+        if "://" in target[:8]:  # what a proxy is sent
+            target = "/" + target.partition("://")[2].partition("/")[2]
+        record = Record(words[0], target, words[2], headers, self.number)
+        try:
+            if not self.integration:
+                self._read_body(record)
+            record.read_parameters(form=not self.integration)
+        finally:
+            self.simulator.receive(record)
+        return record
+
+    def _read_body(self, record):
+        headers = record.headers
+        if headers.get("Expect", "").lower() == "100-continue":
+            self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if headers.get("Transfer-Encoding", "").lower() == "chunked":
+            record.body = self._chunks()
+            return
+        length = headers.get("Content-Length", "0")
+        if not length.isdigit():
+            raise HtmlError(400)
+        if int(length) > 8 * MAX_FORM:
+            raise HtmlError(413)
+        record.body = self._take(int(length))
+
+    def _take(self, size):
+        while len(self.buffer) < size:
+            self._more()
+        data, self.buffer = self.buffer[:size], self.buffer[size:]
+        return data
+
+    def _line(self):
+        while b"\r\n" not in self.buffer:
+            self._more()
+        line, _, self.buffer = self.buffer.partition(b"\r\n")
+        return line
+
+    def _chunks(self):
+        body = b""
+        while True:
+            size = int(self._line().partition(b";")[0], 16)
+            if not size:
+                while self._line():
+                    pass
+                return body
+            body += self._take(size)
+            self._line()
+
+    # writing
+
+    def _send(self, answer, record, keep):
+        body, headers = answer.body, dict(answer.headers)
+        if answer.gzip and len(body) > 32:
+            packer = zlib.compressobj(4, zlib.DEFLATED, 31)
+            body = packer.compress(body) + packer.flush()
+            headers.update({"Content-Encoding": "gzip", "Vary": "Accept-Encoding"})
+        lowered = {name.lower() for name in headers}
+        chunks = answer.gzip is not None and record.version == "HTTP/1.1"
+        if chunks and len(body) > self.simulator.chunk_over:
+            headers["Transfer-Encoding"] = "chunked"
+            pieces = [body[start:start + 8192] for start in range(0, len(body), 8192)]
+            body = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+        elif not lowered & {"content-length", "transfer-encoding"} and answer.status not in (204, 304):
+            headers["Content-Length"] = str(len(body))
+        if not keep:
+            headers["Connection"] = "close"
+        elif record.version == "HTTP/1.0":
+            headers["Connection"] = "keep-alive"
+        reason = answer.reason
+        if reason is None:
+            reason = http.client.responses.get(answer.status, str(answer.status))
+        lines = ["HTTP/1.1 {} {}".format(answer.status, reason)]
+        lines += ["{}: {}".format(name, value) for name, value in headers.items()]
+        lines += ["Set-Cookie: " + cookie for cookie in answer.cookies]
+        self.sock.sendall("\r\n".join(lines + ["", ""]).encode("latin-1") + body)
+
+    def _linger(self):
+        """Read what the client still sends, so that closing does not tear the answer away from it."""
+        socket.socket.shutdown(self.sock, socket.SHUT_WR)
+        self.sock.settimeout(0.2)
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline and self.sock.recv(65536):
+            pass
+
+
+# --- sandbox --------------------------------------------------------------------------------------------------------
+# The simulator for people: one command against it, or the server alone until Ctrl-C.
+
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+
+
+def sandbox_environment(**more):
+    """The environment without what would lead cs.py elsewhere: its own settings and proxies."""
+    kept = {name: value for name, value in os.environ.items()
+            if not name.upper().startswith("CLOUDSTACK_") and name.lower() not in PROXIES}
+    kept.update(more)
+    return kept
+
+
+def sandbox(argv):
+    """`sandbox COMMAND [args]` or `sandbox [--port N]`; the exit code."""
+    argv, port = list(argv), 0
+    if argv[:1] == ["--port"]:
+        try:
+            port = int(argv[1])
+            if not 0 <= port < 65536:
+                raise ValueError
+        except (IndexError, ValueError):
+            print("usage: test_cs.py sandbox [--port N] [COMMAND [name=value ...]]", file=sys.stderr)
+            return 2
+        argv = argv[2:]
+    try:
+        simulator = Simulator(port).start()
+    except OSError as error:
+        print("port {}: {}".format(port, error.strerror), file=sys.stderr)
+        return 2
+    try:
+        settings = {"CLOUDSTACK_ENDPOINT": simulator.endpoint, "CLOUDSTACK_KEY": simulator.key,
+                    "CLOUDSTACK_SECRET": simulator.secret}
+        return run_command(argv, settings) if argv else stay(settings)
+    finally:
+        simulator.stop()
+
+
+def run_command(argv, settings):
+    """cs.py's command line as a process of its own; Ctrl-C is the child's to answer."""
+    program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cs.py")
+    child = subprocess.Popen([sys.executable, program] + argv, env=sandbox_environment(**settings))
+    while True:
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:
+            continue
+        return code if code >= 0 else 128 - code
+
+
+def stay(settings):
+    try:
+        for name, value in sorted(settings.items()):
+            print("export {}={}".format(name, value))
+        sys.stdout.flush()
+        print("A small cloud answers until Ctrl-C. Paste these lines into another shell, then: python3 cs.py listZones",
+              file=sys.stderr)
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        return 0
+# --- tests of the simulator -----------------------------------------------------------------------------------------
+# It is held to how the server behaves, with raw requests; the client has no part in these.
+
+
+class SimulatorCase(unittest.TestCase):
+    """A simulator whose clock stands still unless a test moves it, and requests written by hand."""
+
+    options = {}
+
+    def setUp(self):
+        self.now = 1788249600.25  # 2026-09-01T08:00:00.25Z
+        self.simulator = Simulator(clock=lambda: self.now, **self.options).start()
+        self.addCleanup(self.simulator.stop)
+        self.connection = http.client.HTTPConnection("127.0.0.1", self.simulator.port, timeout=5)
+        self.addCleanup(self.connection.close)
+
+    def exchange(self, method="GET", target="/client/api", body=None, headers=None):
+        """(status, headers, body) of one exchange on the kept connection."""
+        self.connection.request(method, target, body, headers or {})
+        response = self.connection.getresponse()
+        return response.status, response.headers, response.read()
+
+    def signed(self, params, user="admin"):
+        account = self.simulator.users[user]
+        params = dict(params, apiKey=account.key)
+        return urlencode(dict(params, signature=signature_of(params, account.secret)))
+
+    def call(self, command_name, params=None, user="admin", method="GET", **more):
+        """(status, the value of the single key) of a signed command."""
+        query = self.signed(dict(params or {}, command=command_name, response="json", **more), user)
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        if method == "GET":
+            status, _, body = self.exchange(target="/client/api?" + query)
+        else:
+            status, _, body = self.exchange(method, body=query, headers=form)
+        (self.key, value), = json.loads(body.decode("utf-8"), strict=False).items()
+        return status, value
+
+    def ok(self, command_name, params=None, **more):
+        status, value = self.call(command_name, params, **more)
+        self.assertEqual(status, 200, value)
+        return value
+
+    def fails(self, code, command_name, params=None, **more):
+        status, value = self.call(command_name, params, **more)
+        self.assertEqual((status, value["errorcode"]), (code, code))
+        return value["errortext"]
+
+    def first(self, command_name, **params):
+        return next(rows for rows in self.ok(command_name, **params).values() if isinstance(rows, list))[0]
+
+    def finish(self, submitted):
+        """The job's answer once its time has come."""
+        self.now += self.simulator.job_seconds
+        return self.ok("queryAsyncJobResult", jobid=submitted["jobid"])
+
+
+class SimulatorSignatureTest(SimulatorCase):
+    # The vectors were made with the openssl program from texts written by hand.
+
+    def test_vector_of_every_kind_of_value(self):
+        params = {"name": "a~b *+\u00e9-_.\n", "apiallowed": "1", "command": "listZones", "response": "json",
+                  "empty": "", "apiKey": "KEY", "details[0].key": "x/Y", "signature": "left out"}
+        self.assertEqual(signature_of(params, "Secret"), "QW63KNEFjGW2GXgJMtwL9vZ9jbM=")
+
+    def test_names_in_the_order_of_java_strings(self):
+        params = {"\uff61": "4", "\U0001f600": "3", "a": "2", "Z": "1"}  # UTF-16 puts U+1F600 before U+FF61
+        self.assertEqual(signature_of(params, "s"), "v179xoXYWeGVoHIu3e+soppR7A0=")
+
+    def test_vector_over_the_wire(self):
+        target = "/client/api?command=listZones&response=json&apiKey={}&signature={}".format(
+            "0VUlN_mkn8wZCj9DfJtuvxU3L132iHiXGj9VoMqCXASv620-Tgbk5hmgt-24q0CAR_ZIihPRwHAMVm_D0p0S0w",
+            "xPiwwaJ%2Bbbu03C%2Fb%2B%2BeoVI3i7QY%3D")
+        self.assertEqual(self.exchange(target=target)[0], 200)
+
+    def test_refusals_are_all_alike(self):
+        good = dict(command="listZones", response="json", apiKey=self.simulator.key)
+        signature = signature_of(good, self.simulator.secret)
+        bad = [dict(good, signature="x"), good, dict(good, signature=signature, name="added"),
+               dict(good, apiKey="nobody", signature=signature), {"command": "listZones", "response": "json"}]
+        unknown = dict(good, command="noSuchCommand")
+        bad.append(dict(unknown, signature=signature_of(unknown, self.simulator.secret)))
+        misspelt = dict(command="listZones", response="json", apikey=self.simulator.key)
+        bad.append(dict(misspelt, signature=signature_of(misspelt, self.simulator.secret)))
+        for params in bad:
+            status, _, body = self.exchange(target="/client/api?" + urlencode(params))
+            (_, value), = json.loads(body.decode()).items()
+            self.assertEqual((status, value["errorcode"], value["errortext"]), (401, 401, CREDENTIALS_TEXT))
+        self.assertEqual(self.simulator.accepted("listZones"), 0)
+        self.assertEqual(self.simulator.count("listZones"), 6)
+
+    def test_a_bare_plus_in_the_signature_is_a_space(self):
+        for number in range(100):
+            params = dict(command="listZones", response="json", apiKey=self.simulator.key, n=str(number))
+            signature = signature_of(params, self.simulator.secret)
+            if "+" in signature:
+                break
+        bare = urlencode(params) + "&signature=" + signature.replace("=", "%3D").replace("/", "%2F")
+        self.assertEqual(self.exchange(target="/client/api?" + bare)[0], 401)
+        self.assertEqual(self.exchange(target="/client/api?" + bare.replace("+", "%2B"))[0], 200)
+
+    def test_expiry(self):
+        for expires, status in (
+                ("2026-09-01T08:00:01+0000", 200), ("2026-09-01T08:00:01Z", 200), ("2026-09-01T08:00:01+00:00", 200),
+                ("2026-09-01T10:00:01+0200", 200), ("2026-09-01T08:00:00+0000", 401), ("2026-09-01T09:00:00+0200", 401),
+                ("2026-09-01T08:00:01", 401), ("soon", 401), ("", 401)):
+            got, _ = self.call("listZones", signatureVersion="3", expires=expires)
+            self.assertEqual(got, status, expires)
+        self.assertEqual(self.call("listZones", signatureVersion="3")[0], 401)
+        self.assertEqual(self.call("listZones", expires="2001-01-01T00:00:00+0000")[0], 200)  # read by version 3 only
+
+
+class SimulatorParameterTest(SimulatorCase):
+    def test_the_last_of_a_name_in_a_query_the_first_in_a_form_and_the_query_over_the_form(self):
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        self.exchange("POST", "/client/api?a=1&a=2&b=3", "b=4&c=5&c=6", form)
+        self.assertEqual(self.simulator.requests[-1].params, {"a": "2", "b": "3", "c": "5"})
+        self.exchange("POST", "/client/api?a=1", "b=4", {"Content-Type": "multipart/form-data; boundary=x"})
+        self.assertEqual(self.simulator.requests[-1].params, {"a": "1"})
+
+    def test_names_in_any_case_once_verified(self):
+        zone = self.first("listZones")
+        self.assertEqual(self.ok("listZones", {"ID": zone["id"], "Nonsense": "x"})["count"], 1)
+        self.assertEqual(self.call("LISTZONES")[0], 401)
+
+    def test_only_true_is_true(self):
+        everything = self.ok("listVirtualMachines", listall="TRUE")["count"]
+        own = self.ok("listVirtualMachines")["count"]
+        self.assertGreater(everything, own)
+        for word in ("1", "yes", "on", "false"):
+            self.assertEqual(self.ok("listVirtualMachines", listall=word)["count"], own)
+        projects = self.ok("listVirtualMachines", projectid="-1")["virtualmachine"]
+        self.assertEqual({row["project"] for row in projects}, {"apollo"})
+
+    def test_maps(self):
+        self.assertEqual(self.ok("listVirtualMachines", {"tags[0].key": "role", "tags[0].value": "db"})["count"], 8)
+        for name in ("tags[a].key", "tags[0]", "tags[0].a[1]", "tags[", "tags[0]key", "[0].key"):
+            self.fails(430, "listVirtualMachines", {name: "x"})
+        plain, maps = lower_names({"Details[0].cpuNumber": "2", "details[0].a.b": "c", "DETAILS[1].x": "y"})
+        self.assertEqual((plain, maps), ({}, {"details": {0: {"cpuNumber": "2", "a.b": "c"}, 1: {"x": "y"}}}))
+
+    def test_what_is_refused(self):
+        self.assertIn("missing parameter id", self.fails(431, "startVirtualMachine"))
+        self.fails(431, "listZones", id="no-such-id")
+        self.fails(431, "listZones", name="a\x07b")
+        self.ok("listZones", name="a\tb\r\nc")
+        self.fails(431, "createSecurityGroup", name="x" * 256)
+        self.assertEqual(self.ok("listVirtualMachines", userdataid="no-such-id")["count"], 32)  # dropped in silence
+        self.fails(431, "queryAsyncJobResult", jobid="00000000-0000-0000-0000-000000000000")
+
+    def test_dates(self):
+        self.assertEqual(parse_date("2026-01-01T00:00:00+0130"), parse_date("2025-12-31T22:30:00Z"))
+        self.assertIsNone(parse_date("2026-13-01T00:00:00Z"))
+        self.assertEqual(read_date("2026-01-01"), read_date("2026-01-01 00:00:00"))
+
+
+class SimulatorHttpTest(SimulatorCase):
+    def test_kept_alive_and_without_a_date(self):
+        headers = [self.exchange(target="/client/api?" + self.signed({"command": "listZones"}))[1] for _ in range(3)]
+        self.assertEqual({record.connection for record in self.simulator.requests}, {1})
+        self.assertNotIn("Date", headers[0])
+
+    def test_idle_connections_are_closed(self):
+        self.simulator.idle_close = 0.05
+        with socket.create_connection(("127.0.0.1", self.simulator.port), 5) as sock:
+            self.assertEqual(sock.recv(1), b"")
+
+    def test_a_long_request_line(self):
+        status, headers, body = self.exchange(target="/client/api?" + "x" * 8200)
+        self.assertEqual((status, headers.get_content_type(), headers["Connection"]), (414, "text/html", "close"))
+        self.assertTrue(body.startswith(b"<html>"))
+        self.assertEqual(self.exchange(headers={"X-Long": "x" * 8200})[0], 431)
+
+    def test_request_bodies(self):
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        self.assertEqual(self.call("listZones", method="POST", name="x" * 200)[0], 200)
+        self.assertEqual(self.exchange("POST", body="a=" + "x" * (1 << 20), headers=form)[0], 400)
+        self.assertEqual(self.exchange("POST", body="a=1&" * 5001, headers=form)[0], 400)
+        self.assertEqual(self.exchange("POST", body="x", headers=dict(form, **{"Content-Encoding": "gzip"}))[0], 415)
+        query = self.signed({"command": "listZones", "response": "json"}).encode()
+        self.connection.putrequest("POST", "/client/api")
+        self.connection.putheader("Content-Type", form["Content-Type"])
+        self.connection.putheader("Transfer-Encoding", "chunked")
+        self.connection.endheaders(b"%x\r\n%b\r\n0\r\n\r\n" % (len(query), query))
+        response = self.connection.getresponse()
+        self.assertEqual((response.status, response.read()[:20]), (200, b'{"listzonesresponse"'))
+
+    def test_paths_and_methods(self):
+        cases = ("GET", "/client", 404), ("PUT", "/client/api", 405), ("GET", "/client/api/", 401)
+        for method, path, status in cases:
+            self.assertEqual(self.exchange(method, path)[0], status)
+
+    def test_gzip_and_chunks(self):
+        target = "/client/api?" + self.signed({"command": "listVirtualMachines", "response": "json"})
+        _, headers, plain = self.exchange(target=target)
+        self.assertEqual((headers["Transfer-Encoding"], headers["Content-Length"]), ("chunked", None))
+        for method in ("GET", "POST"):
+            _, headers, packed = self.exchange(method, target, headers={"Accept-Encoding": "gzip"})
+            self.assertEqual((headers["Content-Encoding"], zlib.decompress(packed, 31)), ("gzip", plain))
+        self.simulator.gzip, self.simulator.chunk_over = False, 1 << 20
+        _, headers, body = self.exchange(target=target, headers={"Accept-Encoding": "gzip"})
+        self.assertEqual((headers["Content-Encoding"], headers["Content-Length"]), (None, str(len(body))))
+
+    def test_http_1_0(self):
+        with socket.create_connection(("127.0.0.1", self.simulator.port), 5) as sock:
+            query = self.signed({"command": "listVirtualMachines", "response": "json"})
+            sock.sendall("GET /client/api?{} HTTP/1.0\r\n\r\n".format(query).encode())
+            with sock.makefile("rb") as stream:
+                head, _, body = stream.read().partition(b"\r\n\r\n")
+        self.assertNotIn(b"chunked", head)
+        self.assertEqual(json.loads(body.decode())["listvirtualmachinesresponse"]["count"], 32)
+
+    def test_stopping_is_quick_and_closes_what_is_open(self):
+        self.simulator.latency = 60
+        self.connection.request("GET", "/client/api")
+        while not self.simulator.requests:
+            time.sleep(0.001)
+        start = time.monotonic()
+        self.simulator.stop()
+        self.assertLess(time.monotonic() - start, 5)  # the latency is not sat out
+        with self.assertRaises((http.client.HTTPException, OSError)):
+            self.connection.getresponse()
+        with self.assertRaises(OSError):
+            socket.create_connection(("127.0.0.1", self.simulator.port), 5)
+        self.simulator.latency = 0
+        self.simulator.start()  # on the same port
+        self.assertEqual(self.call("listZones")[0], 200)
+
+
+class SimulatorAnswerTest(SimulatorCase):
+    def test_xml_unless_json_is_asked_for(self):
+        _, headers, body = self.exchange(target="/client/api?" + self.signed({"command": "listZones"}))
+        self.assertEqual(headers.get_content_type(), "text/xml")
+        self.assertIn(b"<listzonesresponse cloud-stack-version=", body)
+        self.assertIn(b"<count>2</count><zone><id>", body)
+
+    def test_keys(self):
+        for name, key in (("listZones", "listzonesresponse"), ("listCounters", "counterresponse"),
+                          ("restoreVirtualMachine", "restorevmresponse"),
+                          ("activateProject", "activaterojectresponse")):
+            self.call(name)
+            self.assertEqual(self.key, key)
+        self.call("noSuchCommand")
+        self.assertEqual(self.key, "errorresponse")
+
+    def test_errors(self):
+        status, value = self.call("deleteVolume", id=self.first("listVolumes")["id"])
+        self.assertEqual((status, value["errorcode"], value["cserrorcode"]), (431, 431, 9999))
+        self.assertEqual(set(value["uuidList"][0]), {"uuid", "description"})
+        self.fails(432, "listApis", user="user")
+        self.fails(432, "listHosts", user="user")
+        self.fails(531, "stopVirtualMachine", user="user", id=self.first("listVirtualMachines")["id"])
+
+    def test_objects_control_characters_and_content_type(self):
+        self.assertIsInstance(self.ok("listCapabilities")["capability"], dict)
+        self.assertEqual(to_json({"a": "\x1b\n\\u001b"}), '{"a":"\x1b\\n\\\\u001b"}')
+        self.simulator.json_content_type = "text/javascript; charset=UTF-8"
+        target = "/client/api?" + self.signed({"command": "listZones", "response": "json"})
+        self.assertEqual(self.exchange(target=target)[1]["Content-Type"], "text/javascript; charset=UTF-8")
+
+    def test_list_apis(self):
+        self.simulator.extra_apis = 2
+        answer = self.ok("listApis")
+        self.assertEqual(answer["count"], len(answer["api"]))
+        apis = {api["name"]: api for api in answer["api"]}
+        self.assertEqual(len(apis), len(COMMANDS) + 2)
+        deploy = apis["deployVirtualMachine"]
+        self.assertEqual((deploy["isasync"], deploy["httprequesttype"]), (True, "POST"))
+        self.assertEqual(apis["getUploadParamsForVolume"]["httprequesttype"], "GET")
+        params = {param["name"]: param for param in deploy["params"]}
+        self.assertEqual((params["zoneid"]["type"], params["zoneid"]["required"]), ("uuid", True))
+        self.assertEqual((params["details"]["type"], params["startvm"]["type"]), ("map", "boolean"))
+        self.assertIn({}, deploy["response"])
+        self.assertIn("nic", {field.get("name") for field in deploy["response"] if "response" in field})
+        self.assertFalse({"response", "customjobid"} & set(params))
+
+    def test_switches(self):
+        self.simulator.empty_200 = {"listZones"}
+        target = "/client/api?" + self.signed({"command": "listZones", "response": "json"})
+        self.assertEqual(self.exchange(target=target)[::2], (200, b""))
+        self.simulator.maintenance = True
+        self.fails(503, "listPods")
+        self.simulator.html_error = 502
+        status, headers, _ = self.exchange(target=target)
+        self.assertEqual((status, headers.get_content_type()), (502, "text/html"))
+        with self.assertRaises(TypeError):
+            Simulator(start=1)
+
+    def test_rate_limit(self):
+        self.simulator.rate_limit = 2
+        self.ok("listZones")
+        self.assertEqual(self.ok("getApiLimit")["apilimit"]["apiIssued"], 2)
+        self.assertRegex(self.fails(429, "listZones"), r"please retry after 1000 ms\.$")
+        self.ok("listZones", user="user")
+        self.now += 1
+        self.ok("listZones")
+
+    def test_enforced_post(self):
+        self.simulator.enforce_post = True
+        fresh = {"signatureVersion": "3", "expires": "2026-09-01T08:15:00+0000"}
+        self.ok("listZones", fresh)
+        self.fails(401, "listZones")
+        self.fails(401, "listZones", dict(fresh, expires="2026-09-01T08:15:02+0000"))
+        text = self.fails(400, "createSecurityGroup", dict(fresh, name="x"))
+        self.assertEqual(text, "State changing command createSecurityGroup needs to be sent using POST request")
+        self.assertEqual(self.simulator.accepted("createSecurityGroup"), 0)
+        self.ok("createSecurityGroup", dict(fresh, name="x"), method="POST")
+        zone = self.first("listZones", **fresh)["id"]
+        self.ok("getUploadParamsForVolume", dict(fresh, name="v", format="RAW", zoneid=zone))
+        self.assertTrue(is_reading("quotaSummary") and is_reading("FINDHostsForMigration"))
+        self.assertFalse(is_reading("list") or is_reading("relist") or is_reading("login"))
+
+
+class SimulatorPagesTest(SimulatorCase):
+    def test_pages(self):
+        names = []
+        for page in (1, 2, 3, 4):
+            answer = self.ok("listVirtualMachines", page=str(page), pagesize="15")
+            names += [row["id"] for row in answer.get("virtualmachine", ())]
+        self.assertEqual(answer, {"count": 32})  # past the last page: no list
+        self.assertEqual(len(set(names)), 32)
+        self.assertEqual(self.ok("listVirtualMachines", name="no such machine"), {})
+
+    def test_limits(self):
+        self.simulator.default_page_size = 10
+        answer = self.ok("listVirtualMachines")
+        self.assertEqual((answer["count"], len(answer["virtualmachine"])), (32, 10))
+        text = self.fails(431, "listVirtualMachines", page="1", pagesize="11")
+        self.assertEqual(text, "Page size can't exceed max allowed page size value: 10")
+        self.fails(431, "listVirtualMachines", page="1")
+        self.fails(431, "listVirtualMachines", pagesize="5")
+        self.fails(431, "listVirtualMachines", page="one", pagesize="5")
+
+    def test_quirks(self):
+        self.assertEqual(self.ok("listResourceLimits", page="2", pagesize="4")["count"], 4)
+        self.assertEqual(self.ok("listResourceLimits", page="3", pagesize="4")["count"], 3)
+        first, second = (self.ok("listHostTags", page=page, pagesize="2") for page in "12")
+        self.assertEqual(first, second)
+        self.simulator.count_missing = {"listZones"}
+        self.assertEqual(set(self.ok("listZones")), {"zone"})
+        templates = self.ok("listTemplates", templatefilter="featured")["template"]
+        self.assertEqual(len(templates), len({row["id"] for row in templates}) + 1)  # one stands in both zones
+
+
+class SimulatorJobsTest(SimulatorCase):
+    def test_a_job_from_submission_to_expiry(self):
+        machine = self.first("listVirtualMachines", state="Running")
+        submitted = self.ok("stopVirtualMachine", id=machine["id"])
+        self.assertEqual(set(submitted), {"jobid"})
+        self.assertEqual(self.ok("listVirtualMachines", id=machine["id"])["virtualmachine"][0]["state"], "Stopping")
+        job = self.ok("queryAsyncJobResult", submitted)
+        self.assertEqual((job["jobstatus"], "jobresult" in job, "completed" in job), (0, False, False))
+        self.assertEqual(self.ok("listAsyncJobs")["asyncjobs"][0]["jobid"], submitted["jobid"])
+        job = self.finish(submitted)
+        self.assertEqual((job["jobstatus"], job["jobresulttype"]), (1, "object"))
+        self.assertEqual(job["jobresult"]["virtualmachine"]["state"], "Stopped")
+        self.assertEqual(self.ok("listAsyncJobs"), {})
+        self.now += self.simulator.job_retention
+        self.fails(431, "queryAsyncJobResult", submitted)
+
+    def test_jobs_on_one_machine_run_one_after_another(self):
+        machine = self.first("listVirtualMachines", state="Running")
+        jobs = [self.ok(name, id=machine["id"]) for name in ("stopVirtualMachine", "startVirtualMachine")]
+        self.assertEqual(self.finish(jobs[0])["jobstatus"], 1)
+        self.assertEqual(self.ok("queryAsyncJobResult", jobs[1])["jobstatus"], 0)
+        self.assertEqual(self.finish(jobs[1])["jobresult"]["virtualmachine"]["state"], "Running")
+
+    def test_failures(self):
+        machine = self.first("listVirtualMachines", state="Running")
+        job = self.finish(self.ok("startVirtualMachine", id=machine["id"]))
+        self.assertEqual((job["jobstatus"], job["jobresultcode"], job["jobresult"]["errorcode"]), (2, 530, 530))
+        zone, template = machine["zoneid"], machine["templateid"]
+        titan = self.first("listServiceOfferings", name="Titan")["id"]
+        submitted = self.ok("deployVirtualMachine", zoneid=zone, templateid=template, serviceofferingid=titan)
+        self.assertEqual(set(submitted), {"id", "jobid"})
+        self.assertEqual(self.finish(submitted)["jobresult"]["errorcode"], 533)
+        self.simulator.job_fails_without_result = {"rebootVirtualMachine"}
+        job = self.finish(self.ok("rebootVirtualMachine", id=machine["id"]))
+        self.assertEqual((job["jobstatus"], "jobresult" in job), (2, False))
+
+    def test_a_machine_from_deployment_to_expunging(self):
+        zone, other = self.ok("listZones")["zone"]
+        template = self.ok("listTemplates", templatefilter="all", zoneid=zone["id"])["template"][-1]
+        networks = self.ok("listNetworks", zoneid=zone["id"])["network"]
+        params = {"networkids": networks[1]["id"] + "," + networks[0]["id"], "details[0].cpuNumber": "3",
+                  "details[0].memory": "2048", "name": "web-99", "keypair": "laptop", "userdata": "aGVsbG8="}
+        machine = self.finish(self.ok(
+            "deployVirtualMachine", params, zoneid=zone["id"], templateid=template["id"],
+            serviceofferingid=self.first("listServiceOfferings", name="Custom")["id"]))["jobresult"]["virtualmachine"]
+        self.assertEqual([nic["networkid"] for nic in machine["nic"]], [networks[1]["id"], networks[0]["id"]])
+        self.assertEqual((machine["state"], machine["cpunumber"], machine["memory"]), ("Running", 3, 2048))
+        self.assertTrue(machine["password"])
+        userdata = self.ok("getVirtualMachineUserData", virtualmachineid=machine["id"])["virtualmachineuserdata"]
+        self.assertEqual(userdata["userdata"], "aGVsbG8=")
+        job = self.finish(self.ok("destroyVirtualMachine", id=machine["id"], expunge="true"))
+        self.assertEqual(job["jobresult"]["virtualmachine"]["state"], "Expunging")
+        self.fails(431, "listVirtualMachines", id=machine["id"])
+
+    def test_list_async_jobs_is_the_caller_s_own_and_paged(self):
+        jobs = []
+        for machine in self.ok("listVirtualMachines", state="Running")["virtualmachine"][:3]:
+            jobs.append(self.ok("rebootVirtualMachine", id=machine["id"])["jobid"])
+            self.now += 0.01
+        theirs = self.ok("listVirtualMachines", user="user", state="Running")["virtualmachine"][0]["id"]
+        self.ok("rebootVirtualMachine", user="user", id=theirs)
+        self.assertEqual([row["jobid"] for row in self.ok("listAsyncJobs")["asyncjobs"]], jobs)
+        self.assertEqual(self.ok("listAsyncJobs", listall="true")["count"], 4)
+        page = self.ok("listAsyncJobs", page="2", pagesize="2")
+        self.assertEqual((page["count"], [row["jobid"] for row in page["asyncjobs"]]), (3, jobs[2:]))
+        self.fails(432, "listAsyncJobs", user="user")
+        self.fails(531, "queryAsyncJobResult", user="user", jobid=jobs[0])
+
+
+class SimulatorScriptTest(SimulatorCase):
+    def test_what_a_script_may_hold(self):
+        self.simulator.script("listZones", Answer(504, "<html>", reason="Gateway Time-out"), GO_ON, DROP)
+        self.simulator.script(None, lambda record: Answer(200, {record.command.lower(): {"scripted": True}}))
+        self.simulator.script("createSecurityGroup", RUN_THEN_DROP)
+        target = "/client/api?" + self.signed({"command": "listZones", "response": "json"})
+        self.assertEqual(self.exchange(target=target)[::2], (504, b"<html>"))
+        self.assertEqual(self.ok("listZones")["count"], 2)
+        with self.assertRaises((http.client.HTTPException, OSError)):
+            self.exchange(target=target)
+        self.connection.close()
+        self.assertEqual(self.ok("listZones"), {"scripted": True})
+        with self.assertRaises((http.client.HTTPException, OSError)):
+            self.call("createSecurityGroup", name="x")
+        self.connection.close()
+        self.assertEqual(self.simulator.accepted("createSecurityGroup"), 1)
+        self.assertEqual((self.simulator.count("listZones"), self.simulator.accepted("listZones")), (4, 1))
+
+
+class SimulatorSessionTest(SimulatorCase):
+    def login(self, password="tilde~and+plus*", method="POST", user="user", domain="/research"):
+        body = urlencode(dict(command="login", username=user, password=password, domain=domain, response="json"))
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        status, headers, answer = self.exchange(method, body=body, headers=form)
+        cookies = headers.get_all("Set-Cookie") or ()
+        self.cookie = "; ".join(cookie.partition(";")[0] for cookie in cookies)
+        return status, cookies, json.loads(answer.decode())["loginresponse"]
+
+    def use(self, command_name="listVirtualMachines", cookie=None, **params):
+        headers = {"Cookie": self.cookie if cookie is None else cookie}
+        query = urlencode(dict(params, command=command_name, response="json"))
+        status, _, body = self.exchange(target="/client/api?" + query, headers=headers)
+        (_, value), = json.loads(body.decode()).items()
+        return status, value
+
+    def test_a_session(self):
+        status, cookies, answer = self.login()
+        self.assertEqual((status, answer["username"], answer["timeout"]), (200, "user", 1800))
+        self.assertIn("sessionkey={}; HttpOnly".format(answer["sessionkey"]), cookies)
+        key = answer["sessionkey"]
+        status, value = self.use(sessionkey=key, signature="ignored", apiKey="ignored")
+        self.assertEqual((status, value["count"]), (200, 6))
+        self.assertEqual(self.use("noSuchCommand", sessionkey=key)[0], 432)
+        self.assertEqual(self.use("logout", sessionkey=key)[0], 200)
+        self.assertEqual(self.use(sessionkey=key)[0], 401)
+
+    def test_both_cookies_and_the_parameter_are_needed(self):
+        for spoil in ("parameter", "cookie"):
+            key = self.login()[2]["sessionkey"]
+            cookie = self.cookie.partition(";")[0] if spoil == "cookie" else None
+            parameter = {"sessionkey": key} if spoil == "cookie" else {}
+            self.assertEqual(self.use(cookie=cookie, **parameter)[0], 401)
+            self.assertEqual(self.use(sessionkey=key)[0], 401)  # and the session is gone
+
+    def test_refusals(self):
+        status, headers, body = self.exchange(target="/client/api?command=login&username=user&password=x&response=json")
+        self.assertEqual((status, headers.get_content_type()), (405, "text/plain"))
+        self.assertEqual(self.login(password="wrong")[2]["errorcode"], 531)
+        self.assertEqual(self.login(domain="/")[0], 531)
+
+    def test_idle_for_too_long(self):
+        key = self.login()[2]["sessionkey"]
+        for pause, status in ((1800, 200), (1800, 200), (1801, 401)):
+            self.now += pause
+            self.assertEqual(self.use(sessionkey=key)[0], status)
+
+    def test_the_second_factor_is_for_sessions(self):
+        self.simulator.two_factor = True
+        key = self.login()[2]["sessionkey"]
+        self.assertEqual(self.use(sessionkey=key)[0], 511)
+        self.assertEqual(self.call("listZones")[0], 200)
+
+
+class SimulatorIntegrationTest(SimulatorCase):
+    def test_the_integration_port(self):
+        address = self.simulator.integration_endpoint.partition("//")[2].partition("/")[0]
+        self.connection.close()
+        self.connection = http.client.HTTPConnection(address, timeout=5)
+        self.addCleanup(self.connection.close)
+        status, headers, body = self.exchange(target="/?command=listZones&response=json")
+        self.assertEqual((status, headers["Connection"]), (200, "close"))
+        self.assertEqual(json.loads(body.decode())["listzonesresponse"]["count"], 2)
+        self.assertEqual(self.call("listZones")[0], 401)  # a key and a signature
+        status, _, body = self.exchange(target="/client/api?command=noSuchCommand&response=json")
+        self.assertEqual((status, list(json.loads(body.decode()))), (432, ["null"]))
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        self.assertEqual(self.exchange("POST", "/client/api", "command=listZones&response=json", form)[0], 432)
+
+
+class SandboxTest(unittest.TestCase):
+    def test_environment(self):
+        names = {"CLOUDSTACK_REGION": "x", "HTTP_PROXY": "x", "https_proxy": "x"}
+        kept = dict(os.environ)
+        self.addCleanup(lambda: (os.environ.clear(), os.environ.update(kept)))
+        os.environ.update(names)
+        environment = sandbox_environment(CLOUDSTACK_KEY="k")
+        self.assertFalse(set(names) & set(environment))
+        self.assertEqual((environment["CLOUDSTACK_KEY"], environment.get("HOME")), ("k", kept.get("HOME")))
+
+
+# === what the tests share ===========================================================================================
+
+import asyncio  # noqa: E402  (the simulator above stands on its own; from here on it is tests)
+import contextlib  # noqa: E402
+import io  # noqa: E402
+import shutil  # noqa: E402
+import tempfile  # noqa: E402
+from unittest import mock  # noqa: E402
+from urllib.parse import parse_qsl  # noqa: E402
+
+import cs  # noqa: E402
+
+CS_PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cs.py")
+ENDPOINT = "http://cloud.invalid/client/api"
+
+
+def clean_environment(**extra):
+    """This process's environment without anything that configures a client, plus what is given."""
+    proxies = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ftp_proxy")
+    drop = ("CLOUDSTACK_", "XDG_CACHE_HOME", "NO_COLOR", "PYTHONWARNINGS")
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.upper().startswith(drop) and name.lower() not in proxies
+    }
+    env["PYTHONDONTWRITEBYTECODE"] = "1"
+    env.update(extra)
+    return env
+
+
+def run(coroutine):
+    """asyncio.run, which 3.6 lacks."""
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(coroutine)
+    finally:
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+class Case(unittest.TestCase):
+    """A test with an environment, a home and a working directory of its own."""
+
+    def setUp(self):
+        self.home = tempfile.mkdtemp(prefix="cs-test-")
+        self.addCleanup(shutil.rmtree, self.home, True)
+        patched = mock.patch.dict(os.environ, clean_environment(HOME=self.home), clear=True)
+        patched.start()
+        self.addCleanup(patched.stop)
+        self.addCleanup(os.chdir, os.getcwd())
+        self.cwd = os.path.join(self.home, "work")
+        os.mkdir(self.cwd)
+        os.chdir(self.cwd)
+
+    def write(self, name, text, mode=0o600):
+        """A file below the home directory ("work/x" is in the working directory); its path."""
+        path = os.path.join(self.home, name)
+        with open(path, "wb") as file:
+            file.write(text if isinstance(text, bytes) else text.encode("utf-8"))
+        os.chmod(path, mode)
+        return path
+
+    def cs(self, *args, **options):
+        """The command line as a process of its own: an object with returncode, stdout, stderr (text)."""
+        env = dict(os.environ, **options.pop("env", {}))
+        stdin = options.pop("stdin", "")
+        child = subprocess.Popen(
+            [sys.executable, CS_PATH] + list(args),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, **options
+        )  # fmt: skip
+        out, err = child.communicate(stdin.encode("utf-8"), timeout=30)
+        child.stdout_bytes = out
+        result = mock.Mock(spec=["returncode", "stdout", "stderr", "raw"])
+        result.returncode, result.raw = child.returncode, out
+        result.stdout, result.stderr = out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
+        return result
+
+    def main(self, *args):
+        """The command line within this process: (exit code, standard output, standard error). Faster than cs()."""
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = cs.main(list(args))
+        return code, out.getvalue(), err.getvalue()
+
+
+def answer(document, status=200, reason="OK", headers=None):
+    """An answer as the transport gives it: a document as JSON, bytes and text as HTML."""
+    import email.message
+
+    message = email.message.Message()
+    is_page = isinstance(document, (bytes, str))
+    message["Content-Type"] = "text/html" if is_page else "application/json; charset=UTF-8"
+    for name, value in (headers or {}).items():
+        del message[name]
+        message[name] = value
+    if not is_page:
+        document = json.dumps(document)
+    content = document if isinstance(document, bytes) else document.encode("utf-8")
+    return cs._Response(status, reason, message, content)
+
+
+def api_error(code, text="no", status=None, key="errorresponse", headers=None):
+    """An error in the server's own JSON."""
+    document = {key: {"uuidList": [], "errorcode": code, "cserrorcode": 9999, "errortext": text}}
+    return answer(document, status or code, str(status or code), headers)
+
+
+def unsent(kind=cs.CloudStackConnectionError):
+    error = kind("Cannot connect to " + ENDPOINT, "Connection refused")
+    error.unsent = True
+    return error
+
+
+def lost(stale=False):
+    error = cs.CloudStackConnectionError("Connection lost to " + ENDPOINT, "closed without an answer")
+    error.stale = stale
+    return error
+
+
+def silent():
+    return cs.CloudStackTimeoutError("No answer from " + ENDPOINT, "nothing for 10 s (timeout)")
+
+
+class Played:
+    """What became of one call: value or error, the requests that were made, and the pauses between them."""
+
+    def __init__(self):
+        self.value = self.error = None
+        self.requests = []
+        self.pauses = []
+        self.now = 1000.0
+
+    def params(self, index=-1):
+        """The decoded parameters of one request."""
+        request = self.requests[index]
+        text = request.body.decode("ascii") if request.body is not None else request.url.partition("?")[2]
+        return dict(parse_qsl(text, keep_blank_values=True))
+
+    @property
+    def commands(self):
+        return [self.params(index).get("command") for index in range(len(self.requests))]
+
+    @property
+    def slept(self):
+        return sum(self.pauses)
+
+
+class ProtocolCase(unittest.TestCase):
+    """Every case is played through both clients, without a socket and without waiting."""
+
+    def play(self, script, call, **settings):
+        """Call both clients against a script and return what became of it, after checking that it was the same for both.
+
+        script: a list whose items are answers, exceptions to raise, or functions of the Played and the request that
+        return either; the last item is used again for whatever more is asked. Or such a function itself.
+        call: a function of the client that makes the call (it may return a coroutine), e.g. lambda c: c.listZones().
+        The clock stands still but for pauses, and for what a function adds to played.now."""
+        settings = dict({"endpoint": ENDPOINT, "key": "key1", "secret": "secret1"}, **settings)
+        outcomes = []
+        for kind in (cs.CloudStack, cs.AIOCloudStack):
+            client = kind(**dict({"fetch_result": False}, **settings))
+            outcomes.append(self._play_one(client, script, call))
+        sync, aio = outcomes
+        self.assertEqual(sync.value, aio.value)
+        self.assertEqual((type(sync.error), str(sync.error)), (type(aio.error), str(aio.error)))
+        self.assertEqual(sync.commands, aio.commands)
+        self.assertEqual(sync.pauses, aio.pauses)
+        for attribute in ("jobid", "outcome_unknown", "args"):
+            self.assertEqual(getattr(sync.error, attribute, None), getattr(aio.error, attribute, None))
+        return sync
+
+    def _play_one(self, client, script, call):
+        played = Played()
+        items = list(script) if isinstance(script, (list, tuple)) else [script]
+        lock = threading.Lock()
+
+        def exchange(request):
+            with lock:
+                played.requests.append(request)
+                item = items.pop(0) if len(items) > 1 else items[0]
+            if callable(item):
+                item = item(played, request)
+            if isinstance(item, BaseException):
+                raise item
+            return item
+
+        def sleep(seconds):
+            played.pauses.append(round(seconds, 6))
+            played.now += seconds
+
+        async def asleep(seconds):
+            sleep(seconds)
+
+        object.__setattr__(client, "_exchange", exchange)
+        with mock.patch.multiple(cs, _clock=lambda: played.now, _sleep=sleep, _random=lambda: 1.0):
+            with mock.patch("asyncio.sleep", asleep):
+                try:
+                    value = call(client)
+                    if hasattr(value, "__next__"):  # asyncio.iscoroutine takes a generator for one before 3.12
+                        value = list(value)
+                    elif hasattr(value, "__aiter__"):
+                        value = run(self._gather(value))
+                    elif asyncio.iscoroutine(value):
+                        value = run(value)
+                    played.value = value
+                except Exception as error:
+                    played.error = error
+                finally:
+                    if isinstance(client, cs.AIOCloudStack):
+                        cs.CloudStack._transport.fget(client).close()
+                        pool = client.__dict__.pop("_pool", None)
+                        if pool:
+                            pool[1].shutdown()
+        return played
+
+    @staticmethod
+    async def _gather(rows):
+        return [row async for row in rows]
+# === parameters, settings, protocol: no sockets, no waiting ==========================================================
+
+import datetime  # noqa: E402
+import decimal  # noqa: E402
+import enum  # noqa: E402
+import inspect  # noqa: E402
+import selectors  # noqa: E402
+
+REQUESTS_MOMENT = 1767225600  # 2026-01-01T00:00:00Z
+NEVER = {"expiration": -1}
+
+
+def one(document=None):
+    """A script of one answer."""
+    return [answer({"r": {} if document is None else document})]
+
+
+def wire(request):
+    """The decoded parameters of a request."""
+    text = request.url.partition("?")[2] if request.body is None else request.body.decode("ascii")
+    return dict(parse_qsl(text, keep_blank_values=True))
+
+
+def asking(command, **params):
+    """A call for play(): client.command(**params)."""
+    return lambda client: getattr(client, command)(**params)
+
+
+def afresh(item):
+    """A script's item that gives every request an exception or answer of its own."""
+    return lambda played, request: copy.copy(item)
+
+
+def scripted(items):
+    """An _exchange that gives the items of a list, one a request."""
+
+    def exchange(request):
+        item = items.pop(0)
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    return exchange
+
+
+async def rows_out_of(outcome):
+    return [row async for row in outcome] if hasattr(outcome, "__aiter__") else await outcome
+
+
+def one_after_another(*calls):
+    """A call for play() that makes several and gives the list of what they return."""
+
+    def call(client):
+        async def awaited():
+            return [await rows_out_of(each(client)) for each in calls]
+
+        return awaited() if isinstance(client, cs.AIOCloudStack) else [each(client) for each in calls]
+
+    return call
+
+
+def rows_of(first, last):
+    return [{"id": str(number)} for number in range(first, last)]
+
+
+# --- parameters and signature ---
+
+
+class Tagged(str):
+    """As Ansible tags its strings: a subclass whose own str() is not to be trusted."""
+
+    def __str__(self):
+        return "Tagged!"
+
+
+class Number(int):
+    def __repr__(self):
+        return "Number!"
+
+    __str__ = __repr__
+
+
+class Fraction(float):
+    def __repr__(self):
+        return "Fraction!"
+
+    __str__ = __repr__
+
+
+class Octets(bytes):
+    pass
+
+
+class State(str, enum.Enum):
+    RUNNING = "Running"
+
+
+class Size(enum.IntEnum):
+    BIG = 3
+
+
+class FlattenTest(unittest.TestCase):
+    def check(self, cases):
+        for given, expected in cases:
+            with self.subTest(given=given):
+                self.assertEqual(cs.flatten({"p": given}), expected)
+
+    def test_scalars_become_text(self):
+        self.check([
+            ("text", {"p": "text"}), ("", {"p": ""}), (0, {"p": "0"}), (-7, {"p": "-7"}), (2**70, {"p": str(2**70)}),
+            (1.5, {"p": "1.5"}), (b"bytes \xc3\xbc", {"p": "bytes \xfc"}), (b"", {"p": ""}), (None, {}),
+        ])  # fmt: skip
+
+    def test_booleans_are_true_and_false_in_lower_case_since_the_server_knows_only_these(self):
+        self.check([(True, {"p": "true"}), (False, {"p": "false"})])
+
+    def test_subclasses_are_sent_as_their_base_type(self):
+        self.check([
+            (Tagged("v"), {"p": "v"}), (Number(5), {"p": "5"}), (Fraction(0.5), {"p": "0.5"}),
+            (Octets(b"o"), {"p": "o"}),
+            (State.RUNNING, {"p": "Running"}), (Size.BIG, {"p": "3"}), ([Tagged("a"), Number(2)], {"p": "a,2"}),
+            ({"k": Tagged("v")}, {"p[0].k": "v"}),
+        ])  # fmt: skip
+
+    def test_lists_are_joined_by_commas_in_their_order(self):
+        self.check([
+            (["b", "a", "b"], {"p": "b,a,b"}), (("b", "a"), {"p": "b,a"}), ([1, 2.5, b"x"], {"p": "1,2.5,x"}),
+            ([True, None, False], {"p": "true,false"}), ([0], {"p": "0"}), (["only"], {"p": "only"}),
+        ])  # fmt: skip
+
+    def test_sets_are_sorted(self):
+        self.check([({"b", "c", "a"}, {"p": "a,b,c"}), (frozenset("cab"), {"p": "a,b,c"}), ({10, 9}, {"p": "10,9"})])
+
+    def test_empty_collections_are_dropped(self):
+        self.check([(empty, {}) for empty in ([], (), set(), frozenset(), {}, [None], [{}], [None, {}], {"k": None})])
+
+    def test_a_dict_is_one_entry_of_a_map(self):
+        self.check([
+            ({"cpuNumber": 2, "memory": 1024}, {"p[0].cpuNumber": "2", "p[0].memory": "1024"}),
+            ({"a.b": "dots"}, {"p[0].a.b": "dots"}), ({"k": ""}, {"p[0].k": ""}),
+            (collections.OrderedDict(k="v"), {"p[0].k": "v"}),
+        ])  # fmt: skip
+
+    def test_a_list_of_dicts_is_a_map_with_an_index_each(self):
+        self.check([
+            ([{"key": "a", "value": "1"}, {"key": "b", "value": "2"}],
+             {"p[0].key": "a", "p[0].value": "1", "p[1].key": "b", "p[1].value": "2"}),
+            (({"k": 1}, {"k": 2}), {"p[0].k": "1", "p[1].k": "2"}),
+            ([None, {"k": 1}], {"p[0].k": "1"}),
+        ])  # fmt: skip
+
+    def test_within_dicts_values_are_converted_as_outside(self):
+        """5.2.0 sends Python's own True, None and [1, 2]."""
+        self.check([
+            ({"k": True, "l": False, "n": None}, {"p[0].k": "true", "p[0].l": "false"}),
+            ({"k": [1, True, None, "x"]}, {"p[0].k": "1,true,x"}), ({"k": {"b", "a"}}, {"p[0].k": "a,b"}),
+            ({"k": b"\xc3\xbc"}, {"p[0].k": "\xfc"}), ([{"k": (1, 2)}], {"p[0].k": "1,2"}), ({"k": []}, {}),
+        ])  # fmt: skip
+
+    def test_ready_made_keys_pass_through(self):
+        params = {"tags[0].key": "a", "tags[0].value": True, "tags[1].key": ["x", "y"]}
+        expected = {"tags[0].key": "a", "tags[0].value": "true", "tags[1].key": "x,y"}
+        self.assertEqual(cs.flatten(params), expected)
+
+    def test_other_types_are_refused_by_name_and_type_without_the_value(self):
+        cases = [
+            (object(), "object"), (decimal.Decimal("1.5"), "Decimal"), (datetime.date(2026, 1, 1), "date"),
+            (1j, "complex"),
+            (iter("ab"), "iterator"), (bytearray(b"s3cret"), "bytearray"), ([object()], "object"),
+            ({"k": object()}, "object"),
+            ({"k": {"s3cret": "s3cret"}}, "dict"), ([{"k": {"a": 1}}], "dict"), ([["s3cret"]], "list"),
+            ({"k": [["s3cret"]]}, "list"), ({"k": [{"s3cret": 1}]}, "dict"), ([{"k": 1}, "s3cret"], "str"),
+            (b"s3cret\xff", "bytes"), ([b"\xff"], "bytes"),
+        ]  # fmt: skip
+        for value, kind in cases:
+            with self.subTest(kind=kind, value=value):
+                with self.assertRaises(ValueError) as caught:
+                    cs.flatten({"theparam": value})
+                self.assertIn("theparam", str(caught.exception))
+                self.assertIn(kind, str(caught.exception))
+                self.assertNotIn("s3cret", str(caught.exception))
+
+    def test_what_is_refused_is_refused_before_anything_is_sent(self):
+        for kind in (cs.CloudStack, cs.AIOCloudStack):
+            with self.subTest(kind=kind.__name__):
+                client = kind(ENDPOINT, "key1", "secret1")
+                object.__setattr__(client, "_exchange", lambda request: self.fail("sent"))
+                for value in (object(), {"a": {"b": 1}}, "\x00", "\x1b[1m", "\x7f", "\ud800"):
+                    with self.assertRaisesRegex(ValueError, "'name"):
+                        outcome = client.listZones(name=value)
+                        run(outcome)
+
+    def test_control_characters_are_refused_but_for_tab_and_line_ends(self):
+        for number in list(range(32)) + [127]:
+            with self.subTest(number=number):
+                if chr(number) in "\t\n\r":
+                    cs._check_text("p", chr(number))
+                else:
+                    with self.assertRaisesRegex(ValueError, r"'p'.*U\+00{:02X}".format(number)):
+                        cs._check_text("p", "a" + chr(number))
+
+
+class HelpersTest(unittest.TestCase):
+    def test_transform_works_in_place_and_leaves_bytes_alone(self):
+        params = {"a": b"x", "b": [1, 2], "c": None, "d": {"k": True, "b": b"y"}, "e": "", "f": {}, "g": {"b", "a"}}
+        self.assertIsNone(cs.transform(params))
+        self.assertEqual(params, {"a": b"x", "b": "1,2", "d[0].k": "true", "d[0].b": "y", "e": "", "g": "a,b"})
+
+    def test_transform_refuses_what_flatten_refuses(self):
+        with self.assertRaisesRegex(ValueError, "'p.*dict"):
+            cs.transform({"p": {"k": {}}})
+
+    def test_cs_encode_is_java_s_url_encoder_with_percent_twenty(self):
+        plain = "ABCXYZabcxyz0189.-_*"
+        self.assertEqual(cs.cs_encode(plain), plain)
+        cases = [
+            ("~", "%7E"),
+            (" ", "%20"),
+            ("+", "%2B"),
+            ("/", "%2F"),
+            ("%", "%25"),
+            ("&=", "%26%3D"),
+            ("[0]", "%5B0%5D"),
+        ]
+        cases += [("\xfc", "%C3%BC"), ("\u20ac", "%E2%82%AC"), ("\U0001f600", "%F0%9F%98%80"), ("\n", "%0A"), ("", "")]
+        for text, expected in cases:
+            with self.subTest(text=text):
+                self.assertEqual(cs.cs_encode(text), expected)
+
+    def test_check_key_takes_names_and_patterns(self):
+        allowed = ["key", "header_*"]
+        for key, expected in (("key", True), ("header_x", True), ("keys", False), ("Key", False), ("xheader_a", False)):
+            with self.subTest(key=key):
+                self.assertIs(cs.check_key(key, allowed), expected)
+
+    def test_strtobool(self):
+        for word in ("y", "yes", "t", "true", "on", "1", "TRUE", "Yes"):
+            self.assertIs(cs.strtobool(word), True, word)
+        for word in ("n", "no", "f", "false", "off", "0", "False", "OFF"):
+            self.assertIs(cs.strtobool(word), False, word)
+        for word in ("", "2", "nope", "False ; comment", " true"):
+            with self.subTest(word=word), self.assertRaises(ValueError):
+                cs.strtobool(word)
+
+    def test_expires_format(self):
+        moment = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)
+        self.assertEqual(moment.strftime(cs.EXPIRES_FORMAT), "2026-01-01T00:00:00+0000")
+
+    def test_all_is_what_programs_use(self):
+        needed = {"CloudStack", "AIOCloudStack", "CloudStackException", "CloudStackApiException", "read_config"}
+        self.assertLessEqual(needed | {"read_config_from_ini", "main"}, set(cs.__all__))
+        self.assertEqual([name for name in cs.__all__ if not hasattr(cs, name)], [])
+
+
+class SignatureTest(ProtocolCase):
+    """Vectors by `printf %s "$canonical" | openssl dgst -sha1 -hmac "$secret" -binary | base64`."""
+
+    def signature(self, command="listZones", settings=NEVER, **params):
+        settings = dict({"key": "key1"}, **settings)
+        with mock.patch("time.time", return_value=float(REQUESTS_MOMENT)):
+            played = self.play(one(), asking(command, **params), **settings)
+        self.assertIsNone(played.error)
+        return played.params()["signature"]
+
+    def test_the_common_case(self):
+        # apikey=plgwjfzk...&command=listusers&response=json
+        key = "plgWJfZK4gyS3mOMTVmjUVg-X-jlWlnfaUJ9GAbBbf9EdM-kAYMmAkLqzzq1ElZLYq_u38zCm0bewzGUdP66mg"
+        secret = "VDaACYb0LV9eNjTetIOElcVQkvJck_J_QljX_FcHRj87ZKiy0z0ty0ZsYBkoXkY9b7eq1EhwJaw7FF3akA3KBQ"
+        settings = dict(NEVER, key=key, secret=secret)
+        self.assertEqual(self.signature("listUsers", settings), "r3txb5VGa1Edn8QdItS0vgBH8OI=")
+
+    def test_a_tilde_is_encoded_in_the_signature(self):
+        # apikey=key1&command=createuser&password=a%7eb&response=json
+        self.assertEqual(self.signature("createUser", password="a~b"), "EskxZ1w8fof0YcKXq8JpMvOhipE=")
+
+    def test_space_plus_and_star(self):
+        # apikey=key1&command=createtags&name=a%20b%2bc*d&response=json
+        self.assertEqual(self.signature("createTags", name="a b+c*d"), "7Lb/E1sQjNKHC0lNgGmspKCkzPM=")
+
+    def test_unicode_values(self):
+        # apikey=key1&command=listzones&name=z%c3%bcrich%20%e2%82%ac%20%f0%9f%98%80&response=json
+        name = "Z\xfcrich \u20ac \U0001f600"
+        self.assertEqual(self.signature(name=name), "XIX1UbGemO2A5fpk5VoLPlAszB8=")
+        self.assertEqual(self.signature(name=name.encode("utf-8")), "XIX1UbGemO2A5fpk5VoLPlAszB8=")
+
+    def test_every_other_punctuation_mark(self):
+        # ...&name=%21%22%23%24%25%26%27%28%29%2c%2f%3a%3b%3c%3d%3e%3f%40%5b%5c%5d%5e%60%7b%7c%7d.-_&response=json
+        self.assertEqual(self.signature(name="!\"#$%&'(),/:;<=>?@[\\]^`{|}.-_"), "YNxWO/J+hcrnpdyzDwJHhn0lkgo=")
+
+    def test_tab_and_line_ends(self):
+        # apikey=key1&command=listzones&name=a%09b%0ac%0dd&response=json
+        self.assertEqual(self.signature(name="a\tb\nc\rd"), "MTVy481NGOV8xRzWyK1yDM7o0gE=")
+
+    def test_an_empty_value(self):
+        # apikey=key1&command=listzones&keyword=&response=json
+        self.assertEqual(self.signature(keyword=""), "3PSH4qbfMHPLwTYdBKGqwTni4Nk=")
+
+    def test_names_are_not_encoded(self):
+        # apikey=key1&command=deployvirtualmachine&details[0].cpunumber=2&details[0].memory=1024&response=json
+        details = {"memory": 1024, "cpuNumber": 2}
+        self.assertEqual(self.signature("deployVirtualMachine", details=details), "5bDEtblUTqK9tcGtsV8q7ShQxZg=")
+
+    def test_names_are_sorted_raw_with_upper_case_first(self):
+        # zone=1&apikey=key1&apiallowed=x&command=listzones&response=json
+        self.assertEqual(self.signature(apiallowed="x", Zone="1"), "15B73S1VI7q6xrKyawQm1JkmZbc=")
+
+    def test_names_beyond_ascii_are_sorted_by_utf_16_units(self):
+        """An astral character sorts before U+FF5E, as Java compares."""
+        # apikey=key1&command=listzones&response=json&z=1&(u umlaut)=2&(astral)=3&(U+FF5E)=4
+        params = {"\uff5e": "4", "\U0001f600": "3", "\xfc": "2", "z": "1"}
+        self.assertEqual(self.signature(**params), "gaQx7Boq+QnVxwEBX4GqQx7E8iA=")
+
+    def test_version_3_signs_its_expiry(self):
+        # apikey=key1&command=listzones&expires=2026-01-01t00%3a10%3a00%2b0000&response=json&signatureversion=3
+        self.assertEqual(self.signature(settings={}), "LoMpzTNToMAHd6Q9OF6HMYD2Th4=")
+
+    def test_a_secret_beyond_ascii(self):
+        settings = dict(NEVER, secret="geh\xebim~ \u20ac")
+        self.assertEqual(self.signature(settings=settings), "ZTqgpgRGb4ffnoGQ0voWE98aItc=")
+
+    def test_the_signature_is_percent_encoded_on_the_wire(self):
+        played = self.play(one(), asking("listZones", name="Z\xfcrich \u20ac \U0001f600 "), **NEVER)
+        raw = dict(pair.split("=") for pair in played.requests[0].url.partition("?")[2].split("&"))
+        self.assertRegex(raw["signature"], r"\A[A-Za-z0-9%]+%3D\Z")
+
+    def test_names_are_encoded_on_the_wire(self):
+        played = self.play(one(), asking("listZones", tags={"key": "~ +"}), **NEVER)
+        self.assertIn("&tags%5B0%5D.key=%7E%20%2B", played.requests[0].url)
+
+
+class RequestTest(ProtocolCase):
+    """What a call puts on the wire."""
+
+    def sent(self, call, script=None, **settings):
+        played = self.play(script or one(), call, **settings)
+        self.assertIsNone(played.error)
+        return played.params()
+
+    def test_the_parameters_of_a_signed_call(self):
+        with mock.patch("time.time", return_value=REQUESTS_MOMENT + 0.9):
+            params = self.sent(asking("listZones", name="x"))
+        del params["signature"]
+        expected = {"command": "listZones", "response": "json", "apiKey": "key1", "name": "x", "signatureVersion": "3"}
+        self.assertEqual(params, dict(expected, expires="2026-01-01T00:10:00+0000"))
+
+    def test_the_expiry_of_a_request(self):
+        cases = [
+            (600, "2026-01-01T00:10:00+0000"), ("60", "2026-01-01T00:01:00+0000"), (0, "2026-01-01T00:00:00+0000"),
+            (datetime.timedelta(days=1), "2026-01-02T00:00:00+0000"), (86400 * 365 * 8500, "9999-12-31T23:59:59+0000"),
+        ]  # fmt: skip
+        for expiration, expected in cases:
+            with self.subTest(expiration=expiration), mock.patch("time.time", return_value=float(REQUESTS_MOMENT)):
+                self.assertEqual(self.sent(asking("listZones"), expiration=expiration)["expires"], expected)
+
+    def test_a_negative_expiration_means_no_expiry(self):
+        for expiration in (-1, "-1", datetime.timedelta(seconds=-1)):
+            with self.subTest(expiration=expiration):
+                params = self.sent(asking("listZones"), expiration=expiration)
+                self.assertEqual(sorted(params), ["apiKey", "command", "response", "signature"])
+
+    def test_a_given_expires_is_kept(self):
+        for name in ("expires", "Expires", "EXPIRES"):
+            for settings in ({}, NEVER):
+                with self.subTest(name=name, settings=settings):
+                    params = self.sent(asking("listZones", **{name: "2030-01-01T00:00:00+0000"}), **settings)
+                    given = {key: text for key, text in params.items() if key.lower() == "expires"}
+                    self.assertEqual(given, {"expires": "2030-01-01T00:00:00+0000"})
+                    self.assertEqual(params["signatureVersion"], "3")
+
+    def test_a_given_signature_is_dropped(self):
+        for name in ("signature", "Signature", "SIGNATURE"):
+            with self.subTest(name=name):
+                params = self.sent(asking("listZones", **{name: "forged"}))
+                self.assertEqual([key for key in params if key.lower() == "signature"], ["signature"])
+                self.assertNotEqual(params["signature"], "forged")
+
+    def test_control_arguments_are_never_sent(self):
+        params = self.sent(
+            asking(
+                "listZones",
+                json=True,
+                opcode_name="command",
+                fetch_list=False,
+                headers={"X-A": "1"},
+                fetch_result=False,
+                id="1",
+            ),
+            **NEVER,
+        )
+        self.assertEqual(sorted(params), ["apiKey", "command", "id", "response", "signature"])
+
+    def test_names_that_look_like_settings_go_on_the_wire(self):
+        given = {
+            "timeout": "1", "mode": "2", "port": "3", "path": "4", "interval": "5", "method": "6", "retry": "7",
+            "key": "8",
+            "name": "9", "endpoint": "10", "params": "11", "call": "12", "client": "13", "value": "14", "verify": "15",
+            "page_size": "16", "url": "17", "domain": "18", "username": "19", "session": "20", "trace": "21",
+            "data": "22",
+        }  # fmt: skip
+        params = self.sent(asking("listZones", **given))
+        self.assertEqual({name: params.get(name) for name in given}, given)
+
+    def test_opcode_name_renames_the_command(self):
+        params = self.sent(asking("listZones", opcode_name="action"), **NEVER)
+        self.assertEqual((params.get("action"), params.get("command")), ("listZones", None))
+
+    def test_without_json_no_format_is_asked_for_but_one_may_be_given(self):
+        self.assertNotIn("response", self.sent(asking("listZones", json=False)))
+        self.assertEqual(self.sent(asking("listZones", json=False, response="xml"))["response"], "xml")
+
+    def test_with_json_a_given_response_gives_way(self):
+        for name in ("response", "Response"):
+            with self.subTest(name=name):
+                params = self.sent(asking("listZones", **{name: "xml"}))
+                self.assertEqual([text for key, text in params.items() if key.lower() == "response"], ["json"])
+
+    def test_page_without_pagesize_adds_500(self):
+        for name in ("page", "Page", "PAGE"):
+            with self.subTest(name=name):
+                params = self.sent(asking("listZones", **{name: 2}))
+                self.assertEqual((params[name], params["pagesize"]), ("2", "500"))
+
+    def test_a_pagesize_in_any_case_counts(self):
+        for name in ("pagesize", "pageSize", "PAGESIZE"):
+            with self.subTest(name=name):
+                params = self.sent(asking("listZones", page=1, **{name: 20}))
+                self.assertEqual([text for key, text in params.items() if key.lower() == "pagesize"], ["20"])
+
+    def test_without_page_no_pagesize_is_added(self):
+        self.assertFalse({"page", "pagesize"} & set(self.sent(asking("listZones", page=None))))
+
+    def test_headers_of_client_and_call_are_sent_and_the_call_s_win(self):
+        played = self.play(
+            one(), asking("listZones", headers={"x-b": "call", "X-C": 3}), headers={"X-A": "client", "X-B": "client"}
+        )
+        headers = {name.lower(): value for name, value in played.requests[0].headers.items()}
+        self.assertEqual((headers["x-a"], headers["x-b"], headers["x-c"]), ("client", "call", "3"))
+        self.assertEqual(headers["user-agent"], "cs/" + cs.__version__)
+
+    def test_a_header_may_be_taken_out_or_replaced(self):
+        played = self.play(one(), asking("listZones", headers={"user-agent": "mine", "accept-encoding": None}))
+        self.assertEqual(list(played.requests[0].headers.items()), [("user-agent", "mine")])
+
+    def test_gzip_is_asked_for_but_on_loopback(self):
+        for endpoint, expected in (
+            (ENDPOINT, "gzip"), ("http://127.0.0.1:8080/client/api", "identity"),
+            ("https://localhost/client/api", "identity"),
+            ("http://[::1]:8080/client/api", "identity"),
+        ):  # fmt: skip
+            with self.subTest(endpoint=endpoint):
+                played = self.play(one(), asking("listZones"), endpoint=endpoint)
+                self.assertEqual(played.requests[0].headers["Accept-Encoding"], expected)
+
+    def test_an_endpoint_with_a_query_of_its_own(self):
+        played = self.play(one(), asking("listZones"), endpoint="https://h/api?tenant=7#part")
+        self.assertTrue(played.requests[0].url.startswith("https://h/api?tenant=7&apiKey="), played.requests[0].url)
+
+    def test_without_credentials_nothing_is_signed(self):
+        params = self.sent(asking("listZones", name="x"), key=None, secret=None)
+        self.assertEqual(params, {"command": "listZones", "name": "x", "response": "json"})
+
+    def test_the_same_call_gives_the_same_bytes(self):
+        first = self.play(one(), asking("listZones", a=1, b=2), **NEVER).requests[0].url
+        second = self.play(one(), asking("listZones", b=2, a=1), **NEVER).requests[0].url
+        self.assertEqual(first, second)
+
+    def test_what_a_call_was_given_is_not_changed(self):
+        given = {"tags": [{"key": "a"}], "ids": [1, 2]}
+        headers = {"X-A": "1"}
+        self.sent(asking("listZones", headers=headers, **given))
+        self.assertEqual((given, headers), ({"tags": [{"key": "a"}], "ids": [1, 2]}, {"X-A": "1"}))
+
+
+# --- settings and constructor ---
+
+POSITIONAL = [
+    ("endpoint", inspect.Parameter.empty), ("key", None), ("secret", None), ("timeout", 10), ("method", "get"),
+    ("verify", None), ("cert", None), ("cert_key", None), ("name", None), ("retry", 0), ("retry_backoff", 0.5),
+    ("job_timeout", None), ("poll_interval", 2.0), ("expiration", 600), ("trace", False),
+    ("dangerous_no_tls_verify", False), ("headers", None), ("session", None), ("fetch_result", False),
+]  # fmt: skip
+BOTH = (cs.CloudStack, cs.AIOCloudStack)
+
+
+class Auditing(cs.CloudStack):
+    """As programs override it; on module level, so that it can be pickled."""
+
+    def _request(self, command, **params):
+        self.__dict__.setdefault("seen", []).append(command)
+        return super()._request(command, **params)
+
+
+class AuditingAsync(cs.AIOCloudStack):
+    async def _request(self, command, **params):
+        self.__dict__.setdefault("seen", []).append(command)
+        return await super()._request(command, **params)
+
+
+class ConstructorTest(unittest.TestCase):
+    def test_the_signature_shows_every_setting_in_the_promised_order(self):
+        for kind in BOTH:
+            with self.subTest(kind=kind.__name__):
+                parameters = list(inspect.signature(kind).parameters.values())[: len(POSITIONAL)]
+                self.assertEqual(
+                    {parameter.kind for parameter in parameters}, {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+                )
+                shown = [(parameter.name, parameter.default) for parameter in parameters]
+                self.assertEqual(shown[:-1], POSITIONAL[:-1])
+                self.assertEqual(shown[-1], ("fetch_result", kind is cs.AIOCloudStack))
+
+    def test_later_settings_are_keyword_only(self):
+        positional = (
+            ENDPOINT,
+            "k",
+            "s",
+            1,
+            "get",
+            None,
+            None,
+            None,
+            "n",
+            0,
+            0.5,
+            None,
+            2.0,
+            600,
+            False,
+            False,
+            None,
+            None,
+            False,
+        )
+        for kind in BOTH:
+            with self.subTest(kind=kind.__name__):
+                self.assertEqual(kind(*positional).name, "n")
+                with self.assertRaises(TypeError):
+                    kind(*(positional + ("theme",)))
+
+    def test_every_setting_is_a_keyword_with_the_table_s_default(self):
+        """The constructors are written out for inspect; they must not say something else than the table."""
+        parameters = inspect.signature(cs.CloudStack).parameters
+        for setting in cs.SETTINGS:
+            if setting.name != "endpoint":
+                with self.subTest(setting=setting.name):
+                    self.assertEqual(parameters[setting.name].default, setting.default)
+        self.assertEqual(set(parameters) - {setting.name for setting in cs.SETTINGS}, {"theme", "output"})
+
+    def test_theme_and_output_are_ignored(self):
+        for kind in BOTH:
+            with self.subTest(kind=kind.__name__):
+                self.assertEqual(kind(ENDPOINT, theme="monokai", output="json").endpoint, ENDPOINT)
+
+    def test_an_unknown_setting_is_a_type_error(self):
+        for kind in BOTH:
+            with self.subTest(kind=kind.__name__), self.assertRaises(TypeError):
+                kind(ENDPOINT, nonesuch=1)
+        with self.assertRaises(TypeError):
+            cs.CloudStack()
+
+    def test_strings_as_an_ini_file_gives_them(self):
+        second = datetime.timedelta(seconds=1)
+        cases = [
+            ("timeout", "0.5", 0.5), ("timeout", "10", 10), ("timeout", "1e1", 10.0), ("method", "POST", "post"),
+            ("method", "Get", "get"), ("retry", "3", 3), ("retry_backoff", "0.25", 0.25), ("job_timeout", "60", 60),
+            ("job_timeout", "1.5", 1.5), ("job_timeout", "", None), ("poll_interval", "5", 5),
+            ("poll_interval", ".5", 0.5),
+            ("expiration", "60", 60 * second), ("expiration", "-1", -second), ("expiration", "1.5", 1.5 * second),
+            ("trace", "true", True), ("trace", "off", False), ("dangerous_no_tls_verify", "Yes", True),
+            ("dangerous_no_tls_verify", "0", False), ("fetch_result", "true", True), ("fetch_result", "no", False),
+            ("verify", "/ca.pem", "/ca.pem"), ("cert", "/c.pem", "/c.pem"), ("cert_key", "/k.pem", "/k.pem"),
+            ("name", "region", "region"), ("key", "", None), ("secret", "", None), ("concurrency", "4", 4),
+            ("max_response_size", "1024", 1024), ("username", "u", "u"), ("domain", "/a/b", "/a/b"),
+        ]  # fmt: skip
+        for kind in BOTH:
+            for name, text, expected in cases:
+                with self.subTest(kind=kind.__name__, name=name, text=text):
+                    value = getattr(kind(ENDPOINT, **{name: text}), name)
+                    self.assertEqual((value, type(value)), (expected, type(expected)))
+
+    def test_none_means_the_default(self):
+        for setting in cs.SETTINGS:
+            if setting.name not in ("endpoint", "verify", "expiration"):
+                with self.subTest(setting=setting.name):
+                    client = cs.CloudStack(ENDPOINT, **{setting.name: None})
+                    self.assertEqual(getattr(client, setting.name), setting.convert(setting.default))
+
+    def test_what_cannot_be_a_setting_is_refused_by_the_setting_s_name(self):
+        cases = {
+            "timeout": ["abc", "", "nan", "inf", "-1", 0, -1, True, [], float("nan"), float("inf"), 10**400, "1e12"],
+            "method": ["put", "", 1, b"get"], "retry": ["-1", -1, 1.5, "x", True, float("inf"), float("nan"), [], ""],
+            "retry_backoff": ["-1", "x", float("nan")], "job_timeout": [-1, "x", "nan"],
+            "poll_interval": [-0.1, "x", "", "1e300"],
+            "expiration": ["x", "nan", 1e300, "inf", []], "trace": ["maybe", 2, "", []], "headers": ["x: y", 5],
+            "dangerous_no_tls_verify": ["nope", "False ; comment", 2, 1.5, ""], "fetch_result": ["perhaps", 7],
+            "verify": [5, 1.5, []], "cert": [5, {}], "cert_key": [5], "endpoint": [5, ["http://h/"]],
+            "key": [5, b"\xff"],
+            "secret": [object()], "name": [5], "concurrency": [0, -1, "x", 1.5], "max_response_size": [0, "big"],
+            "username": [1], "password": [1], "domain": [1],
+        }  # fmt: skip
+        for kind in BOTH:
+            for name, values in cases.items():
+                for value in values:
+                    with self.subTest(kind=kind.__name__, name=name, value=value):
+                        with self.assertRaisesRegex(ValueError, r"\A{}: .".format(name)) as caught:
+                            kind(**dict({"endpoint": ENDPOINT}, **{name: value}))
+                        self.assertNotIn("\n", str(caught.exception))
+                        client = kind(ENDPOINT)
+                        with self.assertRaisesRegex(ValueError, r"\A{}: ".format(name)):
+                            setattr(client, name, value)
+
+    def test_a_refused_secret_is_not_quoted(self):
+        cases = {
+            "key": [b"c4nary\xff", ["c4nary"]], "secret": [b"c4nary\xff", ["c4nary"], {"c4nary": 1}],
+            "password": [b"c4nary\xff", ("c4nary",)],
+            "headers": [{"X": "c4nary\r\nX: y"}, {"X": b"c4nary\n"}, {"X": ["c4nary"]}, {"X": "c4nary\u20ac"}],
+        }  # fmt: skip
+        for name, values in cases.items():
+            for value in values:
+                with self.subTest(name=name, value=value):
+                    with self.assertRaises(ValueError) as caught:
+                        cs.CloudStack(ENDPOINT, **{name: value})
+                    self.assertNotIn("c4nary", str(caught.exception))
+                    self.assertTrue(str(caught.exception).startswith(name), str(caught.exception))
+
+    def test_credentials_that_have_no_utf_8_are_refused_by_name(self):
+        """Undecodable bytes in an environment variable arrive as lone surrogates."""
+        for name in ("key", "secret", "username", "password"):
+            pair = {"key": "secret", "secret": "key", "username": "password", "password": "username"}[name]
+            with self.subTest(name=name), self.assertRaisesRegex(ValueError, name):
+                client = cs.CloudStack(ENDPOINT, **{name: "c4nary\udcff", pair: "x"})
+                object.__setattr__(client, "_exchange", lambda request: self.fail("sent"))
+                client.listZones()
+
+    def test_header_names_and_values_that_break_out_are_refused(self):
+        cases = [
+            {"X": "a\nb"}, {"X": "a\rb"}, {"X": "a\x00b"}, {"X Y": "a"}, {"": "a"}, {"X:": "a"}, {"X\n": "a"},
+            {"\xfc": "a"},
+            {5: "a"}, {"X": object()}, {"X": "\u20ac"}, {"Content-Length": "5"}, {"transfer-encoding": "chunked"},
+        ]  # fmt: skip
+        for headers in cases:
+            with self.subTest(headers=headers):
+                with self.assertRaisesRegex(ValueError, r"\Aheaders: "):
+                    cs.CloudStack(ENDPOINT, headers=headers)
+                client = cs.CloudStack(ENDPOINT)
+                object.__setattr__(client, "_exchange", lambda request: self.fail("sent"))
+                with self.assertRaises(ValueError):
+                    client.listZones(headers=headers)
+
+    def test_a_header_written_into_the_client_s_own_map_is_checked_too(self):
+        client = cs.CloudStack(ENDPOINT, headers={"X-A": "1"})
+        sent = []
+        object.__setattr__(client, "_exchange", lambda request: sent.append(request) or one()[0])
+        client.headers["X-B"] = "good"
+        client.listZones()
+        self.assertEqual(sent[0].headers["X-B"], "good")
+        client.headers["X-B"] = "c4nary\r\nX-Evil: 1"
+        with self.assertRaisesRegex(ValueError, "X-B") as caught:
+            client.listZones()
+        self.assertNotIn("c4nary", str(caught.exception))
+        self.assertEqual(len(sent), 1)
+
+    def test_headers_of_one_client_are_not_another_s(self):
+        given = {"X": "1"}
+        first, second = cs.CloudStack(ENDPOINT, headers=given), cs.CloudStack(ENDPOINT, headers=given)
+        first.headers["Y"] = "2"
+        self.assertEqual((second.headers, given, cs.CloudStack(ENDPOINT).headers), ({"X": "1"}, {"X": "1"}, {}))
+
+    def test_the_constructor_opens_nothing(self):
+        with mock.patch("builtins.open", side_effect=AssertionError), mock.patch(
+            "socket.socket", side_effect=AssertionError
+        ):
+            for kind in BOTH:
+                client = kind("https://nowhere.invalid/", verify="/no/ca.pem", cert="/no/c.pem", cert_key="/no/k.pem")
+                self.assertEqual((client.verify, client.cert), ("/no/ca.pem", ("/no/c.pem", "/no/k.pem")))
+
+    def test_an_aiohttp_session_is_refused_in_one_line(self):
+        foreign = type("ClientSession", (), {"__module__": "aiohttp.client"})()
+        for kind in BOTH:
+            with self.subTest(kind=kind.__name__):
+                with self.assertRaisesRegex(ValueError, r"\Asession: .*aiohttp") as caught:
+                    kind(ENDPOINT, session=foreign)
+                self.assertNotIn("\n", str(caught.exception))
+
+
+class AttributesTest(ProtocolCase):
+    def test_verify_reads_true_or_a_path_or_false_only_where_that_is_dangerously_said(self):
+        cases = [
+            (None, False, True), (True, False, True), (False, False, True), ("false", False, True),
+            ("true", False, True),
+            ("0", False, True), ("", False, True), ("/ca.pem", False, "/ca.pem"), ("/ca.pem", True, "/ca.pem"),
+            (None, True, False), (True, True, False), (False, True, False), (False, "true", False),
+            (False, "false", True),
+        ]  # fmt: skip
+        for verify, dangerous, expected in cases:
+            with self.subTest(verify=verify, dangerous=dangerous):
+                client = cs.CloudStack(ENDPOINT, verify=verify, dangerous_no_tls_verify=dangerous)
+                self.assertEqual(client.verify, expected)
+                self.assertIs(type(client.verify), type(expected))
+
+    def test_verify_set_to_false_later_does_not_turn_verification_off(self):
+        client = cs.CloudStack(ENDPOINT, verify="/ca.pem")
+        client.verify = False
+        self.assertIs(client.verify, True)
+        client.dangerous_no_tls_verify = True
+        self.assertIs(client.verify, False)
+
+    def test_cert_is_a_pair_once_there_is_a_key(self):
+        client = cs.CloudStack(ENDPOINT, cert="/c.pem")
+        self.assertEqual(client.cert, "/c.pem")
+        client.cert_key = "/k.pem"
+        self.assertEqual(client.cert, ("/c.pem", "/k.pem"))
+        self.assertEqual(cs.CloudStack(ENDPOINT, cert=["/c.pem", "/k.pem"]).cert, ("/c.pem", "/k.pem"))
+        self.assertIsNone(cs.CloudStack(ENDPOINT).cert)
+
+    def test_expiration_reads_as_a_timedelta(self):
+        for given in (60, "60", 60.0, datetime.timedelta(minutes=1)):
+            with self.subTest(given=given):
+                self.assertEqual(cs.CloudStack(ENDPOINT, expiration=given).expiration, datetime.timedelta(seconds=60))
+
+    def test_every_promised_attribute_can_be_read(self):
+        names = (
+            "endpoint key secret timeout method verify cert name retry job_timeout poll_interval expiration trace"
+            " fetch_result headers session"
+        )
+        client = cs.CloudStack(ENDPOINT, "k", "s")
+        values = [getattr(client, name) for name in names.split()]
+        minutes = datetime.timedelta(minutes=10)
+        expected = [ENDPOINT, "k", "s", 10, "get", True, None, None, 0, None, 2.0, minutes, False, False, {}, None]
+        self.assertEqual(values, expected)
+
+    def test_attributes_of_the_program_s_own_are_kept(self):
+        client = cs.CloudStack(ENDPOINT)
+        client.my_context = {"a": 1}
+        self.assertEqual((client.my_context, copy.copy(client).my_context), ({"a": 1}, {"a": 1}))
+
+    def test_settings_are_looked_at_anew_by_each_call(self):
+        changes = [
+            ("endpoint", "http://other.invalid/api", lambda p: "//other.invalid/api?" in p.requests[-1].url),
+            ("key", "key2", lambda p: p.params()["apiKey"] == "key2"),
+            ("method", "post", lambda p: p.requests[-1].method == "POST"),
+            ("secret", "secret2", lambda p: p.params()["signature"] != p.params(0)["signature"]),
+            ("timeout", "0.5", lambda p: (p.requests[-1].timeout, p.requests[-1].total) == (0.5, 5.0)),
+            ("verify", "/ca.pem", lambda p: p.requests[-1].verify == "/ca.pem"),
+            ("dangerous_no_tls_verify", True, lambda p: p.requests[-1].verify is False),
+            ("cert", "/c.pem", lambda p: p.requests[-1].cert == "/c.pem"),
+            ("headers", {"X-A": "1"}, lambda p: p.requests[-1].headers["X-A"] == "1"),
+            ("expiration", 60, lambda p: p.params()["expires"] == "2026-01-01T00:01:00+0000"),
+            ("max_response_size", 9, lambda p: p.requests[-1].limit == 9),
+        ]  # fmt: skip
+
+        def call_change_call(name, value):
+            def call(client):
+                setattr(client, name, value)
+                return client.listZones()
+
+            return one_after_another(asking("listZones"), call)
+
+        for name, value, holds in changes:
+            with self.subTest(name=name), mock.patch("time.time", return_value=float(REQUESTS_MOMENT)):
+                played = self.play(one(), call_change_call(name, value))
+                self.assertEqual((played.error, len(played.requests)), (None, 2))
+                self.assertTrue(holds(played))
+
+    def test_retry_set_later_counts(self):
+        def call(client):
+            client.retry = "1"
+            return client.listZones()
+
+        self.assertEqual(len(self.play([silent(), silent(), one()[0]], call).requests), 2)
+
+    def test_fetch_result_set_later_counts(self):
+        def call(client):
+            client.fetch_result = "yes"
+            return client.startVirtualMachine(id="1")
+
+        script = [answer({"r": {"jobid": "j"}}), answer({"r": {"jobstatus": 1, "jobresult": {"a": 1}}})]
+        self.assertEqual(self.play(script, call).value, {"a": 1})
+
+    def test_repr_is_the_name_or_the_endpoint(self):
+        for kind in BOTH:
+            with self.subTest(kind=kind.__name__):
+                self.assertEqual(repr(kind(ENDPOINT, "k", "s")), "<CloudStack: {}>".format(ENDPOINT))
+                self.assertEqual(repr(kind(ENDPOINT, name="zurich")), "<CloudStack: zurich>")
+
+    def test_repr_never_shows_a_secret_and_never_fails(self):
+        endpoints = [
+            "http://user:c4nary@h/api", "http://h/api?token=c4nary", "user:c4nary@h/api", "http://[c4nary",
+            "http://h:x/",
+            "https://h/#c4nary", "", None, "file:///etc/passwd", "//user:c4nary@h/",
+        ]  # fmt: skip
+        for endpoint in endpoints:
+            with self.subTest(endpoint=endpoint):
+                shown = repr(cs.CloudStack(endpoint, "c4nary-key", "c4nary-secret", password="c4nary"))
+                self.assertTrue(shown.startswith("<CloudStack: "), shown)
+                if endpoint != "http://[c4nary":
+                    self.assertNotIn("c4nary", shown)
+
+    def test_an_endpoint_that_cannot_be_one_is_refused_before_anything_is_sent_and_not_with_its_secrets(self):
+        endpoints = [
+            None, "", "cloud.example/client/api", "file:///etc/passwd", "ftp://h/", "http://", "https:///client/api",
+            "http://h:x/",
+            "http://h:99999/", "http://h:0/", "http://[::1/", "http://h/a b", "http://h/\n", "http://h/\xfc",
+            "http://user:c4nary@h/api", "user:c4nary@h/api", "http://user:c4nary@h:x/", "//user:c4nary@h/", "data:,x",
+        ]  # fmt: skip
+        for endpoint in endpoints:
+            with self.subTest(endpoint=endpoint):
+                played = self.play([AssertionError("sent")], asking("listZones"), endpoint=endpoint)
+                self.assertIsInstance(played.error, ValueError)
+                self.assertRegex(str(played.error), r"\Aendpoint: ")
+                self.assertNotIn("c4nary", str(played.error))
+
+    def test_half_a_pair_of_credentials_is_refused_before_anything_is_sent(self):
+        cases = [
+            ({"key": None}, "key", "secret1"), ({"secret": None}, "secret", "key1"), ({"key": ""}, "key", "secret1"),
+            ({"key": None, "secret": None, "username": "admin"}, "password", "admin"),
+            ({"key": None, "secret": None, "password": "c4nary"}, "username", "c4nary"),
+            ({"username": "admin", "password": "c4nary"}, "username", "c4nary"),
+        ]  # fmt: skip
+        for settings, name, value in cases:
+            with self.subTest(settings=settings):
+                played = self.play([AssertionError("sent")], asking("listZones"), **settings)
+                self.assertIsInstance(played.error, ValueError)
+                self.assertRegex(str(played.error), r"\A{}: ".format(name))
+                self.assertNotIn(value, str(played.error))
+
+
+class ClientObjectTest(ProtocolCase):
+    def test_copies_are_clients_of_their_own(self):
+        copiers = [copy.copy, copy.deepcopy]
+        copiers += [lambda c, n=n: pickle.loads(pickle.dumps(c, n)) for n in range(2, pickle.HIGHEST_PROTOCOL + 1)]
+        for kind in BOTH + (Auditing,):
+            original = kind(
+                ENDPOINT, "k", "s", timeout=3, verify="/ca.pem", cert="/c.pem", cert_key="/k.pem", retry=2,
+                expiration=60,
+                headers={"X-A": "1"}, name="n", job_timeout=9, dangerous_no_tls_verify=True, fetch_result=True
+            )  # fmt: skip
+            original._server.page_limit = 7
+            self.assertIsNotNone(original._transport)
+            original.own = [1]
+            for index, copier in enumerate(copiers):
+                with self.subTest(kind=kind.__name__, copier=index):
+                    twin = copier(original)
+                    self.assertIs(type(twin), kind)
+                    for setting in cs.SETTINGS:
+                        self.assertEqual(getattr(twin, setting.name), getattr(original, setting.name), setting.name)
+                    self.assertEqual(twin.own, [1])
+                    self.assertIsNot(twin._transport, original._transport)
+                    self.assertEqual(twin._server.page_limit, cs.PAGE_SIZE)
+                    twin.timeout = 4
+                    self.assertEqual(original.timeout, 3)
+            original.close()
+
+    def test_a_copy_s_headers_are_its_own(self):
+        original = cs.CloudStack(ENDPOINT, headers={"X-A": "1"})
+        copy.deepcopy(original).headers["X-B"] = "2"
+        self.assertEqual(original.headers, {"X-A": "1"})
+
+    def test_names_that_begin_with_an_underscore_are_attribute_errors(self):
+        for kind in BOTH:
+            client = kind(ENDPOINT)
+            for name in ("_private", "__len__", "__wrapped__", "_repr_html_", "_ipython_display_"):
+                with self.subTest(kind=kind.__name__, name=name):
+                    self.assertFalse(hasattr(client, name))
+                    with self.assertRaises(AttributeError):
+                        getattr(client, name)
+
+    def test_positional_arguments_to_a_command_are_type_errors(self):
+        for kind in BOTH:
+            with self.subTest(kind=kind.__name__), self.assertRaises(TypeError):
+                kind(ENDPOINT).listZones("name")
+
+    def test_any_command_name_is_a_method(self):
+        played = self.play(one({"a": 1}), asking("futureCommandOf2030", x=1))
+        self.assertEqual((played.commands, played.value), (["futureCommandOf2030"], {"a": 1}))
+
+    def listing(self, request):
+        page = wire(request).get("page", "1")
+        return answer({"r": {"count": 3, "zone": rows_of(0, 2) if page == "1" else rows_of(2, 3)}})
+
+    def test_a_subclass_sees_every_command_but_no_page_poll_or_login(self):
+        def exchange(request):
+            command = wire(request)["command"]
+            if command == "login":
+                return answer({"r": {"sessionkey": "s"}})
+            if command == "listZones":
+                return self.listing(request)
+            if command == "queryAsyncJobResult":
+                return answer({"r": {"jobstatus": 1, "jobresult": {"done": True}}})
+            return answer({"r": {"jobid": "j"}})
+
+        settings = {"username": "u", "password": "p", "poll_interval": 0}
+        client = Auditing(ENDPOINT, **settings)
+        object.__setattr__(client, "_exchange", exchange)
+        self.assertEqual(client.listZones(fetch_list=True, pagesize=2), rows_of(0, 3))
+        self.assertEqual(list(client.iter_list("listZones", pagesize=2)), rows_of(0, 3))
+        self.assertEqual(client.startVirtualMachine(id=1, fetch_result=True), {"done": True})
+        self.assertEqual(client.seen, ["listZones", "listZones", "startVirtualMachine"])
+        client.close()
+
+        client = AuditingAsync(ENDPOINT, **settings)
+        object.__setattr__(client, "_exchange", exchange)
+
+        async def use():
+            self.assertEqual(await client.listZones(fetch_list=True, pagesize=2), rows_of(0, 3))
+            self.assertEqual([row async for row in client.iter_list("listZones", pagesize=2)], rows_of(0, 3))
+            self.assertEqual(await client.startVirtualMachine(id=1), {"done": True})
+            await client.aclose()
+
+        run(use())
+        self.assertEqual(client.seen, ["listZones", "listZones", "startVirtualMachine"])
+
+    def test_a_subclass_may_change_the_parameters(self):
+        class Tenant(cs.CloudStack):
+            def _request(self, command, **params):
+                return super()._request(command, **dict(params, tenant="7"))
+
+        client = Tenant(ENDPOINT, "k", "s")
+        sent = []
+        object.__setattr__(client, "_exchange", lambda request: sent.append(request.url) or self.listing(request))
+        client.listZones()
+        list(client.iter_list("listZones", pagesize=2))
+        self.assertEqual([url.count("tenant=7") for url in sent], [1, 1, 1])
+
+    def test_a_client_can_be_used_again_after_close(self):
+        for kind in BOTH:
+            with self.subTest(kind=kind.__name__):
+                client = kind(ENDPOINT, "k", "s")
+                object.__setattr__(client, "_exchange", lambda request: one({"a": 1})[0])
+                for _ in range(2):
+                    outcome = client.listZones()
+                    self.assertEqual(run(outcome) if kind is cs.AIOCloudStack else outcome, {"a": 1})
+                    client.close()
+                client.close()
+
+    def test_with_closes(self):
+        with mock.patch.object(cs.CloudStack, "close") as close:
+            with cs.CloudStack(ENDPOINT) as client:
+                self.assertIsInstance(client, cs.CloudStack)
+            self.assertEqual(close.call_count, 1)
+
+    def test_one_async_client_serves_several_event_loops_one_after_another(self):
+        client = cs.AIOCloudStack(ENDPOINT, "k", "s")
+        object.__setattr__(client, "_exchange", lambda request: one({"a": 1})[0])
+        self.assertEqual([run(client.listZones()) for _ in range(3)], [{"a": 1}] * 3)
+        run(client.aclose())
+
+
+# --- errors ---
+
+
+class ErrorsTest(ProtocolCase):
+    def test_the_tree(self):
+        self.assertTrue(issubclass(cs.AIOCloudStack, cs.CloudStack))
+        self.assertTrue(issubclass(cs.CloudStackApiException, cs.CloudStackException))
+        self.assertFalse(issubclass(cs.CloudStackException, OSError))
+        for kind, parent in (
+            (cs.CloudStackConnectionError, ConnectionError), (cs.CloudStackTimeoutError, TimeoutError),
+            (cs.CloudStackJobTimeout, TimeoutError), (cs.CloudStackJobTimeout, cs.CloudStackTimeoutError),
+        ):  # fmt: skip
+            with self.subTest(kind=kind.__name__):
+                self.assertTrue(issubclass(kind, cs.CloudStackException) and issubclass(kind, parent))
+                self.assertTrue(issubclass(kind, OSError))
+
+    def test_errors_can_be_built_by_hand_with_any_arguments(self):
+        for kind in (cs.CloudStackException, cs.CloudStackApiException):
+            for args in ((), ("a",), ("a", "b"), ("a", "b", "c"), (1, None)):
+                with self.subTest(kind=kind.__name__, args=args):
+                    error = kind(*args)
+                    self.assertEqual((error.args, error.response, error.jobid), (args, None, None))
+                    self.assertFalse(error.outcome_unknown)
+                    str(error), repr(error)
+        self.assertEqual(cs.CloudStackException("a", response=5).response, 5)
+
+    def test_the_text_of_an_api_error(self):
+        error = cs.CloudStackApiException("HTTP 431 response from CloudStack", error={"errorcode": 431}, response=None)
+        self.assertEqual(str(error), "HTTP 431 response from CloudStack, error: {'errorcode': 431}")
+        self.assertEqual((error.args, error.error), (("HTTP 431 response from CloudStack",), {"errorcode": 431}))
+
+    def test_the_text_of_a_network_error_is_no_errno_text(self):
+        for kind in (cs.CloudStackConnectionError, cs.CloudStackTimeoutError, cs.CloudStackJobTimeout):
+            with self.subTest(kind=kind.__name__):
+                error = kind("Cannot connect to http://h/", "refused")
+                self.assertEqual(error.args, ("Cannot connect to http://h/", "refused"))
+                self.assertEqual(str(error), "Cannot connect to http://h/: refused")
+
+    def test_errors_survive_pickle_and_copy_with_all_they_know(self):
+        made = [
+            cs.CloudStackException("a", "b", response=answer({"x": 1}, 504, "Gateway Time-out")),
+            cs.CloudStackApiException("m", error={"errorcode": 1}, response=answer({"x": 1}, 431)),
+            cs.CloudStackConnectionError("a", "b"), cs.CloudStackTimeoutError("a", "b"), cs.CloudStackTimeoutError("a"),
+            cs.CloudStackJobTimeout("a", "job", response=answer({"x": 1}, 408)), cs.CloudStackException(),
+        ]  # fmt: skip
+        copiers = [copy.copy, copy.deepcopy]
+        copiers += [lambda e, n=n: pickle.loads(pickle.dumps(e, n)) for n in range(2, pickle.HIGHEST_PROTOCOL + 1)]
+        for error in made:
+            error.jobid, error.outcome_unknown = "j", True
+            for index, copier in enumerate(copiers):
+                with self.subTest(error=error, copier=index):
+                    twin = copier(error)
+                    self.assertEqual((type(twin), twin.args, str(twin)), (type(error), error.args, str(error)))
+                    self.assertEqual((twin.jobid, twin.outcome_unknown), ("j", True))
+                    self.assertEqual(getattr(twin, "error", 0), getattr(error, "error", 0))
+                    if error.response is not None:
+                        self.assertEqual(twin.response.status_code, error.response.status_code)
+                        self.assertEqual(twin.response.json(), {"x": 1})
+                        self.assertEqual(twin.response.headers["content-type"], "application/json; charset=UTF-8")
+
+    def test_a_raised_api_error_survives_pickle(self):
+        error = self.play([api_error(431, "bad")], asking("listZones")).error
+        twin = pickle.loads(pickle.dumps(error))
+        self.assertEqual(
+            (str(twin), twin.error, twin.response.reason), (str(error), error.error, error.response.reason)
+        )
+
+    def test_the_response_of_an_error_for_both_clients(self):
+        response = api_error(431, "b\xe4d", headers={"X-Server": "1"})
+        for kind in BOTH:
+            with self.subTest(kind=kind.__name__):
+                client = kind(ENDPOINT, "k", "s")
+                object.__setattr__(client, "_exchange", lambda request: response)
+                with self.assertRaises(cs.CloudStackApiException) as caught:
+                    run(client.listZones()) if kind is cs.AIOCloudStack else client.listZones()
+                client.close()
+                got = caught.exception.response
+                self.assertEqual((got.status_code, got.reason, got.headers["x-server"]), (431, "431", "1"))
+                self.assertEqual(got.json()["errorresponse"]["errortext"], "b\xe4d")
+                self.assertEqual(json.loads(got.text), got.json())
+
+    def test_no_error_quotes_key_secret_or_signature(self):
+        scripts = [
+            api_error(401, "unable to verify"), answer("<html>", 504), answer("<html>"), answer(b""), answer([1]),
+            unsent(), lost(),
+            silent(), answer("", 302, headers={"Location": "http://h/?apiKey=c4nary-key"}),
+        ]  # fmt: skip
+        for item in scripts:
+            for command in ("listZones", "deployVirtualMachine"):
+                with self.subTest(item=item, command=command):
+                    played = self.play([item], asking(command), key="c4nary-key", secret="c4nary-secret")
+                    shown = str(played.error) + repr(played.error) + repr(played.error.args)
+                    self.assertNotIn("c4nary", shown)
+                    self.assertNotIn(played.params()["signature"][:8], shown)
+
+
+# --- decoding ---
+
+
+class DecodingTest(ProtocolCase):
+    URL = "Make sure endpoint URL '{}' is correct.".format(ENDPOINT)
+
+    def test_the_value_under_the_single_key_whatever_its_name(self):
+        cases = [
+            ({"listzonesresponse": {"count": 1, "zone": [{"id": "1"}]}}, {"count": 1, "zone": [{"id": "1"}]}),
+            ({"restorevmresponse": {"a": 1}}, {"a": 1}), ({"null": {"a": 1}}, {"a": 1}), ({"": {"a": 1}}, {"a": 1}),
+            ({"createSSHKeyPairResponse": {"a": 1}}, {"a": 1}), ({"listzonesresponse": {}}, {}), ({"r": []}, []),
+            ({"r": "text"}, "text"), ({"r": None}, None), ({"r": 5}, 5), ({"r": {"success": False, "errortext": "x"}},
+                                                                          {"success": False, "errortext": "x"}),
+        ]  # fmt: skip
+        for document, expected in cases:
+            with self.subTest(document=document):
+                played = self.play([answer(document)], asking("listZones"))
+                self.assertEqual((played.error, played.value), (None, expected))
+
+    def test_json_under_any_type_that_says_so_or_none(self):
+        for kind in (
+            "application/json",
+            "text/javascript; charset=UTF-8",
+            "application/JSON",
+            "application/javascript",
+            None,
+        ):
+            with self.subTest(kind=kind):
+                response = answer({"r": {"a": 1}})
+                del response.headers["Content-Type"]
+                if kind:
+                    response.headers["Content-Type"] = kind
+                self.assertEqual(self.play([response], asking("listZones")).value, {"a": 1})
+
+    def test_what_json_parsers_trip_over_but_servers_send(self):
+        cases = [
+            (b'{"r": {"t": "a\x01b\nc\x1bd"}}', {"t": "a\x01b\nc\x1bd"}), (b'\xef\xbb\xbf{"r": {}}', {}),
+            (b'{"r": {"t": "\xff\xfe"}}', {"t": "\ufffd\ufffd"}), (b'{"r": {"t": "\\ud800"}}', {"t": "\ud800"}),
+            (b'{"r": 1, "r": {"b": 2}}', {"b": 2}), (b' \n{"r": {"n": 123456789012345678901234567890}}\n ',
+                                                     {"n": 123456789012345678901234567890}),
+        ]  # fmt: skip
+        for content, expected in cases:
+            with self.subTest(content=content):
+                response = answer({})
+                response.content = content
+                played = self.play([response], asking("listZones"))
+                self.assertEqual((played.error, played.value), (None, expected))
+
+    def test_answers_that_are_not_cloudstack_s(self):
+        malformed = ("HTTP 200 OK", "Malformed JSON document. " + self.URL)
+        unexpected = ("Unexpected response from CloudStack", "a single top-level key was expected")
+        as_json = {"Content-Type": "application/json"}
+        cases = [
+            (answer("<html>login</html>"), ("JSON (application/json) was expected, got 'text/html'",)),
+            (answer("<r/>", headers={"Content-Type": "text/xml"}),
+             ("JSON (application/json) was expected, got 'text/xml'",)),
+            (answer("<html>", 504, "Gateway Time-out"), ("HTTP 504 Gateway Time-out", self.URL)),
+            (answer("<html>", 404, "Not Found", as_json), ("HTTP 404 Not Found", self.URL)),
+            (answer("", 404, "Not Found"), ("HTTP 404 Not Found", self.URL)),
+            (answer("", 204, "No Content"), ("HTTP 204 No Content", self.URL)),
+            (answer("{", headers=as_json), malformed), (answer("", 500, "500"), ("HTTP 500 500", self.URL)),
+            (answer("not json", headers=as_json), malformed), (answer('{"r": NaN}', headers=as_json), malformed),
+            (answer('{"r": -Infinity}', headers=as_json), malformed), (answer("[" * 10000, headers=as_json), malformed),
+            (answer('{"a":' * 10000, headers=as_json), malformed), (answer('{"r": 1} x', headers=as_json), malformed),
+            (answer('{"r": ' + "9" * 5000 + "x}", headers=as_json), malformed),
+            (answer({}), unexpected), (answer({"a": 1, "b": 2}), unexpected), (answer([1]), unexpected),
+            (answer([]), unexpected),
+            (answer("5", headers=as_json), unexpected), (answer('"text"', headers=as_json), unexpected),
+            (answer("null", headers=as_json), unexpected), (answer({"a": 1, "b": 2}, 500, "500"), unexpected),
+        ]  # fmt: skip
+        for response, args in cases:
+            with self.subTest(status=response.status_code, content=response.content[:30]):
+                played = self.play([response], asking("listZones"))
+                self.assertIs(type(played.error), cs.CloudStackException)
+                self.assertEqual(played.error.args, args)
+                self.assertEqual(played.error.response.status_code, response.status_code)
+                self.assertEqual(played.error.response.text, response.text)
+
+    def test_an_empty_200_is_an_error(self):
+        for kind in ("application/json", "text/html"):
+            with self.subTest(kind=kind):
+                played = self.play([answer(b"", headers={"Content-Type": kind})], asking("deployVirtualMachine"))
+                self.assertIsInstance(played.error, cs.CloudStackException)
+                self.assertEqual(played.error.args[0], "HTTP 200 OK")
+                self.assertIn("empty", str(played.error))
+                self.assertTrue(played.error.outcome_unknown)
+
+    def test_the_server_s_own_errors(self):
+        for code in (400, 401, 405, 429, 430, 431, 432, 503, 530, 531, 532, 533, 534, 535, 536, 537):
+            for key in ("errorresponse", "listzonesresponse", "null"):
+                with self.subTest(code=code, key=key):
+                    played = self.play([api_error(code, "text", key=key)], asking("listZones"))
+                    error = {"uuidList": [], "errorcode": code, "cserrorcode": 9999, "errortext": "text"}
+                    self.assertIs(type(played.error), cs.CloudStackApiException)
+                    message = "HTTP {} response from CloudStack".format(code)
+                    self.assertEqual((played.error.args, played.error.error), ((message,), error))
+                    self.assertEqual(str(played.error), "{}, error: {}".format(message, error))
+                    self.assertEqual(played.error.response.json(), {key: error})
+
+    def test_an_error_that_is_no_dict_is_what_stood_there(self):
+        for value in ("text", None, [1], 5, {"errortext": None}, {"errortext": ["x"]}, {"errortext": 5}):
+            for code in (400, 401, 429, 431, 503, 530):
+                with self.subTest(value=value, code=code):
+                    played = self.play([answer({"errorresponse": value}, code)], asking("listZones", fetch_list=True))
+                    self.assertIs(type(played.error), cs.CloudStackApiException)
+                    self.assertEqual(played.error.error, value)
+
+    def test_a_type_of_html_does_not_hide_an_error_in_json(self):
+        response = answer(json.dumps({"errorresponse": {"errorcode": 530}}), 530, "530")
+        self.assertEqual(self.play([response], asking("listZones")).error.error, {"errorcode": 530})
+
+    def test_redirects_are_not_followed_and_named_without_their_query(self):
+        """5.2.0 follows them with the signed URL, to other hosts too."""
+        cases = [
+            ("https://other.example/login?apiKey=c4nary#c4nary", "https://other.example/login"),
+            ("/client/?signature=c4nary", "/client/"), ("https://u:c4nary@h/x", "https://h/x"), ("http://[bad", ""),
+            ("https://h/\x1b[2Jx", "h/"),
+        ]  # fmt: skip
+        for code in (301, 302, 303, 307, 308):
+            for place, shown in cases:
+                for options in ({}, {"json": False}):
+                    with self.subTest(code=code, place=place, options=options):
+                        script = [answer({"r": {"passed": "for a result"}}, code, "Found", {"Location": place})]
+                        played = self.play(script, asking("listZones", **options), retry=2)
+                        self.assertIs(type(played.error), cs.CloudStackException)
+                        self.assertEqual(len(played.requests), 1)
+                        self.assertEqual(played.error.args[0], "HTTP {} Found".format(code))
+                        self.assertIn(shown, str(played.error))
+                        self.assertNotIn("c4nary", str(played.error))
+                        self.assertNotIn("\x1b", str(played.error))
+
+    def test_without_json_the_text_is_returned_as_it_is(self):
+        for text in ("<listzonesresponse/>", "", '{"a": 1, "b": 2}'):
+            with self.subTest(text=text):
+                self.assertEqual(self.play([answer(text)], asking("listZones", json=False)).value, text)
+
+    def test_without_json_an_error_holds_the_text(self):
+        played = self.play([answer("<errorresponse/>", 431, "431")], asking("listZones", json=False))
+        self.assertIs(type(played.error), cs.CloudStackApiException)
+        self.assertEqual(played.error.error, "<errorresponse/>")
+        self.assertEqual(played.error.args, ("HTTP 431 response from CloudStack",))
+
+
+# --- GET or POST ---
+
+
+class VerbTest(ProtocolCase):
+    def verbs(self, script, call, **settings):
+        return [request.method for request in self.play(script, call, **settings).requests]
+
+    def test_get_unless_post_is_asked_for(self):
+        self.assertEqual(self.verbs(one(), asking("listZones")), ["GET"])
+        self.assertEqual(self.verbs(one(), asking("deployVirtualMachine")), ["GET"])
+        for method in ("post", "POST"):
+            self.assertEqual(self.verbs(one(), asking("listZones"), method=method), ["POST"])
+
+    def test_a_post_carries_everything_in_its_body(self):
+        played = self.play(one(), asking("listZones", name="a b"), method="post")
+        request = played.requests[0]
+        self.assertEqual(request.url, ENDPOINT)
+        self.assertEqual(request.headers["Content-Type"], "application/x-www-form-urlencoded")
+        self.assertIn(b"&name=a%20b&", request.body)
+        self.assertIn("signature", played.params())
+
+    def test_get_carries_no_body(self):
+        request = self.play(one(), asking("listZones")).requests[0]
+        self.assertIsNone(request.body)
+        self.assertNotIn("Content-Type", request.headers)
+
+    def test_secrets_go_by_post(self):
+        names = (
+            "password", "Password", "userdata", "userData", "privatekey", "privateKey", "secretkey", "usersecretkey",
+            "passphrase",
+            "details[0].password", "cmkpassword", "sharedsecret", "ipsecpresharedsecret", "oauthtoken",
+        )  # fmt: skip
+        for name in names:
+            with self.subTest(name=name):
+                self.assertEqual(self.verbs(one(), asking("updateUser", **{name: "x"})), ["POST"])
+        self.assertEqual(self.verbs(one(), asking("createUser", details={"password": "x"})), ["POST"])
+        self.assertEqual(self.verbs(one(), asking("listUsers", username="x", passwordenabled=True)), ["GET"])
+
+    def test_login_is_always_posted(self):
+        self.assertEqual(self.verbs(one(), asking("login", username="u", password="p")), ["POST"])
+        self.assertEqual(self.verbs(one(), asking("login", username="u"), key=None, secret=None), ["POST"])
+
+    def test_what_is_too_long_for_a_request_line_goes_by_post(self):
+        """The server refuses a request line and headers of more than 8192 bytes."""
+        seen = set()
+        for length in list(range(7000, 8300, 50)) + [100, 20000]:
+            for headers in (None, {"X-Long": "h" * 500}):
+                request = self.play(one(), asking("listZones", name="x" * length), headers=headers).requests[0]
+                seen.add(request.method)
+                if request.method == "GET":
+                    line = "GET {} HTTP/1.1".format(request.url)
+                    head = (
+                        [line]
+                        + ["{}: {}".format(*pair) for pair in request.headers.items()]
+                        + ["Host: cloud.invalid", ""]
+                    )
+                    self.assertLessEqual(len("\r\n".join(head)), 8192)
+        self.assertEqual(seen, {"GET", "POST"})
+        self.assertEqual(self.verbs(one(), asking("listZones", name="x" * 7000)), ["GET"])
+        self.assertEqual(self.verbs(one(), asking("listZones", name="x" * 8200)), ["POST"])
+
+    def test_enforced_post_is_learned_once_and_remembered(self):
+        refusal = api_error(400, "State changing command createTags needs to be sent using POST request")
+
+        def server(played, request):
+            command = wire(request)["command"]
+            return refusal if request.method == "GET" and not command.startswith("list") else one({"ok": command})[0]
+
+        commands = ["createTags", "deployVirtualMachine", "listZones"]
+
+        played = self.play(server, one_after_another(*map(asking, commands)))
+        self.assertEqual(played.value, [{"ok": command} for command in commands])
+        self.assertEqual([request.method for request in played.requests], ["GET", "POST", "POST", "GET"])
+        self.assertEqual(played.pauses, [])
+
+    def test_the_reading_commands_stay_get_where_post_is_enforced(self):
+        client = cs.CloudStack(ENDPOINT, "k", "s")
+        client._server.post_only = True
+        requests = []
+        object.__setattr__(client, "_exchange", lambda request: requests.append(request) or one()[0])
+        cases = [
+            ("listZones", "GET"), ("getVirtualMachineUserData", "GET"), ("queryAsyncJobResult", "GET"),
+            ("findHostsForMigration", "GET"),
+            ("quotaBalance", "GET"), ("quotaIsEnabled", "GET"), ("readyForShutdown", "GET"),
+            ("verifyOAuthCodeAndGetUser", "GET"),
+            ("isAccountAllowedToCreateOfferingsWithTags", "GET"), ("quotaStatement", "GET"), ("quotaSummary", "GET"),
+            ("quotaTariffList", "GET"), ("cloudianIsEnabled", "GET"), ("quotaUpdate", "POST"),
+            ("deployVirtualMachine", "POST"),
+            ("list", "POST"), ("prepareForShutdown", "POST"), ("relistThings", "POST"),
+        ]  # fmt: skip
+        for command, method in cases:
+            with self.subTest(command=command):
+                getattr(client, command)()
+                self.assertEqual(requests[-1].method, method)
+
+    def test_a_server_that_keeps_asking_for_post_is_believed_once(self):
+        script = [api_error(400, "State changing command x needs to be sent using POST request")]
+        played = self.play(script, asking("createTags"))
+        self.assertEqual([request.method for request in played.requests], ["GET", "POST"])
+        self.assertEqual(played.error.response.status_code, 400)
+        self.assertFalse(played.error.outcome_unknown)
+
+    def test_another_400_is_no_reason_to_send_again(self):
+        for text in ("bad", "", None):
+            with self.subTest(text=text):
+                self.assertEqual(self.verbs([api_error(400, text)], asking("createTags"), retry=3), ["GET"])
+
+    def test_the_integration_port_is_never_posted_to(self):
+        """It reads the query string only."""
+        unsigned = {"key": None, "secret": None}
+        cases = [
+            (asking("createUser", password="x"), {}), (asking("listZones", name="x" * 9000), {}),
+            (asking("createTags"), {"method": "post"}), (asking("deployVirtualMachine", userdata="eA=="), {}),
+        ]  # fmt: skip
+        for call, settings in cases:
+            with self.subTest(settings=settings):
+                self.assertEqual(self.verbs(one(), call, **dict(unsigned, **settings)), ["GET"])
+        script = [api_error(400, "State changing command x needs to be sent using POST request")]
+        self.assertNotIn("POST", self.verbs(script, asking("createTags"), **unsigned))
+
+
+# --- retries ---
+
+READS = ("listZones", "getVirtualMachineUserData", "queryAsyncJobResult", "findHostsForMigration", "ListZones")
+CHANGES = (
+    "deployVirtualMachine", "createTags", "getUploadParamsForVolume", "getUploadParamsForTemplate",
+    "getDiagnosticsData",
+    "listAndSwitchSamlAccount", "login", "prepareForShutdown", "assignListeners",
+)  # fmt: skip
+
+
+class RetryTest(ProtocolCase):
+    def test_nothing_is_retried_by_default(self):
+        for item in (
+            unsent(),
+            lost(),
+            silent(),
+            answer("<html>", 503),
+            api_error(429),
+            api_error(503),
+            answer("<html>", 502),
+        ):
+            for command in ("listZones", "deployVirtualMachine"):
+                with self.subTest(item=item, command=command):
+                    played = self.play([item, one()[0]], asking(command))
+                    self.assertEqual(len(played.requests), 1)
+                    self.assertIsInstance(played.error, cs.CloudStackException)
+
+    def test_what_is_tried_again(self):
+        """(what happens, whether a reading command is sent again, whether a changing one is)"""
+        cases = [
+            (unsent(), True, True), (unsent(cs.CloudStackTimeoutError), True, True), (lost(), True, False),
+            (silent(), True, False),
+            (api_error(429, "please retry after [100] ms."), True, True), (answer("<html>", 429), True, True),
+            (api_error(503, "maintenance"), True, True), (answer("<html>", 503), True, False),
+            (answer({"error": "from a proxy"}, 503), True, False),
+            (answer("<html>", 502), True, False), (answer("<html>", 504), True, False),
+            (answer({"a": 1, "b": 2}, 503), True, False),
+            (answer("<html>", 500), False, False), (answer("<html>", 404), False, False),
+            (answer("<html>", 200), False, False),
+            (answer(b"", 200), False, False), (answer("", 302, headers={"Location": "/"}), False, False),
+        ]  # fmt: skip
+        cases += [(api_error(code), False, False) for code in (400, 401, 405, 430, 431, 432, 511, 530, 531, 533, 537)]
+        for item, reading, changing in cases:
+            for command, expected in (("listZones", reading), ("deployVirtualMachine", changing)):
+                with self.subTest(item=item, command=command):
+                    played = self.play([item, one({"a": 1})[0]], asking(command), retry=1)
+                    self.assertEqual(len(played.requests), 2 if expected else 1)
+                    self.assertEqual(played.value, {"a": 1} if expected else None)
+
+    def test_what_counts_as_reading(self):
+        for command in READS + CHANGES:
+            with self.subTest(command=command):
+                played = self.play([silent(), one()[0]], asking(command), retry=1)
+                self.assertEqual(len(played.requests), 2 if command in READS else 1)
+
+    def test_retry_bounds_the_number_of_attempts(self):
+        for retry in (0, 1, 3, "2"):
+            for item in (lost(), unsent(), answer("<html>", 502), api_error(429)):
+                with self.subTest(retry=retry, item=item):
+                    played = self.play([item], asking("listZones"), retry=retry)
+                    self.assertEqual((len(played.requests), len(played.pauses)), (int(retry) + 1, int(retry)))
+                    self.assertIsInstance(played.error, cs.CloudStackException)
+
+    def test_pauses_grow_exponentially_up_to_30_seconds(self):
+        played = self.play([lost()], asking("listZones"), retry=9)
+        self.assertEqual(played.pauses, [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0])
+        self.assertEqual(self.play([lost()], asking("listZones"), retry=2, retry_backoff=100).pauses, [30.0, 30.0])
+        self.assertEqual(self.play([lost()], asking("listZones"), retry=2, retry_backoff=0).pauses, [0.0, 0.0])
+
+    def test_backoff_is_bounded_and_has_jitter(self):
+        for attempt in (0, 1, 5, 6, 32, 1100, 10**6):
+            for first in (0.5, 1, 40, 1e300):
+                with self.subTest(attempt=attempt, first=first):
+                    with mock.patch.object(cs, "_random", lambda: 0.0):
+                        low = cs.backoff(attempt, first)
+                    with mock.patch.object(cs, "_random", lambda: 1.0):
+                        high = cs.backoff(attempt, first)
+                    self.assertLess(0, low)
+                    self.assertLess(low, high)
+                    self.assertLessEqual(high, 30.0)
+        draws = {round(cs.backoff(3, 0.5), 9) for _ in range(20)}
+        self.assertGreater(len(draws), 1)
+
+    def test_the_wait_a_server_asks_for(self):
+        date = "Thu, 01 Jan 2026 00:00:{:02d} GMT"
+        cases = [
+            (api_error(429, "limit; please retry after [7000] ms."), 7.0),
+            (api_error(429, "please retry after 7500 ms"), 7.5),
+            (api_error(429, headers={"Retry-After": "12"}), 12.0),
+            (answer("<html>", 503, headers={"Retry-After": " 12 "}), 12.0),
+            (answer("<html>", 503, headers={"retry-after": date.format(9)}), 9.0),
+            (answer("<html>", 502, headers={"Retry-After": "30"}), 30.0),
+            (answer("<html>", 503, headers={"Retry-After": "Thu, 01 Jan 2020 00:00:00 GMT"}), 0.5),
+            (answer("<html>", 503, headers={"Retry-After": "0"}), 0.5),
+            (answer("<html>", 503, headers={"Retry-After": "soon"}), 0.5),
+            (answer("<html>", 503, headers={"Retry-After": ""}), 0.5),
+            (api_error(429, "please retry after [1] ms."), 0.5),
+            (api_error(429, "please retry after [8000] ms.", headers={"Retry-After": "3"}), 8.0),
+            (answer({"r": {"errortext": ["retry after 9000 ms"]}}, 429), 0.5), (answer({"r": None}, 429), 0.5),
+        ]  # fmt: skip
+        for item, expected in cases:
+            with self.subTest(item=item.content, headers=item.headers.items()):
+                with mock.patch("time.time", return_value=float(REQUESTS_MOMENT)):
+                    played = self.play([item, one({"a": 1})[0]], asking("listZones"), retry=1)
+                self.assertEqual((played.pauses, played.value), ([expected], {"a": 1}))
+
+    def test_a_wait_of_more_than_30_seconds_is_an_error_not_a_sleep(self):
+        items = [
+            api_error(429, "please retry after [30001] ms."), answer("<html>", 503, headers={"Retry-After": "31"}),
+            answer("<html>", 503, headers={"Retry-After": "Thu, 01 Jan 2026 00:00:31 GMT"}),
+            api_error(503, headers={"Retry-After": "3600"}), answer("<html>", 429, headers={"Retry-After": "9" * 30}),
+        ]  # fmt: skip
+        for item in items:
+            for command in ("listZones", "deployVirtualMachine"):
+                with self.subTest(item=item, command=command), mock.patch(
+                    "time.time", return_value=float(REQUESTS_MOMENT)
+                ):
+                    played = self.play([item, one()[0]], asking(command), retry=3)
+                    self.assertEqual((len(played.requests), played.pauses), (1, []))
+                    self.assertEqual(played.error.response.status_code, item.status_code)
+
+    def test_a_wait_that_cannot_be_read_does_no_harm(self):
+        values = [
+            "\xb2", "-5", "1.5", "1e999", "9" * 400, "9" * 5000, "Mon, 01 Jan 99999999 00:00:00 GMT",
+            "Mon, 01 Jan 0000 00:00:00 GMT",
+            "Mon, 99 Foo 2026", "Thu, 01 Jan 2026 00:00:00", "Thu, 01 Jan 2026 99:99:99 +9999", ",", "\xa0",
+            "Thu, 01 Jan 2026 00:00:00 +99999999999999999999",
+        ]  # fmt: skip
+        for value in values:
+            with self.subTest(value=value[:60]):
+                script = [answer("<html>", 503, headers={"Retry-After": value}), one({"a": 1})[0]]
+                played = self.play(script, asking("listZones"), retry=1)
+                self.assertTrue(
+                    played.value == {"a": 1} or isinstance(played.error, cs.CloudStackException), played.error
+                )
+                self.assertLessEqual(played.slept, 30.0)
+        for digits in ("9" * 400, "9" * 5000):
+            with self.subTest(digits=len(digits)):
+                script = [api_error(429, "please retry after [{}] ms.".format(digits)), one()[0]]
+                played = self.play(script, asking("listZones"), retry=1)
+                self.assertIsInstance(played.error, cs.CloudStackException)
+
+    def test_every_attempt_has_a_fresh_expiry(self):
+        """5.2.0 computes it once for the whole series."""
+        now = [float(REQUESTS_MOMENT)]
+
+        def later(played, request):
+            now[0] += 60
+            return answer("<html>", 502)
+
+        with mock.patch("time.time", lambda: now[0]):
+            played = self.play([later, later, one()[0]], asking("listZones"), retry=2)
+        moments = [played.params(index)["expires"][14:19] for index in range(3)]
+        self.assertEqual(moments[1:], ["{:02d}:00".format(int(moments[0][:2]) + extra) for extra in (1, 2)])
+        self.assertEqual(len({played.params(index)["signature"] for index in range(3)}), 3)
+
+    def test_a_given_expires_is_kept_by_every_attempt(self):
+        played = self.play([lost(), one()[0]], asking("listZones", expires="2030-01-01T00:00:00+0000"), retry=1)
+        self.assertEqual({played.params(index)["expires"] for index in range(2)}, {"2030-01-01T00:00:00+0000"})
+
+    def test_a_kept_connection_that_died_is_replayed_once_for_reading_commands_whatever_retry_is(self):
+        for command in READS:
+            with self.subTest(command=command):
+                call = asking(command)
+                played = self.play([lost(stale=True), one({"a": 1})[0]], call)
+                self.assertEqual((len(played.requests), played.pauses, played.value), (2, [], {"a": 1}))
+                played = self.play([lost(stale=True)], call)
+                self.assertEqual(len(played.requests), 2)
+                self.assertIsInstance(played.error, cs.CloudStackConnectionError)
+
+    def test_a_kept_connection_that_died_is_never_replayed_for_changing_commands(self):
+        for command in CHANGES:
+            for settings in ({}, {"retry": 5}, {"method": "post"}):
+                with self.subTest(command=command, settings=settings):
+                    played = self.play([lost(stale=True), one()[0]], asking(command), **settings)
+                    self.assertEqual(len(played.requests), 1)
+                    self.assertTrue(played.error.outcome_unknown)
+                    self.assertIn("outcome is unknown", str(played.error))
+                    self.assertIn(command, str(played.error))
+                    self.assertEqual(len(played.error.args), 2)
+
+    def test_outcome_unknown_says_whether_a_change_may_have_happened(self):
+        cases = [
+            (lost(), True), (silent(), True), (answer("<html>", 502), True), (answer("<html>", 503), True),
+            (answer("<html>", 504), True),
+            (answer("<html>", 500), True), (answer("<html>", 200), True), (answer(b""), True), (answer([1]), True),
+            (answer("{", headers={"Content-Type": "application/json"}), True), (unsent(), False),
+            (api_error(429), False),
+            (api_error(503), False), (api_error(401), False), (api_error(431), False), (api_error(533), False),
+            (answer("<html>", 404), False), (answer("<html>", 414), False),
+            (answer("", 302, headers={"Location": "/"}), False),
+        ]  # fmt: skip
+        for item, unknown in cases:
+            with self.subTest(item=item):
+                script = [afresh(item)]
+                self.assertIs(self.play(script, asking("deployVirtualMachine")).error.outcome_unknown, unknown)
+                self.assertFalse(self.play(script, asking("listZones")).error.outcome_unknown)
+
+    def test_outcome_unknown_does_not_depend_on_asking_for_json(self):
+        for code, unknown in ((502, True), (503, True), (504, True), (500, True), (401, False), (431, False)):
+            with self.subTest(code=code):
+                played = self.play([answer("<html>", code)], asking("deployVirtualMachine", json=False))
+                self.assertIs(played.error.outcome_unknown, unknown)
+
+    def test_a_change_that_was_once_unsent_and_then_lost_is_unknown(self):
+        played = self.play([unsent(), lost()], asking("deployVirtualMachine"), retry=5)
+        self.assertEqual((len(played.requests), played.error.outcome_unknown), (2, True))
+
+    def test_the_arguments_of_an_answered_error_stay_as_promised(self):
+        played = self.play([answer("<html>", 504, "Gateway Time-out")], asking("deployVirtualMachine"))
+        url = "Make sure endpoint URL '{}' is correct.".format(ENDPOINT)
+        self.assertEqual(played.error.args, ("HTTP 504 Gateway Time-out", url))
+
+    def test_other_exceptions_pass_untouched(self):
+        for error in (ValueError("verify: no such file"), RuntimeError("x")):
+            with self.subTest(error=error):
+                played = self.play([error, one()[0]], asking("listZones"), retry=3)
+                self.assertIs(type(played.error), type(error))
+                self.assertEqual(len(played.requests), 1)
+
+    def test_the_time_allowed_for_an_exchange(self):
+        request = self.play(one(), asking("listZones"), timeout="0.5").requests[0]
+        self.assertEqual((request.timeout, request.total), (0.5, 5.0))
+
+
+# --- many at once, on a clock that jumps ---
+
+
+class JumpingSelector(selectors.DefaultSelector):
+    """Waits for nothing: where a loop would sleep, its clock jumps."""
+
+    now = 1000.0
+
+    def select(self, timeout=None):
+        ready = super().select(0)
+        if timeout is None and not ready:
+            raise AssertionError("everybody waits and nothing will happen")
+        if not ready:
+            self.now += max(timeout, 0)
+        return ready
+
+
+class JumpingLoop(asyncio.SelectorEventLoop):
+    def __init__(self):
+        self.clock = JumpingSelector()
+        super().__init__(self.clock)
+
+    def time(self):
+        return self.clock.now
+
+
+class JumpingCase(unittest.TestCase):
+    """Many calls of one asynchronous client at once, without threads, deterministic.
+
+    A test gives self.server: of a request's parameters it makes an answer or an exception, or (seconds, that)."""
+
+    def setUp(self):
+        self.loop = JumpingLoop()
+        self.addCleanup(lambda: self.loop.close())  # whichever it is by then
+        self.requests = []
+        self.flying = self.most_flying = 0
+
+        async def in_worker(client, request):
+            params = wire(request)
+            self.requests.append((self.loop.time(), params, request))
+            seconds, outcome = 0.01, self.server(params)
+            if isinstance(outcome, tuple):
+                seconds, outcome = outcome
+            self.flying += 1
+            self.most_flying = max(self.flying, self.most_flying)
+            try:
+                await asyncio.sleep(min(seconds, request.total))
+            finally:
+                self.flying -= 1
+            if seconds > request.total:
+                raise silent()
+            if isinstance(outcome, BaseException):
+                raise copy.copy(outcome)
+            return outcome
+
+        for patch in (
+            mock.patch.object(cs.AIOCloudStack, "_in_worker", in_worker),
+            mock.patch.object(cs, "_clock", self.loop.time),
+            mock.patch.object(cs, "_random", lambda: 1.0),
+        ):  # fmt: skip
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def server(self, params):
+        raise NotImplementedError
+
+    def client(self, **settings):
+        return cs.AIOCloudStack(**dict({"endpoint": ENDPOINT, "key": "key1", "secret": "secret1"}, **settings))
+
+    def all_of(self, coroutines):
+        """What became of each: its result or its exception."""
+
+        async def gathered():
+            return await asyncio.gather(*coroutines, return_exceptions=True)
+
+        return self.loop.run_until_complete(gathered())
+
+    def count(self, command):
+        return sum(params["command"] == command for _, params, _ in self.requests)
+
+
+# --- sessions ---
+
+
+def login_answer(key="SK/1+", cookie="J1"):
+    response = answer({"loginresponse": {"sessionkey": key, "userid": "u"}})
+    response.headers["Set-Cookie"] = "JSESSIONID={}; Path=/client; HttpOnly".format(cookie)
+    response.headers["Set-Cookie"] = "sessionkey=cookie-{}; HttpOnly".format(cookie)
+    return response
+
+
+USER = {"key": None, "secret": None, "username": "admin", "password": "pa~ss"}
+
+
+class SessionTest(ProtocolCase):
+    def test_the_first_call_logs_in_by_post_and_carries_key_and_cookies(self):
+        played = self.play([login_answer(), one({"a": 1})[0]], asking("listZones", name="x"), **USER)
+        self.assertEqual((played.value, played.commands), ({"a": 1}, ["login", "listZones"]))
+        expected = {"command": "login", "username": "admin", "password": "pa~ss", "domain": "/", "response": "json"}
+        self.assertEqual(played.params(0), expected)
+        self.assertEqual([request.method for request in played.requests], ["POST", "GET"])
+        self.assertEqual(played.requests[0].url, ENDPOINT)
+        self.assertNotIn("Cookie", played.requests[0].headers)
+        self.assertEqual(played.requests[1].headers["Cookie"], "JSESSIONID=J1; sessionkey=cookie-J1")
+        expected = {"command": "listZones", "name": "x", "sessionkey": "SK/1+", "response": "json"}
+        self.assertEqual(played.params(1), expected)
+
+    def test_the_domain_is_sent(self):
+        played = self.play([login_answer(), one()[0]], asking("listZones"), domain="/a/b", **USER)
+        self.assertEqual(played.params(0)["domain"], "/a/b")
+
+    def test_a_session_never_carries_a_signature(self):
+        def close(client):
+            return client.aclose() if isinstance(client, cs.AIOCloudStack) else client.close()
+
+        call = one_after_another(asking("listZones"), asking("deployVirtualMachine", userdata="eA=="), close)
+        played = self.play([login_answer(), one()[0]], call, **USER)
+        self.assertEqual(played.commands, ["login", "listZones", "deployVirtualMachine", "logout"])
+        for index in range(4):
+            self.assertFalse({"signature", "apiKey", "expires", "signatureVersion"} & set(played.params(index)))
+        self.assertEqual([request.method for request in played.requests], ["POST", "GET", "POST", "POST"])
+        self.assertEqual(played.params(3)["sessionkey"], "SK/1+")
+        self.assertEqual(played.requests[3].headers["Cookie"], "JSESSIONID=J1; sessionkey=cookie-J1")
+
+    def test_a_given_expires_is_kept_without_a_signature_too(self):
+        moment = "2030-01-01T00:00:00+0000"
+        for script, settings in ((one(), {"key": None, "secret": None}), ([login_answer(), one()[0]], USER)):
+            with self.subTest(settings=settings):
+                played = self.play(script, asking("createThing", expires=moment), **settings)
+                self.assertEqual(played.params().get("expires"), moment)
+
+    def test_close_without_a_session_sends_nothing(self):
+        for settings in (USER, {}):
+            played = self.play([AssertionError("sent")], lambda c: c.close(), **settings)
+            self.assertEqual((played.error, played.requests), (None, []))
+
+    def test_logging_out_twice_sends_one_logout(self):
+        client = cs.CloudStack(ENDPOINT, username="u", password="p")
+        commands = []
+        object.__setattr__(
+            client, "_exchange", lambda request: commands.append(wire(request)["command"]) or login_answer()
+        )
+        with client:
+            client.listZones()
+        client.close()
+        self.assertEqual(commands, ["login", "listZones", "logout"])
+        client.listZones()
+        self.assertEqual(commands[3:], ["login", "listZones"])
+
+    def test_a_logout_that_fails_is_no_error(self):
+        for item in (lost(), silent(), answer("<html>", 502), api_error(401)):
+            with self.subTest(item=item):
+                client = cs.CloudStack(ENDPOINT, username="u", password="p")
+                script = [login_answer(), one()[0], item]
+
+                object.__setattr__(client, "_exchange", scripted(script))
+                client.listZones()
+                client.close()
+                self.assertEqual(script, [])
+
+    def test_an_expired_session_is_renewed_once_for_reads_and_changes(self):
+        for command in ("listZones", "deployVirtualMachine"):
+            with self.subTest(command=command):
+                script = [login_answer(), api_error(401), login_answer("SK2", "J2"), one({"a": 1})[0]]
+                played = self.play(script, asking(command), **USER)
+                self.assertEqual((played.value, played.commands), ({"a": 1}, ["login", command] * 2))
+                self.assertEqual(played.params()["sessionkey"], "SK2")
+                self.assertEqual(played.requests[3].headers["Cookie"], "JSESSIONID=J2; sessionkey=cookie-J2")
+
+    def test_a_second_401_is_an_error(self):
+        script = [login_answer(), api_error(401), login_answer("SK2", "J2"), api_error(401, "still")]
+        played = self.play(script, asking("listZones"), retry=5, **USER)
+        self.assertEqual((len(played.requests), played.error.error["errortext"]), (4, "still"))
+
+    def test_a_401_without_a_session_is_not_tried_again(self):
+        self.assertEqual(len(self.play([api_error(401)], asking("listZones"), retry=5).requests), 1)
+
+    def test_a_failed_login_is_the_server_s_error_and_not_repeated(self):
+        played = self.play([api_error(531, "wrong password")], asking("deployVirtualMachine"), retry=5, **USER)
+        self.assertEqual(played.commands, ["login"])
+        self.assertEqual(played.error.error["errortext"], "wrong password")
+        self.assertFalse(played.error.outcome_unknown)
+
+    def test_login_is_sent_again_only_where_the_server_did_not_run_it(self):
+        cases = [
+            (unsent(), True), (api_error(429), True), (api_error(503), True), (lost(), False), (silent(), False),
+            (lost(stale=True), False), (answer("<html>", 502), False),
+        ]  # fmt: skip
+        for item, again in cases:
+            with self.subTest(item=item):
+                played = self.play([item, login_answer(), one({"a": 1})[0]], asking("listZones"), retry=1, **USER)
+                self.assertEqual(played.commands, ["login", "login", "listZones"] if again else ["login"])
+
+    def test_a_login_answer_without_a_key_is_an_error(self):
+        for value in ({}, {"sessionkey": 5}, {"sessionkey": None}, [], "text", None, {"sessionkey": "\ud800"}):
+            with self.subTest(value=value):
+                played = self.play([answer({"loginresponse": value}), one()[0]], asking("listZones"), **USER)
+                self.assertIsInstance(played.error, cs.CloudStackException)
+                self.assertEqual(played.commands, ["login"])
+
+    def test_two_factor_authentication_says_what_to_do(self):
+        for script in ([login_answer(), api_error(511, "2FA")], [api_error(511, "2FA")]):
+            with self.subTest(length=len(script)):
+                played = self.play(script, asking("listZones"), retry=3, **USER)
+                self.assertIsInstance(played.error, cs.CloudStackApiException)
+                self.assertRegex(str(played.error), "two-factor.*API key")
+                self.assertEqual(len(played.requests), len(script))
+
+    def test_another_user_is_another_session(self):
+        client = cs.CloudStack(ENDPOINT, username="u", password="p")
+        users = []
+
+        def exchange(request):
+            params = wire(request)
+            if params["command"] == "login":
+                users.append(params["username"])
+                return login_answer("key-of-" + params["username"])
+            return one({"as": params["sessionkey"]})[0]
+
+        object.__setattr__(client, "_exchange", exchange)
+        self.assertEqual(client.listZones(), {"as": "key-of-u"})
+        client.username = "v"
+        self.assertEqual(client.listZones(), {"as": "key-of-v"})
+        self.assertEqual(users, ["u", "v"])
+
+    def test_many_threads_log_in_once(self):
+        client = cs.CloudStack(ENDPOINT, username="u", password="p")
+        lock, commands = threading.Lock(), []
+        gate = threading.Barrier(8)
+
+        def exchange(request):
+            command = wire(request)["command"]
+            with lock:
+                commands.append(command)
+            if command == "login":
+                time.sleep(0.03)
+                return login_answer()
+            return one({"a": 1})[0]
+
+        object.__setattr__(client, "_exchange", exchange)
+        values = []
+
+        def work():
+            gate.wait()
+            values.append(client.listZones())
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual((values, commands.count("login")), ([{"a": 1}] * 8, 1))
+
+
+class SessionsAtOnceTest(JumpingCase):
+    settings = {"key": None, "secret": None, "username": "u", "password": "p"}
+
+    def test_many_calls_log_in_once(self):
+        self.server = lambda params: (0.3, login_answer()) if params["command"] == "login" else one({"a": 1})[0]
+        client = self.client(**self.settings)
+        self.assertEqual(self.all_of(client.listZones() for _ in range(50)), [{"a": 1}] * 50)
+        self.assertEqual(self.count("login"), 1)
+
+    def test_a_failed_login_is_shared_by_all_who_waited_for_it(self):
+        """Wrong passwords in a row would lock the account."""
+        self.server = lambda params: (0.3, api_error(531, "wrong"))
+        client = self.client(**self.settings)
+        errors = self.all_of(client.listZones() for _ in range(50))
+        self.assertEqual({error.error["errortext"] for error in errors}, {"wrong"})
+        self.assertEqual(len(self.requests), 1)
+        self.all_of([client.listZones()])
+        self.assertEqual(len(self.requests), 2, "a later call tries anew")
+
+    def test_an_expired_session_is_renewed_once_for_all(self):
+        keys = []
+
+        def server(params):
+            if params["command"] == "login":
+                keys.append("key{}".format(len(keys)))
+                return login_answer(keys[-1])
+            return one({"a": 1})[0] if params["sessionkey"] == "key1" else (2, api_error(401))
+
+        self.server = server
+        client = self.client(**self.settings)
+        self.assertEqual(self.all_of(client.listZones() for _ in range(30)), [{"a": 1}] * 30)
+        self.assertEqual(len(keys), 2)
+
+    def test_whoever_logs_in_may_be_cancelled_without_hurting_the_others(self):
+        self.server = lambda params: (0.3, login_answer()) if params["command"] == "login" else one({"a": 1})[0]
+        client = self.client(**self.settings)
+
+        async def use():
+            tasks = [asyncio.ensure_future(client.listZones()) for _ in range(5)]
+            await asyncio.sleep(0.1)
+            tasks[0].cancel()
+            return await asyncio.gather(*tasks, return_exceptions=True)
+
+        outcomes = self.loop.run_until_complete(use())
+        self.assertIsInstance(outcomes[0], asyncio.CancelledError)
+        self.assertEqual(outcomes[1:], [{"a": 1}] * 4)
+        self.assertEqual(self.count("login"), 2)
+
+    def test_a_failure_shared_by_several_jobs_tells_each_its_own_id(self):
+        logins = []
+
+        def server(params):
+            if params["command"] == "login":
+                logins.append(1)
+                return (0.3, login_answer() if len(logins) == 1 else api_error(531, "locked"))
+            if params["command"] == "queryAsyncJobResult":
+                return (1, api_error(401))
+            return one({"jobid": "job-" + params["id"]})[0]
+
+        self.server = server
+        client = self.client(**self.settings)
+        errors = self.all_of(client.startVirtualMachine(id=number) for number in range(3))
+        self.assertEqual([error.error["errortext"] for error in errors], ["locked"] * 3)
+        self.assertEqual([error.jobid for error in errors], ["job-0", "job-1", "job-2"])
+        self.assertEqual(len(logins), 2)
+
+
+# --- pages ---
+
+
+def list_server(total, count="total", limit=500, ignores=False, key="thing", rows=None):
+    """A script: a list of `total` rows, with the habits that servers have.
+
+    count: "total", "page" (the length of this page), a number, or None (missing); limit: default.page.size;
+    ignores: pages and sizes are ignored."""
+    everything = rows if rows is not None else rows_of(0, total)
+
+    def serve(played, request):
+        params = {name.lower(): text for name, text in wire(request).items()}
+        if ("page" in params) != ("pagesize" in params):
+            return api_error(431, "page and pagesize go together")
+        size, page = int(params.get("pagesize", limit)), int(params.get("page", 1))
+        if size > limit:
+            return api_error(431, "Page size can't exceed max allowed page size value: {}".format(limit))
+        found = everything if ignores else everything[(page - 1) * size : page * size]
+        number = {"total": len(everything), "page": len(found)}.get(count, count)
+        document = {} if number is None else {"count": number}
+        if not everything:
+            document = {}
+        elif found:
+            document[key] = found
+        return answer({"listthingsresponse": document})
+
+    return serve
+
+
+def fetched(**params):
+    return lambda client: client.listThings(fetch_list=True, **params)
+
+
+def iterated(**params):
+    def call(client):
+        rows = client.iter_list("listThings", **params)
+        return rows if hasattr(rows, "__aiter__") else list(rows)
+
+    return call
+
+
+class PagesTest(ProtocolCase):
+    def both_ways(self, script, expected, requests, settings=None, **params):
+        """fetch_list and iter_list give the same rows, in order, in as many requests (a number, or the most)."""
+        for how in (fetched, iterated):
+            with self.subTest(how=how.__name__):
+                played = self.play(script, how(**params), **(settings or {}))
+                self.assertIsNone(played.error)
+                self.assertEqual(played.value, expected)
+                self.assertEqual(len(played.requests), requests)
+
+    def test_without_fetch_list_there_is_one_request_without_pages(self):
+        played = self.play(list_server(1148), asking("listThings"))
+        self.assertEqual((len(played.requests), played.value["count"], len(played.value["thing"])), (1, 1148, 500))
+        self.assertFalse({"page", "pagesize"} & set(played.params()))
+
+    def test_fetch_list_takes_the_strings_of_a_boolean(self):
+        played = self.play(list_server(3), asking("listThings", fetch_list="false"))
+        self.assertEqual(played.value, {"count": 3, "thing": rows_of(0, 3)})
+        self.assertEqual(self.play(list_server(3), asking("listThings", fetch_list="true")).value, rows_of(0, 3))
+
+    def test_every_page_is_fetched_in_order(self):
+        for total, requests in ((0, 1), (1, 1), (499, 1), (501, 2), (1148, 3), (2600, 6)):
+            with self.subTest(total=total):
+                self.both_ways(list_server(total), rows_of(0, total), requests)
+
+    def test_a_total_that_is_full_pages_needs_at_most_one_more_request(self):
+        for total in (500, 1000):
+            for how in (fetched, iterated):
+                with self.subTest(total=total, how=how.__name__):
+                    played = self.play(list_server(total), how())
+                    self.assertEqual(played.value, rows_of(0, total))
+                    self.assertLessEqual(len(played.requests), total // 500 + 1)
+
+    def test_pages_are_numbered_from_one_with_500_rows_each(self):
+        played = self.play(list_server(1148), iterated())
+        asked = [(played.params(index)["page"], played.params(index)["pagesize"]) for index in range(3)]
+        self.assertEqual(asked, [("1", "500"), ("2", "500"), ("3", "500")])
+
+    def test_other_parameters_go_with_every_page(self):
+        played = self.play(list_server(1148), iterated(keyword="a b", tags={"key": "x"}))
+        self.assertEqual({played.params(index)["keyword"] for index in range(3)}, {"a b"})
+        self.assertEqual({played.params(index)["tags[0].key"] for index in range(3)}, {"x"})
+
+    def test_a_count_that_is_the_length_of_the_page(self):
+        """5.2.0 stops at 500 of 1148."""
+        self.both_ways(list_server(1148, count="page"), rows_of(0, 1148), 3)
+        self.both_ways(list_server(7, count="page"), rows_of(0, 7), 1)
+        self.both_ways(list_server(1000, count="page"), rows_of(0, 1000), 3)
+
+    def test_a_missing_count(self):
+        self.both_ways(list_server(1148, count=None), rows_of(0, 1148), 3)
+        self.both_ways(list_server(1000, count=None), rows_of(0, 1000), 3)
+
+    def test_counts_that_are_wrong(self):
+        for count in (0, 1, -5, 10**6, "23", 23.0, True):
+            for how in (fetched, iterated):
+                with self.subTest(count=count, how=how.__name__):
+                    played = self.play(list_server(23, count=count), how(pagesize=10))
+                    self.assertEqual(played.value, rows_of(0, 23))
+                    self.assertLessEqual(len(played.requests), 7)
+
+    def test_commands_that_ignore_pages_are_not_gathered_twice(self):
+        """5.2.0 gathers duplicates."""
+        for total in (1, 9, 10, 11, 16, 20, 23):
+            for count in ("total", None, 10**6):
+                for how in (fetched, iterated):
+                    with self.subTest(total=total, count=count, how=how.__name__):
+                        played = self.play(list_server(total, count=count, ignores=True), how(pagesize=10))
+                        self.assertEqual(played.value, rows_of(0, total))
+                        self.assertLessEqual(len(played.requests), 5)
+
+    def test_rows_are_never_compared_by_id(self):
+        """listTemplates has a row for every zone."""
+        rows = [{"id": "t{}".format(number // 3), "zone": number % 3} for number in range(1200)]
+        self.both_ways(list_server(1200, rows=rows), rows, 3)
+        same = [{"id": "s"}] * 700
+        self.both_ways(list_server(700, rows=same), same, 2)
+
+    def test_an_empty_list(self):
+        for document in ({}, {"count": 0}, {"count": 5}, {"thing": []}, {"count": 0, "thing": []}):
+            with self.subTest(document=document):
+                self.both_ways(one(document), [], 1)
+
+    def test_past_the_last_page_there_is_a_count_without_a_list(self):
+        script = [answer({"r": {"count": 500, "thing": rows_of(0, 500)}}), answer({"r": {"count": 500}})]
+        for how in (fetched, iterated):
+            self.assertEqual(self.play(script, how()).value, rows_of(0, 500))
+
+    def test_the_list_s_name_does_not_matter(self):
+        for key in ("asyncjobs", "api", "dataStoreProvider", "LdapConfiguration", "stickinesspolicies"):
+            with self.subTest(key=key):
+                self.both_ways(list_server(3, key=key), rows_of(0, 3), 1)
+
+    def test_an_object_is_returned_as_it_is_after_one_request(self):
+        """5.2.0 asks 250 pages of it."""
+        objects = [
+            {"capability": {"cloudstackversion": "4.23"}}, {"templatepermission": {"id": "1", "account": ["a"]}},
+            {"success": True},
+            {"count": 1, "thing": {"id": "1"}}, {"a": [1], "b": [2]}, "text", None, 5, [1, 2], [],
+        ]  # fmt: skip
+        for document in objects:
+            with self.subTest(document=document):
+                played = self.play([answer({"r": document})], fetched())
+                self.assertEqual((played.error, played.value, len(played.requests)), (None, document, 1))
+                played = self.play([answer({"r": document})], iterated())
+                self.assertEqual((played.error, played.value, len(played.requests)), (None, [document], 1))
+
+    def test_a_lower_limit_is_learned_and_remembered(self):
+        """5.2.0 fails with the 431."""
+        for how in (fetched, iterated):
+            with self.subTest(how=how.__name__):
+                played = self.play(list_server(450, limit=200), one_after_another(how(), how()))
+                self.assertEqual(played.value, [rows_of(0, 450)] * 2)
+                self.assertEqual(len(played.requests), 1 + 3 + 3)
+                self.assertEqual(sorted(played.params(index)["pagesize"] for index in range(7)), ["200"] * 6 + ["500"])
+
+    def test_a_learned_limit_is_what_a_bare_page_gets(self):
+        call = one_after_another(fetched(), asking("listThings", page=2))
+        played = self.play(list_server(450, limit=200), call)
+        self.assertEqual(played.value[1]["thing"], rows_of(200, 400))
+
+    def test_a_limit_below_a_given_page_size_is_gone_on_with(self):
+        self.both_ways(list_server(450, limit=100), rows_of(0, 450), 6, pagesize=250)
+        for how in (fetched, iterated):
+            played = self.play(list_server(450, limit=100), how(pagesize=200, page=2))
+            self.assertEqual(played.value, rows_of(200, 450))
+            self.assertLessEqual(len(played.requests), 6)
+
+    def test_a_limit_that_makes_no_sense_is_an_error_in_finite_requests(self):
+        for limit in ("0", "500", "501", "", "9" * 400, "9" * 5000):
+            with self.subTest(limit=limit[:9]):
+                text = "Page size can't exceed max allowed page size value: " + limit
+                played = self.play([api_error(431, text)], fetched())
+                self.assertIsInstance(played.error, cs.CloudStackApiException)
+                self.assertEqual(len(played.requests), 1)
+        played = self.play([api_error(431, "Page size can't exceed max allowed page size value: 3")], fetched())
+        self.assertEqual((type(played.error), len(played.requests)), (cs.CloudStackApiException, 2))
+
+    def test_another_431_is_an_error(self):
+        played = self.play([api_error(431, "Unable to find zone 500")], fetched())
+        self.assertEqual((type(played.error), len(played.requests)), (cs.CloudStackApiException, 1))
+
+    def test_a_given_page_size_is_used(self):
+        self.both_ways(list_server(25), rows_of(0, 25), 3, pagesize=10)
+        self.both_ways(list_server(25), rows_of(0, 25), 3, pageSize="10")
+        played = self.play(list_server(25), iterated(pageSize=10))
+        self.assertEqual([text for name, text in played.params().items() if name.lower() == "pagesize"], ["10"])
+
+    def test_a_given_page_is_where_the_walk_begins(self):
+        for how in (fetched, iterated):
+            for params in ({"page": 2, "pagesize": 10}, {"Page": "2", "pageSize": "10"}):
+                with self.subTest(how=how.__name__, params=params):
+                    played = self.play(list_server(25), how(**params))
+                    self.assertEqual(played.value, rows_of(10, 25))
+                    self.assertLessEqual(len(played.requests), 3)
+        self.assertEqual(self.play(list_server(1148), fetched(page=2)).value, rows_of(500, 1148))
+
+    def test_a_page_that_is_no_number_is_refused_by_name(self):
+        for name in ("page", "pagesize"):
+            for value in ("x", 0, -1, "1.5"):
+                for how in (fetched, iterated):
+                    with self.subTest(name=name, value=value, how=how.__name__):
+                        played = self.play([AssertionError("sent")], how(**{name: value}))
+                        self.assertIsInstance(played.error, ValueError)
+                        self.assertIn(repr(name), str(played.error))
+
+    def test_an_error_in_the_middle_is_raised_and_ends_the_walk(self):
+        def broken(played, request):
+            page = wire(request)["page"]
+            return api_error(530, "page " + page) if page in "34" else list_server(2600)(played, request)
+
+        for how in (fetched, iterated):
+            with self.subTest(how=how.__name__):
+                played = self.play(broken, how())
+                self.assertEqual(played.error.error["errortext"], "page 3")
+                self.assertLessEqual(len(played.requests), 5)
+
+    def test_every_page_is_retried_within_retry(self):
+        seen = {}
+
+        def flaky(played, request):
+            page = (id(played), wire(request)["page"])
+            seen[page] = seen.get(page, 0) + 1
+            return lost() if seen[page] == 1 else list_server(2600)(played, request)
+
+        for how in (fetched, iterated):
+            with self.subTest(how=how.__name__):
+                seen.clear()
+                played = self.play(flaky, how(), retry=1, retry_backoff=0)
+                self.assertEqual((played.error, played.value), (None, rows_of(0, 2600)))
+                self.assertEqual(len(played.requests), 12)
+
+    def test_every_page_has_a_fresh_expiry(self):
+        """5.2.0 computes it once for the whole list."""
+        now = [float(REQUESTS_MOMENT)]
+
+        def slow(played, request):
+            now[0] += 300
+            return list_server(1148)(played, request)
+
+        with mock.patch("time.time", lambda: now[0]):
+            played = self.play(slow, iterated())
+        self.assertEqual(len({played.params(index)["expires"] for index in range(3)}), 3)
+
+    def test_iter_list_is_lazy(self):
+        client = cs.CloudStack(ENDPOINT, "k", "s")
+        requests = []
+        object.__setattr__(
+            client, "_exchange", lambda request: requests.append(request) or list_server(2600)(None, request)
+        )
+        rows = client.iter_list("listThings")
+        self.assertEqual(requests, [])
+        next(rows)
+        self.assertEqual(len(requests), 1)
+        for _ in range(500):
+            next(rows)
+        self.assertEqual(len(requests), 2)
+        rows.close()
+        self.assertEqual(len(requests), 2)
+
+    def test_iter_list_s_control_arguments(self):
+        played = self.play(list_server(3), iterated(headers={"X-A": "1"}, opcode_name="command"))
+        self.assertEqual((played.value, played.requests[0].headers["X-A"]), (rows_of(0, 3), "1"))
+        self.assertNotIn("headers", played.params())
+
+    def test_random_servers_give_all_rows_in_finite_requests(self):
+        draw = random.Random(7)
+        for _ in range(25):
+            total, size = draw.choice([0, 1, 5, 9, 10, 11, 20, 39, 40, 41, 95]), draw.choice([1, 2, 5, 10, 40])
+            habits = {
+                "count": draw.choice(["total", "page", None]),
+                "ignores": draw.random() < 0.3,
+                "limit": draw.choice([7, 50]),
+            }
+            how = draw.choice([fetched, iterated])
+            with self.subTest(total=total, size=size, how=how.__name__, **habits):
+                played = self.play(list_server(total, **habits), how(pagesize=size))
+                self.assertEqual((played.error, played.value), (None, rows_of(0, total)))
+                self.assertLessEqual(len(played.requests), 2 + total // min(size, habits["limit"]) + cs.PAGES_AHEAD)
+
+
+class PagesAheadTest(JumpingCase):
+    """Pages that are under way at once."""
+
+    def setUp(self):
+        super().setUp()
+        self.thing = list_server(5000)
+
+    def serve(self, params, seconds=1):
+        request = mock.Mock(
+            body=None,
+            url="?" + "&".join("{}={}".format(*pair) for pair in params.items() if pair[0].startswith("page")),
+        )
+        return seconds, self.thing(None, request)
+
+    def walk(self, call=None, **settings):
+        self.server = getattr(self, "server_used", self.serve)
+        client = self.client(**settings)
+        (outcome,) = self.all_of([(call or fetched())(client)])
+        return outcome
+
+    def pages(self):
+        return [int(params["page"]) for _, params, _ in self.requests]
+
+    def test_at_most_four_overlap_and_only_after_the_first(self):
+        self.assertEqual(self.walk(), rows_of(0, 5000))
+        self.assertEqual(self.most_flying, 4)
+        self.assertEqual(sorted(self.pages()), sorted(set(self.pages())))
+        self.assertLessEqual(len(self.pages()), 11)
+        moments = [moment for moment, _, _ in self.requests]
+        self.assertEqual([moment - moments[0] for moment in moments[:6]], [0, 1, 1, 1, 1, 2])
+
+    def test_answers_that_overtake_each_other_stay_in_order(self):
+        self.server_used = lambda params: self.serve(params, seconds=5 - int(params["page"]) % 4)
+        self.assertEqual(self.walk(), rows_of(0, 5000))
+
+    def test_no_page_is_asked_for_that_the_count_does_not_promise(self):
+        for total, pages in ((400, [1]), (501, [1, 2]), (1148, [1, 2, 3])):
+            with self.subTest(total=total):
+                self.requests.clear()
+                self.thing = list_server(total)
+                self.assertEqual(self.walk(), rows_of(0, total))
+                self.assertEqual(sorted(self.pages()), pages)
+
+    def test_nothing_overlaps_without_a_full_page_and_a_count_above_it(self):
+        for habits in ({"count": "page"}, {"count": None}, {"count": "5000"}):
+            with self.subTest(habits=habits):
+                self.most_flying = 0
+                self.thing = list_server(2600, **habits)
+                self.assertEqual(self.walk(), rows_of(0, 2600))
+                self.assertEqual(self.most_flying, 1)
+
+    def test_nothing_overlaps_with_a_session_object(self):
+        self.assertEqual(self.walk(session=mock.Mock()), rows_of(0, 5000))
+        self.assertEqual(self.most_flying, 1)
+
+    def test_nothing_overlaps_in_iter_list(self):
+        async def collect(client):
+            return [row async for row in client.iter_list("listThings")]
+
+        self.assertEqual(self.walk(collect), rows_of(0, 5000))
+        self.assertEqual(self.most_flying, 1)
+
+    def test_cancelling_ends_all_pages_under_way(self):
+        self.server = self.serve
+        client = self.client()
+
+        async def use():
+            task = asyncio.ensure_future(client.listThings(fetch_list=True))
+            await asyncio.sleep(1.5)
+            self.assertEqual(self.flying, 4)
+            task.cancel()
+            with self.assertRaises(asyncio.CancelledError):
+                await task
+            self.assertEqual(self.flying, 0)
+            await asyncio.sleep(30)
+
+        self.loop.run_until_complete(use())
+        self.assertEqual(len(self.requests), 5)
+
+    def test_threads_overlap_too(self):
+        client = cs.CloudStack(ENDPOINT, "k", "s")
+        lock, state = threading.Lock(), {"now": 0, "most": 0}
+        serve = list_server(5000)
+
+        def exchange(request):
+            with lock:
+                state["now"] += 1
+                state["most"] = max(state.values())
+            time.sleep(0.01)
+            with lock:
+                state["now"] -= 1
+            return serve(None, request)
+
+        object.__setattr__(client, "_exchange", exchange)
+        self.assertEqual(client.listThings(fetch_list=True), rows_of(0, 5000))
+        self.assertIn(state["most"], (2, 3, 4))
+
+
+# --- jobs ---
+
+SUBMITTED = answer({"startvirtualmachineresponse": {"jobid": "job-1"}})
+PENDING = answer({"queryasyncjobresultresponse": {"jobid": "job-1", "jobstatus": 0}})
+
+
+def looked(status=1, **more):
+    return answer({"queryasyncjobresultresponse": dict({"jobid": "job-1", "jobstatus": status}, **more)})
+
+
+DONE = looked(jobresult={"virtualmachine": {"id": "vm"}})
+
+
+def started(**params):
+    return lambda client: client.startVirtualMachine(**dict({"fetch_result": True}, **params))
+
+
+class JobsTest(ProtocolCase):
+    def test_a_job_is_waited_for_and_its_result_returned(self):
+        played = self.play([SUBMITTED, PENDING, PENDING, DONE], started(id="vm"))
+        self.assertEqual(played.value, {"virtualmachine": {"id": "vm"}})
+        self.assertEqual(played.commands, ["startVirtualMachine"] + ["queryAsyncJobResult"] * 3)
+        self.assertEqual({played.params(index)["jobid"] for index in (1, 2, 3)}, {"job-1"})
+        self.assertEqual(played.pauses, [0.5, 2.0, 2.0])
+
+    def test_looks_are_a_poll_interval_apart_and_the_first_comes_soon(self):
+        for interval, pauses in (("5", [0.5, 5, 5]), (0.2, [0.2, 0.2, 0.2]), (0, [0, 0, 0])):
+            with self.subTest(interval=interval):
+                played = self.play([SUBMITTED, PENDING, PENDING, DONE], started(), poll_interval=interval)
+                self.assertEqual(played.pauses, pauses)
+
+    def test_without_fetch_result_the_job_s_id_is_returned(self):
+        played = self.play([SUBMITTED], asking("startVirtualMachine", id="vm"))
+        self.assertEqual((played.value, len(played.requests)), ({"jobid": "job-1"}, 1))
+
+    def test_the_async_client_waits_unless_told_not_to_and_the_other_does_not(self):
+        """5.2.0 waits in neither."""
+        cases = [
+            (cs.CloudStack, {}, {}, False), (cs.AIOCloudStack, {}, {}, True),
+            (cs.AIOCloudStack, {"fetch_result": False}, {}, False),
+            (cs.AIOCloudStack, {"fetch_result": "false"}, {}, False),
+            (cs.AIOCloudStack, {}, {"fetch_result": False}, False),
+            (cs.AIOCloudStack, {}, {"fetch_result": "no"}, False), (cs.CloudStack, {"fetch_result": True}, {}, True),
+            (cs.CloudStack, {}, {"fetch_result": "true"}, True),
+            (cs.CloudStack, {"fetch_result": True}, {"fetch_result": None}, True),
+        ]  # fmt: skip
+        for kind, settings, params, waits in cases:
+            with self.subTest(kind=kind.__name__, settings=settings, params=params):
+                client = kind(ENDPOINT, "k", "s", poll_interval=0, **settings)
+                script = [SUBMITTED, DONE]
+                object.__setattr__(client, "_exchange", scripted(script))
+                outcome = client.startVirtualMachine(**params)
+                outcome = run(outcome) if kind is cs.AIOCloudStack else outcome
+                self.assertEqual(outcome, {"virtualmachine": {"id": "vm"}} if waits else {"jobid": "job-1"})
+                client.close()
+
+    def test_results_of_every_shape(self):
+        cases = [
+            ({"jobresult": {"success": True}}, {"success": True}), ({}, {}), ({"jobresult": None}, {}),
+            ({"jobresult": {}}, {}),
+            ({"jobresult": "text", "jobresulttype": "text"}, "text"), ({"jobresult": [1]}, [1]),
+            ({"jobresult": False}, False),
+        ]  # fmt: skip
+        for more, expected in cases:
+            for status in (1, "1"):
+                with self.subTest(more=more, status=status):
+                    played = self.play([SUBMITTED, looked(status, **more)], started())
+                    self.assertEqual((played.error, played.value), (None, expected))
+
+    def test_failures_of_every_shape(self):
+        """5.2.0 polls for ever where there is no jobresult."""
+        failure = {"errorcode": 530, "errortext": "no capacity"}
+        for status in (2, 3, "2", 4, -1):
+            for more in (
+                {"jobresult": failure},
+                {},
+                {"jobresult": None},
+                {"jobresult": "text"},
+                {"jobresultcode": 0},
+                {"jobresult": {}},
+            ):
+                with self.subTest(status=status, more=more):
+                    response = looked(status, **more)
+                    played = self.play([SUBMITTED, PENDING, response], started())
+                    said = more.get("jobresult")
+                    whole = dict({"jobid": "job-1", "jobstatus": status}, **more)
+                    expected = whole if said is None else said
+                    self.assertIs(type(played.error), cs.CloudStackApiException)
+                    self.assertEqual((played.error.args, played.error.error), (("Job failure",), expected))
+                    self.assertEqual(str(played.error), "Job failure, error: {}".format(expected))
+                    self.assertEqual((played.error.jobid, played.error.response.json()), ("job-1", response.json()))
+                    self.assertFalse(played.error.outcome_unknown)
+
+    def test_what_is_no_job_is_returned_as_it_is(self):
+        for document in (
+            {"id": "1"},
+            {"count": 1, "vm": [{"id": "1", "jobid": "other"}]},
+            {"jobid": "j", "jobstatus": 0},
+            "text",
+            [],
+            {},
+        ):
+            with self.subTest(document=document):
+                played = self.play(one(document), started())
+                self.assertEqual((played.value, len(played.requests)), (document, 1))
+        played = self.play([answer('{"r": {"jobid": "j"}}')], started(json=False))
+        self.assertEqual((played.value, len(played.requests)), ('{"r": {"jobid": "j"}}', 1))
+
+    def test_a_query_for_a_job_is_not_waited_for_itself(self):
+        played = self.play([PENDING], asking("queryAsyncJobResult", jobid="job-1", fetch_result=True))
+        self.assertEqual((played.value["jobstatus"], len(played.requests)), (0, 1))
+
+    def test_the_last_look_is_at_the_deadline(self):
+        """5.2.0 overshoots it and leaves the look out."""
+        played = self.play([SUBMITTED, PENDING], started(), job_timeout=5)
+        self.assertEqual(played.pauses, [0.5, 2.0, 2.0, 0.5])
+        self.assertEqual(len(played.requests), 5)
+        played = self.play([SUBMITTED, PENDING, PENDING, PENDING, DONE], started(), job_timeout="5")
+        self.assertEqual(played.value, {"virtualmachine": {"id": "vm"}})
+        self.assertEqual(played.slept, 5.0)
+
+    def test_a_job_that_still_runs_at_the_deadline(self):
+        error = self.play([SUBMITTED, PENDING], started(), job_timeout=5).error
+        self.assertIsInstance(error, (cs.CloudStackJobTimeout, TimeoutError))
+        self.assertNotIsInstance(error, cs.CloudStackApiException)
+        self.assertEqual(error.args, ("Timeout waiting for async job result", "job-1"))
+        self.assertEqual((error.response.status_code, error.response.json()), (408, PENDING.json()))
+        self.assertEqual((error.jobid, PENDING.status_code), ("job-1", 200))
+
+    def test_a_deadline_without_any_answer_has_no_response(self):
+        error = self.play([SUBMITTED, afresh(silent())], started(), job_timeout=20).error
+        self.assertEqual(error.args, ("Timeout waiting for async job result", "job-1"))
+        self.assertEqual((error.response, error.jobid, type(error)), (None, "job-1", cs.CloudStackJobTimeout))
+
+    def test_a_deadline_of_nothing_is_one_look(self):
+        for script, value in (([SUBMITTED, DONE], {"virtualmachine": {"id": "vm"}}), ([SUBMITTED, PENDING], None)):
+            with self.subTest(value=value):
+                played = self.play(script, started(), job_timeout=0)
+                self.assertEqual((played.value, len(played.requests), played.slept), (value, 2, 0))
+
+    def test_a_look_that_takes_beyond_the_deadline_is_followed_by_the_last(self):
+        def slow(played, request):
+            played.now += 10
+            return PENDING
+
+        played = self.play([SUBMITTED, slow, DONE], started(), job_timeout=5)
+        self.assertEqual((played.value, played.slept), ({"virtualmachine": {"id": "vm"}}, 0.5))
+
+    def test_no_look_may_take_much_longer_than_the_deadline(self):
+        played = self.play([SUBMITTED, PENDING], started(), job_timeout=5, timeout=1)
+        for request in played.requests[1:]:
+            self.assertLessEqual(request.total, 6)
+        self.assertLessEqual(played.requests[-1].total, 1)
+
+    def trouble(self):
+        as_json = {"Content-Type": "application/json"}
+        return [
+            silent(), lost(), lost(stale=True), unsent(), answer("<html>", 502), answer("<html>", 503),
+            answer("<html>", 504), answer("<html>"),
+            answer("<html>", 404), answer("<html>", 401), answer(b""), answer("{", headers=as_json),
+            answer("[" * 10000, headers=as_json), answer([1]),
+            api_error(429, "please retry after [10] ms."), api_error(503, "maintenance"), answer({"r": {}}),
+            answer({"r": "text"}),
+            answer({"r": {"jobstatus": "x"}}), answer({"r": None}), answer({"r": {"jobstatus": None}}),
+            answer({"r": [0]}),
+            answer('{"r": {"jobstatus": 1e999}}', headers=as_json),
+        ]  # fmt: skip
+
+    def test_trouble_on_the_way_is_ridden_out(self):
+        """5.2.0 gives up on a 503 or an HTML page."""
+        for item in self.trouble():
+            for settings in ({}, {"job_timeout": 100}):
+                with self.subTest(item=getattr(item, "content", item), settings=settings):
+                    played = self.play([SUBMITTED, item, PENDING, item, DONE], started(), **settings)
+                    self.assertEqual((played.error, played.value), (None, {"virtualmachine": {"id": "vm"}}))
+
+    def test_without_a_deadline_ten_troubles_in_a_row_end_the_wait(self):
+        for item in (silent(), answer("<html>", 502), api_error(503), answer({"r": {}})):
+            with self.subTest(item=item):
+                played = self.play([SUBMITTED, afresh(item)], started(), retry=3)
+                self.assertEqual(len(played.requests), 11)
+                self.assertEqual(played.pauses, [0.5, 2, 4, 8, 16, 30, 30, 30, 30, 30])
+                self.assertIsInstance(played.error, cs.CloudStackException)
+                self.assertNotIsInstance(played.error, cs.CloudStackJobTimeout)
+                self.assertEqual(played.error.jobid, "job-1")
+
+    def test_a_good_look_begins_the_count_anew(self):
+        script = [SUBMITTED] + ([answer("<html>", 502)] * 9 + [PENDING]) * 3 + [DONE]
+        self.assertEqual(self.play(script, started()).value, {"virtualmachine": {"id": "vm"}})
+
+    def test_with_a_deadline_trouble_is_ridden_out_as_long_as_it_allows(self):
+        played = self.play([SUBMITTED] + [answer("<html>", 502)] * 40 + [DONE], started(), job_timeout=3600)
+        self.assertEqual(played.value, {"virtualmachine": {"id": "vm"}})
+        played = self.play([SUBMITTED, answer("<html>", 502)], started(), job_timeout=600)
+        self.assertEqual(played.slept, 600)
+        self.assertEqual((type(played.error), played.error.response.status_code), (cs.CloudStackJobTimeout, 408))
+
+    def test_a_wait_the_server_asks_for_is_kept_within_the_deadline(self):
+        throttled = api_error(429, "please retry after [7000] ms.")
+        self.assertEqual(self.play([SUBMITTED, throttled, DONE], started()).pauses, [0.5, 7.0])
+        self.assertEqual(self.play([SUBMITTED, throttled, DONE], started(), job_timeout=3).pauses, [0.5, 2.5])
+
+    def test_no_wait_the_server_asks_for_holds_a_job_for_ever(self):
+        for item in (
+            answer("<html>", 503, headers={"Retry-After": "9" * 30}),
+            answer("<html>", 503, headers={"Retry-After": "\xb2"}),
+            api_error(429, "please retry after [{}] ms.".format("9" * 400)),
+            answer("<html>", 503, headers={"Retry-After": "86400"}),
+            answer("<html>", 503, headers={"Retry-After": "Mon, 01 Jan 99999 00:00:00 GMT"}),
+        ):  # fmt: skip
+            with self.subTest(headers=item.headers.items()):
+                played = self.play([SUBMITTED, item, DONE], started())
+                self.assertTrue(played.value or isinstance(played.error, cs.CloudStackException), played.error)
+                self.assertLessEqual(max(played.pauses), 30.0)
+                played = self.play([SUBMITTED, item, DONE], started(), job_timeout=60)
+                self.assertLessEqual(played.slept, 60)
+
+    def test_an_error_the_server_states_in_json_ends_the_wait(self):
+        for code in (401, 431, 432, 530, 531, 532, 533, 534, 535, 536, 537):
+            with self.subTest(code=code):
+                played = self.play([SUBMITTED, PENDING, api_error(code, "text")], started(), retry=5, job_timeout=100)
+                self.assertEqual(len(played.requests), 3)
+                self.assertEqual((played.error.error["errorcode"], played.error.jobid), (code, "job-1"))
+                self.assertFalse(played.error.outcome_unknown)
+
+    def test_an_error_before_there_was_a_job_has_no_id(self):
+        for item in (silent(), api_error(533), answer("<html>")):
+            self.assertIsNone(self.play([item], started()).error.jobid)
+
+    def test_everything_raised_after_the_submission_carries_the_id(self):
+        for error in (ValueError("x"), RuntimeError("x"), MemoryError(), cs.CloudStackException("x")):
+            with self.subTest(error=error):
+                played = self.play([SUBMITTED, afresh(error)], started(), job_timeout=0)
+                self.assertEqual(played.error.jobid, "job-1")
+
+    def test_ctrl_c_carries_the_id(self):
+        for script in ([SUBMITTED, KeyboardInterrupt()], [SUBMITTED, SystemExit(3)]):
+            client = cs.CloudStack(ENDPOINT, "k", "s", poll_interval=0)
+
+            object.__setattr__(client, "_exchange", scripted(script))
+            with self.assertRaises((KeyboardInterrupt, SystemExit)) as caught:
+                client.startVirtualMachine(fetch_result=True)
+            self.assertEqual(caught.exception.jobid, "job-1")
+
+        client = cs.CloudStack(ENDPOINT, "k", "s")
+        object.__setattr__(client, "_exchange", lambda request: SUBMITTED)
+        with mock.patch.object(cs, "_sleep", side_effect=KeyboardInterrupt), self.assertRaises(
+            KeyboardInterrupt
+        ) as caught:
+            client.startVirtualMachine(fetch_result=True)
+        self.assertEqual(caught.exception.jobid, "job-1")
+
+    def test_a_job_id_of_any_kind(self):
+        for jobid, expected in ((5, "5"), ("a b/\xfc~", "a b/\xfc~"), ("", "")):
+            with self.subTest(jobid=jobid):
+                played = self.play([answer({"r": {"jobid": jobid}}), DONE], started())
+                self.assertEqual(played.params()["jobid"], expected)
+        for jobid in ("\x00", "\ud800", None, [], {}, True, 1.5):
+            with self.subTest(jobid=jobid):
+                played = self.play([answer({"r": {"jobid": jobid}}), DONE], started())
+                self.assertTrue(played.error is None or isinstance(played.error, cs.CloudStackException), played.error)
+
+    def test_looks_are_sent_as_the_call_was(self):
+        played = self.play([SUBMITTED, DONE], started(headers={"X-A": "1"}, opcode_name="action"), headers={"X-B": "2"})
+        headers = played.requests[1].headers
+        self.assertEqual((headers["X-A"], headers["X-B"]), ("1", "2"))
+        self.assertEqual((played.params()["action"], played.params().get("command")), ("queryAsyncJobResult", None))
+        self.assertEqual([request.method for request in played.requests], ["GET", "GET"])
+        played = self.play([SUBMITTED, DONE], started(), method="post")
+        self.assertEqual([request.method for request in played.requests], ["POST", "POST"])
+
+    def test_every_look_has_a_fresh_expiry(self):
+        now = [float(REQUESTS_MOMENT)]
+
+        def later(played, request):
+            now[0] += 400
+            return PENDING
+
+        with mock.patch("time.time", lambda: now[0]):
+            played = self.play([SUBMITTED, later, later, DONE], started(expires="2030-01-01T00:00:00+0000"))
+        self.assertEqual(len({played.params(index)["expires"] for index in (1, 2, 3)}), 3)
+        self.assertEqual(played.params(0)["expires"], "2030-01-01T00:00:00+0000")
+
+    def test_a_session_that_expires_during_the_wait_is_renewed(self):
+        script = [
+            login_answer(),
+            SUBMITTED,
+            PENDING,
+            api_error(401),
+            login_answer("SK2"),
+            PENDING,
+            api_error(401),
+            login_answer("SK3"),
+            DONE,
+        ]
+        played = self.play(script, started(), **USER)
+        self.assertEqual((played.value, played.commands.count("login")), ({"virtualmachine": {"id": "vm"}}, 3))
+
+    def test_the_settings_of_a_wait_may_change_while_it_lasts(self):
+        clients = []
+
+        def call(client):
+            clients.append(client)
+            return started()(client)
+
+        def faster(played, request):
+            clients[-1].poll_interval = 1
+            return PENDING
+
+        self.assertEqual(self.play([SUBMITTED, faster, PENDING, DONE], call).pauses, [0.5, 1, 1])
+
+    def test_wait_job(self):
+        played = self.play([PENDING, DONE], asking("wait_job", jobid="job-1"))
+        self.assertEqual(
+            (played.value, played.commands), ({"virtualmachine": {"id": "vm"}}, ["queryAsyncJobResult"] * 2)
+        )
+        error = self.play([looked(2)], asking("wait_job", jobid="job-1")).error
+        self.assertEqual((error.args, error.jobid), (("Job failure",), "job-1"))
+        error = self.play([PENDING], asking("wait_job", jobid="job-1"), job_timeout=5).error
+        self.assertEqual((type(error), error.jobid), (cs.CloudStackJobTimeout, "job-1"))
+        for jobid in ("\x00", ""):
+            with self.subTest(jobid=jobid):
+                played = self.play([api_error(431, "Unable to find the job")], asking("wait_job", jobid=jobid))
+                self.assertIsInstance(played.error, (ValueError, cs.CloudStackApiException))
+
+    def test_threads_that_wait_share_one_list(self):
+        client = cs.CloudStack(ENDPOINT, "k", "s", poll_interval=0.02, fetch_result=True)
+        lock, looks, commands = threading.Lock(), {}, []
+
+        def exchange(request):
+            params = wire(request)
+            with lock:
+                commands.append(params["command"])
+                if params["command"] == "listAsyncJobs":
+                    looks["list"] = looks.get("list", 0) + 1
+                    rows = [{"jobid": str(number)} for number in range(8)] if looks["list"] < 5 else []
+                    return answer({"r": {"count": len(rows), "asyncjobs": rows} if rows else {}})
+                if params["command"] == "queryAsyncJobResult":
+                    return looked(jobresult={"job": params["jobid"]}) if looks.get("list", 0) >= 5 else PENDING
+                return answer({"r": {"jobid": params["id"]}})
+
+        object.__setattr__(client, "_exchange", exchange)
+        results = {}
+        gate = threading.Barrier(8)
+
+        def work(number):
+            gate.wait()
+            results[number] = client.startVirtualMachine(id=number)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(results, {number: {"job": str(number)} for number in range(8)})
+        self.assertGreater(commands.count("listAsyncJobs"), 4)
+
+
+class JobsAtOnceTest(JumpingCase):
+    """Many waiters of one client share what listAsyncJobs tells."""
+
+    lasts = 20.0
+
+    def setUp(self):
+        super().setUp()
+        self.ends = {}
+        self.strangers = []
+        self.listing = self.list_pending
+        self.hidden = set()
+        self.fails = set()
+
+    def list_pending(self, params):
+        pending = self.strangers + sorted(
+            job for job, end in self.ends.items() if self.loop.time() < end and job not in self.hidden
+        )
+        size, page = int(params.get("pagesize", 500)), int(params.get("page", 1))
+        rows = [{"jobid": job, "jobstatus": 0} for job in pending[(page - 1) * size : page * size]]
+        document = {"count": len(pending), "asyncjobs": rows} if rows else ({"count": len(pending)} if pending else {})
+        return answer({"listasyncjobsresponse": document})
+
+    def server(self, params):
+        if params["command"] == "listAsyncJobs":
+            return self.listing(params)
+        if params["command"] == "queryAsyncJobResult":
+            jobid = params["jobid"]
+            if self.loop.time() < self.ends[jobid]:
+                return PENDING
+            return (
+                looked(2, jobresult={"errorcode": 530, "job": jobid})
+                if jobid in self.fails
+                else looked(jobresult={"job": jobid})
+            )
+        jobid = "job-{:04}".format(int(params["id"]))
+        self.ends[jobid] = self.loop.time() + self.lasts * (1 + int(params["id"]) % 5 / 10)
+        return answer({"r": {"jobid": jobid}})
+
+    def start(self, number, client=None, **settings):
+        client = client or self.client(**settings)
+        return self.all_of(client.startVirtualMachine(id=index) for index in range(number))
+
+    def check(self, number, **settings):
+        outcomes = self.start(number, **settings)
+        self.assertEqual(outcomes, [{"job": "job-{:04}".format(index)} for index in range(number)])
+
+    def test_fewer_than_four_are_asked_for_singly(self):
+        self.check(3)
+        self.assertEqual(self.count("listAsyncJobs"), 0)
+
+    def test_four_and_more_share_the_list(self):
+        self.check(4)
+        self.assertGreater(self.count("listAsyncJobs"), 3)
+        self.assertLess(len(self.requests), 4 * 10)
+
+    def test_many_jobs_cost_few_requests(self):
+        self.check(120)
+        self.assertLessEqual(self.count("queryAsyncJobResult"), 120 * 1.2)
+        self.assertLessEqual(self.count("listAsyncJobs"), 2 * 16)
+
+    def test_news_come_as_soon_as_by_single_looks(self):
+        self.check(50)
+        self.assertLessEqual(self.loop.time() - max(self.ends.values()), 2.5)
+
+    def test_a_list_of_several_pages(self):
+        self.strangers = ["stranger-{}".format(number) for number in range(1200)]
+        self.check(40)
+        self.assertLessEqual(self.count("queryAsyncJobResult"), 40 * 1.5)
+
+    def test_far_too_many_jobs_of_others_are_not_read_over_and_over(self):
+        self.strangers = ["stranger-{}".format(number) for number in range(50000)]
+        self.check(10)
+        self.assertLessEqual(self.count("listAsyncJobs"), 10)
+
+    def test_jobs_the_list_leaves_out_are_asked_for_singly(self):
+        self.hidden = {"job-0003", "job-0007"}
+        self.check(10)
+        others = [params["jobid"] for _, params, _ in self.requests if params["command"] == "queryAsyncJobResult"]
+        self.assertGreater(others.count("job-0003"), 5)
+        self.assertLessEqual(others.count("job-0001"), 2)
+
+    def test_a_role_that_may_not_list_jobs_falls_back_to_single_looks(self):
+        self.listing = lambda params: api_error(432, "unknown command")
+        self.check(10)
+        self.assertEqual(self.count("listAsyncJobs"), 1)
+
+    def test_lists_of_no_use_fall_back_to_single_looks(self):
+        for listed in (
+            answer({"r": {"success": True}}),
+            answer({"r": "x"}),
+            answer("<html>"),
+            api_error(401),
+            api_error(530),
+            answer([1]),
+        ):
+            with self.subTest(listed=listed.content):
+                self.requests.clear()
+                self.listing = lambda params, listed=listed: listed
+                self.check(6)
+                self.assertLessEqual(self.count("listAsyncJobs"), 2)
+
+    def test_rows_of_any_shape_do_no_harm(self):
+        for rows in ([None, 5, "x", []], [{"jobid": None}, {"jobid": ["job-0001"]}, {}], [{"jobid": {"a": 1}}] * 3):
+            with self.subTest(rows=rows):
+                listed = answer({"r": {"count": len(rows), "asyncjobs": rows}})
+                self.listing = lambda params, listed=listed: listed
+                self.check(5)
+
+    def test_passing_trouble_with_the_list_is_no_trouble_for_the_jobs(self):
+        troubles = [silent(), lost(), answer("<html>", 502), api_error(503), api_error(429), unsent()]
+        self.listing = lambda params: troubles.pop(0) if troubles else self.list_pending(params)
+        self.check(10)
+        self.assertEqual(troubles, [])
+        self.assertGreater(self.count("listAsyncJobs"), 7)
+
+    def test_failures_tell_each_waiter_its_own(self):
+        self.fails = {"job-0002", "job-0005"}
+        outcomes = self.start(8)
+        for index, outcome in enumerate(outcomes):
+            jobid = "job-{:04}".format(index)
+            if jobid in self.fails:
+                self.assertEqual((outcome.error, outcome.jobid), ({"errorcode": 530, "job": jobid}, jobid))
+            else:
+                self.assertEqual(outcome, {"job": jobid})
+
+    def test_whoever_reads_the_list_may_be_cancelled_without_hurting_the_others(self):
+        current = getattr(asyncio, "current_task", None) or asyncio.Task.current_task
+        cancelled = []
+
+        def listing(params):
+            if len(cancelled) < 3:
+                cancelled.append(current())
+                self.loop.call_later(0.005, cancelled[-1].cancel)
+            return self.list_pending(params)
+
+        self.listing = listing
+        outcomes = self.start(10)
+        self.assertEqual(sum(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes), 3)
+        self.assertEqual(sum(isinstance(outcome, dict) for outcome in outcomes), 7)
+
+    def test_a_cancelled_wait_carries_the_id_and_starts_no_further_request(self):
+        client = self.client()
+
+        async def use():
+            caught = []
+
+            async def one_job():
+                try:
+                    await client.startVirtualMachine(id=1)
+                except asyncio.CancelledError as error:
+                    caught.append(error)
+                    raise
+
+            task = asyncio.ensure_future(one_job())
+            await asyncio.sleep(5)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            before = len(self.requests)
+            await asyncio.sleep(60)
+            return caught[0].jobid, len(self.requests) - before
+
+        self.assertEqual(self.loop.run_until_complete(use()), ("job-0001", 0))
+        self.assertEqual(len(client._server.jobs.waiting), 0)
+
+    def test_the_deadline_s_last_look_is_at_the_job_itself(self):
+        self.lasts = 1000
+        begun = self.loop.time()
+        outcomes = self.start(10, job_timeout=7)
+        for index, outcome in enumerate(outcomes):
+            self.assertIsInstance(outcome, cs.CloudStackJobTimeout)
+            self.assertEqual((outcome.jobid, outcome.response.status_code), ("job-{:04}".format(index), 408))
+        self.assertLess(self.loop.time() - begun, 7.5)
+        last = {
+            params["jobid"]: moment for moment, params, _ in self.requests if params["command"] == "queryAsyncJobResult"
+        }
+        self.assertEqual(
+            {jobid: 7 <= moment - begun < 7.2 for jobid, moment in last.items()}, dict.fromkeys(self.ends, True)
+        )
+
+    def test_a_list_that_does_not_come_makes_nobody_miss_the_deadline(self):
+        self.lasts = 1000
+        self.listing = lambda params: (90, self.list_pending(params))
+        begun = self.loop.time()
+        outcomes = self.start(10, job_timeout=7)
+        self.assertEqual({type(outcome) for outcome in outcomes}, {cs.CloudStackJobTimeout})
+        self.assertLess(self.loop.time() - begun, 7 + 10 + 1)
+
+    def test_waiters_are_forgotten_when_they_are_done(self):
+        client = self.client()
+        self.fails = {"job-0001"}
+        self.start(6, client)
+        self.assertEqual(len(client._server.jobs.waiting), 0)
+
+    def test_the_shared_list_is_tied_to_no_event_loop(self):
+        client = self.client()
+        for _ in range(2):
+            self.loop.close()
+            self.loop = JumpingLoop()
+            with mock.patch.object(cs, "_clock", self.loop.time):
+                client._server.jobs.asked_at = None  # each of these loops has a clock of its own
+                self.assertEqual(len([outcome for outcome in self.start(6, client) if isinstance(outcome, dict)]), 6)
+
+
+# === configuration ==================================================================================================
+
+import configparser  # noqa: E402
+import signal  # noqa: E402
+import traceback  # noqa: E402
+
+# Values that may go over the wire where they belong, and may be shown nowhere. Their letters are what tests look for.
+KEY, SECRET, PASSWORD, USERDATA = "CANARY-key-6c1", "CANARY-secret-9d4", "CANARY-password-2b8", "CANARY-userdata-5e7"
+
+READ_CONFIG_DEFAULTS = {
+    "timeout": 10,
+    "method": "get",
+    "retry": 0,
+    "verify": None,
+    "cert": None,
+    "cert_key": None,
+    "name": None,
+    "trace": None,
+    "expiration": 600,
+    "poll_interval": 2.0,
+    "dangerous_no_tls_verify": False,
+}
+FROM_ENVIRONMENT = (
+    "endpoint key secret username password domain method timeout retry retry_backoff job_timeout poll_interval"
+    " expiration verify cert cert_key trace dangerous_no_tls_verify theme"
+).split()
+
+
+class Replies(Simulator):
+    """The simulator's sockets, with the test's words: each command is answered by what replies has for it.
+
+    A reply is a document, (status, document or text), a function of the record that returns one, or a list of these, of
+    which the last is used again. Text that looks like JSON is sent as such, other text as HTML."""
+
+    def __init__(self):
+        super().__init__()
+        self.replies = {}
+        self.start()
+        self.address = self.endpoint.replace("/client/api", "")
+
+    def reset(self):
+        self.replies = {}
+        del self.requests[:]
+
+    @property
+    def commands(self):
+        return [record.command for record in self.requests]
+
+    def scripted(self, record):
+        reply = self.replies.get(record.command, self.replies.get("*", {}))
+        if isinstance(reply, list):
+            reply = reply.pop(0) if len(reply) > 1 else reply[0]
+        if callable(reply):
+            reply = reply(record)
+        status, body = reply if isinstance(reply, tuple) else (200, reply)
+        text = body if isinstance(body, str) else json.dumps(body)
+        if 300 <= status < 400:
+            return Answer(status, "", {"Location": text})
+        is_json = not isinstance(body, str) or text.lstrip()[:1] in ("{", "[")
+        return Answer(status, text, {"Content-Type": "application/json" if is_json else "text/html"})
+
+
+class ServerCase(Case):
+    """A test with a server whose answers it writes, which the environment does not name yet."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.server = Replies()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.server.stop()
+        super().tearDownClass()
+
+    def setUp(self):
+        super().setUp()
+        self.server.reset()
+
+    def replies(self, **by_command):
+        self.server.replies.update(by_command)
+
+    def assertOneLine(self, err):
+        self.assertNotIn("Traceback", err)
+        self.assertEqual(err.count("\n"), 1, err)
+        self.assertTrue(err.endswith("\n") and err.strip(), err)
+
+    def assertNoCanary(self, *texts):
+        for text in texts:
+            self.assertNotIn("CANARY", str(text))
+
+
+def config(**settings):
+    return dict(READ_CONFIG_DEFAULTS, **settings)
+
+
+def environ(**settings):
+    os.environ.update({"CLOUDSTACK_" + name.upper(): value for name, value in settings.items()})
+
+
+class SourcesTest(Case):
+    """Where settings come from, and which source wins."""
+
+    def test_every_setting_is_read_from_the_environment(self):
+        values = {name: name + "-value" for name in FROM_ENVIRONMENT}
+        environ(**values)
+        self.assertEqual(cs.read_config(), config(**values))
+
+    def test_every_setting_is_read_from_an_ini_file(self):
+        values = {name: name + "-value" for name in FROM_ENVIRONMENT}
+        lines = ["{} = {}".format(*item) for item in values.items()]
+        self.write(".cloudstack.ini", "[cloudstack]\n" + "\n".join(lines))
+        self.assertEqual(cs.read_config(), config(name="cloudstack", **values))
+
+    def test_the_files_are_read_in_their_order_and_later_ones_win(self):
+        text = "[cloudstack]\nretry = {0}\n{1} = {0}\n"
+        self.write(".cloudstack.ini", "[cloudstack]\nendpoint = http://e/\nretry = 1\nmethod = 1\ntimeout = 1\n")
+        self.write("work/cloudstack.ini", text.format(2, "method"))
+        self.assertEqual(
+            cs.read_config(), config(name="cloudstack", endpoint="http://e/", retry="2", method="2", timeout="1")
+        )
+        environ(config=self.write("named.ini", text.format(3, "theme")))
+        self.assertEqual(
+            cs.read_config(),
+            config(name="cloudstack", endpoint="http://e/", retry="3", method="2", timeout="1", theme="3"),
+        )
+
+    def test_each_file_alone_is_enough(self):
+        for name in ("named.ini", "work/cloudstack.ini", ".cloudstack.ini"):
+            with self.subTest(name):
+                path = self.write(name, "[cloudstack]\nendpoint = http://e/\n")
+                if name == "named.ini":
+                    environ(config=path)
+                self.assertEqual(cs.read_config(), config(name="cloudstack", endpoint="http://e/"))
+                os.environ.pop("CLOUDSTACK_CONFIG", None)
+                os.remove(path)
+
+    def test_a_tilde_in_CLOUDSTACK_CONFIG_is_the_home_directory(self):
+        self.write("named.ini", "[cloudstack]\nendpoint = http://e/\n")
+        environ(config="~/named.ini")
+        self.assertEqual(cs.read_config()["endpoint"], "http://e/")
+
+    def test_the_explicit_region_beats_CLOUDSTACK_REGION_beats_cloudstack(self):
+        sections = "[{0}]\nendpoint = http://{0}/\n"
+        self.write(".cloudstack.ini", "".join(map(sections.format, ("cloudstack", "eu", "us"))))
+        self.assertEqual(cs.read_config(), config(endpoint="http://cloudstack/", name="cloudstack"))
+        environ(region="eu")
+        self.assertEqual(cs.read_config(), config(endpoint="http://eu/", name="eu"))
+        self.assertEqual(cs.read_config("us"), config(endpoint="http://us/", name="us"))
+        self.assertEqual(cs.read_config(ini_group="us"), config(endpoint="http://us/", name="us"))
+        self.assertEqual(cs.read_config_from_ini(), {"endpoint": "http://eu/", "name": "eu"})
+
+    def test_with_an_endpoint_in_the_environment_it_wins_and_files_fill_what_it_leaves_open(self):
+        self.write(
+            ".cloudstack.ini", "[cloudstack]\nendpoint = http://file/\nkey = k\nsecret = s\ntimeout = 5\nretry = 5\n"
+        )
+        environ(endpoint="http://env/", timeout="7")
+        expected = config(endpoint="http://env/", key="k", secret="s", timeout="7", retry="5", name="cloudstack")
+        self.assertEqual(cs.read_config(), expected)
+
+    def test_with_endpoint_key_and_secret_in_the_environment_no_file_is_read(self):
+        self.write(".cloudstack.ini", "no ini file")
+        self.write("work/cloudstack.ini", b"\xff\xfe")
+        environ(endpoint="http://env/", key="k", secret="s", config=os.path.join(self.home, "missing.ini"))
+        self.assertEqual(cs.read_config(), config(endpoint="http://env/", key="k", secret="s"))
+
+    def test_an_explicit_region_beats_the_environment(self):
+        """5.2.0 ignores it when CLOUDSTACK_ENDPOINT is set."""
+        self.write(".cloudstack.ini", "[eu]\nendpoint = http://eu/\nkey = k\nsecret = s\ntimeout = 5\n")
+        environ(endpoint="http://env/", key="ek", secret="es", timeout="7", retry="2")
+        expected = config(endpoint="http://eu/", key="k", secret="s", timeout="5", retry="2", name="eu")
+        self.assertEqual(cs.read_config("eu"), expected)
+
+    def test_CLOUDSTACK_REGION_is_no_explicit_region(self):
+        self.write(".cloudstack.ini", "[eu]\nendpoint = http://eu/\nkey = k\nsecret = s\ntimeout = 5\n")
+        environ(endpoint="http://env/", region="eu")
+        self.assertEqual(cs.read_config(), config(endpoint="http://env/", key="k", secret="s", timeout="5", name="eu"))
+
+    def test_without_an_endpoint_in_the_environment_the_section_wins_and_the_environment_fills(self):
+        self.write(".cloudstack.ini", "[cloudstack]\nendpoint = http://file/\ntimeout = 5\n")
+        environ(timeout="7", retry="2", key="k", secret="s")
+        expected = config(endpoint="http://file/", timeout="5", retry="2", key="k", secret="s", name="cloudstack")
+        self.assertEqual(cs.read_config(), expected)
+
+    def test_overrides_name_the_keys_for_which_the_environment_beats_the_section(self):
+        self.write(
+            ".cloudstack.ini", "[cloudstack]\nendpoint = http://file/\nkey = k\nsecret = s\ntimeout = 5\nretry = 5\n"
+        )
+        environ(endpoint="http://env/", key="ek", secret="es", timeout="7", retry="8")
+        for overrides, changed in (
+            ("timeout", {"timeout": "7"}),
+            ("timeout,retry", {"timeout": "7", "retry": "8"}),
+            (" timeout , RETRY ", {"timeout": "7", "retry": "8"}),
+            ("endpoint", {"endpoint": "http://env/"}),
+            ("theme", {}),
+        ):
+            with self.subTest(overrides):
+                environ(overrides=overrides)
+                expected = config(
+                    endpoint="http://file/", key="k", secret="s", timeout="5", retry="5", name="cloudstack"
+                )  # fmt: skip
+                expected.update(changed)
+                self.assertEqual(cs.read_config(), expected)
+
+    def test_overrides_work_with_an_explicit_region(self):
+        self.write(".cloudstack.ini", "[eu]\nendpoint = http://eu/\ntimeout = 5\nretry = 5\n")
+        environ(timeout="7", retry="8", overrides="timeout")
+        self.assertEqual(cs.read_config("eu"), config(endpoint="http://eu/", timeout="7", retry="5", name="eu"))
+
+    def test_headers_come_from_ini_files(self):
+        self.write(
+            ".cloudstack.ini",
+            "[cloudstack]\nendpoint = http://e/\nheader_X-Tenant = a\nheader_x-b = 50 %\nheader_ = n\n",
+        )
+        self.assertEqual(cs.read_config()["headers"], {"x-tenant": "a", "x-b": "50 %"})
+
+    def test_headers_come_from_the_environment(self):
+        """With 5.2.0 they never do."""
+        environ(endpoint="http://e/", header_x_tenant="a", header_accept="b")
+        self.assertEqual(cs.read_config(), config(endpoint="http://e/", headers={"x-tenant": "a", "accept": "b"}))
+
+    def test_headers_of_the_environment_and_of_a_file_are_merged_one_by_one(self):
+        self.write(
+            ".cloudstack.ini", "[cloudstack]\nkey = k\nsecret = s\nheader_x-tenant = file\nheader_x-file = file\n"
+        )
+        environ(endpoint="http://e/", header_x_tenant="env", header_x_env="env")
+        self.assertEqual(cs.read_config()["headers"], {"x-tenant": "env", "x-file": "file", "x-env": "env"})
+
+    def test_unknown_keys_are_dropped(self):
+        self.write(".cloudstack.ini", "[cloudstack]\nendpoint = http://e/\nsession = x\nfetch_result = 1\nfoo = bar\n")
+        environ(foo="bar", session="x", fetch_result="1")
+        self.assertEqual(cs.read_config(), config(endpoint="http://e/", name="cloudstack"))
+        self.assertEqual(cs.read_config_from_ini(), {"endpoint": "http://e/", "name": "cloudstack"})
+
+    def test_keys_are_read_in_any_case(self):
+        self.write(".cloudstack.ini", "[cloudstack]\nEndPoint = http://e/\nTIMEOUT = 3\n")
+        self.assertEqual(cs.read_config(), config(endpoint="http://e/", timeout="3", name="cloudstack"))
+
+    def test_a_default_section_counts_within_its_file(self):
+        self.write(
+            ".cloudstack.ini", "[DEFAULT]\ntimeout = 3\nkey = k\n[cloudstack]\nendpoint = http://e/\nsecret = s\n"
+        )
+        expected = config(endpoint="http://e/", key="k", secret="s", timeout="3", name="cloudstack")
+        self.assertEqual(cs.read_config(), expected)
+
+    def test_a_default_section_counts_in_no_other_file(self):
+        self.write(".cloudstack.ini", "[cloudstack]\nendpoint = http://e/\n")
+        self.write("work/cloudstack.ini", "[DEFAULT]\ntimeout = 3\nendpoint = http://other/\n")
+        self.assertEqual(cs.read_config(), config(endpoint="http://e/", name="cloudstack"))
+
+    def test_percent_signs(self):
+        """`%%` and `%(name)s` as configparser has them; any other `%` is literal (5.2.0: a traceback)."""
+        for written, read in (
+            ("a%b", "a%b"),
+            ("%", "%"),
+            ("100%", "100%"),
+            ("a%%b", "a%b"),
+            ("a%%%b", "a%%b"),
+            ("%%%%", "%%"),
+            ("%s%d%1", "%s%d%1"),
+            ("%(endpoint)", "%(endpoint)"),
+            ("%(endpoint)d", "%(endpoint)d"),
+            ("%()s", "%()s"),
+            ("<%(domain)s>", "<x%y>"),
+            ("%%(domain)s", "%(domain)s"),
+            ("%%%(domain)s", "%x%y"),
+            ("%(base)s", "from DEFAULT"),
+        ):
+            with self.subTest(written):
+                text = "[DEFAULT]\nbase = from DEFAULT\n[cloudstack]\nendpoint = http://e/\ndomain = x%y\nsecret = {}\n"
+                self.write(".cloudstack.ini", text.format(written))
+                self.assertEqual(cs.read_config()["secret"], read)
+
+    def test_a_percent_sign_in_a_continuation_line_or_a_section_name_is_literal_too(self):
+        self.write(".cloudstack.ini", "[50% off]\nendpoint = http://e/\ntheme = a\n  [5%] b%\n")
+        self.assertEqual(cs.read_config("50% off")["theme"], "a\n[5%] b%")
+
+    def test_a_reference_that_leads_nowhere_is_an_error_that_names_file_section_and_key(self):
+        path = self.write(".cloudstack.ini", "[eu]\nendpoint = http://e/\nsecret = {0}%(nope)s{0}\n".format(SECRET))
+        for read in (cs.read_config, cs.read_config_from_ini):
+            with self.assertRaises(ValueError) as caught:
+                read("eu")
+            for part in (path, "eu", "secret"):
+                self.assertIn(part, str(caught.exception))
+            self.assertNotIn("CANARY", "".join(traceback.format_exception(None, caught.exception, None)))
+
+    def test_values_stay_strings(self):
+        self.write(
+            ".cloudstack.ini",
+            "[cloudstack]\nendpoint = http://e/\ntimeout = 5\nretry = 1\nexpiration = -1\nverify = no\n",
+        )
+        environ(poll_interval="3")
+        values = {"timeout": "5", "retry": "1", "expiration": "-1", "verify": "no", "poll_interval": "3"}
+        self.assertEqual(cs.read_config(), config(endpoint="http://e/", name="cloudstack", **values))
+
+    def test_the_two_booleans_are_parsed_wherever_they_come_from(self):
+        words = {True: "y YES t True on 1".split(), False: "n No f FALSE off 0".split()}
+        for name in ("trace", "dangerous_no_tls_verify"):
+            for value, word in [(value, word) for value, spelled in words.items() for word in spelled]:
+                with self.subTest(name, word=word):
+                    self.write(".cloudstack.ini", "[cloudstack]\nendpoint = http://e/\n{} = {}\n".format(name, word))
+                    self.assertIs(cs.read_config()[name], value)
+                    self.assertIs(cs.read_config_from_ini()[name], value)
+                    with mock.patch.dict(os.environ, {"CLOUDSTACK_ENDPOINT": "http://e/"}):
+                        os.environ["CLOUDSTACK_" + name.upper()] = word
+                        self.assertIs(cs.read_config()[name], value)
+
+    def test_what_is_no_boolean_is_handed_on_and_the_constructor_refuses_it(self):
+        """With 5.2.0 `dangerous_no_tls_verify = nope` turns TLS verification off."""
+        for word in ("nope", "False ; comment", "2", "tru"):
+            for name in ("dangerous_no_tls_verify", "trace"):
+                with self.subTest(name, word=word):
+                    self.write(".cloudstack.ini", "[cloudstack]\nendpoint = https://e/\n{} = {}\n".format(name, word))
+                    settings = cs.read_config()
+                    self.assertEqual(settings[name], word)
+                    for kind in (cs.CloudStack, cs.AIOCloudStack):
+                        with self.assertRaisesRegex(ValueError, name):
+                            kind(**settings)
+
+    def test_an_empty_value_is_none(self):
+        self.write(
+            ".cloudstack.ini", "[cloudstack]\nendpoint = http://e/\ntimeout =\nkey =\nverify =\ntheme =\nheader_x =\n"
+        )
+        environ(retry="", method="", secret="", header_y="")
+        self.assertEqual(cs.read_config(), config(endpoint="http://e/", name="cloudstack"))
+
+    def test_an_empty_value_in_a_later_file_leaves_the_earlier_one(self):
+        self.write(".cloudstack.ini", "[cloudstack]\nendpoint = http://e/\nkey = k\nsecret = s\n")
+        self.write("work/cloudstack.ini", "[cloudstack]\nkey =\nendpoint =\n")
+        self.assertEqual(cs.read_config(), config(endpoint="http://e/", key="k", secret="s", name="cloudstack"))
+
+    def test_an_empty_CLOUDSTACK_REGION_CONFIG_or_OVERRIDES_is_none(self):
+        self.write(".cloudstack.ini", "[cloudstack]\nendpoint = http://e/\n")
+        environ(region="", config="", overrides="")
+        self.assertEqual(cs.read_config(), config(endpoint="http://e/", name="cloudstack"))
+
+    def test_an_empty_CLOUDSTACK_KEY_means_unsigned(self):
+        self.write(".cloudstack.ini", "[cloudstack]\nendpoint = http://file/\nkey = k\nsecret = s\ntimeout = 4\n")
+        for more in ({}, {"secret": "es"}):
+            with self.subTest(more):
+                environ(endpoint="http://env/", key="", **more)
+                settings = cs.read_config()
+                self.assertNotIn("key", settings)
+                self.assertIsNone(cs.CloudStack(**settings).key)
+                self.assertEqual(settings["endpoint"], "http://env/")
+
+    def test_an_empty_CLOUDSTACK_KEY_does_not_beat_a_section_unless_overrides_names_it(self):
+        self.write(".cloudstack.ini", "[cloudstack]\nendpoint = http://file/\nkey = k\nsecret = s\n")
+        environ(key="")
+        self.assertEqual(cs.read_config(), config(endpoint="http://file/", key="k", secret="s", name="cloudstack"))
+        environ(overrides="key")
+        self.assertEqual(cs.read_config(), config(endpoint="http://file/", name="cloudstack"))
+
+    def test_a_user_name_comes_from_environment_or_file_like_a_key(self):
+        self.write(".cloudstack.ini", "[cloudstack]\nendpoint = http://e/\nusername = u\npassword = p\ndomain = /d\n")
+        expected = config(endpoint="http://e/", username="u", password="p", domain="/d", name="cloudstack")
+        self.assertEqual(cs.read_config(), expected)
+        environ(endpoint="http://env/", key="k", secret="s")
+        self.assertEqual(cs.read_config(), config(endpoint="http://env/", key="k", secret="s"))
+
+    def test_every_configuration_can_be_given_to_both_clients(self):
+        """With 5.2.0 a file that has `theme` cannot."""
+        self.write(
+            ".cloudstack.ini",
+            "[cloudstack]\nendpoint = http://e/\nkey = k\nsecret = s\ntheme = monokai\noutput = table\ntimeout = 0.5\n"
+            "method = POST\nretry = 2\nexpiration = -1\njob_timeout = 60\npoll_interval = 5\ntrace = no\n"
+            "header_x-y = z\n",
+        )
+        for kind in (cs.CloudStack, cs.AIOCloudStack):
+            client = kind(**cs.read_config())
+            self.assertEqual((client.timeout, client.method, client.retry), (0.5, "post", 2))
+            self.assertEqual((client.job_timeout, client.poll_interval, client.headers), (60, 5, {"x-y": "z"}))
+            self.assertEqual(repr(client), "<CloudStack: cloudstack>")
+            self.assertEqual(kind(**dict(cs.read_config(), poll_interval=7)).poll_interval, 7)
+
+
+class ReadConfigTest(Case):
+    """What read_config and read_config_from_ini return and raise."""
+
+    def test_the_defaults_and_no_other_key(self):
+        environ(endpoint="http://e/")
+        settings = cs.read_config()
+        self.assertEqual(settings, config(endpoint="http://e/"))
+        self.assertEqual({name: type(value) for name, value in settings.items()}["poll_interval"], float)
+        self.assertIs(settings["dangerous_no_tls_verify"], False)
+
+    def test_each_call_returns_a_dict_of_its_own(self):
+        environ(endpoint="http://e/", header_x="y")
+        cs.read_config().update(timeout=1)
+        cs.read_config()["headers"].clear()
+        self.assertEqual(cs.read_config(), config(endpoint="http://e/", headers={"x": "y"}))
+
+    def test_no_file_and_no_endpoint_is_SystemExit(self):
+        for more in ({}, {"key": "k", "secret": "s"}):
+            environ(**more)
+            with self.assertRaises(SystemExit) as caught:
+                cs.read_config()
+            tried = [os.path.join(self.home, ".cloudstack.ini"), os.path.join(os.getcwd(), "cloudstack.ini")]
+            self.assertEqual(str(caught.exception), "Config file not found. Tried " + ", ".join(tried))
+
+    def test_a_region_where_there_is_no_file_is_SystemExit_too(self):
+        self.assertRaisesRegex(SystemExit, "Config file not found. Tried ", cs.read_config, "eu")
+
+    def test_no_endpoint_is_ValueError(self):
+        self.write(".cloudstack.ini", "[cloudstack]\nkey = k\n[eu]\nsecret = s\n")
+        for region in (None, "eu"):
+            with self.assertRaises(ValueError) as caught:
+                cs.read_config(region)
+            self.assertEqual(str(caught.exception), "the configuration is missing the following keys: endpoint")
+
+    def test_an_unknown_CLOUDSTACK_REGION_is_ValueError_that_names_it(self):
+        path = self.write(".cloudstack.ini", "[cloudstack]\nendpoint = http://e/\n")
+        environ(region="mars")
+        with self.assertRaises(ValueError) as caught:
+            cs.read_config()
+        self.assertIn("the configuration is missing the following keys: endpoint", str(caught.exception))
+        self.assertIn("mars", str(caught.exception))
+        self.assertIn(path, str(caught.exception))
+
+    def test_an_unknown_explicit_region_is_NoSectionError(self):
+        self.write(".cloudstack.ini", "[DEFAULT]\ntimeout = 1\n[cloudstack]\nendpoint = http://e/\n")
+        for region in ("mars", "DEFAULT", "Cloudstack"):
+            for more in ({}, {"endpoint": "http://env/", "key": "k", "secret": "s"}):
+                with self.subTest(region, more=more):
+                    environ(**more)
+                    with self.assertRaises(configparser.NoSectionError) as caught:
+                        cs.read_config(region)
+                    self.assertEqual(caught.exception.section, region)
+
+    def test_an_unknown_explicit_region_with_the_endpoint_in_the_environment_and_no_file(self):
+        environ(endpoint="http://env/", key="k", secret="s")
+        self.assertRaises(configparser.NoSectionError, cs.read_config, "mars")
+
+    def test_read_config_from_ini_gives_what_the_section_holds(self):
+        self.write(
+            ".cloudstack.ini",
+            "[eu]\nendpoint = http://e/\ntimeout = 5\ntrace = yes\nheader_x-y = z\ntheme = t\nfoo = 1\n",
+        )
+        environ(endpoint="http://env/", key="k", timeout="3", header_a="b")
+        expected = {
+            "endpoint": "http://e/",
+            "timeout": "5",
+            "trace": True,
+            "theme": "t",
+            "name": "eu",
+            "headers": {"x-y": "z"},
+        }
+        self.assertEqual(cs.read_config_from_ini("eu"), expected)
+        self.assertEqual(cs.read_config_from_ini(ini_group="eu"), expected)
+
+    def test_read_config_from_ini_without_the_section(self):
+        self.assertEqual(cs.read_config_from_ini(), {"name": None})
+        self.write(".cloudstack.ini", "[eu]\nendpoint = http://e/\n")
+        self.assertEqual(cs.read_config_from_ini(), {"name": None})
+        self.assertEqual(cs.read_config_from_ini("mars"), {"name": None})
+
+
+class BadFilesTest(Case):
+    """Files that cannot be used: one clear ValueError that names the file, and never a secret of it."""
+
+    def refused(self, path, *parts):
+        """The text of the ValueError that both functions raise."""
+        for read in (cs.read_config_from_ini, cs.read_config):
+            with self.assertRaises(ValueError) as caught:
+                read()
+            text = str(caught.exception)
+            for part in (path,) + parts:
+                self.assertIn(part, text)
+            self.assertNotIn("\n", text)
+            shown = traceback.format_exception(type(caught.exception), caught.exception, None)
+            self.assertNotIn("CANARY", "".join(shown))
+        return text
+
+    def test_files_that_are_no_ini_files(self):
+        good = "[cloudstack]\nendpoint = http://e/\nkey = {}\nsecret = {}\n".format(KEY, SECRET)
+        for name, text, part in (
+            ("no section header", "secret = " + SECRET, "line 1"),
+            ("a section header late", "\n\n" + good.partition("\n")[2], "line 3"),
+            ("a line without =", good + SECRET + "\n", "line 5"),
+            ("a section without its end", "[cloudstack\nsecret = {}\n".format(SECRET), "line 1"),
+            ("a key twice", good + "Secret = " + SECRET, "secret"),
+            ("a section twice", good + good, "cloudstack"),
+            ("JSON", '{"secret": "%s"}' % SECRET, "line 1"),
+            ("a line that is only =", good + "= {}\n".format(SECRET), "line 5"),
+        ):
+            for where in (".cloudstack.ini", "work/cloudstack.ini", "named.ini"):
+                with self.subTest(name, where=where):
+                    path = self.write(where, text)
+                    if where == "named.ini":
+                        environ(config=path)
+                    self.refused(path, part)
+                    os.environ.pop("CLOUDSTACK_CONFIG", None)
+                    os.remove(path)
+
+    def test_a_file_that_is_not_UTF_8(self):
+        for content in (b"[cloudstack]\nsecret = CANARY\xff\n", "[cloudstack]\nendpoint = http://e/".encode("utf-16")):
+            path = self.write(".cloudstack.ini", content)
+            self.refused(path, "UTF-8")
+
+    def test_a_directory_in_place_of_a_file(self):
+        for name in (".cloudstack.ini", "work/cloudstack.ini", "named.ini"):
+            with self.subTest(name):
+                path = os.path.join(self.home, name)
+                os.mkdir(path)
+                if name == "named.ini":
+                    environ(config=path)
+                self.refused(path, "cannot read")
+                os.environ.pop("CLOUDSTACK_CONFIG", None)
+                os.rmdir(path)
+
+    def test_a_file_that_may_not_be_read(self):
+        path = self.write(".cloudstack.ini", "[cloudstack]\n", mode=0)
+        with mock.patch("builtins.open", side_effect=PermissionError(13, "Permission denied", path)):  # root may read all
+            self.refused(path, "cannot read", "Permission denied")
+
+    def test_a_missing_CLOUDSTACK_CONFIG(self):
+        missing = os.path.join(self.home, "missing.ini")
+        environ(config=missing)
+        self.assertRaisesRegex(SystemExit, "Config file not found. Tried .*missing.ini", cs.read_config)
+        self.write(".cloudstack.ini", "[cloudstack]\nendpoint = http://e/\n")
+        self.assertRaisesRegex(SystemExit, "Config file not found. Tried .*missing.ini", cs.read_config)
+        environ(config=os.path.join(self.write("file", ""), "x.ini"))
+        self.assertRaisesRegex(SystemExit, "Config file not found. Tried .*x.ini", cs.read_config)
+
+    def test_a_CLOUDSTACK_CONFIG_that_can_be_no_path(self):
+        environ(config="x" * 5000)
+        self.assertRaisesRegex(ValueError, "cannot read", cs.read_config)
+
+    def test_a_byte_order_mark_and_foreign_line_ends_are_no_matter(self):
+        for content in (
+            b"\xef\xbb\xbf[cloudstack]\nendpoint = http://e/\n",
+            b"[cloudstack]\r\nendpoint = http://e/\r\n",
+        ):
+            self.write(".cloudstack.ini", content)
+            self.assertEqual(cs.read_config(), config(endpoint="http://e/", name="cloudstack"))
+
+    def test_text_that_is_not_ASCII_is_read_as_UTF_8_whatever_the_locale(self):
+        self.write(".cloudstack.ini", "[z\u00fcrich]\nendpoint = http://e/\npassword = \u00fc\u20ac\U0001f511\n")
+        with mock.patch("locale.getpreferredencoding", lambda *args: "ascii"):
+            settings = cs.read_config("z\u00fcrich")
+        self.assertEqual((settings["name"], settings["password"]), ("z\u00fcrich", "\u00fc\u20ac\U0001f511"))
+
+    def test_an_empty_file_is_a_file_without_sections(self):
+        path = self.write(".cloudstack.ini", "")
+        with self.assertRaises(ValueError) as caught:
+            cs.read_config()
+        self.assertIn(path, str(caught.exception))
+        self.assertEqual(cs.read_config_from_ini(), {"name": None})
+
+    def test_any_file_gives_settings_or_one_clear_error(self):
+        """Files made at random out of what ini files are made of."""
+        pieces = "[cloudstack] [DEFAULT] [ ] key = : % %(key)s %% %(secret)s # ; timeout=".split() + [SECRET]
+        pieces += ["endpoint = http://e/", "secret = " + SECRET, "\n", "\n", "\n", "  ", "\x00", "\u2028", "\r", "\t"]
+        draw = random.Random(50)
+        outcomes = collections.Counter()
+        for number in range(250):
+            text = "".join(draw.choice(pieces) for _ in range(draw.randrange(20)))
+            if number % 2:
+                text = "[cloudstack]\nendpoint = http://e/\nkey = k\n" + text
+            self.write(".cloudstack.ini", text)
+            try:
+                outcomes[type(cs.read_config())] += 1
+            except (ValueError, configparser.NoSectionError) as error:
+                outcomes[type(error)] += 1
+                self.assertNotIn("CANARY", str(error), text)
+        self.assertEqual(set(outcomes), {dict, ValueError})
+
+
+class FilesTogetherTest(ServerCase):
+    """Endpoint, credentials, TLS settings and headers belong together: never from two files."""
+
+    def setUp(self):
+        super().setUp()
+        good = "[cloudstack]\nendpoint = {}\nkey = {}\nsecret = {}\n".format(ENDPOINT, KEY, SECRET)
+        self.own = self.write(".cloudstack.ini", good)
+
+    def assertRefused(self, *paths):
+        for read in (cs.read_config, cs.read_config_from_ini):
+            with self.assertRaises(ValueError) as caught:
+                read()
+            for path in paths:
+                self.assertIn(path, str(caught.exception))
+            self.assertNotIn("CANARY", str(caught.exception))
+
+    def test_each_of_them_is_refused_from_a_second_file(self):
+        for line in (
+            "endpoint = http://other/",
+            "key = k",
+            "secret = s",
+            "username = u",
+            "password = p",
+            "verify = /ca",
+            "cert = /c",
+            "cert_key = /k",
+            "dangerous_no_tls_verify = true",
+            "header_x-tenant = t",
+        ):
+            for name in ("work/cloudstack.ini", "named.ini"):
+                with self.subTest(line, name=name):
+                    path = self.write(name, "[cloudstack]\n{}\n".format(line))
+                    if name == "named.ini":
+                        environ(config=path)
+                    self.assertRefused(self.own, path)
+                    os.environ.pop("CLOUDSTACK_CONFIG", None)
+                    os.remove(path)
+
+    def test_a_whole_set_from_a_second_file_does_not_combine_with_leftovers_of_the_first(self):
+        self.write(".cloudstack.ini", "[cloudstack]\nendpoint = http://a/\nkey = k\nsecret = s\ncert = /c\n")
+        path = self.write("work/cloudstack.ini", "[cloudstack]\nendpoint = http://b/\nkey = k2\nsecret = s2\n")
+        self.assertRefused(self.own, path)
+
+    def test_a_second_file_may_be_complete_by_itself(self):
+        self.write("work/cloudstack.ini", "[cloudstack]\nendpoint = http://b/\nkey = k2\nsecret = s2\n")
+        self.assertEqual(cs.read_config(), config(endpoint="http://b/", key="k2", secret="s2", name="cloudstack"))
+
+    def test_a_later_file_may_set_other_things(self):
+        self.write(
+            "work/cloudstack.ini", "[cloudstack]\ntimeout = 3\nretry = 2\nmethod = post\ntheme = t\ntrace = on\n"
+        )
+        more = {"timeout": "3", "retry": "2", "method": "post", "theme": "t", "trace": True}
+        self.assertEqual(cs.read_config(), config(endpoint=ENDPOINT, key=KEY, secret=SECRET, name="cloudstack", **more))
+
+    def test_a_default_section_counts_as_its_own_file(self):
+        path = self.write("work/cloudstack.ini", "[DEFAULT]\nendpoint = http://other/\n[cloudstack]\ntimeout = 3\n")
+        self.assertRefused(self.own, path)
+
+    def test_the_sections_of_other_regions_do_not_matter(self):
+        self.write("work/cloudstack.ini", "[eu]\nendpoint = http://other/\n")
+        self.assertEqual(cs.read_config()["endpoint"], ENDPOINT)
+
+    def test_one_file_by_two_names_is_one_file(self):
+        environ(config=self.own)
+        self.assertEqual(cs.read_config()["key"], KEY)
+        os.chdir(self.home)
+        os.symlink(self.own, os.path.join(self.home, "cloudstack.ini"))
+        os.environ.pop("CLOUDSTACK_CONFIG")
+        self.assertEqual(cs.read_config()["key"], KEY)
+
+    def test_the_environment_combines_with_any_file(self):
+        self.write(".cloudstack.ini", "[cloudstack]\nendpoint = http://a/\nverify = /ca\n")
+        environ(key="k", secret="s", header_x="y", cert="/c")
+        expected = config(
+            endpoint="http://a/", verify="/ca", key="k", secret="s", cert="/c", headers={"x": "y"}, name="cloudstack"
+        )
+        self.assertEqual(cs.read_config(), expected)
+
+    def test_what_the_environment_replaces_is_no_conflict(self):
+        self.write("work/cloudstack.ini", "[cloudstack]\nendpoint = http://other/\n")
+        environ(endpoint="http://env/")
+        self.assertEqual(cs.read_config()["endpoint"], "http://env/")
+        self.assertEqual(cs.read_config()["key"], KEY)
+
+    def test_a_hostile_file_in_the_working_directory_receives_nothing(self):
+        """5.2.0 sends it the key, and a signed request, of ~/.cloudstack.ini."""
+        here = os.path.join(os.getcwd(), "cloudstack.ini")
+        for text in (
+            "[cloudstack]\nendpoint = {}\n",
+            "[cloudstack]\nendpoint = {}\nkey =\nsecret =\n",
+            "[DEFAULT]\nendpoint = {}\n[cloudstack]\n",
+            "[cloudstack]\nendpoint = {}?%(key)s%(secret)s\n",
+            "[cloudstack]\nendpoint = {}\nmethod = post\nkey = attacker\n",
+        ):
+            with self.subTest(text):
+                self.write("work/cloudstack.ini", text.format(self.server.endpoint))
+                with self.assertRaises(ValueError) as caught:
+                    cs.CloudStack(**cs.read_config()).listZones()
+                self.assertNoCanary(caught.exception)
+                code, out, err = self.main("listZones")
+                self.assertEqual((code, out), (2, ""))
+                self.assertOneLine(err)
+                self.assertIn(here, err)
+                self.assertNoCanary(err)
+                self.assertEqual(self.server.requests, [])
+
+
+# === command line ===================================================================================================
+
+
+def job_pending(record=None):
+    return {"queryasyncjobresultresponse": {"jobid": "job-1", "jobstatus": 0, "jobprocstatus": 0}}
+
+
+def job_done(result, status=1):
+    return {"queryasyncjobresultresponse": {"jobid": "job-1", "jobstatus": status, "jobresult": result}}
+
+
+def refusal(code, text):
+    return {"errorresponse": {"uuidList": [], "errorcode": code, "cserrorcode": 9999, "errortext": text}}
+
+
+def forever(record):
+    """No answer for as long as the test needs."""
+    time.sleep(0.3)
+    return {}
+
+
+ZONES_ANSWER = {"listzonesresponse": {"count": 1, "zone": [{"name": "z\u00fcrich", "id": "1"}]}}
+ZONES_TEXT = '{\n  "count": 1,\n  "zone": [\n    {\n      "id": "1",\n      "name": "z\u00fcrich"\n    }\n  ]\n}\n'
+
+
+class CommandLineCase(ServerCase):
+    """A command line whose environment names the server, with a key."""
+
+    def setUp(self):
+        super().setUp()
+        environ(endpoint=self.server.endpoint, key=KEY, secret=SECRET, poll_interval="0.01", timeout="5")
+        self.replies(listZones=ZONES_ANSWER, **{"*": {"anyresponse": {"ok": True}}})
+
+    def unset(self, *names):
+        for name in names:
+            os.environ.pop("CLOUDSTACK_" + name.upper(), None)
+
+    def asked_with(self, *args):
+        """The parameters of the one request that a command line makes, without those that every request has."""
+        self.server.requests.clear()
+        code, out, err = self.main(*args)
+        self.assertEqual((code, err, len(self.server.requests)), (0, "", 1), out)
+        own = ("command", "response", "apiKey", "signature", "signatureVersion", "expires")
+        return {name: value for name, value in self.server.requests[0].params.items() if name not in own}
+
+    def assertTold(self, err, line):
+        """Standard error begins with this line; lines with more on the same matter are indented."""
+        lines = err.splitlines()
+        self.assertEqual(lines[0], line)
+        self.assertEqual([more for more in lines[1:] if not more.startswith("  ")], [])
+
+    def assertUsage(self, *args, **checks):
+        """A command line that is refused with exit code 2 and one line, before anything is sent."""
+        self.server.requests.clear()
+        code, out, err = self.main(*args)
+        self.assertEqual((code, out), (2, ""))
+        self.assertOneLine(err)
+        self.assertEqual(self.server.requests, [])
+        for part in checks.get("says", ()):
+            self.assertIn(part, err)
+        return err
+
+
+class ArgumentsTest(CommandLineCase):
+    """cs [options] COMMAND [name=value ...]"""
+
+    def test_options_stand_anywhere_and_can_be_combined(self):
+        """5.2.0 refuses `cs listZones -q name=x`."""
+        self.write("work/cloudstack.ini", "[eu]\nendpoint = {}\nkey = k\nsecret = s\n".format(self.server.endpoint))
+        for args in (
+            "-q -t -r eu listZones name=x",
+            "listZones name=x -q -t -r eu",
+            "listZones -q name=x -t --region eu",
+            "-qt listZones -reu name=x",
+            "listZones -tqr eu name=x",
+            "-qtreu listZones name=x",
+            "--region=eu --quiet listZones --trace name=x",
+            "--region eu listZones name=x --trace -q",
+        ):
+            with self.subTest(args):
+                self.server.requests.clear()
+                code, out, err = self.main(*args.split())
+                self.assertEqual((code, out), (0, ZONES_TEXT))
+                self.assertIn("GET http://", err)
+                (record,) = self.server.requests
+                self.assertEqual((record.params["apiKey"], record.params["name"]), ("k", "x"))
+
+    def test_a_double_dash_is_no_argument(self):
+        self.assertEqual(self.asked_with("listZones", "--", "name=x"), {"name": "x"})
+
+    def test_unknown_options_are_refused(self):
+        for option in ("--nope", "--nope=1", "-x", "-qx", "-1", "--Trace", "-T", "-name=x", "--region-x", "---", "-"):
+            for args in ((option, "listZones"), ("listZones", "name=x", option)):
+                with self.subTest(args):
+                    self.assertUsage(*args, says=["option", option.partition("=")[0][-1]])
+
+    def test_abbreviations_are_refused(self):
+        """An option that is added tomorrow would change what they mean."""
+        for option in (
+            "--regio",
+            "--reg=eu",
+            "--po",
+            "--asyn",
+            "--qui",
+            "--trac",
+            "--vers",
+            "--hel",
+            "--them=x",
+            "--dry",
+            "--wai=1",
+        ):
+            with self.subTest(option):
+                self.assertUsage(option, "listZones", says=["there is no option", option.partition("=")[0]])
+
+    def test_options_and_their_values(self):
+        for args in (["-r"], ["--region"], ["--theme"], ["--wait"], ["--quiet=1"], ["--post=yes"]):
+            with self.subTest(args):
+                self.assertUsage("listZones", *args, says=[args[0].partition("=")[0]])
+
+    def test_a_value_may_look_like_an_option(self):
+        self.assertEqual(self.asked_with("listZones", "name=-q", "keyword=--nope"), {"name": "-q", "keyword": "--nope"})
+
+    def test_no_command(self):
+        for args in ([], ["-q"], ["--post"], ["--wait", ""]):
+            self.assertUsage(*args, says=["no command"])
+
+    def test_a_command_that_can_be_none(self):
+        for command in ("", " ", "name=x", "list\x01Zones", "list\udcff"):
+            with self.subTest(command):
+                self.assertUsage(command)
+
+    def test_an_argument_without_equals_sign(self):
+        for word in ("x", "listHosts", "@file", '"x"'):
+            self.assertUsage("listZones", word, says=["{!r} is not a correctly formatted option".format(word)])
+        self.assertUsage("listZones", "=x", says=["is not a correctly formatted option"])
+
+    def test_values(self):
+        for given, sent in (
+            ("name=x", {"name": "x"}),
+            ("name=", {"name": ""}),
+            ('name=""', {"name": ""}),
+            ("name=a=b", {"name": "a=b"}),
+            ("name=a b", {"name": "a b"}),
+            ("name=  x \t", {"name": "x"}),
+            (" name = x ", {"name": "x"}),
+            ('name="x"', {"name": "x"}),
+            ("name='x'", {"name": "x"}),
+            ("name= 'x' ", {"name": "x"}),
+            ("name=' x '", {"name": " x "}),
+            ("name=\"'x'\"", {"name": "'x'"}),
+            ('name=""x""', {"name": '"x"'}),
+            ("name='x\"", {"name": "'x\""}),
+            ("name='", {"name": "'"}),
+            ('name=x"', {"name": 'x"'}),
+            ("name=a,b", {"name": "a,b"}),
+            ("name=~+*%20&x", {"name": "~+*%20&x"}),
+            ("name=z\u00fcrich \u20ac \U0001f511", {"name": "z\u00fcrich \u20ac \U0001f511"}),
+            ("name=True", {"name": "True"}),
+            ("listall=true", {"listall": "true"}),
+            ("tags[0].key=a b", {"tags[0].key": "a b"}),
+            ("details[0].cpuNumber=2", {"details[0].cpuNumber": "2"}),
+            ("timeout=5", {"timeout": "5"}),
+            ("method=post", {"method": "post"}),
+            ("name=@@x", {"name": "@x"}),
+            ("name=@@", {"name": "@"}),
+            ("name=@@@x", {"name": "@@x"}),
+            ("name='@x'", {"name": "@x"}),
+            ("name=a@b", {"name": "a@b"}),
+        ):
+            with self.subTest(given):
+                self.assertEqual(self.asked_with("listZones", given), sent)
+
+    def test_repeated_names_are_joined_in_the_order_given(self):
+        """5.2.0 sorts and de-duplicates them, although the order of networkids matters."""
+        args = (
+            "deployVirtualMachine",
+            "networkids=c",
+            "zoneid=1",
+            "networkids=a",
+            "networkids=c",
+            "networkids= b ",
+            "--async",
+        )
+        self.assertEqual(self.asked_with(*args), {"networkids": "c,a,c,b", "zoneid": "1"})
+        self.assertEqual(self.asked_with("listZones", "a[0].b=1", "a[1].b=2"), {"a[0].b": "1", "a[1].b": "2"})
+
+    def test_a_value_from_a_file(self):
+        for content, sent in (
+            ("x", "x"),
+            ("x\n", "x"),
+            ("x\n\n", "x\n"),
+            ("  'x' \n", "  'x' "),
+            ("@@x\n", "@@x"),
+            ("a\nb\n", "a\nb"),
+            ("z\u00fcrich\n", "z\u00fcrich"),
+            ("", ""),
+        ):
+            with self.subTest(content):
+                path = self.write("value", content)
+                self.assertEqual(self.asked_with("listZones", "name=@" + path), {"name": sent})
+        self.write("work/here", "here")
+        self.assertEqual(self.asked_with("listZones", "name=@here", "id= @~/value "), {"name": "here", "id": ""})
+
+    def test_a_value_from_standard_input(self):
+        for content, sent in (("a\nb\n", "a\nb"), ("z\u00fc\n\n", "z\u00fc\n"), ("", "")):
+            stdin = io.TextIOWrapper(io.BytesIO(content.encode("utf-8")), encoding="ascii")
+            with mock.patch("sys.stdin", stdin):
+                self.assertEqual(self.asked_with("listZones", "name=@-"), {"name": sent})
+
+    def test_a_file_that_cannot_be_a_value(self):
+        binary = self.write("binary", b"\xff\x00")
+        for value, says in (
+            ("@missing", "missing"),
+            ("@" + binary, "UTF-8"),
+            ("@" + self.home, "directory"),
+            ("@", "@"),
+        ):
+            with self.subTest(value):
+                self.assertUsage("listZones", "name=" + value, says=["name", says])
+        with mock.patch("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"))):
+            self.assertUsage("listZones", "name=@-", says=["name", "standard input"])
+        with mock.patch("sys.stdin", None):
+            self.assertUsage("listZones", "name=@-", says=["name", "standard input"])
+
+    def test_headers_is_no_parameter(self):
+        for word in ("headers=x", "headers=", "headers=x:y"):
+            self.assertUsage("listZones", word, says=["headers"])
+
+    def test_names_that_python_would_trip_over(self):
+        for word in ("self=x", "command=x"):
+            self.assertUsage("listZones", word, says=[word.partition("=")[0]])
+        for name in ("cls", "params", "call", "client", "kwargs", "class", "session", "endpoint", "_x", "a b", "jobid"):
+            self.assertEqual(self.asked_with("listZones", name + "=x"), {name: "x"})
+
+    def test_control_arguments_are_not_sent(self):
+        args = ("json=true", "fetch_list=no", "fetch_result=off", "opcode_name=command")
+        self.assertEqual(self.asked_with("listZones", *args), {})
+
+    def test_a_control_argument_that_is_no_boolean(self):
+        for name in ("json", "fetch_list", "fetch_result"):
+            for value in ("maybe", "", "2"):
+                self.assertUsage("listZones", "{}={}".format(name, value), says=[name])
+
+    def test_fetch_list(self):
+        def page(record):
+            first = 500 * (int(record.params["page"]) - 1)
+            return {"r": {"count": 700, "zone": list(range(first, min(700, first + 500)))}}
+
+        self.replies(listZones=page)
+        for word in ("true", "YES", "on", "1", "t"):
+            code, out, err = self.main("listZones", "fetch_list=" + word)
+            self.assertEqual((code, json.loads(out), err), (0, list(range(700)), ""))
+
+    def test_fetch_list_false_does_not_page(self):
+        """With 5.2.0 `fetch_list=false` turns paging on."""
+        for word in ("false", "No", "off", "0"):
+            self.server.requests.clear()
+            code, out, err = self.main("listZones", "fetch_list=" + word)
+            self.assertEqual((code, out, err), (0, ZONES_TEXT, ""))
+            (record,) = self.server.requests
+            self.assertNotIn("page", record.params)
+
+    def test_json_false_prints_text_as_it_is(self):
+        text = "<zones>\n  <zone>z\u00fcrich</zone>\u001b[1m\n</zones>"
+        self.replies(listZones=(200, text))
+        self.assertEqual(self.main("listZones", "json=false"), (0, text + "\n", ""))
+        self.assertNotIn("response", self.server.requests[0].params)
+
+    def test_opcode_name(self):
+        code, out, err = self.main("listZones", "opcode_name=cmd", "name=x")
+        self.assertEqual((code, err), (0, ""))
+        self.assertEqual(self.server.requests[0].params["cmd"], "listZones")
+        self.assertNotIn("command", self.server.requests[0].params)
+
+    def test_a_value_the_server_would_refuse(self):
+        for value in ("a\x00b", "a\x1bb", "\x7f", "a\udcffb"):
+            with self.subTest(ascii(value)):
+                self.assertUsage("listZones", "keyword=" + value, says=["keyword"])
+        self.assertUsage("listZones", "a\x1bb=x", says=["U+001B"])
+
+    def test_post(self):
+        self.main("listZones", "name=x")
+        self.main("listZones", "name=x", "--post")
+        self.main("--post", "listZones", "name=x")
+        self.assertEqual([record.method for record in self.server.requests], ["GET", "POST", "POST"])
+        self.assertEqual(self.server.requests[1].query, "")
+        self.assertEqual(self.server.requests[1].params["name"], "x")
+
+    def test_flags_beat_environment_and_files(self):
+        self.write(
+            "work/cloudstack.ini", "[eu]\nendpoint = {}\nmethod = get\ntrace = false\n".format(self.server.endpoint)
+        )
+        environ(method="get", trace="no", region="cloudstack", overrides="method,trace")
+        code, out, err = self.main("--post", "-t", "-r", "eu", "listZones")
+        self.assertEqual(code, 0)
+        self.assertTrue(err.startswith("POST http://"), err)
+
+    def test_the_method_of_the_configuration_is_used(self):
+        environ(method="POST")
+        self.main("listZones")
+        self.assertEqual(self.server.requests[0].method, "POST")
+
+    def test_a_region(self):
+        """5.2.0 ignores --region when CLOUDSTACK_ENDPOINT is set."""
+        text = "[eu]\nendpoint = {}\nkey = eu-key\nsecret = s\nheader_x-tenant = t\n".format(self.server.endpoint)
+        self.write("work/cloudstack.ini", text)
+        environ(endpoint=ENDPOINT)
+        code, out, err = self.main("-r", "eu", "listZones")
+        self.assertEqual((code, out), (0, ZONES_TEXT))
+        self.assertEqual(self.server.requests[0].params["apiKey"], "eu-key")
+        self.assertEqual(self.server.requests[0].headers["x-tenant"], "t")
+
+    def test_an_unknown_region(self):
+        for text in ("", "[eu]\nendpoint = http://e/\n"):
+            self.write("work/cloudstack.ini", text)
+            self.assertEqual(self.assertUsage("-r", "x", "listZones"), "Error: region 'x' not in config\n")
+            self.unset("endpoint", "key", "secret")
+            self.assertEqual(self.assertUsage("-q", "listZones", "--region", "x"), "Error: region 'x' not in config\n")
+
+    def test_version(self):
+        for args in (["--version"], ["listZones", "--version"], ["-q", "--version"]):
+            code, out, err = self.main(*args)
+            self.assertEqual((code, err), (0, ""))
+            self.assertEqual(out, "cs {}\n".format(cs.__version__))
+        self.assertEqual(self.server.requests, [])
+
+    def test_help_names_every_option(self):
+        self.unset("endpoint")
+        for args in (["--help"], ["-h"], ["-q", "--help"]):
+            code, out, err = self.main(*args)
+            self.assertEqual((code, err), (0, ""))
+            for option in "-r --region --theme --post --async --wait -q --quiet -t --trace --dry-run --version".split():
+                self.assertRegex(out, r"(?<![\w-]){}(?![\w-])".format(re.escape(option)))
+            self.assertIn("cs [options] COMMAND [name=value ...]", out)
+        self.assertEqual(self.server.requests, [])
+
+    def test_main_without_arguments_reads_sys_argv(self):
+        with mock.patch("sys.argv", ["/usr/bin/cs", "--version"]):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                self.assertEqual(cs.main(), 0)
+        self.assertEqual(out.getvalue(), "cs {}\n".format(cs.__version__))
+
+    def test_any_arguments_give_an_exit_code_and_no_traceback(self):
+        """Command lines made at random out of what command lines are made of."""
+        pieces = "listZones deployVirtualMachine x --async -q -t --trace -r eu --region=x --post --dry-run --theme x"
+        pieces += " --theme= -- = - --- a=b a= =b name=@nofile name=@@ json=no json=x fetch_list=1 fetch_result=1"
+        pieces += " headers=x --wait=1 --wait opcode_name= response=xml page=0 page=x pagesize=-1 expires= apiKey=k"
+        pieces = (pieces + " --version -qq -rt command=x a[0].b=c signature=x").split()
+        pieces += ["", "a=\x00", "\udcff", "a=\udcff", "opcode_name=\x01", "a" * 9000 + "=b", "-\u00fc", "\u00fc"]
+        draw = random.Random(51)
+        codes = collections.Counter()
+        self.replies(queryAsyncJobResult=job_done({}))
+        for _ in range(150):
+            args = [draw.choice(pieces) for _ in range(draw.randrange(6))]
+            with self.subTest(args):
+                code, out, err = self.main(*args)
+                codes[code] += 1
+                if code == 2:
+                    self.assertTold(err, err.splitlines()[0])
+        self.assertEqual(set(codes) - {0, 1, 2}, set())
+        self.assertGreater(codes[0], 5)
+
+
+class OutputTest(CommandLineCase):
+    """What is printed where, and the exit code."""
+
+    def test_json_with_indent_2_and_sorted_keys_and_text_as_it_is(self):
+        """5.2.0 prints \\u00fc for what is no ASCII."""
+        self.assertEqual(self.main("listZones"), (0, ZONES_TEXT, ""))
+
+    def test_an_empty_answer_prints_nothing(self):
+        for reply, args in (
+            ({"listzonesresponse": {}}, ()),
+            ({"listzonesresponse": []}, ()),
+            ({"listzonesresponse": None}, ()),
+            ({"listzonesresponse": {}}, ("fetch_list=true",)),
+            ((200, ""), ("json=false",)),
+        ):
+            with self.subTest(reply=reply, args=args):
+                self.replies(listZones=reply)
+                self.assertEqual(self.main("listZones", *args), (0, "", ""))
+
+    def test_an_answer_that_is_no_object_is_still_json(self):
+        for value in (0, False, True, 1.5, "text", [1]):
+            with self.subTest(value=value):
+                self.replies(listZones={"listzonesresponse": value})
+                code, out, err = self.main("listZones")
+                self.assertEqual((code, json.loads(out), err), (0, value, ""))
+
+    def test_lone_surrogates_and_control_characters_are_valid_json_and_harm_no_terminal(self):
+        text = "a\ud800\x1b[2J\x7f\x9b\u202e\u2066\u2028\tb\nc"
+        self.replies(listZones={"r": {"name": text}})
+        code, out, err = self.main("listZones")
+        self.assertEqual((code, json.loads(out), err), (0, {"name": text}, ""))
+        self.assertEqual(re.findall("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\u2066\u2028\ud800]", out), [])
+        out.encode("utf-8")
+
+    def test_raw_control_characters_in_an_answer(self):
+        self.replies(listZones='{"r": {"name": "a\x1bb\x01"}}')
+        code, out, err = self.main("listZones")
+        self.assertEqual((code, json.loads(out), err), (0, {"name": "a\x1bb\x01"}, ""))
+
+    def test_an_ascii_standard_output(self):
+        result = self.cs("listZones", env={"PYTHONIOENCODING": "ascii"})
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        self.assertEqual(json.loads(result.raw.decode("ascii")), ZONES_ANSWER["listzonesresponse"])
+        self.replies(listZones=(200, "z\u00fcrich \u20ac"))
+        for encoding, text in (("ascii", b"z\\xfcrich \\u20ac\n"), ("latin-1", b"z\xfcrich \\u20ac\n")):
+            raw = io.BytesIO()
+            with contextlib.redirect_stdout(io.TextIOWrapper(raw, encoding=encoding, newline="\n")):
+                self.assertEqual(cs.main(["listZones", "json=false"]), 0)
+                self.assertEqual(raw.getvalue(), text)
+
+    def test_an_api_error(self):
+        document = refusal(431, "Unable to find zone \u20ac")
+        self.replies(listZones=(431, document))
+        printed = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        code, out, err = self.main("listZones")
+        self.assertEqual((code, out), (1, printed))
+        self.assertTold(err, "CloudStack error: HTTP 431 response from CloudStack: Unable to find zone \u20ac")
+        self.assertEqual(self.main("listZones", "-q"), (1, printed, ""))
+
+    def test_escape_sequences_in_an_error_are_shown_escaped(self):
+        self.replies(listZones=(431, refusal(431, "a\x1b[2Jb\x9bc\u202ed\x07")))
+        code, out, err = self.main("listZones")
+        self.assertEqual(code, 1)
+        self.assertIn("a\\x1b[2Jb\\x9bc\\u202ed\\x07", err)
+        self.replies(listZones=(503, "<html>\x1b]0;title\x07</html>"))
+        code, out, err = self.main("listZones")
+        self.assertIn("<html>\\x1b]0;title\\x07</html>", err)
+
+    def test_an_answer_that_is_no_json_is_shown_on_standard_error(self):
+        page = "<html><body>login</body></html>"
+        for status in (200, 403, 502):
+            with self.subTest(status):
+                self.replies(listZones=(status, page))
+                code, out, err = self.main("listZones")
+                self.assertEqual((code, out), (1, ""))
+                self.assertIn("CloudStack error: ", err)
+                self.assertIn(page, err)
+                self.assertEqual(self.main("listZones", "--quiet"), (1, "", ""))
+
+    def test_a_long_page_is_shown_from_its_beginning_only(self):
+        self.replies(listZones=(502, "<html>" + "x" * 100000))
+        code, out, err = self.main("listZones")
+        self.assertIn("<html>xxxx", err)
+        self.assertLess(len(err), 5000)
+
+    def test_json_that_is_no_answer_of_cloudstack_is_shown_on_standard_output(self):
+        self.replies(listZones={"a": 1, "b": 2})
+        code, out, err = self.main("listZones")
+        self.assertEqual((code, json.loads(out)), (1, {"a": 1, "b": 2}))
+        self.assertIn("CloudStack error: Unexpected response from CloudStack", err)
+
+    def test_broken_json(self):
+        self.replies(listZones='{"r": ')
+        code, out, err = self.main("listZones")
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn("Malformed JSON document", err)
+
+    def test_deeply_nested_answers(self):
+        for depth in (300, 960, 980, 100000):
+            for status in (200, 431):
+                with self.subTest(depth=depth, status=status):
+                    self.replies(listZones=(status, '{"r": ' + "[" * depth + "]" * depth + "}"))
+                    code, out, err = self.main("listZones")
+                    self.assertIn(code, (0, 1))
+                    self.assertNotIn("Traceback", err)
+
+    def test_a_redirect_is_an_error_that_names_the_new_address_without_its_query(self):
+        self.replies(listZones=(302, "https://other.example/login?token=" + PASSWORD))
+        code, out, err = self.main("listZones")
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn("https://other.example/login", err)
+        self.assertNoCanary(err)
+        self.assertEqual(len(self.server.requests), 1)
+
+    def test_a_success_that_holds_an_errortext_is_an_error(self):
+        self.replies(listZones={"r": {"errorcode": 530, "errortext": "broken"}})
+        code, out, err = self.main("listZones")
+        self.assertEqual((code, json.loads(out)), (1, {"errorcode": 530, "errortext": "broken"}))
+
+    def test_no_answer_is_exit_code_3(self):
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            environ(endpoint="http://127.0.0.1:{}/".format(unused.getsockname()[1]))
+            self.no_answer("refused")
+        with self.no_tls() as port:
+            environ(endpoint="https://127.0.0.1:{}/".format(port))
+            self.no_answer("TLS")
+        environ(endpoint=self.server.endpoint, timeout="0.05")
+        self.replies(listZones=forever)
+        self.no_answer("timeout")
+        environ(endpoint="http://cloud.invalid/")
+        with mock.patch("socket.getaddrinfo", side_effect=socket.gaierror(-2, "Name or service not known")):
+            self.no_answer("cloud.invalid")
+
+    @staticmethod
+    @contextlib.contextmanager
+    def no_tls():
+        """The port of a server that answers whatever comes with plain text."""
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    with listener.accept()[0] as connection:
+                        connection.recv(10000)
+                        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(5)
+            listener.settimeout(10)
+            thread = threading.Thread(target=serve, daemon=True)
+            thread.start()
+            yield listener.getsockname()[1]
+            socket.socket.shutdown(listener, socket.SHUT_RDWR)
+        thread.join()
+
+    def no_answer(self, part):
+        code, out, err = self.main("listZones", "password=" + PASSWORD)
+        self.assertEqual((code, out), (3, ""))
+        self.assertTold(err, err.splitlines()[0])
+        self.assertTrue(err.startswith("CloudStack error: "), err)
+        self.assertIn(part, err)
+        self.assertNoCanary(err)
+        self.assertEqual(self.main("listZones", "-q"), (3, "", ""))
+
+    def test_a_command_that_may_have_run_is_told(self):
+        environ(timeout="0.05")
+        self.replies(startVirtualMachine=forever)
+        code, out, err = self.main("startVirtualMachine", "id=1")
+        self.assertEqual((code, out), (3, ""))
+        self.assertIn("its outcome is unknown", err)
+
+    def test_standard_error_that_cannot_be_written_is_no_matter(self):
+        self.replies(listZones=(431, refusal(431, "no")))
+        broken = mock.Mock(spec=io.StringIO)
+        broken.write.side_effect = OSError(28, "No space left on device")
+        for stderr in (broken, None):
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(stderr):
+                self.assertEqual(cs.main(["listZones", "-t"]), 1)
+            self.assertEqual(json.loads(out.getvalue()), refusal(431, "no"))
+
+
+class CommandLineJobsTest(CommandLineCase):
+    """Commands that start a job."""
+
+    def setUp(self):
+        super().setUp()
+        self.replies(deployVirtualMachine={"deployvirtualmachineresponse": {"jobid": "job-1", "id": "vm-1"}})
+
+    def test_a_job_is_waited_for(self):
+        self.replies(queryAsyncJobResult=[job_pending(), job_pending(), job_done({"virtualmachine": {"id": "vm-1"}})])
+        code, out, err = self.main("deployVirtualMachine")
+        self.assertEqual((code, json.loads(out), err), (0, {"virtualmachine": {"id": "vm-1"}}, ""))
+        self.assertEqual(self.server.commands, ["deployVirtualMachine"] + ["queryAsyncJobResult"] * 3)
+
+    def test_async_does_not_wait(self):
+        for args in (["--async"], ["fetch_result=false"]):
+            self.server.requests.clear()
+            code, out, err = self.main("deployVirtualMachine", *args)
+            self.assertEqual((code, json.loads(out), err), (0, {"jobid": "job-1", "id": "vm-1"}, ""))
+            self.assertEqual(self.server.commands, ["deployVirtualMachine"])
+
+    def test_a_command_with_async_in_its_name_is_not_waited_for(self):
+        self.replies(**{"*": {"r": {"jobid": "job-1"}}})
+        for command in ("queryAsyncJobResult", "doThingAsync", "asyncThing"):
+            self.server.requests.clear()
+            code, out, err = self.main(command)
+            self.assertEqual((code, json.loads(out), err), (0, {"jobid": "job-1"}, ""))
+            self.assertEqual(self.server.commands, [command])
+
+    def test_a_failed_job(self):
+        failed = {"errorcode": 533, "errortext": "no capacity \x1b[1m"}
+        self.replies(queryAsyncJobResult=job_done(failed, 2))
+        code, out, err = self.main("deployVirtualMachine")
+        self.assertEqual((code, json.loads(out)), (1, job_done(failed, 2)))
+        self.assertTold(err, "CloudStack error: Job failure: no capacity \\x1b[1m")
+        code, out, err = self.main("deployVirtualMachine", "-q")
+        self.assertEqual((code, json.loads(out), err), (1, job_done(failed, 2), ""))
+
+    def test_a_job_still_running_at_job_timeout(self):
+        environ(job_timeout="0.03")
+        self.replies(queryAsyncJobResult=job_pending)
+        code, out, err = self.main("deployVirtualMachine")
+        self.assertEqual((code, out), (4, ""))
+        self.assertIn("Timeout waiting for async job result", err)
+        self.assertIn("cs --wait job-1", err)
+
+    def test_no_answer_while_waiting_tells_how_to_go_on(self):
+        environ(job_timeout="0.03", timeout="0.02")
+        self.replies(queryAsyncJobResult=forever)
+        code, out, err = self.main("deployVirtualMachine")
+        self.assertIn(code, (3, 4))
+        self.assertEqual(out, "")
+        self.assertIn("cs --wait job-1", err)
+
+    def test_wait(self):
+        self.replies(queryAsyncJobResult=[job_pending(), job_done({"success": True})])
+        code, out, err = self.main("--wait", "job-1")
+        self.assertEqual((code, json.loads(out), err), (0, {"success": True}, ""))
+        self.assertEqual([record.params["jobid"] for record in self.server.requests], ["job-1", "job-1"])
+        code, out, err = self.main("--wait=job-1", "-q", "--post")
+        self.assertEqual((code, json.loads(out)), (0, {"success": True}))
+        self.assertEqual(self.server.requests[-1].method, "POST")
+
+    def test_wait_for_a_failed_an_unknown_and_an_endless_job(self):
+        self.replies(queryAsyncJobResult=job_done({"errorcode": 530, "errortext": "it broke"}, 2))
+        code, out, err = self.main("--wait", "job-1")
+        self.assertEqual(code, 1)
+        self.assertTold(err, "CloudStack error: Job failure: it broke")
+        self.replies(queryAsyncJobResult=(431, refusal(431, "unable to find job")))
+        code, out, err = self.main("--wait", "job-2")
+        self.assertEqual(code, 1)
+        self.assertTold(err, "CloudStack error: HTTP 431 response from CloudStack: unable to find job")
+        environ(job_timeout="0.03")
+        self.replies(queryAsyncJobResult=job_pending)
+        code, out, err = self.main("--wait", "job-1")
+        self.assertEqual((code, out), (4, ""))
+        self.assertIn("cs --wait job-1", err)
+
+    def test_a_job_id_that_cannot_be_sent_is_no_usage_error(self):
+        """It was the server's word, and a machine may be on its way."""
+        self.replies(deployVirtualMachine={"r": {"jobid": "1\x1b[2J"}}, queryAsyncJobResult=job_pending)
+        environ(job_timeout="0.03")
+        code, out, err = self.main("deployVirtualMachine")
+        self.assertNotEqual(code, 2)
+        self.assertTrue(err.startswith("CloudStack error: "), err)
+        self.assertNotIn("\x1b", err)
+
+    def test_an_interrupt_while_waiting_tells_how_to_go_on(self):
+        self.replies(queryAsyncJobResult=job_pending)
+        with mock.patch.object(cs, "_sleep", side_effect=KeyboardInterrupt):
+            code, out, err = self.main("deployVirtualMachine")
+        self.assertEqual((code, out), (130, ""))
+        self.assertIn("job-1", err)
+        self.assertIn("cs --wait job-1", err)
+
+    def test_an_interrupt_before_there_is_a_job(self):
+        with mock.patch.object(cs.CloudStack, "_exchange", side_effect=KeyboardInterrupt):
+            code, out, err = self.main("deployVirtualMachine")
+        self.assertEqual((code, out), (130, ""))
+        self.assertNotIn("--wait", err)
+        self.assertNotIn("Traceback", err)
+
+
+class TraceTest(CommandLineCase):
+    """--trace shows every exchange and nothing secret."""
+
+    def lines(self, *args):
+        """The trace of a command line without its blank lines, and with what changes from run to run replaced."""
+        code, out, err = self.main("-t", *args)
+        self.assertEqual(code, 0)
+        self.assertNoCanary(err)
+        err = re.sub(r"expires=20\d\d-\d\d-\d\dT\d\d%3A\d\d%3A\d\d%2B0000", "expires=NOW", err)
+        err = err.replace(self.server.address, "http://host")
+        return [re.sub(r"^\(\d+ ms\)$", "(TIME)", line) for line in err.splitlines() if line]
+
+    QUERY = "apiKey=***&command=listZones&expires=NOW&name=x&response=json&signature=***&signatureVersion=3"
+    ANSWER = [
+        "200 OK",
+        "Content-Type: application/json",
+        "Content-Length: {}".format(len(json.dumps(ZONES_ANSWER))),
+        json.dumps(ZONES_ANSWER),
+        "(TIME)",
+    ]
+
+    def test_get(self):
+        expected = ["GET http://host/client/api?" + self.QUERY, "User-Agent: cs/" + cs.__version__]
+        self.assertEqual(self.lines("listZones", "name=x"), expected + ["Accept-Encoding: identity"] + self.ANSWER)
+
+    def test_an_endpoint_without_a_path_is_shown_with_a_slash(self):
+        environ(endpoint=self.server.address)
+        self.assertEqual(self.lines("listZones", "name=x")[0], "GET http://host/?" + self.QUERY)
+
+    def test_an_endpoint_with_a_query(self):
+        environ(endpoint=self.server.endpoint + "?site=" + PASSWORD)
+        self.assertRegex(self.lines("listZones", "name=x")[0], "^GET http://host/client/api[?]")
+
+    def test_post_with_its_form_body(self):
+        expected = [
+            "POST http://host/client/api",
+            "User-Agent: cs/" + cs.__version__,
+            "Accept-Encoding: identity",
+            "Content-Type: application/x-www-form-urlencoded",
+            self.QUERY,
+        ]
+        self.assertEqual(self.lines("listZones", "name=x", "--post"), expected + self.ANSWER)
+        environ(endpoint=self.server.address)
+        self.assertEqual(self.lines("listZones", "name=x", "--post")[0], "POST http://host/")
+
+    def test_the_body_is_shown_as_received(self):
+        body = '{ "listzonesresponse" :\n{"zone": [ ], "name": "z\u00fcrich"}}'
+        self.replies(listZones=body)
+        lines = self.lines("listZones")
+        self.assertIn("\n".join(body.splitlines()), "\n".join(lines))
+
+    def test_every_exchange_is_shown(self):
+        self.replies(
+            deployVirtualMachine={"r": {"jobid": "job-1"}},
+            queryAsyncJobResult=[job_pending(), job_done({"success": True})],
+        )
+        lines = self.lines("deployVirtualMachine")
+        requests = [re.search("command=([A-Za-z]+)", line).group(1) for line in lines if "command=" in line]
+        self.assertEqual(requests, ["deployVirtualMachine", "queryAsyncJobResult", "queryAsyncJobResult"])
+        self.assertEqual(lines.count("200 OK"), 3)
+        self.assertEqual(lines.count("(TIME)"), 3)
+
+    def test_errors_and_pages_of_html_are_shown_too(self):
+        self.replies(listZones=(502, "<html>\x1b[2J</html>"))
+        code, out, err = self.main("-t", "listZones")
+        self.assertEqual(code, 1)
+        self.assertIn("\n502 Bad Gateway\nContent-Type: text/html\n", err)
+        self.assertIn("\n<html>\\x1b[2J</html>\n", err)
+
+    def test_an_exchange_without_an_answer_is_shown_with_its_reason(self):
+        environ(timeout="0.05")
+        self.replies(listZones=forever)
+        code, out, err = self.main("-t", "listZones", "password=" + PASSWORD)
+        self.assertEqual(code, 3)
+        self.assertIn("No answer from " + self.server.endpoint, err)
+        self.assertRegex(err, r"\(\d+ ms\)")
+        self.assertNoCanary(err)
+
+    def test_the_setting_does_what_the_option_does(self):
+        environ(trace="true")
+        code, out, err = self.main("listZones")
+        self.assertIn("GET " + self.server.endpoint, err)
+
+    def test_nothing_secret_is_shown(self):
+        """Neither in what is sent, nor in an answer that repeats it, under any name."""
+        environ(header_authorization="Bearer " + PASSWORD, header_x_auth_token=PASSWORD, header_cookie="a=" + PASSWORD)
+        echo = {
+            "apikey": KEY,
+            "odd": [SECRET, PASSWORD, USERDATA],
+            "secretkey": "CANARY-new",
+            "privatekey": 'CANARY\n"pem',
+        }
+        echo["user"] = {
+            "password": "CANARY-other",
+            "sessionkey": "CANARY-session",
+            "details": {"rootPassword": "CANARY-root"},
+        }
+        self.replies(**{"*": {"r": echo}})
+        for params in (
+            ["password=" + PASSWORD, "userdata=" + USERDATA],
+            ["details[0].password=" + PASSWORD, "details[0].userData=" + USERDATA],
+            ["newPassword=" + PASSWORD, "USERDATA=" + USERDATA],
+            ["privatekey=" + PASSWORD, "usersecretkey=" + USERDATA],
+            ["sessionkey=" + PASSWORD, "token=" + USERDATA],
+            ["signature=" + PASSWORD, "userdata=" + USERDATA, "password=" + PASSWORD],
+        ):
+            for option in ("-t", "--post"):
+                with self.subTest(params, option=option):
+                    code, out, err = self.main("-t", option, "updateUser", *params)
+                    self.assertEqual(code, 0)
+                    self.assertNoCanary(err)
+                    sent = self.server.requests[-1].params
+                    for param in params[:2]:
+                        name, _, value = param.partition("=")
+                        if name != "signature":
+                            self.assertEqual(sent[name], value)
+        self.assertEqual(self.server.requests[-1].headers["authorization"], "Bearer " + PASSWORD)
+
+    def test_a_session_is_shown_without_its_secrets(self):
+        self.unset("key", "secret")
+        environ(username="admin", password=PASSWORD)
+        self.replies(login={"loginresponse": {"sessionkey": "CANARY-session", "username": "admin"}})
+        code, out, err = self.main("-t", "listZones")
+        self.assertEqual((code, out), (0, ZONES_TEXT))
+        self.assertNoCanary(err)
+        self.assertEqual(self.server.commands, ["login", "listZones", "logout"])
+        self.assertEqual(self.server.requests[0].params["password"], PASSWORD)
+        self.assertEqual(self.server.requests[1].params["sessionkey"], "CANARY-session")
+        self.assertNotIn("signature", self.server.requests[1].params)
+
+
+class DryRunTest(CommandLineCase):
+    """--dry-run prints what would be sent, and sends nothing."""
+
+    def plan(self, *args):
+        code, out, err = self.main("--dry-run", *args)
+        self.assertEqual((code, err), (0, ""))
+        self.assertEqual(self.server.requests, [])
+        self.assertNoCanary(out)
+        lines = out.splitlines()
+        return lines[0], dict(line.split("=", 1) for line in lines[1:])
+
+    def test_method_address_and_parameters(self):
+        head, params = self.plan("listZones", "name=z\u00fcrich &x", "tags[0].key=a")
+        self.assertEqual(head, "GET {}".format(self.server.endpoint))
+        self.assertRegex(params.pop("expires"), r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\+0000$")
+        fixed = {
+            "apiKey": "***",
+            "command": "listZones",
+            "response": "json",
+            "signature": "***",
+            "signatureVersion": "3",
+        }
+        self.assertEqual(params, dict({"name": "z\u00fcrich &x", "tags[0].key": "a"}, **fixed))
+
+    def test_post(self):
+        self.assertEqual(self.plan("listZones", "--post")[0], "POST {}".format(self.server.endpoint))
+        self.assertEqual(self.plan("listZones", "a=" + "x" * 9000)[0], "POST {}".format(self.server.endpoint))
+
+    def test_what_is_secret_is_replaced(self):
+        head, params = self.plan("updateUser", "password=" + PASSWORD, "details[0].userdata=" + USERDATA)
+        self.assertEqual(head, "POST {}".format(self.server.endpoint))
+        self.assertEqual((params["password"], params["details[0].userdata"]), ("***", "***"))
+
+    def test_control_arguments_are_no_parameters(self):
+        for word in ("json=true", "fetch_result=true"):
+            self.assertNotIn(word.partition("=")[0], self.plan("listZones", word)[1])
+        head, params = self.plan("listZones", "json=false", "opcode_name=cmd")
+        self.assertEqual(params["cmd"], "listZones")
+        self.assertNotIn("response", params)
+
+    def test_page_without_pagesize_shows_the_size_that_is_added(self):
+        self.assertEqual(self.plan("listZones", "page=2")[1]["pagesize"], "500")
+
+    def test_a_session_is_not_opened(self):
+        self.unset("key", "secret")
+        environ(username="admin", password=PASSWORD)
+        self.assertNotIn("signature", self.plan("listZones")[1])
+
+    def test_an_unsigned_client(self):
+        self.unset("key", "secret")
+        self.assertEqual(self.plan("listZones")[1], {"command": "listZones", "response": "json"})
+
+    def test_waiting_for_a_job(self):
+        self.replies(queryAsyncJobResult=job_done({"success": True}))
+        code, out, err = self.main("--dry-run", "--wait", "job-1")
+        self.assertIn(code, (0, 2))
+        self.assertEqual(self.server.requests, [])
+        self.assertNotIn("Traceback", err)
+
+    def test_control_characters_are_shown_escaped(self):
+        code, out, err = self.main("--dry-run", "listZones", "name=a\u202eb\x9bc")
+        self.assertIn("name=a\\u202eb\\x9bc", out)
+
+    def test_bad_input_is_refused_as_it_would_be(self):
+        self.assertUsage("--dry-run", "listZones", "name=\x01", says=["name"])
+        self.assertUsage("--dry-run", "listZones", "x", says=["'x'"])
+        self.unset("secret")
+        self.assertUsage("--dry-run", "listZones", says=["secret"])
+
+
+class ReadableFilesTest(CommandLineCase):
+    """An ini file that holds a secret and can be read by others works, with a warning."""
+
+    def setUp(self):
+        super().setUp()
+        self.unset("key", "secret")
+
+    def warnings(self, text, mode, *args):
+        path = self.write(".cloudstack.ini", text, mode)
+        code, out, err = self.main("listZones", *args)
+        self.assertEqual((code, out), (0, ZONES_TEXT))
+        self.assertNoCanary(err)
+        if err:
+            self.assertOneLine(err)
+            self.assertTrue(err.startswith("Warning: "), err)
+            self.assertIn(path, err)
+        return bool(err)
+
+    @unittest.skipUnless(os.name == "posix", "other systems have no such modes")
+    def test_modes(self):
+        signed = "[cloudstack]\nkey = {}\nsecret = {}\n".format(KEY, SECRET)
+        for mode, warned in (
+            (0o600, False),
+            (0o400, False),
+            (0o640, True),
+            (0o604, True),
+            (0o644, True),
+            (0o666, True),
+        ):
+            with self.subTest(oct(mode)):
+                self.assertIs(self.warnings(signed, mode), warned)
+                self.assertFalse(self.warnings(signed, mode, "-q"))
+
+    @unittest.skipUnless(os.name == "posix", "other systems have no such modes")
+    def test_only_where_it_holds_a_secret(self):
+        self.assertFalse(self.warnings("[cloudstack]\ntimeout = 3\n[eu]\nsecret = {}\n".format(SECRET), 0o644))
+
+    @unittest.skipUnless(os.name == "posix", "other systems have no such modes")
+    def test_once_however_many_secrets_and_requests(self):
+        self.replies(
+            login={"r": {"sessionkey": "CANARY-session"}},
+            listZones=[{"r": {"jobid": "job-1"}}],
+            queryAsyncJobResult=[job_pending(), job_done(ZONES_ANSWER["listzonesresponse"])],
+        )
+        text = "[cloudstack]\nusername = u\npassword = {}\n".format(PASSWORD)
+        self.assertTrue(self.warnings(text, 0o644))
+
+
+# What nobody can send: {setting: value} as the environment gives it, and what the line says.
+BAD_SETTINGS = (
+    ({"endpoint": "cloud.example/client/api"}, "endpoint"),
+    ({"endpoint": "localhost:8080/client/api"}, "endpoint"),
+    ({"endpoint": "file:///etc/passwd"}, "endpoint"),
+    ({"endpoint": "ftp://cloud.example/"}, "endpoint"),
+    ({"endpoint": "http://"}, "endpoint"),
+    ({"endpoint": "http:///client/api"}, "endpoint"),
+    ({"endpoint": "http://[::1/client/api"}, "endpoint"),
+    ({"endpoint": "http://cloud.example:port/"}, "endpoint"),
+    ({"endpoint": "http://cloud.example:99999/"}, "endpoint"),
+    ({"endpoint": "http://cloud example/"}, "endpoint"),
+    ({"endpoint": "http://cloud.example/\r\nX: y"}, "endpoint"),
+    ({"endpoint": "http://z\u00fcrich.example/"}, "endpoint"),
+    ({"endpoint": "http://user:" + PASSWORD + "@cloud.example/"}, "endpoint"),
+    ({"endpoint": "user:" + PASSWORD + "@cloud.example/"}, "endpoint"),
+    ({"endpoint": "http:user:" + PASSWORD + "@cloud.example/"}, "endpoint"),
+    ({"endpoint": "cloud.example/client/api?password=" + PASSWORD}, "endpoint"),
+    ({"secret": ""}, "secret"),
+    ({"key": None}, "key"),
+    ({"key": None, "secret": None, "username": "u"}, "password"),
+    ({"key": None, "secret": None, "password": PASSWORD}, "username"),
+    ({"username": "u", "password": PASSWORD}, "username"),
+    ({"timeout": "abc"}, "timeout"),
+    ({"timeout": "0"}, "timeout"),
+    ({"timeout": "-1"}, "timeout"),
+    ({"timeout": "nan"}, "timeout"),
+    ({"timeout": "inf"}, "timeout"),
+    ({"timeout": "1e300"}, "timeout"),
+    ({"timeout": "1" * 400}, "timeout"),
+    ({"retry": "-1"}, "retry"),
+    ({"retry": "1.5"}, "retry"),
+    ({"retry": "x"}, "retry"),
+    ({"retry_backoff": "-0.5"}, "retry_backoff"),
+    ({"method": "put"}, "method"),
+    ({"job_timeout": "soon"}, "job_timeout"),
+    ({"job_timeout": "-1"}, "job_timeout"),
+    ({"poll_interval": "x"}, "poll_interval"),
+    ({"poll_interval": "-1"}, "poll_interval"),
+    ({"poll_interval": "1e300"}, "poll_interval"),
+    ({"expiration": "x"}, "expiration"),
+    ({"expiration": "1e300"}, "expiration"),
+    ({"trace": "maybe"}, "trace"),
+    ({"dangerous_no_tls_verify": "nope"}, "dangerous_no_tls_verify"),
+    ({"dangerous_no_tls_verify": "False ; comment"}, "dangerous_no_tls_verify"),
+    ({"header_x": PASSWORD + "\r\nX-Admin: 1"}, "'x'"),
+    ({"header_x": "\u20ac" + PASSWORD}, "'x'"),
+    ({"header_a b": PASSWORD}, "'a b'"),
+    ({"header_content_length": "5"}, "content-length"),
+    ({"endpoint": "https://127.0.0.1:1/", "verify": "/missing/ca.pem"}, "verify"),
+    ({"endpoint": "https://127.0.0.1:1/", "verify": "{empty}"}, "verify"),
+    ({"endpoint": "https://127.0.0.1:1/", "verify": "{garbage}"}, "verify"),
+    ({"endpoint": "https://127.0.0.1:1/", "cert": "/missing/cert.pem"}, "cert"),
+    ({"endpoint": "https://127.0.0.1:1/", "cert": "{garbage}"}, "cert"),
+    ({"endpoint": "https://127.0.0.1:1/", "cert": "{home}"}, "cert"),
+    ({"endpoint": "https://127.0.0.1:1/", "cert": "{garbage}", "cert_key": "/missing/key.pem"}, "cert"),
+)
+
+
+class BadInputTest(CommandLineCase):
+    """One clear line that names the setting, before anything is sent."""
+
+    def setUp(self):
+        super().setUp()
+        self.files = {
+            "home": self.home,
+            "empty": self.write("empty.pem", ""),
+            "garbage": self.write("garbage.pem", "-----BEGIN CERTIFICATE-----\nCANARY\n-----END CERTIFICATE-----\n"),
+        }
+
+    def bad_settings(self):
+        """Each case with an environment of its own: (settings, what the line says)."""
+        for settings, says in BAD_SETTINGS:
+            settings = {
+                name: value and value.replace("{", "{0[").replace("}", "]}") for name, value in settings.items()
+            }
+            settings = {name: value and value.format(self.files) for name, value in settings.items()}
+            with self.subTest(settings), mock.patch.dict(os.environ):
+                for name, value in settings.items():
+                    os.environ.pop("CLOUDSTACK_" + name.upper(), None)
+                    environ(**{name: value} if value is not None else {})
+                yield settings, says
+            self.assertEqual(self.server.requests, [])
+
+    def test_settings_on_the_command_line(self):
+        for _, says in self.bad_settings():
+            code, out, err = self.main("listZones")
+            self.assertEqual((code, out), (2, ""), err)
+            self.assertOneLine(err)
+            self.assertIn(says, err)
+            self.assertNoCanary(err)
+
+    def test_settings_in_the_library(self):
+        for kind in (cs.CloudStack, cs.AIOCloudStack):
+            for _, says in self.bad_settings():
+                with self.assertRaises((ValueError, cs.CloudStackException)) as caught:
+                    client = kind(**cs.read_config())
+                    outcome = client.listZones()
+                    if asyncio.iscoroutine(outcome):
+                        run(self.closing(client, outcome))
+                self.assertIn(says, str(caught.exception))
+                self.assertNoCanary(*traceback.format_exception(type(caught.exception), caught.exception, None))
+
+    @staticmethod
+    async def closing(client, outcome):
+        try:
+            return await outcome
+        finally:
+            client.close()
+
+    @unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() != 0, "root may read every file")
+    def test_an_unreadable_ca_file(self):
+        environ(endpoint="https://127.0.0.1:1/", verify=self.write("ca.pem", "", mode=0))
+        self.assertUsage("listZones", says=["verify"])
+
+    def test_settings_in_the_file_are_refused_as_those_of_the_environment(self):
+        self.unset("endpoint", "key", "secret")
+        for line, says in (
+            ("timeout = abc", "timeout"),
+            ("retry = -1", "retry"),
+            ("header_x = a\n  b", "'x'"),
+            ("key = k", "secret"),
+        ):
+            with self.subTest(line):
+                self.write(".cloudstack.ini", "[cloudstack]\nendpoint = {}\n{}\n".format(self.server.endpoint, line))
+                self.assertUsage("listZones", says=[says])
+
+    def test_settings_of_the_wrong_type(self):
+        for name, value in (
+            ("endpoint", 5),
+            ("key", 5),
+            ("secret", ["x"]),
+            ("timeout", "x"),
+            ("timeout", True),
+            ("timeout", None.__class__),
+            ("method", 1),
+            ("verify", 1.5),
+            ("cert", 5),
+            ("retry", True),
+            ("retry", 1.5),
+            ("expiration", object()),
+            ("trace", 2),
+            ("dangerous_no_tls_verify", "nope"),
+            ("headers", "x: y"),
+            ("headers", {"a b": "c"}),
+            ("headers", {"a": ["c"]}),
+            ("headers", {"a": "c\r\nd"}),
+            ("fetch_result", "perhaps"),
+            ("concurrency", 0),
+            ("username", 7),
+        ):
+            for kind in (cs.CloudStack, cs.AIOCloudStack):
+                with self.subTest(name, value=value):
+                    with self.assertRaisesRegex(ValueError, "^" + name + ": "):
+                        kind(**dict({"endpoint": ENDPOINT}, **{name: value}))
+                    client = kind(ENDPOINT)
+                    with self.assertRaisesRegex(ValueError, "^" + name + ": "):
+                        setattr(client, name, value)
+
+    def test_parameters_that_cannot_be_sent(self):
+        client = cs.CloudStack(self.server.endpoint, KEY, SECRET)
+        self.addCleanup(client.close)
+        for value, says in (
+            (object(), "object"),
+            ({"a": {"b": 1}}, "dict"),
+            ([[1]], "list"),
+            ([{"a": object()}], "object"),
+            (b"\xff" + PASSWORD.encode(), "UTF-8"),
+            (PASSWORD + "\x00", "U+0000"),
+            (PASSWORD + "\ud800", "U+D800"),
+            (len, "builtin_function_or_method"),
+        ):
+            with self.subTest(ascii(value)):
+                with self.assertRaises(ValueError) as caught:
+                    client.listZones(userdata=value)
+                self.assertIn("userdata", str(caught.exception))
+                self.assertIn(says, str(caught.exception))
+                self.assertNoCanary(caught.exception)
+        with self.assertRaisesRegex(ValueError, "'x'"):
+            client.listZones(headers={"x": "a\r\nb"})
+        self.assertEqual(self.server.requests, [])
+
+    def test_files(self):
+        self.unset("endpoint", "key", "secret")
+        missing = os.path.join(self.home, "missing.ini")
+        for name, content, says in (
+            ("no file at all", None, "Config file not found. Tried "),
+            (
+                "no endpoint",
+                "[cloudstack]\nkey = {}\n".format(KEY),
+                "the configuration is missing the following keys: endpoint",
+            ),
+            ("no ini file", "secret = {}\n".format(SECRET), "is no ini file"),
+            ("a reference", "[cloudstack]\nendpoint = http://e/\nsecret = {}%(x)s\n".format(SECRET), "secret"),
+            ("undecodable", b"[cloudstack]\nsecret = CANARY\xff\n", "UTF-8"),
+        ):
+            with self.subTest(name):
+                if content is not None:
+                    self.write(".cloudstack.ini", content)
+                self.assertNoCanary(self.assertUsage("listZones", says=[says]))
+        os.remove(os.path.join(self.home, ".cloudstack.ini"))
+        environ(config=missing)
+        self.assertUsage("listZones", says=["Config file not found. Tried ", missing])
+        environ(config=self.home)
+        self.assertUsage("listZones", says=["cannot read", self.home])
+
+    def test_usage_errors_are_told_in_spite_of_quiet(self):
+        self.assertUsage("-q", "listZones", "x", says=["'x'"])
+        environ(timeout="abc")
+        self.assertUsage("-q", "listZones", says=["timeout"])
+
+
+def posix_only(test):
+    return unittest.skipUnless(os.name == "posix", "needs a POSIX system")(test)
+
+
+class CommandLineProcessTest(CommandLineCase):
+    """What only a process of its own can show."""
+
+    def start(self, *args, **options):
+        """A child whose Ctrl-C works even where the tests themselves were started in the background."""
+
+        def take_interrupts():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+        command = options.pop("command", [sys.executable, CS_PATH])
+        options = dict({"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}, **options)
+        child = subprocess.Popen(command + list(args), preexec_fn=take_interrupts, **options)
+        self.addCleanup(self.end, child)
+        return child
+
+    @staticmethod
+    def end(child):
+        if child.poll() is None:
+            child.kill()
+        child.wait()
+        for stream in (child.stdout, child.stderr):
+            if stream is not None:
+                stream.close()
+
+    def finish(self, child):
+        """(exit code, standard output, standard error) of a child."""
+        out, err = child.communicate(timeout=30)
+        return child.returncode, (out or b"").decode("utf-8"), (err or b"").decode("utf-8")
+
+    def held(self, reply):
+        """A reply that is given once release is set, and sets asked before."""
+        asked, release = threading.Event(), threading.Event()
+        self.addCleanup(release.set)
+
+        def wait(_):
+            asked.set()
+            release.wait(10)
+            return reply
+
+        return wait, asked, release
+
+    def test_cs_py_and_python_m_cs_are_the_same_program(self):
+        for command in ([sys.executable, CS_PATH], [sys.executable, "-m", "cs"]):
+            result = self.finish(self.start("listZones", "-q", command=command, cwd=os.path.dirname(CS_PATH)))
+            self.assertEqual(result, (0, ZONES_TEXT, ""))
+
+    def test_the_exit_code_is_that_of_main(self):
+        result = self.cs("listZones", "x")
+        self.assertEqual((result.returncode, result.stdout), (2, ""))
+        self.assertOneLine(result.stderr)
+
+    def test_nothing_is_left_open(self):
+        result = self.cs("listZones", env={"PYTHONDEVMODE": "1", "PYTHONWARNINGS": "default"})
+        self.assertEqual((result.returncode, result.stdout, result.stderr), (0, ZONES_TEXT, ""))
+
+    def test_a_value_from_standard_input(self):
+        result = self.cs("listZones", "name=@-", stdin="z\u00fcrich\n\n")
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        self.assertEqual(self.server.requests[0].params["name"], "z\u00fcrich\n")
+
+    @posix_only
+    def test_an_argument_that_cannot_be_decoded(self):
+        code, out, err = self.finish(self.start(b"listZones", b"name=\xff"))
+        self.assertEqual((code, out, self.server.requests), (2, "", []))
+        self.assertOneLine(err)
+
+    @posix_only
+    def test_a_reader_that_closes_early(self):
+        self.replies(listZones={"r": {"zone": ["x" * 1000] * 1000}})
+        child = self.start("listZones")
+        self.assertEqual(child.stdout.read(1), b"{")
+        child.stdout.close()
+        self.assertEqual(child.stderr.read(), b"")
+        self.assertEqual(child.wait(), 0)
+
+    @posix_only
+    def test_a_reader_that_is_gone_before_anything_is_written(self):
+        reading, writing = os.pipe()
+        os.close(reading)
+        try:
+            self.assertEqual(self.finish(self.start("listZones", stdout=writing)), (0, "", ""))
+        finally:
+            os.close(writing)
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    def test_a_full_disk(self):
+        self.replies(listHosts=(431, refusal(431, "no")))
+        for args in (["listZones"], ["-q", "listHosts"]):
+            with self.subTest(args), open("/dev/full", "wb") as full:
+                code, out, err = self.finish(self.start(*args, stdout=full))
+                self.assertEqual(code, 1)
+                self.assertOneLine(err)
+                self.assertIn("No space left on device", err)
+
+    @posix_only
+    def test_no_standard_output_at_all(self):
+        self.replies(listHosts=(431, refusal(431, "no")))
+        for args in (["listHosts"], ["--version"]):
+            with self.subTest(args):
+                shell = ["sh", "-c", 'exec "$0" "$@" >&-', sys.executable, CS_PATH]
+                code, out, err = self.finish(self.start(*args, command=shell))
+                self.assertIn(code, (0, 1))
+                self.assertNotIn("Traceback", err)
+
+    @posix_only
+    def test_no_standard_error_at_all(self):
+        self.replies(listZones=(431, refusal(431, "no")))
+        shell = ["sh", "-c", 'exec "$0" "$@" 2>&-', sys.executable, CS_PATH]
+        code, out, err = self.finish(self.start("-t", "listZones", command=shell))
+        self.assertEqual((code, json.loads(out)), (1, refusal(431, "no")))
+
+    @posix_only
+    def test_an_interrupt_while_waiting_for_a_job(self):
+        """With 5.2.0 it never shows the job's id."""
+        polled = threading.Event()
+
+        def pending(_):
+            polled.set()
+            return job_pending()
+
+        self.replies(deployVirtualMachine={"r": {"jobid": "job-1"}}, queryAsyncJobResult=pending)
+        for args in (["deployVirtualMachine"], ["--wait", "job-1"]):
+            with self.subTest(args):
+                polled.clear()
+                child = self.start(*args, env=dict(os.environ, CLOUDSTACK_POLL_INTERVAL="0.05"))
+                self.assertTrue(polled.wait(10))
+                child.send_signal(signal.SIGINT)
+                code, out, err = self.finish(child)
+                self.assertEqual((code, out), (130, ""))
+                self.assertIn("cs --wait job-1", err)
+                self.assertNotIn("Traceback", err)
+
+    @posix_only
+    def test_an_interrupt_while_waiting_for_an_answer(self):
+        wait, asked, release = self.held(ZONES_ANSWER)
+        self.replies(listZones=wait)
+        child = self.start("listZones")
+        self.assertTrue(asked.wait(10))
+        child.send_signal(signal.SIGINT)
+        code, out, err = self.finish(child)
+        self.assertEqual((code, out), (130, ""))
+        self.assertNotIn("Traceback", err)
+        self.assertNotIn("--wait", err)
+
+    @unittest.skipUnless(os.path.exists("/proc/self/cmdline"), "needs /proc")
+    def test_the_process_list_shows_no_secret(self):
+        wait, asked, release = self.held({"r": {}})
+        self.replies(updateUser=wait)
+        path = self.write("password", PASSWORD)
+        child = self.start("updateUser", "password=@" + path, "-t")
+        self.assertTrue(asked.wait(10))
+        with open("/proc/{}/cmdline".format(child.pid), "rb") as file:
+            line = file.read()
+        with open("/proc/{0}/task/{0}/children".format(child.pid)) as file:
+            self.assertEqual(file.read(), "")
+        release.set()
+        self.assertEqual(self.finish(child)[0], 0)
+        self.assertIn(b"updateUser", line)
+        self.assertNotIn(b"CANARY", line)
+        self.assertEqual(self.server.requests[0].params["password"], PASSWORD)
+
+
+FAKE_PYGMENTS = {
+    "__init__.py": "def highlight(text, lexer, formatter):\n"
+    "    return '\\x1b[36m<' + lexer.name + ' in ' + formatter.style + '>\\n' + text + '\\x1b[39m\\n'\n",
+    "formatters.py": "from .util import ClassNotFound\n"
+    "class Terminal256Formatter:\n"
+    "    def __init__(self, style='default', **options):\n"
+    "        if style == 'nosuch':\n            raise ClassNotFound(style)\n"
+    "        self.style = style\n",
+    "lexers.py": "class JsonLexer:\n    name = 'JSON'\n",
+    "util.py": "class ClassNotFound(ValueError):\n    pass\n",
+}
+
+
+class TerminalTest(CommandLineCase):
+    """Output on a terminal: coloured where Pygments is installed, and nothing in it that the server made up."""
+
+    def setUp(self):
+        super().setUp()
+        try:
+            import pty
+
+            self.openpty = pty.openpty
+        except ImportError:
+            self.skipTest("needs pseudo-terminals")
+        environ(timeout="10")
+
+    def pygments(self, installed=True):
+        """A stand-in for Pygments, or something in its way, in front of what may be installed; the folder it is in."""
+        folder = os.path.join(self.home, "fake" if installed else "none")
+        os.makedirs(os.path.join(folder, "pygments"))
+        for name, text in (FAKE_PYGMENTS if installed else {"__init__.py": "raise ImportError('not here')\n"}).items():
+            self.write(os.path.join(folder, "pygments", name), text)
+        return folder
+
+    def on_terminal(self, *args, **env):
+        """(exit code, standard output, standard error) of a child with both on terminals of their own."""
+        ends = [self.openpty(), self.openpty()]
+        env = dict(os.environ, TERM="xterm", **env)
+        child = subprocess.Popen(
+            [sys.executable, CS_PATH] + list(args),
+            stdin=subprocess.DEVNULL,
+            stdout=ends[0][1],
+            stderr=ends[1][1],
+            env=env,
+        )
+        texts = [b"", b""]
+        readers = [threading.Thread(target=self.drain, args=(texts, n, ends[n])) for n in (0, 1)]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+        return [child.wait()] + [text.decode("utf-8").replace("\r\n", "\n") for text in texts]
+
+    @staticmethod
+    def drain(texts, number, ends):
+        """All that a child writes to a terminal; it ends when the child does."""
+        os.close(ends[1])
+        try:
+            data = b"x"
+            while data:
+                data = os.read(ends[0], 65536)
+                texts[number] += data
+        except OSError:  # Linux says so that the other end is closed
+            pass
+        finally:
+            os.close(ends[0])
+
+    def test_json_is_coloured_where_pygments_is_installed(self):
+        folder = self.pygments()
+        code, out, err = self.on_terminal("listZones", PYTHONPATH=folder)
+        self.assertEqual(
+            (code, out, err), (0, "\x1b[36m<JSON in default>\n" + ZONES_TEXT.strip("\n") + "\x1b[39m\n", "")
+        )
+        result = self.cs("listZones", env={"PYTHONPATH": folder})
+        self.assertEqual((result.returncode, result.stdout, result.stderr), (0, ZONES_TEXT, ""))
+
+    def test_json_is_plain_where_pygments_is_not_installed(self):
+        code, out, err = self.on_terminal("listZones", PYTHONPATH=self.pygments(False))
+        self.assertEqual((code, out, err), (0, ZONES_TEXT, ""))
+
+    def test_themes(self):
+        """The option beats the setting; a theme that Pygments does not have is no reason to fail."""
+        modules = {
+            name: mock.Mock() for name in ("pygments", "pygments.formatters", "pygments.lexers", "pygments.util")
+        }
+        modules["pygments.util"].ClassNotFound = LookupError
+        used = []
+
+        def formatter(style="default"):
+            used.append(style)
+            if style == "nosuch":
+                raise LookupError(style)
+
+        modules["pygments.formatters"].Terminal256Formatter = formatter
+        modules["pygments"].highlight = lambda text, lexer, formatter: "\x1b[1m" + text + "\x1b[0m"
+        environ(theme="autumn")
+        for args, expected in (
+            (["listZones"], ["autumn"]),
+            (["listZones", "--theme", "monokai"], ["monokai"]),
+            (["--theme=nosuch", "listZones"], ["nosuch", "default"]),
+        ):
+            out = io.StringIO()
+            out.isatty = lambda: True
+            used.clear()
+            with mock.patch.dict(sys.modules, modules), contextlib.redirect_stdout(out):
+                with mock.patch.dict(os.environ, TERM="xterm"):
+                    self.assertEqual(cs.main(args), 0)
+            self.assertEqual(used, expected)
+            self.assertEqual(out.getvalue(), "\x1b[1m" + ZONES_TEXT.rstrip("\n") + "\x1b[0m\n")
+
+    EVIL = "a\x1b[2J\x1b[8mb\x9b31mc\u202ed\x07e\x1b]0;title\x07\x7f"
+    HARMFUL = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]"
+
+    def test_what_the_server_sends_cannot_steer_the_terminal(self):
+        folder = self.pygments(False)
+        as_json, as_text = (
+            {"r": {"name": self.EVIL}},
+            "a\\x1b[2J\\x1b[8mb\\x9b31mc\\u202ed\\x07e\\x1b]0;title\\x07\\x7f",
+        )
+        for name, reply, args, where, shown in (
+            ("JSON", as_json, [], 1, None),
+            ("text", (200, self.EVIL), ["json=false"], 1, as_text + "\n"),
+            ("an error", (431, refusal(431, self.EVIL)), [], 2, as_text),
+        ):
+            with self.subTest(name):
+                self.replies(listZones=reply)
+                result = self.on_terminal("listZones", *args, PYTHONPATH=folder)
+                for text in result[1:]:
+                    # What the client itself may write to a terminal: colours of its own are off here.
+                    self.assertEqual(re.findall(self.HARMFUL, text.replace("\r\x1b[K", "")), [], text)
+                if shown is None:
+                    self.assertEqual(json.loads(result[where]), reply["r"])
+                else:
+                    self.assertIn(shown, result[where])
+
+
+class CommandLineSandboxTest(Case):
+    """`python3 test_cs.py sandbox`: the command line against the simulator, over real signed requests."""
+
+    def sandbox(self, *args, **options):
+        # What is configured here must not lead the sandbox elsewhere.
+        env = dict(
+            os.environ, CLOUDSTACK_ENDPOINT="http://cloud.invalid/", CLOUDSTACK_REGION="mars", CLOUDSTACK_TIMEOUT="x"
+        )
+        child = subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), "sandbox"] + list(args),
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, **options
+        )  # fmt: skip
+        self.addCleanup(CommandLineProcessTest.end, child)
+        return child
+
+    def test_a_command(self):
+        child = self.sandbox("listZones")
+        out, err = child.communicate(timeout=60)
+        self.assertEqual((child.returncode, err), (0, b""))
+        zones = json.loads(out.decode("utf-8"))
+        self.assertEqual(zones["count"], len(zones["zone"]))
+        self.assertGreater(zones["count"], 0)
+
+    def test_the_exit_code_is_the_commands(self):
+        child = self.sandbox("startVirtualMachine", "id=nonsense")
+        out, err = child.communicate(timeout=60)
+        self.assertEqual(child.returncode, 1)
+        self.assertTrue(err.startswith(b"CloudStack error: HTTP 431 response from CloudStack: "), err)
+        self.assertEqual(list(json.loads(out.decode("utf-8")).values())[0]["errorcode"], 431)
+
+    @posix_only
+    def test_without_a_command_it_runs_until_interrupted(self):
+        child = self.sandbox(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        lines = [child.stdout.readline().decode("ascii") for _ in range(3)]
+        settings = dict(re.match(r"export (CLOUDSTACK_[A-Z]+)=(\S+)\n\Z", line).groups() for line in lines)
+        self.assertEqual(sorted(settings), ["CLOUDSTACK_ENDPOINT", "CLOUDSTACK_KEY", "CLOUDSTACK_SECRET"])
+        os.environ.update(settings)
+        code, out, err = self.main("listVirtualMachines", "fetch_list=true", "state=Running")
+        self.assertEqual((code, err), (0, ""))
+        self.assertGreater(len(json.loads(out)), 1)
+        child.stderr.readline()
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=30)
+        self.assertEqual((child.returncode, out), (0, b""))
+        self.assertNotIn(b"Traceback", err)
+
+    def test_the_command_line_against_the_simulator(self):
+        """Signatures checked by another implementation, jobs that take a moment, secrets by POST."""
+        with Simulator(job_seconds=0.05) as cloud:
+            environ(endpoint=cloud.endpoint, key=cloud.key, secret=cloud.secret, poll_interval="0.05")
+            code, out, err = self.main("listVirtualMachines", "state=Running", "pagesize=1", "page=1")
+            self.assertEqual((code, err.count("Traceback")), (0, 0))
+            (machine,) = json.loads(out)["virtualmachine"]
+            code, out, err = self.main("stopVirtualMachine", "id=" + machine["id"])
+            self.assertEqual((code, err), (0, ""))
+            self.assertEqual(json.loads(out)["virtualmachine"]["state"], "Stopped")
+            code, out, err = self.main(
+                "updateVirtualMachine", "id=" + machine["id"], "displayname=~ * z\u00fcrich +%", "-t"
+            )
+            self.assertEqual((code, json.loads(out)["virtualmachine"]["displayname"]), (0, "~ * z\u00fcrich +%"))
+            self.assertNotIn(cloud.key, err)
+            self.assertNotIn(cloud.secret, err)
+            code, out, err = self.main("startVirtualMachine", "id=" + machine["id"], "--async")
+            job = json.loads(out)["jobid"]
+            code, out, err = self.main("--wait", job)
+            self.assertEqual((code, json.loads(out)["virtualmachine"]["state"]), (0, "Running"))
+            code, out, err = self.main("startVirtualMachine", "id=" + machine["id"])
+            self.assertEqual(code, 1)
+            self.assertTrue(err.startswith("CloudStack error: "), err)
+            environ(secret="wrong")
+            self.assertEqual(self.main("listZones", "-q")[0], 1)
+
+
+# === running them ===================================================================================================
+
+
+class CountingResult(unittest.TextTestResult):
+    """Counts tests, a test with failing subtests as one; unexpected successes are failures."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.failed_ids = set()
+        self.broken = 0
+
+    def _failed(self, test):
+        test = getattr(test, "test_case", test)  # a subtest's own test
+        if isinstance(test, unittest.TestCase):
+            self.failed_ids.add(test.id())
+        else:
+            self.broken += 1  # a class or module that could not be set up
+
+    def addError(self, test, err):
+        super().addError(test, err)
+        self._failed(test)
+
+    def addFailure(self, test, err):
+        super().addFailure(test, err)
+        self._failed(test)
+
+    def addSubTest(self, test, subtest, err):
+        super().addSubTest(test, subtest, err)
+        if err is not None:
+            self._failed(test)
+
+    def addUnexpectedSuccess(self, test):
+        super().addUnexpectedSuccess(test)
+        self._failed(test)
+
+
+def run_tests(argv):
+    """Run the tests whose names hold one of the words (all without words); -v names each. Returns the exit code."""
+    words = [word for word in argv if not word.startswith("-")]
+    suite = unittest.TestSuite()
+    loaded = unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__])
+    for group in loaded:
+        for test in group:
+            if not words or any(word in test.id() for word in words):
+                suite.addTest(test)
+    runner = unittest.TextTestRunner(
+        stream=sys.stdout, verbosity=2 if "-v" in argv else 1, resultclass=CountingResult, warnings="default"
+    )
+    begun = time.time()
+    result = runner.run(suite)
+    skipped = len(result.skipped)
+    failed = len(result.failed_ids) + result.broken
+    passed = result.testsRun - skipped - len(result.failed_ids)
+    for reason in sorted({reason for _, reason in result.skipped}):
+        print("skipped: " + reason)
+    if not result.testsRun:
+        print("no test has a name with " + " or ".join(words))
+        failed += 1
+    print("Python {}, {:.1f} s".format(sys.version.split()[0], time.time() - begun))
+    print("{} passed, {} failed".format(passed, failed) + (", {} skipped".format(skipped) if skipped else ""))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(sandbox(sys.argv[2:]) if sys.argv[1:2] == ["sandbox"] else run_tests(sys.argv[1:]))
