@@ -29,7 +29,7 @@ import re
 import sys
 import threading
 import time
-from binascii import b2a_base64
+from binascii import b2a_base64, crc32
 from urllib.parse import quote, urlsplit
 
 __all__ = [
@@ -449,6 +449,21 @@ def _is_secret(name):
     return _SECRET_NAME.search(name) is not None
 
 
+def _secret_names(params):
+    """The parameters whose values must not be shown: by their own name, or by the one they are given as the value of
+    (tags[0].key=password tags[0].value=..., updateConfiguration's name and value)."""
+    for name in params:
+        front = name[: -len("value")]
+        titles = [params.get(front + "key"), params.get(front + "name")] if name.lower().endswith("value") else []
+        if _is_secret(name) or any(isinstance(title, str) and _is_secret(title) for title in titles):
+            yield name
+
+
+def _shown_params(params):
+    secret = set(_secret_names(params))
+    return {name: MASK if name in secret else text for name, text in params.items()}
+
+
 def _masked_header(name, value):
     return "{}: {}".format(name, MASK if _SECRET_HEADER.search(name) else value)
 
@@ -506,7 +521,7 @@ class _Call:
         self.opcode_name = opcode_name
         self.headers = _header_map(headers)
         self.reads = _only_reads(command)
-        self.secret = command.lower() == "login" or any(map(_is_secret, params))
+        self.secret = command.lower() == "login" or any(_secret_names(params))
         self.params = {}
         self.expires = None
         for name, text in params.items():
@@ -581,6 +596,7 @@ class _Request:
         self.cert = client.cert
         self.limit = client.max_response_size
         self.socket = None  # set while the exchange is under way, so that it can be cut off
+        self.cancelled = False
 
     @property
     def url(self):
@@ -594,15 +610,12 @@ class _Request:
     def _with_query(endpoint, query):
         return endpoint + ("&" if "?" in endpoint else "?") + query
 
-    def shown_params(self):
-        return {name: MASK if _is_secret(name) else text for name, text in self.params.items()}
-
     def shown_url(self):
         shown = _shown(self.endpoint, with_path_slash=True)
-        return shown if self.method == "POST" else shown + "?" + _wire_form(self.shown_params())
+        return shown if self.method == "POST" else shown + "?" + _wire_form(_shown_params(self.params))
 
     def all_secrets(self):
-        return self.secrets + [text for name, text in self.params.items() if _is_secret(name)]
+        return self.secrets + [self.params[name] for name in _secret_names(self.params)]
 
     def add_headers(self, *maps):
         """Later ones win; names compare without regard to case; None takes one out."""
@@ -703,7 +716,7 @@ def _add_expiry(client, call, params):
         params["expires"] = call.expires or time.strftime("%Y-%m-%dT%H:%M:%S+0000", moment)
 
 
-_LOOPBACK = re.compile(r"https?://(?:127\.|localhost\b|\[::1\])")  # where packing costs more than it saves
+_LOOPBACK = re.compile(r"https?://(?:127\.|localhost(?:[:/?]|\Z)|\[::1\])")  # where packing costs more than it saves
 
 
 def _add_headers(client, call, request, login):
@@ -1008,19 +1021,41 @@ class _Walk:
         return None
 
     def _fetch(self):
-        calls = [self.call.with_page(self.page + offset, self.size) for offset in range(self._how_many())]
-        if len(calls) > 1:
-            self.buffered = yield [_ask(self.client, call) for call in calls]
-        else:
-            self.buffered = [(yield from self._ask_within_limit(calls[0]))]
+        pages = self._sure_pages()
+        if len(pages) < 2:
+            self.buffered = [(yield from self._ask_within_limit(self.call.with_page(self.page, self.size)))]
+            return
+        todo = iter(pages)
+        answers, halt = {}, []  # type: dict, list
+        for outcome in (yield [self._lane(todo, answers, halt) for _ in pages[: self.ahead]]):
+            if isinstance(outcome, BaseException):
+                raise outcome
+        self.buffered = [answers[page] for page in sorted(answers)]
 
-    def _how_many(self):
-        """Requests that may be under way at once. More than one only where a full page and a count above it say that
-        the pages are there."""
-        if not self.previous or len(self.previous) < self.size or not self.total:
-            return 1
-        left = -(-(self.total - self.seen) // self.size)
-        return max(1, min(left, self.ahead if self.client.session is None else 1))
+    def _sure_pages(self):
+        """The pages to come that may be asked for at once: only where a full page and a count above it say that they
+        are there, and never through a program's own session, which may not be made for threads."""
+        if self.ahead < 2 or not self.total or len(self.previous or ()) < self.size or self.client.session is not None:
+            return ()
+        # And the one after the last, which has to be looked at where the last is full.
+        return range(self.page, self.page + (self.total - self.seen) // self.size + 1)
+
+    def _lane(self, todo, answers, halt):
+        """One of several that share the pages to do. The first page that is not full, or repeats the one before all
+        of these, is the end, whatever the count said: nothing more is asked for then."""
+        for page in todo:
+            if halt:
+                break
+            try:
+                answers[page] = yield from _ask(self.client, self.call.with_page(page, self.size))
+                rows = _rows(answers[page])
+                good = rows is not None and len(rows) == self.size and rows != self.previous
+            except CloudStackException as error:
+                answers[page], good = error, False
+            if self.report:
+                self.report("rows", min(self.seen + len(answers) * self.size, self.total), self.total)
+            if not good:
+                halt.append(page)
 
     def _ask_within_limit(self, call):
         """One page; where the server says on the first that its limit is lower, with that one, which is remembered."""
@@ -1047,12 +1082,8 @@ class _Walk:
         self.seen += len(rows)
         count = answer.get("count")
         if isinstance(count, int) and count > len(rows):
-            self.total = count  # more than this page has: then it is the total, for this command
-        if self.total:
-            self.done = self.seen >= self.total
-        else:
-            self.done = len(rows) < self.size
-        self.done = self.done or len(rows) > self.size
+            self.total = count
+        self.done = len(rows) > self.size or (len(rows) < self.size and self.seen >= (self.total or 0))
         self.previous = rows
         self.page += 1
         return rows
@@ -1276,14 +1307,21 @@ class _Response:
         return {name.strip(): value.strip() for name, _, value in pairs if name.strip()}
 
 
-class _Clocked(io.RawIOBase):
-    """The reading side of a socket under two clocks: each silence, and the exchange in all."""
+def _set_timeout(sock, seconds):
+    if sock.gettimeout() != seconds:  # setting it is a system call, asking is none
+        sock.settimeout(seconds)
 
-    def __init__(self, sock, silence, deadline):
+
+class _Clocked(io.RawIOBase):
+    """The reading side of a socket under two clocks, each silence and the exchange in all, and with an end: http.client
+    takes a chunk of negative size for "all that comes"."""
+
+    def __init__(self, sock, request, deadline):
         self._sock = sock
         self._raw = sock.makefile("rb", buffering=0)
-        self._silence = silence
+        self._silence = request.timeout
         self._deadline = deadline
+        self._room = request.limit + (1 << 20)  # for status, headers and chunk sizes
         self.over = False
 
     def readable(self):
@@ -1295,8 +1333,12 @@ class _Clocked(io.RawIOBase):
         left = self._deadline - _clock()
         if left <= 0:
             raise TimeoutError("the answer took too long in all")
-        self._sock.settimeout(min(self._silence, left))
-        return self._raw.readinto(buffer)
+        _set_timeout(self._sock, min(self._silence, left))
+        if self._room <= 0:
+            raise _TooLarge
+        count = self._raw.readinto(memoryview(buffer)[: self._room])
+        self._room -= count or 0
+        return count
 
     def close(self):
         self._raw.close()
@@ -1319,8 +1361,8 @@ class _Answer(io.BufferedReader):
 class _ClockedSocket:
     """Stands for the socket where http.client wants only to read: its makefile() gives an _Answer."""
 
-    def __init__(self, sock, silence, deadline):
-        self.answer = _Answer(_Clocked(sock, silence, deadline), 1 << 16)
+    def __init__(self, sock, request, deadline):
+        self.answer = _Answer(_Clocked(sock, request, deadline), 1 << 14)
 
     def makefile(self, mode):
         return self.answer
@@ -1346,13 +1388,13 @@ class _Handler:
     https_open = http_open
 
 
-def _make_opener():
+def _make_opener(proxies):
     """urllib's proxies (environment, NO_PROXY, CONNECT, authentication) and nothing else: no redirects, no handling of
     error statuses, no file:, ftp: or data:."""
     import urllib.request as urllib
 
     opener = urllib.OpenerDirector()
-    for handler in (urllib.ProxyHandler(), urllib.UnknownHandler(), _Handler()):
+    for handler in (urllib.ProxyHandler(proxies), urllib.UnknownHandler(), _Handler()):
         opener.add_handler(handler)  # type: ignore[arg-type]
     return opener
 
@@ -1380,6 +1422,7 @@ class _Transport:
         self._idle = {}  # where to -> deque of (connection, since); last in, first out
         self._contexts = {}
         self._opener = None
+        self._proxies = {}
         self._pid = os.getpid()
 
     def __del__(self):
@@ -1408,7 +1451,8 @@ class _Transport:
             self.close()
             self._start()
         if self._opener is None:
-            self._opener = _make_opener()
+            self._proxies = urllib.request.getproxies()
+            self._opener = _make_opener(self._proxies)
         wanted = urllib.request.Request(request.url, request.body, method=request.method)
         wanted.__dict__.update(cs=request, send=self._send)
         unusable = None
@@ -1445,6 +1489,9 @@ class _Transport:
         if not kept:
             connection = self._connect(wanted, proxy_auth, deadline)
         request.socket = connection.sock
+        if request.cancelled:
+            connection.close()
+            raise _Failed(ConnectionAbortedError("cancelled"), unsent=True)
         try:
             response, reusable = self._converse(connection, wanted, deadline)
         except BaseException as error:
@@ -1489,6 +1536,9 @@ class _Transport:
         request = wanted.cs
         connection = None
         try:
+            kind = self._proxies.get("https", "").rpartition("://")[0]
+            if wanted._tunnel_host and kind not in ("http", "https", ""):
+                raise OSError("{} proxies cannot be used; http and https ones can".format(kind))
             connection = self._new_connection(wanted)
             connection.response_class = _response_class(request, deadline)
             if wanted._tunnel_host:
@@ -1518,7 +1568,7 @@ class _Transport:
     def _converse(self, connection, wanted, deadline):
         """Write the request, read the answer: (_Response, whether the connection can be used again)."""
         request = wanted.cs
-        connection.sock.settimeout(request.timeout)
+        _set_timeout(connection.sock, request.timeout)
         headers = dict(request.headers)
         if not wanted._tunnel_host:  # else the tunnel's request has carried it
             headers.update(wanted.headers)
@@ -1557,7 +1607,7 @@ class _Unusable(Exception):
 
 
 # zlib.error is neither; it is made a ValueError where it happens. ssl.CertificateError is a ValueError on 3.6.
-_EXPECTED = (OSError, ValueError)
+_EXPECTED = (OSError, OverflowError, ValueError)
 
 
 def _response_class(request, deadline, made=None):
@@ -1565,7 +1615,7 @@ def _response_class(request, deadline, made=None):
     import http.client
 
     def make(sock, *args, **options):
-        clocked = _ClockedSocket(sock, request.timeout, deadline)
+        clocked = _ClockedSocket(sock, request, deadline)
         if made is not None:
             made.append(clocked)
         return http.client.HTTPResponse(clocked, *args, **options)  # type: ignore[arg-type]
@@ -1585,10 +1635,12 @@ def _read_body(response, limit):
     unpack = _gunzip() if packed else None
     parts = []
     size = 0
+    begun = False
     while True:
         part = response.read(_CHUNK)
         if not part:
             break
+        begun = True
         if unpack:
             part = _unpacked(unpack, part, limit - size + 1)
         size += len(part)
@@ -1597,7 +1649,7 @@ def _read_body(response, limit):
         parts.append(part)
     if response.length:  # read(amount) does not complain of a body that ends before its Content-Length
         raise http.client.IncompleteRead(b"", response.length)
-    if unpack and size and not unpack.eof:
+    if unpack and begun and not unpack.eof:
         raise http.client.IncompleteRead(b"")
     return b"".join(parts)
 
@@ -1738,15 +1790,15 @@ def _session_exchange(session, request):
 def _trace_request(request):
     lines = ["{} {}".format(request.method, request.shown_url())]
     lines += [_masked_header(name, value) for name, value in request.headers.items()]
-    lines += ["", _wire_form(request.shown_params()), ""] if request.method == "POST" else [""]
+    lines += ["", _wire_form(_shown_params(request.params)), ""] if request.method == "POST" else [""]
     _to_stderr("\n".join(lines))
 
 
 def _trace_response(request, response, seconds):
     lines = ["{} {}".format(response.status_code, response.reason)]
     lines += [_masked_header(name, value) for name, value in response.headers.items()]
-    lines += ["", _masked_text(response.text, request.all_secrets()), "", "({:.0f} ms)".format(seconds * 1000), ""]
-    _to_stderr("\n".join(lines))
+    lines += ["", response.text, "", "({:.0f} ms)".format(seconds * 1000), ""]
+    _to_stderr(_masked_text("\n".join(lines), request.all_secrets()))
 
 
 def _to_stderr(text):
@@ -1980,6 +2032,7 @@ class AIOCloudStack(CloudStack):
         **options
     ):  # fmt: skip
         given = {name: value for name, value in locals().items() if name not in ("self", "options", "__class__")}
+        given["fetch_result"] = True if fetch_result is None else fetch_result
         super().__init__(**given, **options)
 
     async def _run(self, steps):
@@ -2079,6 +2132,7 @@ def _cut_off(request):
     """Wake the thread that reads for a caller who has gone away."""
     import socket
 
+    request.cancelled = True
     sock = request.socket
     if sock is not None:
         try:
@@ -2147,10 +2201,11 @@ def _ini_paths(config=None):
     return paths + [os.path.expanduser(named)] if named else paths
 
 
-def _read_text(path):
-    """The text of a file. Raises ValueError that says what is wrong with it; FileNotFoundError where there is none."""
+def _read_text(path, newline=None):
+    """The text of a file, its line ends as they are where newline is "". Raises ValueError that says what is wrong
+    with it; FileNotFoundError where there is none."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig", newline=newline) as file:
             return file.read()
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(path) from None
@@ -2248,7 +2303,8 @@ def _load_config(ini_group=None, flags=None, config=None):
     env = _from_environment()
     env_first = "endpoint" in env and not ini_group and not overrides
     unsigned = os.environ.get(_PREFIX + "KEY") == "" and (env_first or "key" in overrides)
-    if env_first and (unsigned or ("key" in env and "secret" in env)) and not config:
+    complete = ("key" in env and "secret" in env) or ("username" in env and "password" in env)
+    if env_first and (unsigned or complete) and not config:
         found = _Found()
     else:
         found = _from_files(region, config)
@@ -2259,6 +2315,8 @@ def _load_config(ini_group=None, flags=None, config=None):
         env.pop("secret", None)
     found.forget(list(winners) + _rivals(winners, unsigned))
     found.check_origins()
+    for key in _rivals(found.values):
+        env.pop(key, None)
     values = dict(env, **found.values)
     values.update(flags)
     if not values.get("endpoint"):
@@ -2271,8 +2329,8 @@ def _load_config(ini_group=None, flags=None, config=None):
     return settings, found
 
 
-def _rivals(winners, unsigned):
-    """The credentials of a file that do not go with those of the environment."""
+def _rivals(winners, unsigned=False):
+    """The credentials that do not go with those that won: there is a key, or there is a user name."""
     if unsigned:
         return ["key", "secret"]
     if "key" in winners:
@@ -2432,19 +2490,19 @@ def _parse_value(name, value):
     if value.startswith("@@"):
         return value[1:]
     try:
-        text = _read_stdin() if value == "@-" else _read_text(os.path.expanduser(value[1:]))
+        text = _read_stdin() if value == "@-" else _read_text(os.path.expanduser(value[1:]), newline="")
     except FileNotFoundError:
         raise _Usage("{}: there is no file {!a} (@@ stands for a plain @)".format(name, value[1:])) from None
     except ValueError as error:
         raise _Usage("{}: {}".format(name, error)) from None
-    return text[:-1] if text.endswith("\n") else text
+    return re.sub(r"\r?\n\Z", "", text)
 
 
 def _read_stdin():
     if sys.stdin is None:
         raise ValueError("there is no standard input")
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError("standard input is not UTF-8 text") from None
 
@@ -2553,7 +2611,10 @@ def _write(text):
 
 def _json_text(document, indent=2):
     """JSON as it is printed: what a terminal must not see, and what standard output cannot show, as \\uXXXX."""
-    text = jsonlib.dumps(document, indent=indent, sort_keys=True, ensure_ascii=False)
+    try:
+        text = jsonlib.dumps(document, indent=indent, sort_keys=True, ensure_ascii=False)
+    except RecursionError:
+        raise CloudStackException("The answer is nested too deeply to be printed") from None
     text = _UNPRINTABLE.sub(lambda found: jsonlib.dumps(found.group())[1:-1], text)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -2859,18 +2920,26 @@ def _write_private(path, text):
         raise
 
 
+def _checksum(text):
+    return "cs-commands {} {:08x}".format(_CATALOG_VERSION, crc32(text.encode("utf-8", "replace")) & 0xFFFFFFFF)
+
+
 class _Catalog:
-    """The commands of one account. On disk: a header line, a line of JSON for each command, an end line; so that one
-    command can be looked up without parsing all of them, and a file cut short is noticed."""
+    """The commands of one account. On disk: a header line, a line of JSON for each command, a checksum; so that one
+    command can be looked up without parsing all of them, and a damaged file is noticed. Raises ValueError for one."""
 
     def __init__(self, text):
-        head, _, rest = text.partition("\n")
-        header = jsonlib.loads(head)
-        body, _, end = rest.rstrip("\n").rpartition("\n")
-        if header["version"] != _CATALOG_VERSION or end != "end {}".format(header["count"]):
-            raise ValueError("another version, or cut short")
-        self.fetched = float(header["fetched"])
-        self._text = "\n" + body
+        content, _, checksum = text.rpartition("\n")
+        if checksum != _checksum(content):
+            raise ValueError("damaged, or written by another version")
+        head, _, lines = content.partition("\n")
+        self.fetched = float(head)
+        self._text = "\n" + lines
+
+    @staticmethod
+    def write(specs):
+        lines = [str(int(time.time()))] + sorted(jsonlib.dumps(spec) for spec in specs)
+        return "\n".join(lines) + "\n" + _checksum("\n".join(lines))
 
     @property
     def old(self):
@@ -2927,17 +2996,15 @@ def _fetch_catalog(job):
     """Ask the server for listApis and keep it. Raises CloudStackException, ValueError where it cannot be kept."""
     path = _cache_path(job.client)
     rows = [row for row in job.client.listApis(fetch_list=True) if isinstance(row, dict) and row.get("name")]
-    lines = sorted(jsonlib.dumps(_reduced(row)) for row in rows)
-    if not lines:
+    if not rows:
         raise CloudStackException("Unexpected response from CloudStack", "listApis gave no commands")
-    head = jsonlib.dumps({"version": _CATALOG_VERSION, "fetched": int(time.time()), "count": len(lines)})
-    text = "\n".join([head] + lines + ["end {}".format(len(lines))]) + "\n"
+    text = _Catalog.write(map(_reduced, rows))
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         _write_private(path, text)
     except OSError as error:
         raise ValueError("cannot write the cache {!a}: {}".format(path, _reason(error))) from None
-    job.say("{} commands of {} are now known".format(len(lines), _shown(job.client.endpoint)))
+    job.say("{} commands of {} are now known".format(len(rows), _shown(job.client.endpoint)))
     return _Catalog(text)
 
 
@@ -2949,7 +3016,7 @@ def _cached_catalog(client):
             return _Catalog(file.read())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         try:
             os.unlink(path)
         except OSError:
@@ -3356,16 +3423,14 @@ def _show_plan(job, command, params):
     call.complete_page(PAGE_SIZE)
     request = _build(job.client, call)
     lines = ["{} {}".format(request.method, _shown(job.client.endpoint, True))]
-    lines += ["{}={}".format(name, text) for name, text in sorted(request.shown_params().items())]
+    lines += ["{}={}".format(name, text) for name, text in sorted(_shown_params(request.params).items())]
     _write("\n".join(_printable(line) for line in lines) + "\n")
 
 
 def _call(job, command, params):
     """Make the call and print what comes of it; returns the exit code."""
     options = job.options
-    job.asked = " ".join([command] + [
-        "{}={}".format(name, MASK if _is_secret(name) else value) for name, value in params.items()
-    ])  # fmt: skip
+    job.asked = " ".join([command] + ["{}={}".format(*pair) for pair in _shown_params(params).items()])
     if options.all:
         params["fetch_list"] = True
     params.setdefault("fetch_result", not (options.no_wait or "async" in command.lower()))
@@ -3375,7 +3440,12 @@ def _call(job, command, params):
     job.clear_progress()
     _print_answer(job, answer, plain=params.get("json") is False)
     _warn_of_missing_rows(job, answer, params)
-    return 1 if isinstance(answer, dict) and "errortext" in answer else 0
+    return 1 if _says_failed(answer) else 0
+
+
+def _says_failed(answer):
+    """Whether a 200 tells of a failure all the same."""
+    return isinstance(answer, dict) and ("errortext" in answer or str(answer.get("success")).lower() == "false")
 
 
 def _stream(job, command, params):
@@ -3496,6 +3566,8 @@ def _use_server(job, words):
     options = job.options
     command = words[0] if words else None
     params = {} if options.list else _parse_parameters(words[1:])
+    if options.wait and words:
+        raise _Usage("--wait stands alone: it waits for a job that is already running")
     if command is None and not (options.wait or options.list or options.sync):
         raise _Usage("no command given; see cs --help")
     if command is not None and not options.list and not re.match(r"[\w.-]+\Z", command, re.ASCII):
@@ -3519,6 +3591,11 @@ def _use_server(job, words):
         return _call(job, command, params) if command is not None else 0
 
 
+def _as_utf8(arg):
+    """An argument that a C locale has left undecoded (Python 3.6, from cron)."""
+    return os.fsencode(arg).decode("utf-8", "surrogateescape") if re.search("[\ud800-\udfff]", arg) else arg
+
+
 def main(args=None):
     """The command line. Returns the exit code: 0; 1 an answer that is an error, or a failed job; 2 usage or
     configuration; 3 no answer; 4 job still running at job_timeout; 130 interrupted."""
@@ -3526,7 +3603,7 @@ def main(args=None):
     if sys.stdout is None:  # closed by whoever started this
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     try:
-        options, words = _parse_arguments(sys.argv[1:] if args is None else args)
+        options, words = _parse_arguments(map(_as_utf8, sys.argv[1:] if args is None else args))
         job = _Job(options)
         try:
             code = _carry_out(job, words)
