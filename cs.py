@@ -2611,10 +2611,7 @@ def _write(text):
 
 def _json_text(document, indent=2):
     """JSON as it is printed: what a terminal must not see, and what standard output cannot show, as \\uXXXX."""
-    try:
-        text = jsonlib.dumps(document, indent=indent, sort_keys=True, ensure_ascii=False)
-    except RecursionError:
-        raise CloudStackException("The answer is nested too deeply to be printed") from None
+    text = jsonlib.dumps(document, indent=indent, sort_keys=True, ensure_ascii=False)
     text = _UNPRINTABLE.sub(lambda found: jsonlib.dumps(found.group())[1:-1], text)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -2668,7 +2665,7 @@ def _pick(value, path):
     """What a dotted path leads to; a list without an index gives all of its items. None where there is nothing."""
     head, _, rest = path.partition(".")
     if isinstance(value, list):
-        if head.isdigit():
+        if re.match("[0-9]{1,9}\\Z", head):
             value = value[int(head)] if int(head) < len(value) else None
             return _pick(value, rest) if rest else value
         found = [_pick(item, path) for item in value]
@@ -2694,9 +2691,9 @@ def _cell(value):
 
 
 _PREFERRED = (
-    "id jobid name displayname username account type state allocationstate status jobstatus zonename ipaddress"
-    " nic.ipaddress cidr hostname cpunumber memory size templatename serviceofferingname virtualmachinename vmname"
-    " displaytext key value resourcetype cmd level description created".split()
+    "id jobid name state status allocationstate jobstatus type zonename account ipaddress nic.ipaddress cidr hostname"
+    " cpunumber memory size templatename serviceofferingname virtualmachinename vmname key value resourcetype cmd level"
+    " success displayname displaytext description created".split()
 )
 _MOST_COLUMNS = 8
 
@@ -2710,11 +2707,11 @@ def _default_columns(rows, everything=False):
     columns = [path for path in _PREFERRED if path.partition(".")[0] in present]
     rest = [key for key in present if key not in columns]
     if everything:
-        return [path for path in columns if "." not in path] + rest
+        return [path for path in columns if "." not in path] + rest or ["value"]
     scalar = [
         key for key in rest if not any(isinstance(row.get(key), (dict, list)) for row in rows if isinstance(row, dict))
     ]
-    return (columns or scalar)[:_MOST_COLUMNS] or ["value"]
+    return (columns + scalar)[:_MOST_COLUMNS] or ["value"]
 
 
 def _near(name, names, most=3):
@@ -2736,24 +2733,17 @@ def _field_names(rows):
     return list(names)
 
 
-def _chosen_columns(job, rows):
-    """The columns asked for with -c, after a word about those that no row has; None where none were asked for."""
-    if not job.options.columns:
-        return None
-    columns = [name.strip() for name in job.options.columns.split(",") if name.strip()]
-    _warn_of_columns(job, rows, columns)
-    return columns
+def _chosen_columns(job):
+    """The columns asked for with -c; None where none were."""
+    return [name.strip() for name in (job.options.columns or "").split(",") if name.strip()] or None
 
 
 def _warn_of_columns(job, rows, columns):
-    for name in columns:
+    """A word about those that no row has."""
+    for name in columns or ():
         if rows and all(_pick(row, name) is None for row in rows):
-            near = _near(name, _field_names(rows))
-            job.say(
-                "Warning: no row has {!a}{}".format(
-                    name, "; did you mean {}?".format(" or ".join(near)) if near else ""
-                )
-            )
+            near = _did_you_mean(_near(name, _field_names(rows)))
+            job.say("Warning: no row has {!a}{}".format(name, near))
 
 
 def _sort_key(value):
@@ -2761,10 +2751,12 @@ def _sort_key(value):
     if value is None:
         return (2, 0, "")
     text = _cell(value)
-    try:
+    if _NUMBER.match(text):
         return (0, float(text), text)
-    except ValueError:
-        return (1, 0, text.lower())
+    return (1, 0, text.lower())
+
+
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?\Z", re.ASCII)
 
 
 def _sorted(job, rows):
@@ -2780,6 +2772,13 @@ def _sorted(job, rows):
 
 
 def _print_answer(job, answer, plain=False):
+    try:
+        _print_document(job, answer, plain)
+    except RecursionError:
+        raise CloudStackException("The answer is nested too deeply to be printed") from None
+
+
+def _print_document(job, answer, plain):
     """An answer in the format asked for, or as plain text (json=false); an empty one prints nothing."""
     if answer in ({}, [], None, ""):
         return
@@ -2788,7 +2787,8 @@ def _print_answer(job, answer, plain=False):
         return
     rows = _rows_of(answer)
     wanted = _sorted(job, rows)
-    columns = _chosen_columns(job, rows)
+    columns = _chosen_columns(job)
+    _warn_of_columns(job, rows, columns)
     shape = job.format
     if columns is not None and shape in ("json", "jsonl"):
         wanted = [{name: _pick(row, name) for name in columns} for row in wanted]
@@ -2798,6 +2798,8 @@ def _print_answer(job, answer, plain=False):
         _write((_highlighted(text, job.options.theme or job.settings.get("theme")) if job.colored else text) + "\n")
     elif shape == "jsonl":
         _write("".join(_json_text(row, None) + "\n" for row in wanted))
+    elif not rows:
+        return
     elif shape == "csv":
         _print_csv(wanted, columns or _default_columns(wanted, everything=True))
     elif shape == "text":
@@ -2819,13 +2821,9 @@ def _print_csv(rows, columns):
 
     for line in [columns] + list(_cells(rows, columns)):
         out = io.StringIO()
-        csv.writer(out).writerow(line)
-        _write_lines(out.getvalue())
-
-
-def _write_lines(text):
-    """Text whose line ends are already what they should be, whatever the platform makes of \\n."""
-    _write(text.replace("\r\n", "\n") if os.linesep == "\r\n" else text)
+        csv.writer(out).writerow(line)  # with \r\n, which also has it quote what holds either of these
+        text = out.getvalue()[:-2]
+        _write((_printable(text) if sys.stdout.isatty() else text) + ("\n" if os.linesep == "\r\n" else "\r\n"))
 
 
 def _print_text(rows, columns):
@@ -2837,53 +2835,71 @@ def _print_text(rows, columns):
         _write((_printable(line) if sys.stdout.isatty() else line) + "\n")
 
 
-def _width(text):
-    """Columns a terminal takes for a text: wide characters two, combining ones none."""
-    if text.isascii() if hasattr(text, "isascii") else len(text) == len(text.encode("utf-8", "replace")):
-        return len(text)
-    import unicodedata
+def _widths(text):
+    """Columns a terminal takes for each character of a text: wide ones two, combining ones none."""
+    if len(text.encode("utf-8", "replace")) == len(text):  # ASCII
+        return [1] * len(text)
+    from unicodedata import category, east_asian_width
 
-    wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
-    none = sum(unicodedata.category(char) in ("Mn", "Me", "Cf") for char in text)
-    return len(text) + wide - none
+    return [0 if category(char) in ("Mn", "Me", "Cf") else 2 if east_asian_width(char) in "WF" else 1 for char in text]
+
+
+def _width(text):
+    return sum(_widths(text))
+
+
+def _terminal_width(otherwise):
+    """Columns of the terminal that standard output is; else what is given."""
+    if not sys.stdout.isatty():
+        return otherwise
+    import shutil
+
+    return shutil.get_terminal_size().columns
 
 
 def _cut(text, width):
     """Text made to fit a width, an ellipsis at its end where something is gone."""
+    text = text[: 2 * width + 100]  # combining characters aside, more cannot be seen
     if _width(text) <= width:
         return text
-    while text and _width(text) > width - 1:
-        text = text[:-1]
-    return text + "…" if width > 0 else ""
+    room = width - 1
+    for index, columns in enumerate(_widths(text)):
+        room -= columns
+        if room < 0:
+            return text[:index] + "…"
+    return text
+
+
+def _one_line(text):
+    return _printable(text.replace("\n", " ").replace("\t", " "))
 
 
 def _print_table(job, rows, chosen):
     """Aligned columns under a header. On a terminal it fits: default columns are left out from the end, and only then
     is anything cut; elsewhere nothing is."""
     columns = chosen or _default_columns(rows)
-    terminal = sys.stdout.isatty()
-    table = [columns] + [
-        [_printable(cell.replace("\n", " ").replace("\t", " ")) for cell in cells] for cells in _cells(rows, columns)
-    ]
+    room = _terminal_width(None)
+    table = [[_one_line(cell) for cell in cells] for cells in [columns] + list(_cells(rows, columns))]
     widths = [max(_width(line[index]) for line in table) for index in range(len(columns))]
-    if terminal:
-        import shutil
-
-        room = shutil.get_terminal_size().columns
-        while not chosen and len(widths) > 2 and sum(widths) + 2 * len(widths) - 2 > room:
+    if room:
+        least = [width if name.endswith("id") else min(width, 20) for name, width in zip(columns, widths)]
+        while not chosen and len(widths) > 2 and sum(least[: len(widths)]) + 2 * len(widths) - 2 > room:
             widths.pop()
-        widths = _fitted(widths, room - 2 * len(widths) + 2)
+        widths = _fitted(widths, columns, room - 2 * len(widths) + 2)
     for number, line in enumerate(table):
         cells = [_cut(cell, width) for cell, width in zip(line, widths)]
         text = "  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(cells, widths)).rstrip()
         _write(("\x1b[1m" + text + "\x1b[0m" if number == 0 and job.colored else text) + "\n")
 
 
-def _fitted(widths, room):
-    """Widths that add up to the room: the widest gives way first, down to four columns."""
-    widths = list(widths)
-    while sum(widths) > room and max(widths) > 4:
-        widths[widths.index(max(widths))] -= 1
+def _fitted(widths, columns, room):
+    """Widths that add up to the room, if they can: the widest gives way first, down to four columns, and ids, which are
+    whole or useless, last."""
+    widths = [min(width, max(room, 4)) for width in widths]
+    plain = [index for index, name in enumerate(columns[: len(widths)]) if not name.endswith("id")]
+    for some in (plain, list(range(len(widths)))):
+        while sum(widths) > room and some and max(widths[index] for index in some) > 4:
+            widths[max(some, key=lambda index: widths[index])] -= 1
     return widths
 
 
@@ -2903,14 +2919,15 @@ def _cache_path(client, *more):
 
     base = os.environ.get("XDG_CACHE_HOME") or ""
     base = base if os.path.isabs(base) else os.path.join(os.path.expanduser("~"), ".cache")
-    who = "\0".join([client.endpoint, client.key or client.username or ""] + list(more))
+    who = "\0".join([client.endpoint, client.key or client.username or "", client.domain or ""] + list(more))
     return os.path.join(base, "cs", hashlib.sha256(who.encode("utf-8")).hexdigest()[:32])
 
 
 def _write_private(path, text):
     """Replace a file as one step, readable by its owner only. Raises OSError."""
-    scratch = "{}.{}.tmp".format(path, os.getpid())
-    file = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    import tempfile
+
+    file, scratch = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".cs-")
     try:
         with os.fdopen(file, "w", encoding="utf-8", newline="\n") as out:
             out.write(text)
@@ -2934,12 +2951,17 @@ class _Catalog:
             raise ValueError("damaged, or written by another version")
         head, _, lines = content.partition("\n")
         self.fetched = float(head)
+        self._file = text
         self._text = "\n" + lines
 
     @staticmethod
     def write(specs):
         lines = [str(int(time.time()))] + sorted(jsonlib.dumps(spec) for spec in specs)
         return "\n".join(lines) + "\n" + _checksum("\n".join(lines))
+
+    def keep(self, path):
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        _write_private(path, self._file)
 
     @property
     def old(self):
@@ -2976,36 +2998,42 @@ def _text_of(entry, name):
     return value if isinstance(value, str) else ""
 
 
+def _dicts(value):
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
 def _reduced(api):
-    """What is kept of one command of listApis."""
-    params = [
-        [_text_of(param, "name"), _text_of(param, "type"), bool(param.get("required")), _text_of(param, "description"),
-         param.get("length"), _text_of(param, "since")]
-        for param in api.get("params") or [] if isinstance(param, dict)
-    ]  # fmt: skip
+    """What is kept of one command of listApis, whatever shape it has."""
+    params = []
+    for param in _dicts(api.get("params")):
+        name, kind, meaning, since = (_text_of(param, key) for key in ("name", "type", "description", "since"))
+        length = param.get("length") if isinstance(param.get("length"), int) else None
+        params.append([name, kind, param.get("required") is True, meaning, length, since])
     fields = []
-    for field in api.get("response") or []:
-        if isinstance(field, dict) and field.get("name"):
-            fields.append(field["name"])
-            inner = field.get("response") or []
-            fields += ["{}.{}".format(field["name"], f["name"]) for f in inner if isinstance(f, dict) and f.get("name")]
-    return [api["name"], _text_of(api, "description"), bool(api.get("isasync")), _text_of(api, "since"), params, fields]
+    for field in _dicts(api.get("response")):
+        name = _text_of(field, "name")
+        fields += [name] + [name + "." + _text_of(inner, "name") for inner in _dicts(field.get("response"))]
+    name, description, since = (_text_of(api, key) for key in ("name", "description", "since"))
+    return [name, description, api.get("isasync") is True, since, params, [field for field in fields if field]]
 
 
 def _fetch_catalog(job):
-    """Ask the server for listApis and keep it. Raises CloudStackException, ValueError where it cannot be kept."""
-    path = _cache_path(job.client)
-    rows = [row for row in job.client.listApis(fetch_list=True) if isinstance(row, dict) and row.get("name")]
-    if not rows:
+    """Ask the server for listApis and keep it. Raises CloudStackException, ValueError where --sync cannot keep it."""
+    specs = [_reduced(row) for row in job.client.listApis(fetch_list=True) if isinstance(row, dict)]
+    specs = [spec for spec in specs if re.match(r"[\w.-]+\Z", spec[0])]
+    if not specs:
         raise CloudStackException("Unexpected response from CloudStack", "listApis gave no commands")
-    text = _Catalog.write(map(_reduced, rows))
+    catalog = _Catalog(_Catalog.write(specs))
     try:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        _write_private(path, text)
+        catalog.keep(_cache_path(job.client))
     except OSError as error:
-        raise ValueError("cannot write the cache {!a}: {}".format(path, _reason(error))) from None
-    job.say("{} commands of {} are now known".format(len(rows), _shown(job.client.endpoint)))
-    return _Catalog(text)
+        problem = "cannot write the cache {!a}: {}".format(_cache_path(job.client), _reason(error))
+        if job.options.sync:
+            raise ValueError(problem) from None
+        job.say("Warning: " + problem)
+    else:
+        job.say("{} commands of {} are now known".format(len(specs), _shown(job.client.endpoint)))
+    return catalog
 
 
 def _cached_catalog(client):
@@ -3028,10 +3056,7 @@ def _problems(catalog, command, params):
     """What the server would ignore in silence, or refuse: a sentence each, all at once."""
     spec = catalog.get(command)
     if spec is None:
-        if command in ("login", "logout"):
-            return []
-        near = _near(command, catalog.names())
-        return ["the server has no command {!a} for you{}".format(command, _did_you_mean(near))]
+        return [] if command in ("login", "logout") else [_unknown_command(catalog, command)]
     control = ("json", "fetch_list", "fetch_result", "opcode_name")
     given = [name for name in params if name not in control]
     bases = {name: name.partition("[")[0].lower() for name in given}
@@ -3044,6 +3069,10 @@ def _problems(catalog, command, params):
     if missing:
         problems.append("{} needs {}".format(command, ", ".join(sorted(missing))))
     return problems
+
+
+def _unknown_command(catalog, name):
+    return "the server has no command {!a} for you{}".format(name, _did_you_mean(_near(name, catalog.names())))
 
 
 def _did_you_mean(names):
@@ -3080,13 +3109,10 @@ def _list_commands(job, words):
         if all(word.lower() in (spec.name + " " + spec.description).lower() for word in words):
             found.append(spec)
     room = max([len(spec.name) for spec in found] or [0])
-    terminal = sys.stdout.isatty()
-    if terminal:
-        import shutil
-
+    width = _terminal_width(None)
     for spec in found:
         line = _printable("{:{}}  {}".format(spec.name, room, spec.description.strip().replace("\n", " "))).rstrip()
-        _write((_cut(line, shutil.get_terminal_size().columns) if terminal else line) + "\n")
+        _write((_cut(line, width) if width else line) + "\n")
     if not found:
         job.say("No command matches {}".format(" ".join(words)))
     return 0 if found else 1
@@ -3097,17 +3123,17 @@ def _describe_command(job, name):
     catalog = _catalog_for_reading(job)
     spec = catalog.get(catalog.resolve(name))
     if spec is None:
-        raise _Usage("; ".join(_problems(catalog, name, {})) + "\n    `cs --list WORD` looks for one.")
-    _write(_printable("\n".join(_description_lines(spec))) + "\n")
+        raise _Usage(_unknown_command(catalog, name) + "\n    `cs --list WORD` looks for one.")
+    _write(_printable("\n".join(_description_lines(spec, min(_terminal_width(100), 100)))) + "\n")
     return 0
 
 
-def _description_lines(spec):
+def _description_lines(spec, width):
     import textwrap
 
     since = " (since {})".format(spec.since) if spec.since else ""
     yield "{}{}".format(spec.name, since)
-    yield from textwrap.wrap(spec.description, 96, initial_indent="  ", subsequent_indent="  ")
+    yield from textwrap.wrap(spec.description, width, initial_indent="  ", subsequent_indent="  ")
     if spec.isasync:
         yield "  It starts a job, which is waited for unless --async."
     ordered = sorted(spec.params, key=lambda param: (not param[2], param[0]))
@@ -3120,18 +3146,20 @@ def _description_lines(spec):
             facts = [kind] + ["at most {}".format(length)] * bool(length and kind == "string" and length != 255)
             facts += ["since {}".format(since)] * bool(since)
             left = "  {} ({})".format(name, ", ".join(filter(None, facts)))
-            yield from textwrap.wrap(left + "  " + meaning, 96, subsequent_indent=" " * 6)
+            yield from textwrap.wrap(left + "  " + meaning, width, subsequent_indent=" " * 6)
     if spec.fields:
         top = [field for field in spec.fields if "." not in field]
         yield ""
-        yield from textwrap.wrap("Returns: " + ", ".join(top), 96, subsequent_indent="  ")
+        yield from textwrap.wrap("Returns: " + ", ".join(top), width, subsequent_indent="  ")
     yield ""
-    yield "Example: cs {}".format(" ".join([spec.name] + ["{}={}".format(p[0], _example(p)) for p in ordered if p[2]]))
+    yield "Example: cs {}".format(" ".join([spec.name] + [_example(param) for param in ordered if param[2]]))
 
 
 def _example(param):
+    if param[1] == "map":
+        return "{0}[0].key=... {0}[0].value=...".format(param[0])
     kinds = {"boolean": "true", "integer": "1", "long": "1", "uuid": "ID", "date": "2026-01-31", "list": "A,B"}
-    return "'...'" if param[1] == "map" else kinds.get(param[1], "...")
+    return "{}={}".format(param[0], kinds.get(param[1], "..."))
 
 
 # Completion. The shells' scripts hand over the line up to the cursor and get lines of `word TAB description`. Words
@@ -3157,7 +3185,8 @@ complete -F _cs_complete cs
     "zsh": r"""#compdef cs
 _cs() {
     local line word; local -a plain shown open
-    for line in "${(@f)$(CLOUDSTACK_TRACE= command "${words[1]}" --complete="${LBUFFER}" 2>/dev/null)}"; do
+    for line in "${(@f)$(CLOUDSTACK_TRACE= command "${words[1]}" --complete="${(j: :)words[1,CURRENT-1]} ${PREFIX}" \
+        2>/dev/null)}"; do
         [[ -n "$line" ]] || continue
         word="${line%%$'\t'*}"
         if [[ "$word" == *= || "$word" == *, ]]; then open+=("$word"); continue; fi
@@ -3191,17 +3220,17 @@ def _complete(line):
     before = words[-1] if words else ""
     if current.startswith("--") and "=" in current:
         option, _, part = current.partition("=")
-        return _starting(
-            [(option + "=" + word, text) for word, text in _complete_option(option, words)], option + "=" + part
-        )
-    if before in _OPTION_VALUES or before in ("-r", "--region", "-c", "--columns", "--sort"):
-        return _starting(_complete_option(before, words, current), current)
+        return [(option + "=" + word, text) for word, text in _complete_option(option, words, part)]
+    if before in _valued_options():
+        return _complete_option(before, words, current)
     if current.startswith("-"):
-        names = _make_parser()._option_string_actions
-        return _starting(
-            [(name, "") for name in sorted(names) if name.startswith("--") and name != "--complete"], current
-        )
+        names = sorted(set(_make_parser()._option_string_actions) - {"--complete"})
+        return _starting([(name, "") for name in names if name.startswith("--")], current)
     return _starting(_complete_call(words, current), current)
+
+
+def _valued_options():
+    return {name for action in _make_parser()._actions if action.nargs is None for name in action.option_strings}
 
 
 def _starting(pairs, prefix):
@@ -3211,27 +3240,29 @@ def _starting(pairs, prefix):
 
 def _command_among(words):
     """The command on a line: the first word that is neither an option nor an option's value."""
-    takes = {name for action in _make_parser()._actions if action.nargs is None for name in action.option_strings}
+    takes = _valued_options()
     for index, word in enumerate(words):
         if not word.startswith("-") and not (index and words[index - 1] in takes):
             return word
     return None
 
 
-def _complete_option(option, words, current=""):
+def _complete_option(option, words, current):
     if option in ("-r", "--region"):
-        return [(name, "") for name in _regions()]
-    if option in ("-c", "--columns", "--sort"):
+        found = _regions(_configuring(words).config)
+    elif option in ("-c", "--columns", "--sort"):
         job = _completion_job(words)
         spec = job and _spec_of(job, _command_among(words))
         done = current.rpartition(",")[0]
-        return [((done + "," if done else "") + field, "") for field in (spec.fields if spec else [])]
-    return [(word, "") for word in _OPTION_VALUES.get(option, ())]
+        found = [(done + "," if done else "") + field for field in (spec.fields if spec else [])]
+    else:
+        found = _OPTION_VALUES.get(option, ())
+    return _starting([(word, "") for word in found], current)
 
 
-def _regions():
+def _regions(config):
     found = set()
-    for path in _ini_paths():
+    for path in _ini_paths(config):
         try:
             found.update(_parse_ini(path, _read_text(path)).sections())
         except (OSError, ValueError):
@@ -3239,14 +3270,24 @@ def _regions():
     return sorted(found)
 
 
+def _configuring(words):
+    """The options among the words of a line that choose the configuration."""
+    args = []  # type: list
+    for index, word in enumerate(words):
+        if word.partition("=")[0] in ("-r", "--region", "--config", "--endpoint"):
+            args += [word] if "=" in word else words[index : index + 2] if index + 1 < len(words) else []
+    try:
+        options, _ = _parse_arguments(args)
+    except _Usage:
+        options, _ = _parse_arguments([])
+    options.quiet = True
+    return options
+
+
 def _completion_job(words):
     """A _Job for the configuration that the line chooses, or None where there is none to use."""
-    usable = [word for word in words if word.startswith("-") or words.index(word) > 0]
+    job = _Job(_configuring(words))
     try:
-        options, _ = _parse_arguments([word for word in usable if "$" not in word and "`" not in word])
-        options.quiet = True
-        options.trace = False
-        job = _Job(options)
         job.connect()
     except (_Usage, ValueError):
         return None
@@ -3285,41 +3326,52 @@ def _complete_call(words, current):
 
 
 def _ids(job, catalog, spec, name):
-    """(id, name) of what an ...id parameter may be, asked of the list command that fits; remembered for a minute."""
+    """(id, name) of what an ...id parameter may be, asked of the list command that fits; remembered for a minute, as is
+    that it could not be had (a server that hangs is not waited for at every key, nor a wrong password tried)."""
     lister = _lister(catalog, spec, name)
     if lister is None:
         return []
-    path = _cache_path(job.client, "ids", lister.name)
+    path, refused = _cache_path(job.client, "ids", lister.name), _cache_path(job.client, "ids")
+    rows = _remembered(refused)
+    rows = _remembered(path) if rows is None else rows
+    if rows is None:
+        try:
+            with job.client:
+                rows = _ask_ids(job.client, lister)
+        except CloudStackException:
+            rows, path = [], refused
+        try:
+            _write_private(path, jsonlib.dumps({"at": int(time.time()), "rows": rows}))
+        except OSError:
+            pass
+    return rows
+
+
+def _remembered(path):
+    """The rows a file of ids holds, if it is less than a minute old."""
     try:
         with open(path, encoding="utf-8") as file:
             kept = jsonlib.load(file)
         if 0 <= time.time() - kept["at"] < _REMEMBERED:
-            return [(row[0], row[1]) for row in kept["rows"]]
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+            return [(ident + "", text + "") for ident, text in kept["rows"]]  # texts, or it is damaged
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
-    rows = _ask_ids(job.client, lister)
-    try:
-        _write_private(path, jsonlib.dumps({"at": int(time.time()), "rows": rows}))
-    except OSError:
-        pass
-    return rows
+    return None
 
 
 def _ask_ids(client, lister):
     params = {"listall": "true"} if lister.param("listall") else {}
     if lister.param("templatefilter"):
         params["templatefilter"] = "executable"
-    client.timeout = _PATIENCE_AT_A_KEY
+    client.timeout, client.retry = _PATIENCE_AT_A_KEY, 0
     call = _Call(lister.name, params)
     call.total = _PATIENCE_AT_A_KEY
-    try:
-        rows = _rows(client._run(_ask(client, call, retries=0)))
-    except CloudStackException:
-        return []
-    found = [
-        (row.get("id"), _cell(row.get("displayname") or row.get("name"))) for row in rows or [] if isinstance(row, dict)
-    ]
-    return [(ident, name) for ident, name in found if isinstance(ident, str)]
+    found = []
+    for row in _dicts(_rows(client._run(_ask(client, call)))):
+        ident, text = row.get("id"), row.get("displayname") or row.get("name")
+        if isinstance(ident, str):
+            found.append((ident, text if isinstance(text, str) else ""))
+    return found
 
 
 _SHORT_NAMES = {"vm": "virtualmachine", "userdata": "userdata", "iso": "iso", "parentdomain": "domain"}
@@ -3450,15 +3502,15 @@ def _says_failed(answer):
 
 def _stream(job, command, params):
     """jsonl of a whole list: each row is written as it arrives."""
-    columns = None
+    columns = _chosen_columns(job)
+    unseen, sample = set(columns or ()), []  # type: set, list
     params = {name: value for name, value in params.items() if name not in ("fetch_list", "fetch_result")}
-    for number, row in enumerate(job.client.iter_list(command, **params)):
-        if number == 0:
-            job.clear_progress()
-            columns = _chosen_columns(job, [row])
-        if columns:
-            row = {name: _pick(row, name) for name in columns}
-        _write(_json_text(row, None) + "\n")
+    for row in job.client.iter_list(command, **params):
+        job.clear_progress()
+        unseen = {name for name in unseen if _pick(row, name) is None}
+        sample += [row] if unseen and len(sample) < 100 else []
+        _write(_json_text({name: _pick(row, name) for name in columns} if columns else row, None) + "\n")
+    _warn_of_columns(job, sample, sorted(unseen))
     return 0
 
 
@@ -3525,6 +3577,8 @@ def _report(job, error):
 def _hint(job, error):
     document = getattr(error, "error", None)
     code = document.get("errorcode") if isinstance(document, dict) else _status(error)
+    if code == 432 and not job.asked:
+        return "Your role may not list the commands; all else works without that."
     if isinstance(error, CloudStackApiException) and isinstance(code, int):
         return _HINTS.get(code, "").format(command=job.asked.partition(" ")[0])
     return "Look whether it was done before you send it again." if error.outcome_unknown else ""
@@ -3537,11 +3591,11 @@ def _how_to_go_on(error):
 def _print_error_answer(job, response):
     """What the server said: JSON on standard output, anything else on standard error, the beginning of it."""
     try:
-        document = response.json()
+        text = _json_text(response.json()) + "\n"
     except (ValueError, RecursionError):
         job.say(response.text[:2000])
     else:
-        _write(_json_text(document) + "\n")
+        _write(text)
 
 
 def _carry_out(job, words):
