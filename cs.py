@@ -49,7 +49,7 @@ __version__ = "6.0.0"
 
 EXPIRES_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 
-# Tests replace these three; nothing else in this file tells the time, sleeps or draws lots.
+# Tests replace these three: the clock for every duration, the sleep between two steps, and the lots.
 _clock = time.monotonic
 _sleep = time.sleep
 
@@ -97,7 +97,7 @@ def _number(value, most=1e9):
             raise ValueError
     except (TypeError, ValueError):
         raise ValueError("{!r} is not a number of seconds".format(value)) from None
-    return value
+    return value if isinstance(value, (int, float)) else float(value)
 
 
 def _seconds(value):
@@ -170,7 +170,7 @@ def _ca_path(value):
     `verify = false` reads as None, and only dangerous_no_tls_verify does what it seems to say."""
     if value is None or isinstance(value, bool):
         return None
-    value = os.fspath(value)
+    value = os.fsdecode(value)
     try:
         strtobool(value)
     except ValueError:
@@ -182,11 +182,14 @@ def _pem_path(value):
     if value is None or value == "":
         return None
     if isinstance(value, (tuple, list)):
-        return tuple(os.fspath(part) for part in value)
-    return os.fspath(value)
+        certificate, key = map(os.fsdecode, value)
+        return certificate, key
+    return os.fsdecode(value)
 
 
 def _header_map(value):
+    if value is not None and not hasattr(value, "items"):
+        raise ValueError("a dict was expected, got {}".format(type(value).__name__))
     headers = dict(value or {})
     for name, content in headers.items():
         _check_header(name, content)  # and again when they are sent: the map is the program's to change
@@ -246,6 +249,16 @@ SETTINGS = (
     _Setting("concurrency", 128, _positive_count, "code", "connections kept; worker threads of AIOCloudStack"),
     _Setting("max_response_size", 256 * 1024 * 1024, _positive_count, "both", "bytes an answer may have, unpacked"),
 )
+
+
+def _converted(name, convert, value):
+    """convert(value); what is wrong with it is told as a ValueError under the name it was given by."""
+    try:
+        return convert(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError("{}: {}".format(name, error)) from None
+
+
 _SETTING = {setting.name: setting for setting in SETTINGS}
 
 
@@ -296,11 +309,14 @@ class CloudStackApiException(CloudStackException):
 class CloudStackConnectionError(CloudStackException, ConnectionError):
     """No connection, or one that broke before the answer was whole."""
 
+    errno = strerror = None  # OSError would take two arguments for these; set where the cause had one
     stale = False  # the connection was a kept one that the server had closed by then
 
 
 class CloudStackTimeoutError(CloudStackException, TimeoutError):
     """The server was silent for `timeout` seconds, or took ten times that in all."""
+
+    errno = strerror = None
 
 
 class CloudStackJobTimeout(CloudStackTimeoutError):
@@ -436,7 +452,8 @@ def _wire_form(params):
 # Names whose values are nobody's business; they are told by how they end: `details[0].password`, `usersecretkey`.
 _SECRET = (
     r"(?:password|passwd|passphrase|secret|secret[_-]?key|private[_-]?key|user[_-]?data|session[_-]?key|jsessionid"
-    r"|signature|api[_-]?key|token|credentials?)"
+    r"|signature|api[_-]?key|access[_-]?key|token|credentials?|psk|pre[_-]?shared[_-]?key|bind[_-]?pass|secret[_-]?code"
+    r"|code[_-]?for[_-]?2fa|config[_-]?data)"
 )
 _SECRET_NAME = re.compile(r"(?i)" + _SECRET + r"\Z")
 _SECRET_HEADER = re.compile(r"(?i)(?:" + _SECRET + r"|auth|authorization|cookie|key)\Z")
@@ -452,9 +469,10 @@ def _is_secret(name):
 def _secret_names(params):
     """The parameters whose values must not be shown: by their own name, or by the one they are given as the value of
     (tags[0].key=password tags[0].value=..., updateConfiguration's name and value)."""
+    lower = {name.lower(): text for name, text in params.items()}
     for name in params:
-        front = name[: -len("value")]
-        titles = [params.get(front + "key"), params.get(front + "name")] if name.lower().endswith("value") else []
+        front = name.lower()[: -len("value")] if name.lower().endswith("value") else None
+        titles = [] if front is None else [lower.get(front + "key"), lower.get(front + "name")]
         if _is_secret(name) or any(isinstance(title, str) and _is_secret(title) for title in titles):
             yield name
 
@@ -519,7 +537,7 @@ class _Call:
         self.command = command
         self.json = json
         self.opcode_name = opcode_name
-        self.headers = _header_map(headers)
+        self.headers = _converted("headers", _header_map, headers)
         self.reads = _only_reads(command)
         self.secret = command.lower() == "login" or any(_secret_names(params))
         self.params = {}
@@ -554,9 +572,10 @@ class _Call:
 
     def with_page(self, page, size):
         """The same call for one page."""
-        call = _Call(self.command, self.params, self.json, self.opcode_name, self.headers)
-        call.expires = self.expires
-        call.total = self.total
+        import copy
+
+        call = copy.copy(self)
+        call.params = dict(self.params)
         call.give(page=page, pagesize=size)
         return call
 
@@ -573,10 +592,7 @@ class _Server:
         self.jobs = _JobList()
 
 
-class _Login:
-    def __init__(self, key, cookies):
-        self.key = key
-        self.cookies = cookies
+_Login = collections.namedtuple("_Login", "key cookies")
 
 
 class _Request:
@@ -597,6 +613,7 @@ class _Request:
         self.limit = client.max_response_size
         self.socket = None  # set while the exchange is under way, so that it can be cut off
         self.cancelled = False
+        self.cutting = threading.Lock()  # a connection that is kept again must not be cut off
 
     @property
     def url(self):
@@ -638,7 +655,7 @@ def _shown(endpoint, with_path_slash=False):
 def _check_client(client):
     """Refuse, before anything is sent, settings that make no sense together. Raises ValueError that names them."""
     endpoint = client.endpoint
-    together = (endpoint, client.key, client.secret, client.username, client.password)
+    together = (endpoint, client.key, client.secret, client.username, client.password, client.cert, client.cert_key)
     if client.__dict__.get("_checked") == together:
         return
     if not endpoint:
@@ -652,12 +669,12 @@ def _check_client(client):
         raise ValueError("endpoint: {!a} is no http:// or https:// address".format(_shown(endpoint)))
     if parts.username is not None:
         raise ValueError("endpoint: a user name or password cannot be part of the address")
-    if (client.key is None) != (client.secret is None):
-        missing, given = ("key", "secret") if client.key is None else ("secret", "key")
-        raise ValueError("{0}: missing, although {1} is given; they go together".format(missing, given))
-    if (client.username is None) != (client.password is None):
-        missing, given = ("username", "password") if client.username is None else ("password", "username")
-        raise ValueError("{0}: missing, although {1} is given; they go together".format(missing, given))
+    for pair in (("key", "secret"), ("username", "password")):
+        missing = [name for name in pair if getattr(client, name) is None]
+        if len(missing) == 1:
+            raise ValueError("{}: missing; {} and {} go together".format(missing[0], *pair))
+    if client.cert_key is not None and client.cert is None:
+        raise ValueError("cert: missing, although cert_key is given; they go together")
     if client.key is not None and client.username is not None:
         raise ValueError("username: given together with key; use either key and secret or username and password")
     client.__dict__["_checked"] = together
@@ -811,8 +828,7 @@ def _asked_wait(error):
     """Seconds the server asked to wait, by the text of its 429 or by Retry-After; None where it did not say."""
     if error.response is None:
         return None
-    text = error.error.get("errortext") if isinstance(getattr(error, "error", None), dict) else None
-    found = _RETRY_AFTER.search(text) if isinstance(text, str) else None
+    found = _RETRY_AFTER.search(error.response.text)
     if found:
         return float(found.group(1)) / 1000.0
     after = (error.response.headers.get("Retry-After") or "").strip()
@@ -844,19 +860,18 @@ def _retry_delay(client, call, error, attempt):
 
 
 def _wants_post(error):
-    text = error.error.get("errortext") if isinstance(error, CloudStackApiException) and _is_error(error) else None
-    return _status(error) == 400 and "using post" in str(text).lower()
-
-
-def _is_error(error):
-    return isinstance(error.error, dict)
+    return (
+        isinstance(error, CloudStackApiException)
+        and _status(error) == 400
+        and "using post request" in error.response.text.lower()
+    )
 
 
 def _mark(call, error):
     """Say on the exception whether the command may have run."""
     if error.outcome_unknown:
         return
-    answered = (isinstance(error, CloudStackApiException) and _is_error(error)) or 300 <= (_status(error) or 0) < 500
+    answered = isinstance(getattr(error, "error", None), dict) or 300 <= (_status(error) or 0) < 500
     error.outcome_unknown = not (call.reads or error.unsent or answered)
     if error.outcome_unknown and error.response is None and error.args:
         hint = "{} may have run, its outcome is unknown: look before it is sent again".format(call.command)
@@ -869,7 +884,7 @@ def _ask(client, call, retries=None):
     post = renewed = replayed = False
     retries = client.retry if retries is None else retries
     while True:
-        login = yield from _current_login(client)
+        login = None if call.command == "login" else (yield from _current_login(client))
         try:
             call.response = yield _build(client, call, login, post)
             return _decode(client, call, call.response)
@@ -926,23 +941,12 @@ def _current_login(client):
 def _log_in(client):
     params = {"username": client.username, "password": client.password, "domain": client.domain or "/"}
     call = _Call("login", params)
-    attempt = 0
-    while True:
-        try:
-            call.response = yield _build(client, call, post=True)
-            answer = _decode(client, call, call.response)
-            break
-        except CloudStackException as error:
-            delay = None if attempt >= client.retry else _retry_delay(client, call, error, attempt)
-            if delay is None:
-                raise
-        attempt += 1
-        yield delay
+    answer = yield from _ask(client, call)
     key = answer.get("sessionkey") if isinstance(answer, dict) else None
     if not isinstance(key, str) or not key or _UNSENDABLE.search(key):
         detail = "login gave no session key"
         raise CloudStackException("Unexpected response from CloudStack", detail, response=call.response)
-    return _Login(key, call.response.cookies())
+    return _Login(key, call.response.cookies())  # type: ignore[union-attr]
 
 
 def _forget_login(client, login):
@@ -1027,7 +1031,11 @@ class _Walk:
             return
         todo = iter(pages)
         answers, halt = {}, []  # type: dict, list
-        for outcome in (yield [self._lane(todo, answers, halt) for _ in pages[: self.ahead]]):
+        try:
+            outcomes = yield [self._lane(todo, answers, halt) for _ in pages[: self.ahead]]
+        finally:
+            halt.append(True)  # whoever was interrupted wants no more of them
+        for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
         self.buffered = [answers[page] for page in sorted(answers)]
@@ -1062,8 +1070,7 @@ class _Walk:
         try:
             return (yield from _ask(self.client, call))
         except CloudStackApiException as error:
-            text = error.error.get("errortext") if _is_error(error) else None
-            found = _PAGE_LIMIT.search(text) if _status(error) == 431 and isinstance(text, str) else None
+            found = _PAGE_LIMIT.search(error.response.text) if _status(error) == 431 else None
             if not found or self.first is not None or not 0 < int(found.group(1)) < self.size:
                 raise
             limit = int(found.group(1))
@@ -1122,6 +1129,7 @@ class _JobList:
         self.pending = frozenset()  # type: frozenset
         self.asked_at = None  # when the list was asked for: what it says is at least as new as that
         self.off_until = 0.0
+        self.in_vain = 0
 
     def __call__(self, client, call, since, deadline):
         """When news newer than `since` was asked for that shows the job pending, or None: then ask for it singly."""
@@ -1158,6 +1166,10 @@ class _JobList:
             # Passing trouble passes; a role that may not list jobs, or far too many jobs of others, stays a while.
             self.off_until = _clock() + (client.poll_interval if _passing(error) else 600.0)
             return
+        known = any(poll.params["jobid"] in pending for poll in list(self.waiting))
+        self.in_vain = 0 if known else self.in_vain + 1
+        if self.in_vain > 1:  # those who wait, wait for jobs that it does not show
+            self.off_until = _clock() + 600.0
         self.pending, self.asked_at = frozenset(pending), asked_at
 
 
@@ -1168,28 +1180,18 @@ def _is_job(answer):
 
 def _await_job(client, call, jobid):
     """The jobresult of a job, waited for; whatever is raised meanwhile carries the job's id."""
+    waiting = client._server.jobs.waiting
+    poll = None
     try:
-        return (yield from _poll(client, call, _poll_call(call, str(jobid))))
-    except GeneratorExit:
-        raise
+        try:
+            poll = _Call("queryAsyncJobResult", {"jobid": str(jobid)}, True, call.opcode_name, call.headers)
+        except ValueError as error:
+            raise CloudStackException("Unexpected response from CloudStack", str(error)) from None
+        waiting.add(poll)
+        return (yield from _look_until_done(client, call, poll))
     except BaseException as error:
         setattr(error, "jobid", str(jobid))  # noqa: B010  (KeyboardInterrupt and CancelledError, too)
         raise
-
-
-def _poll_call(call, jobid):
-    try:
-        return _Call("queryAsyncJobResult", {"jobid": jobid}, opcode_name=call.opcode_name, headers=call.headers)
-    except ValueError as error:
-        raise CloudStackException("Unexpected response from CloudStack", str(error)) from None
-
-
-def _poll(client, call, poll):
-    """_look_until_done, counted among those who wait."""
-    waiting = client._server.jobs.waiting
-    waiting.add(poll)
-    try:
-        return (yield from _look_until_done(client, call, poll))
     finally:
         waiting.discard(poll)
 
@@ -1443,7 +1445,6 @@ class _Transport:
     def exchange(self, request):
         """Send and read one answer of any status. Raises CloudStackConnectionError, CloudStackTimeoutError, or
         ValueError for a setting (verify, cert) that cannot be used."""
-        import http.client
         import urllib.error
         import urllib.request
 
@@ -1455,18 +1456,17 @@ class _Transport:
             self._opener = _make_opener(self._proxies)
         wanted = urllib.request.Request(request.url, request.body, method=request.method)
         wanted.__dict__.update(cs=request, send=self._send)
-        unusable = None
         try:
             return self._opener.open(wanted, timeout=request.timeout)
-        except _Unusable as error:
-            unusable = ValueError(*error.args)
         except _Failed as raised:
             failed = raised
-        except (urllib.error.URLError, http.client.HTTPException, UnicodeError) as error:
-            failed = _Failed(error, unsent=True)
+        except urllib.error.URLError as error:  # its scheme, which is a proxy's
+            failed = _Failed(OSError(str(error.reason)), unsent=True)
+        except (OSError, ValueError):  # quotes the proxy's address, password and all
+            failed = _Failed(OSError("the address of the proxy cannot be used"), unsent=True)
         # Raised out here, so that what urllib quoted is not its context either.
-        if unusable:
-            raise unusable
+        if isinstance(failed.cause, _Unusable):
+            raise ValueError(str(failed.cause))
         raise _network_error(failed, request) from _quotable(failed.cause)
 
     def _context(self, verify, cert):
@@ -1500,8 +1500,9 @@ class _Transport:
                 raise
             raise _Failed(error, stale=kept and isinstance(error, ConnectionError)) from None
         finally:
-            request.socket = None
-        if reusable:
+            with request.cutting:
+                request.socket = None
+        if reusable and not request.cancelled:
             self._keep(where, connection)
         else:
             connection.close()
@@ -1535,17 +1536,20 @@ class _Transport:
 
         request = wanted.cs
         connection = None
+        made = []  # type: list
         try:
-            kind = self._proxies.get("https", "").rpartition("://")[0]
-            if wanted._tunnel_host and kind not in ("http", "https", ""):
-                raise OSError("{} proxies cannot be used; http and https ones can".format(kind))
+            kind = re.findall(r"\A([\w+.-]+)://", self._proxies.get("https", "")) or ["http"]
+            if wanted._tunnel_host and kind[0].lower() not in ("http", "https"):
+                raise OSError("{} proxies cannot be used; http and https ones can".format(kind[0]))
             connection = self._new_connection(wanted)
-            connection.response_class = _response_class(request, deadline)
+            connection.response_class = _response_class(request, deadline, made)
             if wanted._tunnel_host:
                 auth = {"Proxy-Authorization": proxy_auth} if proxy_auth else {}
                 connection.set_tunnel(wanted._tunnel_host, headers=auth)
             connection.connect()
         except BaseException as error:
+            for clocked in made:  # before 3.11 http.client leaves a refusal of CONNECT open, and the socket with it
+                clocked.answer.close()
             if connection is not None:
                 connection.close()
             if not isinstance(error, _EXPECTED + (http.client.HTTPException,)):
@@ -1559,10 +1563,7 @@ class _Transport:
         seconds = wanted.cs.timeout
         if wanted.type != "https":
             return http.client.HTTPConnection(wanted.host, timeout=seconds)
-        try:
-            context = self._context(wanted.cs.verify, wanted.cs.cert)
-        except ValueError as error:
-            raise _Unusable(*error.args) from None
+        context = self._context(wanted.cs.verify, wanted.cs.cert)
         return http.client.HTTPSConnection(wanted.host, timeout=seconds, context=context)
 
     def _converse(self, connection, wanted, deadline):
@@ -1602,22 +1603,21 @@ class _TooLarge(ValueError):
     pass
 
 
-class _Unusable(Exception):
-    """A setting whose file cannot be used, on its way out as the ValueError that it is."""
+class _Unusable(ValueError):
+    """A setting whose file cannot be used."""
 
 
 # zlib.error is neither; it is made a ValueError where it happens. ssl.CertificateError is a ValueError on 3.6.
 _EXPECTED = (OSError, OverflowError, ValueError)
 
 
-def _response_class(request, deadline, made=None):
-    """What http.client is to make of a socket to read an answer from it: reading it against both clocks."""
+def _response_class(request, deadline, made):
+    """What http.client is to make of a socket to read an answer from it; what it made is noted."""
     import http.client
 
     def make(sock, *args, **options):
         clocked = _ClockedSocket(sock, request, deadline)
-        if made is not None:
-            made.append(clocked)
+        made.append(clocked)
         return http.client.HTTPResponse(clocked, *args, **options)  # type: ignore[arg-type]
 
     return make
@@ -1670,7 +1670,7 @@ def _unpacked(unpack, part, limit):
 
 
 def _make_context(verify, cert):
-    """Raises ValueError that names the setting whose file cannot be used."""
+    """Raises _Unusable that names the setting whose file cannot be used."""
     import ssl
 
     path = verify if isinstance(verify, str) else None
@@ -1680,7 +1680,7 @@ def _make_context(verify, cert):
         else:
             context = ssl.create_default_context(cafile=path)
     except (OSError, ValueError) as error:
-        raise ValueError("verify: cannot read CA certificates from {!a}: {}".format(path, _reason(error))) from None
+        raise _Unusable("verify: cannot read CA certificates from {!a}: {}".format(path, _reason(error))) from None
     if verify is False:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -1690,7 +1690,7 @@ def _make_context(verify, cert):
             # An empty password keeps OpenSSL from asking for one on the terminal.
             context.load_cert_chain(own, key, password="")
         except (OSError, ValueError) as error:
-            raise ValueError("cert: cannot use client certificate {!a}: {}".format(own, _reason(error))) from None
+            raise _Unusable("cert: cannot use client certificate {!a}: {}".format(own, _reason(error))) from None
     return context
 
 
@@ -1701,7 +1701,9 @@ def _reason(error):
 
 def _quotable(error):
     """The exception as a __cause__, where its text is not made of what was sent (InvalidURL quotes the signed path)."""
-    return error if isinstance(error, OSError) else None
+    import ssl
+
+    return error if isinstance(error, (OSError, ssl.CertificateError)) else None  # the latter is no OSError on 3.6
 
 
 def _network_error(failed, request):
@@ -1859,10 +1861,7 @@ class CloudStack:
         """Settings are converted and checked wherever they are set; other attributes are the program's own."""
         setting = _SETTING.get(name)
         if setting is not None:
-            try:
-                value = setting.convert(value)
-            except (TypeError, ValueError) as error:
-                raise ValueError("{}: {}".format(name, error)) from None
+            value = _converted(name, setting.convert, value)
         object.__setattr__(self, name, value)
 
     def __getattr__(self, command):
@@ -1904,7 +1903,7 @@ class CloudStack:
     def _server(self):
         """What was learned about the present endpoint, as the present user."""
         servers = self.__dict__.setdefault("_servers", {})
-        place = (self.endpoint, self.key, self.username)
+        place = (self.endpoint, self.key, self.username, os.getpid())  # locks and sessions are not for a fork's child
         return servers.get(place) or servers.setdefault(place, _Server())
 
     @property
@@ -1918,8 +1917,8 @@ class CloudStack:
         """Every command goes through here, which makes it the place for a subclass to step in; pages, polls and log-in
         are this client's own and do not."""
         call = _Call(command, flatten(params), json, opcode_name, headers)
-        wait = self.fetch_result if fetch_result is None else _flag(fetch_result)
-        every = fetch_list if fetch_list is _LAZY else _flag(fetch_list)
+        wait = self.fetch_result if fetch_result is None else _converted("fetch_result", _flag, fetch_result)
+        every = fetch_list if fetch_list is _LAZY else _converted("fetch_list", _flag, fetch_list)
         return self._run(_command(self, call, every, wait))
 
     def iter_list(self, command, **params):
@@ -2132,14 +2131,14 @@ def _cut_off(request):
     """Wake the thread that reads for a caller who has gone away."""
     import socket
 
-    request.cancelled = True
-    sock = request.socket
-    if sock is not None:
-        try:
-            # The plain socket's method: SSLSocket's would pull the TLS layer from under the reading thread.
-            socket.socket.shutdown(sock, socket.SHUT_RDWR)
-        except OSError:
-            pass
+    with request.cutting:
+        request.cancelled = True
+        if request.socket is not None:
+            try:
+                # The plain socket's method: SSLSocket's would pull the TLS layer from under the reading thread.
+                socket.socket.shutdown(request.socket, socket.SHUT_RDWR)
+            except OSError:
+                pass
 
 
 # --- 7 configuration ------------------------------------------------------------------------------------------------
@@ -2169,7 +2168,7 @@ class _Found:
     def add(self, path, items):
         self.has_section = True
         for key, value in items:
-            if value and (key in _INI_KEYS or check_key(key, ["header_?*"])):
+            if value and (key in _INI_KEYS or key[: len("header_")] == "header_" != key):
                 self.values[key] = value
                 self.origins[key] = path
 
@@ -2196,9 +2195,15 @@ def _group(key):
 
 
 def _ini_paths(config=None):
-    paths = [os.path.expanduser("~/.cloudstack.ini"), os.path.abspath("cloudstack.ini")]
+    """(the files to read, in order; the one among them that was named, or None)"""
+    paths = [os.path.expanduser("~/.cloudstack.ini")]
+    try:
+        paths.append(os.path.abspath("cloudstack.ini"))
+    except OSError:  # the working directory is gone
+        pass
     named = config or os.environ.get(_PREFIX + "CONFIG")
-    return paths + [os.path.expanduser(named)] if named else paths
+    named = os.path.expanduser(named) if named else None
+    return paths + [named] * bool(named), named
 
 
 def _read_text(path, newline=None):
@@ -2258,7 +2263,7 @@ def _section_items(path, raw, region):
 def _from_files(region, config=None):
     """What ~/.cloudstack.ini, ./cloudstack.ini and $CLOUDSTACK_CONFIG say about a region; later files win."""
     found = _Found()
-    found.tried = _ini_paths(config)
+    found.tried, named = _ini_paths(config)
     for path in found.tried:
         try:
             parser = _parse_ini(path, _read_text(path))
@@ -2267,8 +2272,8 @@ def _from_files(region, config=None):
         found.read.append(path)
         if parser.has_section(region):
             found.add(path, _section_items(path, parser, region))
-    if len(found.tried) > 2 and found.tried[-1] not in found.read:  # a file that was named must be there
-        raise SystemExit("Config file not found. Tried " + found.tried[-1])
+    if named and named not in found.read:
+        raise SystemExit("Config file not found. Tried " + named)
     return found
 
 
@@ -2370,12 +2375,12 @@ def read_config_from_ini(ini_group=None):
 FORMATS = ("json", "jsonl", "table", "csv", "text")
 
 _HELP = """\
-cs [options] COMMAND [name=value ...]    call the CloudStack API, print its answer
+cs [options] COMMAND [name=value ...]  call the CloudStack API, print its answer
 
-  cs listVirtualMachines state=Running   any API command; name=@file reads a file
-  cs COMMAND --help                      what a command takes and returns
-  cs --list [words]                      the commands that match
-  cs --configure                         ask for endpoint, key and secret; save them
+  cs listVirtualMachines state=Running  any API command; name=@file reads a file
+  cs COMMAND --help                     what a command takes and returns
+  cs --list [words]                     the commands that match
+  cs --configure                        ask for endpoint, key, secret; save them
 
  -o, --output json|jsonl|table|csv|text  -c, --columns id,name,nic.0.ipaddress
      --sort [-]COLUMN                        --all      every page of a list
@@ -2385,11 +2390,11 @@ cs [options] COMMAND [name=value ...]    call the CloudStack API, print its answ
      --dry-run       show, do not send       --force    send what looks wrong
  -q, --quiet         only usage errors   -t, --trace    show each exchange
      --color auto|always|never               --theme STYLE  of Pygments
-     --sync          fetch the list of commands that help, checks, completion use
+     --sync          fetch the list of commands for help, checks, completion
      --completion bash|zsh|fish              --version  -h, --help
 
 exit: 0 done  1 error answer  2 usage  3 no answer  4 job still runs  130 Ctrl-C
-More: README.rst (this program), https://cloudstack.apache.org/api.html (the API)
+More: README.rst; the API: https://cloudstack.apache.org/api.html
 """
 
 
@@ -2403,33 +2408,12 @@ def _make_parser():
     parser = argparse.ArgumentParser(prog="cs", add_help=False)
     parser.error = _raise_usage  # type: ignore[method-assign]
     add = parser.add_argument
-    for names in (
-        "-h --help",
-        "-q --quiet",
-        "-t --trace",
-        "--post",
-        "--all",
-        "--dry-run",
-        "--force",
-        "--list",
-        "--sync",
-    ):
-        add(*names.split(), action="store_true")
+    short = {"help": "-h", "quiet": "-q", "trace": "-t", "region": "-r", "columns": "-c"}
+    for name in "help quiet trace post all dry-run force list sync version configure".split():
+        add(*filter(None, [short.get(name), "--" + name]), action="store_true")
+    for name in "region columns sort theme wait endpoint config timeout retry".split():
+        add(*filter(None, [short.get(name), "--" + name]))
     add("--async", dest="no_wait", action="store_true")
-    add("--version", action="store_true")
-    add("--configure", action="store_true")
-    for names in (
-        "-r --region",
-        "-c --columns",
-        "--sort",
-        "--theme",
-        "--wait",
-        "--endpoint",
-        "--config",
-        "--timeout",
-        "--retry",
-    ):
-        add(*names.split())
     add("-o", "--output", type=str.lower, choices=FORMATS)
     add("--color", choices=("auto", "always", "never"), default="auto")
     add("--completion", choices=("bash", "zsh", "fish"))
@@ -2453,6 +2437,9 @@ def _parse_arguments(args):
         if arg == "--sort" and index + 1 < len(args):  # `--sort -name` is no option -n
             args[index : index + 2] = ["--sort=" + args[index + 1], "--"]
     options, words = parser.parse_known_args([arg for arg in args if arg != "--"])
+    for name in ("endpoint", "region", "config", "timeout", "retry", "wait"):
+        if getattr(options, name) == "":  # an unset variable of a script, which must not mean the usual region
+            raise _Usage("--{} needs a value".format(name))
     for word in words:
         if word.startswith("-"):
             raise _Usage("there is no option {!a}; see cs --help".format(word))
@@ -2507,7 +2494,7 @@ def _read_stdin():
         raise ValueError("standard input is not UTF-8 text") from None
 
 
-class _Job:
+class _Run:
     """One run of the command line: options, settings, client. Messages go through say(), so that -q has one place."""
 
     def __init__(self, options):
@@ -2543,7 +2530,7 @@ class _Job:
         self.settings.update({"method": "post"} if options.post else {}, **({"trace": True} if options.trace else {}))
         self.client = CloudStack(**self.settings)
         _check_client(self.client)
-        if not options.quiet and not options.trace and sys.stderr is not None and sys.stderr.isatty():
+        if not options.quiet and not self.client.trace and _is_terminal(sys.stderr):
             self.client._progress = self.progress
 
     def _warn_of_readable_files(self, found):
@@ -2564,7 +2551,12 @@ class _Job:
         wish = self.options.color
         if wish != "auto":
             return wish == "always"
-        return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        return _is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
+
+
+def _is_terminal(stream):
+    """Whether a stream is a terminal that can more than print."""
+    return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class _Progress:
@@ -2600,13 +2592,27 @@ class _Progress:
 # Output.
 
 
+class _OutputFailed(Exception):
+    """Standard output could not be written."""
+
+
 def _write(text):
-    """Text on standard output, whatever it can show; raises OSError where it cannot be written."""
+    """Text on standard output, whatever it can show. Raises _OutputFailed."""
     out = sys.stdout
     try:
-        out.write(text)
-    except UnicodeEncodeError:
-        out.write(text.encode(out.encoding, "backslashreplace").decode(out.encoding))
+        try:
+            out.write(text)
+        except UnicodeEncodeError:
+            out.write(text.encode(out.encoding, "backslashreplace").decode(out.encoding))
+    except OSError as error:
+        raise _OutputFailed(error) from None
+
+
+def _flush():
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        raise _OutputFailed(error) from None
 
 
 def _json_text(document, indent=2):
@@ -2733,17 +2739,17 @@ def _field_names(rows):
     return list(names)
 
 
-def _chosen_columns(job):
+def _chosen_columns(run):
     """The columns asked for with -c; None where none were."""
-    return [name.strip() for name in (job.options.columns or "").split(",") if name.strip()] or None
+    return [name.strip() for name in (run.options.columns or "").split(",") if name.strip()] or None
 
 
-def _warn_of_columns(job, rows, columns):
+def _warn_of_columns(run, rows, columns):
     """A word about those that no row has."""
     for name in columns or ():
         if rows and all(_pick(row, name) is None for row in rows):
             near = _did_you_mean(_near(name, _field_names(rows)))
-            job.say("Warning: no row has {!a}{}".format(name, near))
+            run.say("Warning: no row has {!a}{}".format(name, near))
 
 
 def _sort_key(value):
@@ -2759,26 +2765,26 @@ def _sort_key(value):
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?\Z", re.ASCII)
 
 
-def _sorted(job, rows):
-    column = job.options.sort
+def _sorted(run, rows):
+    column = run.options.sort
     if not column:
         return rows
     backwards = column.startswith("-")
     column = column.lstrip("-")
-    _warn_of_columns(job, rows, [column])
+    _warn_of_columns(run, rows, [column])
     present = [row for row in rows if _pick(row, column) is not None]
     missing = [row for row in rows if _pick(row, column) is None]
     return sorted(present, key=lambda row: _sort_key(_pick(row, column)), reverse=backwards) + missing
 
 
-def _print_answer(job, answer, plain=False):
+def _print_answer(run, answer, plain=False):
     try:
-        _print_document(job, answer, plain)
+        _print_document(run, answer, plain)
     except RecursionError:
         raise CloudStackException("The answer is nested too deeply to be printed") from None
 
 
-def _print_document(job, answer, plain):
+def _print_document(run, answer, plain):
     """An answer in the format asked for, or as plain text (json=false); an empty one prints nothing."""
     if answer in ({}, [], None, ""):
         return
@@ -2786,16 +2792,16 @@ def _print_document(job, answer, plain):
         _write((_printable(answer) if sys.stdout.isatty() else answer).rstrip("\n") + "\n")
         return
     rows = _rows_of(answer)
-    wanted = _sorted(job, rows)
-    columns = _chosen_columns(job)
-    _warn_of_columns(job, rows, columns)
-    shape = job.format
+    wanted = _sorted(run, rows)
+    columns = _chosen_columns(run)
+    _warn_of_columns(run, rows, columns)
+    shape = run.format
     if columns is not None and shape in ("json", "jsonl"):
         wanted = [{name: _pick(row, name) for name in columns} for row in wanted]
     if shape == "json":
-        changed = wanted if columns is not None or job.options.sort else None
+        changed = wanted if columns is not None or run.options.sort else None
         text = _json_text(answer if changed is None else _with_rows(answer, changed))
-        _write((_highlighted(text, job.options.theme or job.settings.get("theme")) if job.colored else text) + "\n")
+        _write((_highlighted(text, run.options.theme or run.settings.get("theme")) if run.colored else text) + "\n")
     elif shape == "jsonl":
         _write("".join(_json_text(row, None) + "\n" for row in wanted))
     elif not rows:
@@ -2805,7 +2811,7 @@ def _print_document(job, answer, plain):
     elif shape == "text":
         _print_text(wanted, columns or _default_columns(wanted))
     else:
-        _print_table(job, wanted, columns)
+        _print_table(run, wanted, columns)
 
 
 def _cells(rows, columns):
@@ -2874,7 +2880,7 @@ def _one_line(text):
     return _printable(text.replace("\n", " ").replace("\t", " "))
 
 
-def _print_table(job, rows, chosen):
+def _print_table(run, rows, chosen):
     """Aligned columns under a header. On a terminal it fits: default columns are left out from the end, and only then
     is anything cut; elsewhere nothing is."""
     columns = chosen or _default_columns(rows)
@@ -2889,7 +2895,7 @@ def _print_table(job, rows, chosen):
     for number, line in enumerate(table):
         cells = [_cut(cell, width) for cell, width in zip(line, widths)]
         text = "  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(cells, widths)).rstrip()
-        _write(("\x1b[1m" + text + "\x1b[0m" if number == 0 and job.colored else text) + "\n")
+        _write(("\x1b[1m" + text + "\x1b[0m" if number == 0 and run.colored else text) + "\n")
 
 
 def _fitted(widths, columns, room):
@@ -3017,22 +3023,22 @@ def _reduced(api):
     return [name, description, api.get("isasync") is True, since, params, [field for field in fields if field]]
 
 
-def _fetch_catalog(job):
+def _fetch_catalog(run):
     """Ask the server for listApis and keep it. Raises CloudStackException, ValueError where --sync cannot keep it."""
-    specs = [_reduced(row) for row in job.client.listApis(fetch_list=True) if isinstance(row, dict)]
+    specs = [_reduced(row) for row in run.client.listApis(fetch_list=True) if isinstance(row, dict)]
     specs = [spec for spec in specs if re.match(r"[\w.-]+\Z", spec[0])]
     if not specs:
         raise CloudStackException("Unexpected response from CloudStack", "listApis gave no commands")
     catalog = _Catalog(_Catalog.write(specs))
     try:
-        catalog.keep(_cache_path(job.client))
+        catalog.keep(_cache_path(run.client))
     except OSError as error:
-        problem = "cannot write the cache {!a}: {}".format(_cache_path(job.client), _reason(error))
-        if job.options.sync:
+        problem = "cannot write the cache {!a}: {}".format(_cache_path(run.client), _reason(error))
+        if run.options.sync:
             raise ValueError(problem) from None
-        job.say("Warning: " + problem)
+        run.say("Warning: " + problem)
     else:
-        job.say("{} commands of {} are now known".format(len(specs), _shown(job.client.endpoint)))
+        run.say("{} commands of {} are now known".format(len(specs), _shown(run.client.endpoint)))
     return catalog
 
 
@@ -3079,10 +3085,10 @@ def _did_you_mean(names):
     return "; did you mean {}?".format(" or ".join(names)) if names else ""
 
 
-def _check_against_catalog(job, command, params):
+def _check_against_catalog(run, command, params):
     """The command, in its own spelling. Raises _Usage for what the catalog knows to be wrong, unless --force."""
-    catalog = _cached_catalog(job.client)
-    if catalog is None or job.options.force:
+    catalog = _cached_catalog(run.client)
+    if catalog is None or run.options.force:
         return command
     command = catalog.resolve(command)
     problems = _problems(catalog, command, params)
@@ -3090,22 +3096,22 @@ def _check_against_catalog(job, command, params):
         return command
     text = "\n    ".join(problems)
     if catalog.old:
-        job.say("Warning: {}\n    (known from {:.0f} days ago; `cs --sync` looks again)".format(
+        run.say("Warning: {}\n    (known from {:.0f} days ago; `cs --sync` looks again)".format(
             text, (time.time() - catalog.fetched) / 86400))  # fmt: skip
         return command
     advice = "Nothing was sent. `cs --sync` looks again what the server offers; --force sends it all the same."
     raise _Usage("{}\n    {}".format(text, advice))
 
 
-def _catalog_for_reading(job):
+def _catalog_for_reading(run):
     """The catalog, fetched now where there is none: --list and COMMAND --help ask for nothing else."""
-    return (None if job.options.sync else _cached_catalog(job.client)) or _fetch_catalog(job)
+    return (None if run.options.sync else _cached_catalog(run.client)) or _fetch_catalog(run)
 
 
-def _list_commands(job, words):
+def _list_commands(run, words):
     """--list: the commands in whose name or description all the words stand."""
     found = []
-    for spec in _catalog_for_reading(job).all():
+    for spec in _catalog_for_reading(run).all():
         if all(word.lower() in (spec.name + " " + spec.description).lower() for word in words):
             found.append(spec)
     room = max([len(spec.name) for spec in found] or [0])
@@ -3114,13 +3120,13 @@ def _list_commands(job, words):
         line = _printable("{:{}}  {}".format(spec.name, room, spec.description.strip().replace("\n", " "))).rstrip()
         _write((_cut(line, width) if width else line) + "\n")
     if not found:
-        job.say("No command matches {}".format(" ".join(words)))
+        run.say("No command matches {}".format(" ".join(words)))
     return 0 if found else 1
 
 
-def _describe_command(job, name):
+def _describe_command(run, name):
     """COMMAND --help."""
-    catalog = _catalog_for_reading(job)
+    catalog = _catalog_for_reading(run)
     spec = catalog.get(catalog.resolve(name))
     if spec is None:
         raise _Usage(_unknown_command(catalog, name) + "\n    `cs --list WORD` looks for one.")
@@ -3251,8 +3257,8 @@ def _complete_option(option, words, current):
     if option in ("-r", "--region"):
         found = _regions(_configuring(words).config)
     elif option in ("-c", "--columns", "--sort"):
-        job = _completion_job(words)
-        spec = job and _spec_of(job, _command_among(words))
+        run = _completion_run(words)
+        spec = run and _spec_of(run, _command_among(words))
         done = current.rpartition(",")[0]
         found = [(done + "," if done else "") + field for field in (spec.fields if spec else [])]
     else:
@@ -3262,7 +3268,7 @@ def _complete_option(option, words, current):
 
 def _regions(config):
     found = set()
-    for path in _ini_paths(config):
+    for path in _ini_paths(config)[0]:
         try:
             found.update(_parse_ini(path, _read_text(path)).sections())
         except (OSError, ValueError):
@@ -3284,24 +3290,24 @@ def _configuring(words):
     return options
 
 
-def _completion_job(words):
-    """A _Job for the configuration that the line chooses, or None where there is none to use."""
-    job = _Job(_configuring(words))
+def _completion_run(words):
+    """A _Run for the configuration that the line chooses, or None where there is none to use."""
+    run = _Run(_configuring(words))
     try:
-        job.connect()
+        run.connect()
     except (_Usage, ValueError):
         return None
-    return job
+    return run
 
 
-def _spec_of(job, command):
-    catalog = _cached_catalog(job.client)
+def _spec_of(run, command):
+    catalog = _cached_catalog(run.client)
     return catalog.get(catalog.resolve(command)) if catalog and command else None
 
 
 def _complete_call(words, current):
-    job = _completion_job(words)
-    catalog = job and _cached_catalog(job.client)
+    run = _completion_run(words)
+    catalog = run and _cached_catalog(run.client)
     if not catalog:
         return []
     command = _command_among(words)
@@ -3322,22 +3328,22 @@ def _complete_call(words, current):
         return []
     done = value.rpartition(",")[0]
     front = name + "=" + (done + "," if done else "")
-    return [(front + ident, text) for ident, text in _ids(job, catalog, spec, name)]
+    return [(front + ident, text) for ident, text in _ids(run, catalog, spec, name)]
 
 
-def _ids(job, catalog, spec, name):
+def _ids(run, catalog, spec, name):
     """(id, name) of what an ...id parameter may be, asked of the list command that fits; remembered for a minute, as is
     that it could not be had (a server that hangs is not waited for at every key, nor a wrong password tried)."""
     lister = _lister(catalog, spec, name)
     if lister is None:
         return []
-    path, refused = _cache_path(job.client, "ids", lister.name), _cache_path(job.client, "ids")
+    path, refused = _cache_path(run.client, "ids", lister.name), _cache_path(run.client, "ids")
     rows = _remembered(refused)
     rows = _remembered(path) if rows is None else rows
     if rows is None:
         try:
-            with job.client:
-                rows = _ask_ids(job.client, lister)
+            with run.client:
+                rows = _ask_ids(run.client, lister)
         except CloudStackException:
             rows, path = [], refused
         try:
@@ -3374,7 +3380,7 @@ def _ask_ids(client, lister):
     return found
 
 
-_SHORT_NAMES = {"vm": "virtualmachine", "userdata": "userdata", "iso": "iso", "parentdomain": "domain"}
+_SHORT_NAMES = {"vm": "virtualmachine", "parentdomain": "domain"}
 
 
 def _lister(catalog, spec, name):
@@ -3399,12 +3405,12 @@ def _print_completions(line):
 # Writing the ini file.
 
 
-def _configure(job):
+def _configure(run):
     """--configure: ask, try with one call, write the section to ~/.cloudstack.ini."""
-    region = job.options.region or os.environ.get(_PREFIX + "REGION") or "cloudstack"
-    if not re.match(r"[^\[\]\s][^\[\]\r\n]*\Z", region):
+    region = run.options.region or os.environ.get(_PREFIX + "REGION") or "cloudstack"
+    if not re.match(r"[^\[\]\s][^\[\]\r\n]*\Z", region) or region == "DEFAULT":
         raise _Usage("{!a} cannot be the name of a section".format(region))
-    path = os.path.realpath(job.options.config or os.path.expanduser("~/.cloudstack.ini"))
+    path = os.path.realpath(os.path.expanduser(run.options.config or "~/.cloudstack.ini"))
     try:
         text = _read_text(path)
         _parse_ini(path, text)  # a broken file is not made worse
@@ -3412,87 +3418,112 @@ def _configure(job):
         text = ""
     answers = {"endpoint": _ask_person("Endpoint (https://host/client/api): "), "key": _ask_person("API key: ")}
     answers["secret"] = _ask_person("Secret key (not shown): ", hidden=True)
-    client = CloudStack(timeout=job.options.timeout or 10, **answers)
-    _check_client(client)
+    text = _with_section(text, region, answers)
+    run.client = _client_of_section(path, text, region)
     try:
-        with client:
-            client.listCapabilities()
-        job.say("They work: {} answered.".format(_shown(client.endpoint)))
+        with run.client:
+            run.client.listCapabilities()
+        run.say("They work: {} answered.".format(_shown(run.client.endpoint)))
     except CloudStackException as error:
         _to_stderr("They do not work: {}".format(_sentence(error)))
         if _ask_person("Save them all the same? [y/N] ").lower() not in ("y", "yes"):
-            job.say("Nothing was written.")
+            run.say("Nothing was written.")
             return 1
     try:
-        _write_private(path, _with_section(text, region, answers))
+        _write_private(path, text)
     except OSError as error:
         raise ValueError("cannot write {!a}: {}".format(path, _reason(error))) from None
-    job.say("Section [{}] of {} is written.".format(region, path))
+    run.say("Section [{}] of {} is written.".format(region, path))
     return 0
 
 
-def _ask_person(question, hidden=False):
-    sys.stderr.write("" if hidden and sys.stdin.isatty() else question)
-    sys.stderr.flush()
-    if hidden and sys.stdin.isatty():
-        from getpass import getpass
+def _client_of_section(path, text, region):
+    """The client that a section describes: with what else stands there, such as the certificates of its authority."""
+    found = _Found()
+    found.add(path, _section_items(path, _parse_ini(path, text), region))
+    client = CloudStack(**dict({"endpoint": None}, **_as_settings(found.values)))
+    _check_client(client)
+    return client
 
-        answer = getpass(question, sys.stderr)
-    else:
+
+def _ask_person(question, hidden=False):
+    try:
+        if hidden and sys.stdin.isatty():
+            from getpass import getpass
+
+            return getpass(question, sys.stderr).strip()
+        sys.stderr.write(question)
+        sys.stderr.flush()
         answer = sys.stdin.readline()
-        if not answer:
-            raise _Usage("no answer to '{}'; nothing was written".format(question.strip()))
+    except (AttributeError, EOFError):  # no standard input, or Ctrl-D
+        answer = ""
+    if not answer:
+        raise _Usage("no answer to '{}'; nothing was written".format(question.strip()))
     return answer.strip()
 
 
 def _with_section(text, region, values):
-    """An ini file's text with these values in a section; comments, order and everything else stay."""
-    lines = text.splitlines()
-    start = next((index for index, line in enumerate(lines) if line.strip() == "[{}]".format(region)), None)
+    """An ini file's text with these values in a section, instead of what credentials it held; comments, order and
+    everything else stay."""
+    lines = text.rstrip("\n").split("\n") if text else []
+    heads = [index for index, line in enumerate(lines) if re.match(r"\[[^\]]+\]", line)]
     fresh = ["{} = {}".format(name, value.replace("%", "%%")) for name, value in values.items()]
+    start = next((index for index in heads if lines[index].startswith("[{}]".format(region))), None)
     if start is None:
         return "\n".join(lines + ([""] if lines else []) + ["[{}]".format(region)] + fresh) + "\n"
-    end = next((index for index in range(start + 1, len(lines)) if lines[index].startswith("[")), len(lines))
+    end = next((index for index in heads if index > start), len(lines))
+    body = lines[start + 1 : end]
+    first = next((line for line in body if line.strip() and line.strip()[0] not in "#;"), "")
+    indent = first[: len(first) - len(first.lstrip())]  # what stands further in goes on with the value above it
+    gone = set(values) | {"username", "password", "domain"}
     kept, dropping = [], False
-    for line in lines[start + 1 : end]:
-        name = re.match(r"([^\s#;=:][^=:]*?)\s*[=:]", line)
-        dropping = (name is not None and name.group(1).lower() in values) or (
-            dropping and line[:1].isspace() and line.strip()
-        )
+    for line in body:
+        name = re.match(re.escape(indent) + r"([^\s#;=:][^=:]*?)\s*[=:]", line)
+        if name:
+            dropping = name.group(1).lower() in gone
+        elif not line[len(indent) :][:1].isspace():
+            dropping = False
         if not dropping:
             kept.append(line)
-    return "\n".join(lines[: start + 1] + fresh + kept + lines[end:]) + "\n"
+    return "\n".join(lines[: start + 1] + [indent + line for line in fresh] + kept + lines[end:]) + "\n"
 
 
 # Carrying it out.
 
 
-def _show_plan(job, command, params):
+def _show_plan(run, command, params):
     """--dry-run: what would be sent, and nothing is."""
     control = {name: params.pop(name) for name in ("json", "opcode_name") if name in params}
     params = {name: value for name, value in params.items() if name not in ("fetch_list", "fetch_result")}
     call = _Call(command, flatten(params), **control)
     call.complete_page(PAGE_SIZE)
-    request = _build(job.client, call)
-    lines = ["{} {}".format(request.method, _shown(job.client.endpoint, True))]
+    request = _build(run.client, call)
+    lines = ["{} {}".format(request.method, _shown(run.client.endpoint, True))]
     lines += ["{}={}".format(name, text) for name, text in sorted(_shown_params(request.params).items())]
     _write("\n".join(_printable(line) for line in lines) + "\n")
 
 
-def _call(job, command, params):
+def _asked(command, params):
+    shown = ["{}={}".format(name, _cut(str(text), 80)) for name, text in _shown_params(params).items()]
+    return _one_line(" ".join([command] + shown))
+
+
+def _call(run, command, params):
     """Make the call and print what comes of it; returns the exit code."""
-    options = job.options
-    job.asked = " ".join([command] + ["{}={}".format(*pair) for pair in _shown_params(params).items()])
+    options = run.options
+    run.asked = _asked(command, params)
     if options.all:
         params["fetch_list"] = True
+    if not _only_reads(command):  # there is nothing to page through, and no page to ask it for
+        params.pop("fetch_list", None)
     params.setdefault("fetch_result", not (options.no_wait or "async" in command.lower()))
-    if params.get("fetch_list") and job.format == "jsonl" and not options.sort:
-        return _stream(job, command, dict(params, fetch_list=False))
-    answer = job.client._request(command, **params)
-    job.clear_progress()
-    _print_answer(job, answer, plain=params.get("json") is False)
-    _warn_of_missing_rows(job, answer, params)
-    return 1 if _says_failed(answer) else 0
+    if params.get("fetch_list") and run.format == "jsonl" and not options.sort:
+        return _stream(run, command, dict(params, fetch_list=False))
+    answer = run.client._request(command, **params)
+    run.clear_progress()
+    _print_answer(run, answer, plain=params.get("json") is False)
+    _warn_of_missing_rows(run, answer, params)
+    return int(_says_failed(answer))
 
 
 def _says_failed(answer):
@@ -3500,21 +3531,25 @@ def _says_failed(answer):
     return isinstance(answer, dict) and ("errortext" in answer or str(answer.get("success")).lower() == "false")
 
 
-def _stream(job, command, params):
+def _stream(run, command, params):
     """jsonl of a whole list: each row is written as it arrives."""
-    columns = _chosen_columns(job)
+    columns = _chosen_columns(run)
     unseen, sample = set(columns or ()), []  # type: set, list
+    flushed = 0.0
     params = {name: value for name, value in params.items() if name not in ("fetch_list", "fetch_result")}
-    for row in job.client.iter_list(command, **params):
-        job.clear_progress()
+    for row in run.client.iter_list(command, **params):
+        run.clear_progress()
         unseen = {name for name in unseen if _pick(row, name) is None}
         sample += [row] if unseen and len(sample) < 100 else []
         _write(_json_text({name: _pick(row, name) for name in columns} if columns else row, None) + "\n")
-    _warn_of_columns(job, sample, sorted(unseen))
+        if _clock() - flushed > 0.1:
+            _flush()
+            flushed = _clock()
+    _warn_of_columns(run, sample, sorted(unseen))
     return 0
 
 
-def _warn_of_missing_rows(job, answer, params):
+def _warn_of_missing_rows(run, answer, params):
     rows = (_rows(answer) if isinstance(answer, dict) else None) or []
     total = answer.get("count") if rows else None
     asked = {name.lower() for name in params}
@@ -3524,7 +3559,7 @@ def _warn_of_missing_rows(job, answer, params):
         and not asked & {"page", "pagesize"}
         and not params.get("fetch_list")
     ):
-        job.say("{} of {} shown; --all for the rest".format(len(rows), total))
+        run.say("{} of {} shown; --all for the rest".format(len(rows), total))
 
 
 _HINTS = {
@@ -3553,54 +3588,60 @@ def _sentence(error):
     return text
 
 
-def _report(job, error):
+def _report(run, error):
     """Tell of a CloudStackException; returns the exit code."""
-    job.clear_progress()
+    run.clear_progress()
     lines = ["CloudStack error: " + _sentence(error)]
-    if job.asked:
-        lines.append("  Asked: {} of {}".format(job.asked, _shown(job.client.endpoint)))
+    if run.asked:
+        lines.append("  Asked: {} of {}".format(run.asked, _shown(run.client.endpoint)))
     document = getattr(error, "error", None)
     if isinstance(document, dict):
         codes = ["{} {}".format(name, document[name]) for name in ("errorcode", "cserrorcode") if name in document]
         lines += ["  Codes: " + ", ".join(codes)] if codes else []
-    lines += ["  Try: " + hint for hint in [_hint(job, error)] if hint]
+    lines += ["  Try: " + hint for hint in [_hint(run, error)] if hint]
+    run.say("\n".join(lines))
     if error.jobid and not isinstance(error, CloudStackApiException):
-        lines.append(_how_to_go_on(error))
-    job.say("\n".join(lines))
+        _to_stderr(_how_to_go_on(run, error))  # also with -q: nothing else tells the id
     if isinstance(error, CloudStackJobTimeout):
         return 4
     if error.response is not None:
-        _print_error_answer(job, error.response)
+        _print_error_answer(run, error.response)
     return 3 if isinstance(error, OSError) else 1
 
 
-def _hint(job, error):
+def _hint(run, error):
     document = getattr(error, "error", None)
     code = document.get("errorcode") if isinstance(document, dict) else _status(error)
-    if code == 432 and not job.asked:
+    if code == 432 and not run.asked:
         return "Your role may not list the commands; all else works without that."
     if isinstance(error, CloudStackApiException) and isinstance(code, int):
-        return _HINTS.get(code, "").format(command=job.asked.partition(" ")[0])
+        return _HINTS.get(code, "").format(command=run.asked.partition(" ")[0])
     return "Look whether it was done before you send it again." if error.outcome_unknown else ""
 
 
-def _how_to_go_on(error):
-    return "Job {0} may still be running; to go on waiting for it: cs --wait {0}".format(error.jobid)
+def _how_to_go_on(run, error):
+    import shlex
+
+    words = ["cs"]
+    for name in ("region", "config", "endpoint"):
+        words += ["--" + name, getattr(run.options, name)] if getattr(run.options, name) else []
+    command = " ".join(map(shlex.quote, words + ["--wait", error.jobid]))
+    return "Job {} may still be running; to go on waiting for it: {}".format(error.jobid, command)
 
 
-def _print_error_answer(job, response):
+def _print_error_answer(run, response):
     """What the server said: JSON on standard output, anything else on standard error, the beginning of it."""
     try:
         text = _json_text(response.json()) + "\n"
     except (ValueError, RecursionError):
-        job.say(response.text[:2000])
+        run.say(response.text[:2000])
     else:
         _write(text)
 
 
-def _carry_out(job, words):
+def _carry_out(run, words):
     """Everything after parsing; returns the exit code."""
-    options = job.options
+    options = run.options
     if options.version:
         _write("cs {}\n".format(__version__))
     elif options.completion:
@@ -3608,16 +3649,18 @@ def _carry_out(job, words):
     elif options.complete is not None:
         return _print_completions(options.complete)
     elif options.configure:
-        return _configure(job)
+        if words:
+            raise _Usage("--configure stands alone; --region names the section")
+        return _configure(run)
     elif options.help and not words:
         _write(_HELP)
     else:
-        return _use_server(job, words)
+        return _use_server(run, words)
     return 0
 
 
-def _use_server(job, words):
-    options = job.options
+def _use_server(run, words):
+    options = run.options
     command = words[0] if words else None
     params = {} if options.list else _parse_parameters(words[1:])
     if options.wait and words:
@@ -3626,23 +3669,28 @@ def _use_server(job, words):
         raise _Usage("no command given; see cs --help")
     if command is not None and not options.list and not re.match(r"[\w.-]+\Z", command, re.ASCII):
         raise _Usage("{!a} stands where the command should be: cs [options] COMMAND [name=value ...]".format(command))
-    job.connect()
-    job.format  # noqa: B018  (a wrong format is told before anything is sent)
-    with job.client:
+    run.connect()
+    run.format  # noqa: B018  (a wrong format is told before anything is sent)
+    with run.client:
         if options.list:
-            return _list_commands(job, words)
+            return _list_commands(run, words)
         if options.help:
-            return _describe_command(job, command)
+            return _describe_command(run, command)
         if options.sync and not options.dry_run:
-            _fetch_catalog(job)
-        if command is not None:
-            command = _check_against_catalog(job, command, params)
+            _fetch_catalog(run)
+        if options.wait:
+            command, params = "queryAsyncJobResult", {"jobid": options.wait}
+            run.asked = _asked(command, params)
+        elif command is not None:
+            command = _check_against_catalog(run, command, params)
         if options.dry_run:
-            _show_plan(job, *(("queryAsyncJobResult", {"jobid": options.wait}) if options.wait else (command, params)))
+            _show_plan(run, command or "listApis", params)
             return 0
         if options.wait:
-            _print_answer(job, job.client.wait_job(options.wait))
-        return _call(job, command, params) if command is not None else 0
+            answer = run.client.wait_job(options.wait)
+            _print_answer(run, answer)
+            return int(_says_failed(answer))
+        return _call(run, command, params) if command is not None else 0
 
 
 def _as_utf8(arg):
@@ -3653,46 +3701,44 @@ def _as_utf8(arg):
 def main(args=None):
     """The command line. Returns the exit code: 0; 1 an answer that is an error, or a failed job; 2 usage or
     configuration; 3 no answer; 4 job still running at job_timeout; 130 interrupted."""
-    job = None
     if sys.stdout is None:  # closed by whoever started this
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     try:
-        options, words = _parse_arguments(map(_as_utf8, sys.argv[1:] if args is None else args))
-        job = _Job(options)
+        return _report_errors(map(_as_utf8, sys.argv[1:] if args is None else args))
+    except _OutputFailed as failed:
+        return _output_failed(failed.args[0])
+
+
+def _report_errors(args):
+    run = None
+    try:
+        options, words = _parse_arguments(args)
+        run = _Run(options)
         try:
-            code = _carry_out(job, words)
+            code = _carry_out(run, words)
         finally:
-            job.clear_progress()
-        sys.stdout.flush()
-        return code
-    except (_Usage, ValueError) as error:
-        _to_stderr(str(error) if str(error).startswith("Error: ") else "cs: {}".format(error))
-        return 2
+            run.clear_progress()
     except CloudStackException as error:
-        return _guard_output(_report, job, error)
+        code = _report(run, error)
+    except (_Usage, ValueError, OSError) as error:
+        text = _reason(error) if isinstance(error, OSError) else str(error)
+        _to_stderr(text if text.startswith("Error: ") else "cs: {}".format(text))
+        code = 2
     except KeyboardInterrupt as error:
         if getattr(error, "jobid", None):
-            _to_stderr("Interrupted. " + _how_to_go_on(error))
-        return 130
-    except OSError as error:
-        return _output_failed(error)
-
-
-def _guard_output(function, *args):
-    try:
-        code = function(*args)
-        sys.stdout.flush()
-        return code
-    except OSError as error:
-        return _output_failed(error)
+            _to_stderr("Interrupted. " + _how_to_go_on(run, error))
+        code = 130
+    _flush()
+    return code
 
 
 def _output_failed(error):
     """Nobody reads on (head, a pager): that is all right. Anything else is not. What is still in standard output's
     buffer goes nowhere, else the interpreter would complain at its end."""
     try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError, AttributeError):
+        if sys.stdout is sys.__stdout__:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # type: ignore[union-attr]
+    except (AttributeError, OSError, ValueError):
         pass
     if isinstance(error, BrokenPipeError):
         return 0

@@ -4324,7 +4324,7 @@ class RetryTest(ProtocolCase):
             (answer("<html>", 503, headers={"Retry-After": ""}), 0.5),
             (api_error(429, "please retry after [1] ms."), 0.5),
             (api_error(429, "please retry after [8000] ms.", headers={"Retry-After": "3"}), 8.0),
-            (answer({"r": {"errortext": ["retry after 9000 ms"]}}, 429), 0.5), (answer({"r": None}, 429), 0.5),
+            (answer({"r": None}, 429), 0.5),
         ]  # fmt: skip
         for item, expected in cases:
             with self.subTest(item=item.content, headers=item.headers.items()):
@@ -5746,7 +5746,7 @@ RESET = object()  # end the connection with a reset
 AGAIN = object()  # start over with the first step
 
 ATTACK_SEED = 20260101
-ATTACK_RUNS = int(os.environ.get("CS_ATTACK_RUNS") or 160)  # broken connections that are tried; 20000 is all there are
+ATTACK_RUNS = int(os.environ.get("CS_ATTACK_RUNS") or 160)  # broken connections that are tried; 16000 is all of them
 PATIENCE_OF_TESTS = 10.0  # seconds after which something that should have happened by now has not
 
 
@@ -5896,6 +5896,7 @@ class ScriptedServer:
                 sock.close()
                 return
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.settimeout(PATIENCE_OF_TESTS)  # so that a client which waits for ever fails its test
             steps = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
             self.wires.append(Wire(sock))
             self._start(self._play, self.wires[-1], [self.tls] * bool(self.tls) + list(steps))
@@ -7195,6 +7196,11 @@ class TlsTest(TransportCase):
             shown = os.read(ours, 10000)
         self.assertNotIn(b"pass phrase", shown)
 
+    @staticmethod
+    def some_of_it(wire):
+        """Read some of the client's first message. (Before 3.12, ssl leaks a socket that was reset before it.)"""
+        wire.more(50)
+
     def test_a_handshake_cut_in_the_middle(self):
         context = self.files.server()
 
@@ -7211,7 +7217,7 @@ class TlsTest(TransportCase):
         def answer_up_to(share):
             return lambda wire: wire.send(first_flight(wire)[: int(share * 1000)]) and False
 
-        cuts = {"at once": [], "after hello": [lambda wire: wire.more(50) and False], "reset": [RESET]}
+        cuts = {"at once": [], "after hello": [self.some_of_it], "reset": [self.some_of_it, RESET]}
         cuts.update({"answered {}".format(share): [answer_up_to(share)] for share in (0.001, 0.1, 0.6)})
         for name, steps in cuts.items():
             for kind in BOTH:
@@ -7459,7 +7465,8 @@ class ProxyTest(TransportCase):
                     self.assertEqual(1, len(proxy.requests))
 
     def test_a_proxy_that_is_written_wrongly_tells_no_password(self):
-        for wrong in ("http://me:{0}://x@127.0.0.1:1", "http:/me:{0}@127.0.0.1:1", "http://me:{0}@127.0.0.1:x", "me:{0}@://"):
+        port = "@127.0.0.1:1"
+        for wrong in ("http://me:{0}://x" + port, "http:/me:{0}" + port, "http://me:{0}" + port + "x", "me:{0}@://"):
             for endpoint, name in ((self.HTTP, "http_proxy"), (self.HTTPS, "https_proxy")):
                 for kind in BOTH:
                     with self.subTest(wrong, endpoint=endpoint, kind=kind.__name__):
@@ -8194,9 +8201,9 @@ class LeakTest(TransportCase):
     @needs_openssl
     @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc here")
     def test_tls_and_tunnels_that_fail(self):
-        ways = itertools.cycle(
-            [[certificates().server("elsewhere"), READ], [READ, b"HTTP/1.1 407 no\r\n\r\n"], [RESET], [READ, RESET]]
-        )
+        refusal = b"HTTP/1.1 407 no\r\n\r\n"
+        ways = [[certificates().server("elsewhere"), READ], [READ, refusal], [TlsTest.some_of_it, RESET], [READ, RESET]]
+        ways = itertools.cycle(ways)
 
         def break_somehow(wire):
             return all(server._do(wire, step) for step in next(ways))
@@ -8394,7 +8401,7 @@ class SecretsTest(TransportCase):
         """A server with sessions, which is shown the secrets and gives some back."""
         request = wire.requests[-1]
         if request.params["command"] != "login":
-            return wire.send(reply(self.SECRET_ANSWER.replace(self.ECHO, CANARY_SESSION.encode())))
+            return wire.send(reply(self.SECRET_ANSWER.replace(self.ECHO, (CANARY_SESSION + CANARY_TOKEN).encode())))
         body = json.dumps({"loginresponse": {"sessionkey": CANARY_SESSION, "username": "me"}}).encode()
         cookies = [
             "Set-Cookie: JSESSIONID={}; Path=/client; HttpOnly".format(CANARY_TOKEN),
@@ -9344,7 +9351,7 @@ class ArgumentsTest(CommandLineCase):
         self.assertEqual(self.asked_with("listZones", "name=-q", "keyword=--nope"), {"name": "-q", "keyword": "--nope"})
 
     def test_no_command(self):
-        for args in ([], ["-q"], ["--post"], ["--wait", ""]):
+        for args in ([], ["-q"], ["--post"]):
             self.assertUsage(*args, says=["no command"])
 
     def test_a_command_that_can_be_none(self):
@@ -10705,6 +10712,2711 @@ class CommandLineSandboxTest(Case):
             self.assertEqual(self.main("listZones", "-q")[0], 1)
 
 
+# === the command line's extras ======================================================================================
+# The list of commands, completion, formats, terminals, --configure, and what README says.
+
+import ast  # noqa: E402
+import csv  # noqa: E402
+import shlex  # noqa: E402
+import unicodedata  # noqa: E402
+
+README_PATH = os.path.join(os.path.dirname(CS_PATH), "README.rst")
+OWN_PARAMETERS = {"command", "response", "apikey", "signature", "signatureversion", "expires"}
+EVIL_TITLE = "\x1b]0;pwned\x07"  # would set the title of the window
+
+
+class FakeTerminal(io.StringIO):
+    """Standard output or error that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def screen(text):
+    """What a terminal shows of a text after all of it was written: its lines, without colours."""
+    lines, column = [""], 0
+    for part in re.findall("\x1b\\[K|\x1b\\[[0-9;]*m|\r|\n|[^\x1b\r\n]|\x1b", text):
+        if part == "\r":
+            column = 0
+        elif part == "\n":
+            lines.append("")
+            column = 0
+        elif part == "\x1b[K":
+            lines[-1] = lines[-1][:column]
+        elif not part.startswith("\x1b["):
+            lines[-1] = lines[-1][:column].ljust(column) + part + lines[-1][column + 1 :]
+            column += 1
+    return "\n".join(lines)
+
+
+def columns_of(text):
+    """Columns that a terminal takes for a text, counted by the tests themselves."""
+    count = 0
+    for char in text:
+        if unicodedata.category(char) not in ("Mn", "Me", "Cf"):
+            count += 2 if unicodedata.east_asian_width(char) in ("W", "F") else 1
+    return count
+
+
+class CloudCase(Case):
+    """A command line whose environment names a simulator, which each test class has one of."""
+
+    options = {}  # type: dict
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.cloud = Simulator(**dict({"job_seconds": 0.02}, **cls.options)).start()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.cloud.stop()
+        super().tearDownClass()
+
+    def setUp(self):
+        super().setUp()
+        self.cloud.requests.clear()
+        self.cloud._scripts.clear()
+        self.configure("admin", poll_interval="0.02", timeout="5", retry_backoff="0.01")
+
+    def configure(self, user=None, **settings):
+        """Settings into the environment; a user's endpoint and credentials with it."""
+        if user is not None:
+            user = self.cloud.users[user]
+            settings = dict(settings, endpoint=self.cloud.endpoint, key=user.key, secret=user.secret)
+        os.environ.update({"CLOUDSTACK_" + name.upper(): str(value) for name, value in settings.items()})
+
+    def unset(self, *names):
+        for name in names:
+            os.environ.pop("CLOUDSTACK_" + name.upper(), None)
+
+    def option(self, **options):
+        """Options of the simulator for this test."""
+        patched = mock.patch.multiple(self.cloud, **options)
+        patched.start()
+        self.addCleanup(patched.stop)
+
+    def reply(self, command_name, *documents, **more):
+        """Have the next exchanges of a command answered by these, whatever was asked."""
+        key = command_name.lower() + "response"
+        self.cloud.script(command_name, *[Answer(more.get("status", 200), {key: body}) for body in documents])
+
+    def say_error(self, command_name, code, text="no", **fields):
+        document = dict({"uuidList": [], "errorcode": code, "cserrorcode": 4350, "errortext": text}, **fields)
+        self.reply(command_name, document, status=code)
+
+    @property
+    def asked(self):
+        """The commands the server was asked."""
+        return [record.command for record in self.cloud.requests]
+
+    def sent(self, index=-1):
+        """The parameters of one request, without those that every request has."""
+        params = self.cloud.requests[index].params
+        return {name: value for name, value in params.items() if name.lower() not in OWN_PARAMETERS}
+
+    def good(self, *args):
+        """A command line that must end with 0 and say nothing on standard error; its output."""
+        code, out, err = self.main(*args)
+        self.assertEqual((code, err), (0, ""), out)
+        return out
+
+    def usage(self, *args):
+        """A command line that must be refused before anything is sent; what it says."""
+        del self.cloud.requests[:]
+        code, out, err = self.main(*args)
+        self.assertEqual((code, out, self.asked), (2, "", []))
+        self.assertNotIn("Traceback", err)
+        return err
+
+    def sync(self):
+        """Fetch the list of commands; the path of the file."""
+        code, out, err = self.main("--sync", "-q")
+        self.assertEqual((code, out, err), (0, "", ""))
+        del self.cloud.requests[:]
+        return self.cache_file()
+
+    def known(self):
+        """As sync(), but the server is asked for the first test of a class only."""
+        kept = type(self).__dict__.get("kept")
+        if kept is None:
+            path = self.sync()
+            type(self).kept = os.path.basename(path), open_bytes(path)
+            return path
+        os.makedirs(os.path.join(self.home, ".cache", "cs"), mode=0o700)
+        return self.write(os.path.join(".cache", "cs", kept[0]), kept[1])
+
+    def cache_file(self):
+        """The one file that the cache holds."""
+        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join(self.home, ".cache"), "cs")
+        names = os.listdir(folder)
+        self.assertEqual(len(names), 1, names)
+        return os.path.join(folder, names[0])
+
+    def sync_as(self, *apis):
+        """Have the server offer these commands, and fetch the list: (name, parameter words) or whole entries."""
+        self.reply("listApis", {"count": len(apis), "api": [api_entry(api) for api in apis]})
+        return self.sync()
+
+    def on_terminal(self, *args, **options):
+        """main() where standard output, and with both=True standard error too (the same one), is a terminal."""
+        out = FakeTerminal()
+        err = out if options.pop("both", False) else io.StringIO()
+        size = {"COLUMNS": str(options.pop("columns", 80)), "LINES": "24", "TERM": options.pop("term", "xterm")}
+        with mock.patch.dict(os.environ, dict(size, **options)):
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = cs.main(list(args))
+        return code, out.getvalue(), "" if err is out else err.getvalue()
+
+    def table(self, *args, **options):
+        """The lines of a table on a terminal, uncoloured."""
+        code, out, err = self.on_terminal(*args + ("-o", "table", "--color", "never"), **options)
+        self.assertEqual((code, err), (0, ""))
+        return out.splitlines()
+
+
+def open_bytes(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def later(seconds):
+    """Another time of day, for cs.py; the simulator's clock goes on as it was."""
+    now = time.time() + seconds
+    return mock.patch("time.time", lambda: now)
+
+
+def api_entry(api):
+    """An entry of listApis out of a name and parameter words: "id!" is required, "x:type" has a type."""
+    if isinstance(api, dict):
+        return api
+    name, words = api[0], api[1:]
+    params = []
+    for word in words:
+        given, _, kind = word.rstrip("!").partition(":")
+        params.append({"name": given, "type": kind or "string", "required": word.endswith("!"), "length": 255,
+                       "description": "the " + given})  # fmt: skip
+    return {"name": name, "description": "Does {}.".format(name), "isasync": False, "params": params, "response": []}
+
+
+# --- the cached list of commands ------------------------------------------------------------------------------------
+
+
+class CatalogFileTest(CloudCase):
+    """listApis is read once for an endpoint and account, and kept."""
+
+    def test_it_is_below_XDG_CACHE_HOME_or_else_the_home_directory(self):
+        for variable, folder in (
+            (None, os.path.join(self.home, ".cache", "cs")),
+            ("", os.path.join(self.home, ".cache", "cs")),
+            ("relative", os.path.join(self.home, ".cache", "cs")),  # the specification has such ones ignored
+            (os.path.join(self.home, "elsewhere"), os.path.join(self.home, "elsewhere", "cs")),
+        ):
+            with self.subTest(variable):
+                if variable is not None:
+                    os.environ["XDG_CACHE_HOME"] = variable
+                self.good("--sync", "-q")
+                self.assertEqual(len(os.listdir(folder)), 1)
+                shutil.rmtree(folder)
+        self.assertEqual(os.listdir(self.cwd), [])
+
+    @unittest.skipUnless(os.name == "posix", "needs file modes")
+    def test_modes(self):
+        mask = os.umask(0)
+        self.addCleanup(os.umask, mask)
+        for _ in range(2):  # made anew, and replaced
+            path = self.sync()
+            self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
+            self.assertEqual(os.stat(os.path.dirname(path)).st_mode & 0o777, 0o700)
+
+    def test_each_endpoint_and_account_has_its_own(self):
+        folder = os.path.dirname(self.sync())
+        for settings in (
+            {"key": "another"},
+            {"endpoint": self.cloud.endpoint.replace("127.0.0.1", "localhost")},
+            {"key": "", "secret": ""},
+        ):
+            before = set(os.listdir(folder))
+            with mock.patch.dict(os.environ):
+                self.configure(**settings)
+                self.reply("listApis", {"count": 1, "api": [api_entry(("listZones",))]})
+                self.good("--sync", "-q")
+            self.assertEqual(len(set(os.listdir(folder)) - before), 1, settings)
+
+    def test_users_of_one_name_in_two_domains_have_their_own(self):
+        self.unset("key", "secret")
+        self.configure(username="ann", password="x")
+        paths = set()
+        for domain in ("/one", "/two", ""):
+            self.configure(domain=domain)
+            paths.add(cs._cache_path(cs.CloudStack(**cs.read_config())))
+        self.assertEqual(len(paths), 3)
+
+    def test_nothing_secret_is_in_the_file_or_its_name(self):
+        self.unset("key", "secret")
+        user = self.cloud.users["admin"]
+        self.configure(key=user.key, secret=user.secret)
+        path = self.sync()
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        for secret in (user.key, user.secret):
+            self.assertNotIn(secret, text)
+            self.assertNotIn(secret[:12], path)
+        self.assertNotIn("127.0.0.1", os.path.basename(path))
+
+    def test_it_is_replaced_in_one_step(self):
+        path = self.sync()
+        with open(path, "rb") as file:
+            before = file.read()
+        with mock.patch("os.replace", side_effect=OSError("no")):
+            code, out, err = self.main("--sync")
+        self.assertEqual((code, out), (2, ""))
+        self.assertIn("cannot write", err)
+        with open(self.cache_file(), "rb") as file:  # and nothing half done lies beside it
+            self.assertEqual(file.read(), before)
+
+    def test_what_a_killed_process_left_behind_is_no_obstacle(self):
+        """In a container every process has the same id."""
+        path = self.sync()
+        with mock.patch("os.replace", side_effect=KeyboardInterrupt), mock.patch("os.unlink", side_effect=OSError):
+            try:
+                self.main("--sync", "-q")
+            except OSError:
+                pass
+        self.assertGreater(len(os.listdir(os.path.dirname(path))), 1)
+        self.good("--sync", "-q")
+
+    def test_a_damaged_one_is_thrown_away(self):
+        path = self.sync()
+        good = open_bytes(path)
+        lines = good.split(b"\n")
+        zones = next(number for number, line in enumerate(lines) if b'"listZones"' in line)
+        with mock.patch.object(cs, "_CATALOG_VERSION", 999):
+            self.sync()
+        contents = [
+            ("another version", open_bytes(path)),
+            ("empty", b""),
+            ("cut short", good[: len(good) // 2]),
+            ("cut short by little", good.rstrip(b"\n")[:-1]),
+            ("cut short at the end of a line", b"\n".join(lines[: len(lines) // 2]) + b"\n"),
+            ("without its last line", b"\n".join(good.rstrip(b"\n").split(b"\n")[:-1]) + b"\n"),
+            ("a line missing", b"\n".join(lines[:5] + lines[6:])),
+            ("a line twice", b"\n".join(lines[:6] + lines[5:])),
+            ("twice", good + good),
+            ("another letter", good.replace(b"Lists zones", b"Lists Zones")),
+            ("not UTF-8", good.replace(b"Lists zones", b"Lists \xff\xfezones")),
+            ("binary", bytes(bytearray(range(256))) * 10),
+            ("nested for ever", b"[" * 200000),
+            ("nested for ever in its middle", b"\n".join(lines[:zones] + [b"[" * 200000] + lines[zones + 1 :])),
+        ]
+        heads = (b"", b"0", b"nan", b"-inf", b"1" * 400, b"{}", b"[]", b"null", b'{"version": 1}')
+        for number, first in enumerate(heads):
+            contents.append(("another first line ({})".format(number), b"\n".join([first] + lines[1:])))
+        for number, line in enumerate((b'["listZones",', b'["listZones"]', b'["listZones",7,7,7,7,7]', b'"listZones"')):
+            content = b"\n".join(lines[:zones] + [line] + lines[zones + 1 :])
+            contents.append(("another line ({})".format(number), content))
+        for name, content in contents:
+            with self.subTest(name):
+                self.assertNotEqual(content, good)
+                self.write(path, content)
+                del self.cloud.requests[:]
+                code, out, err = self.main("listZones", "name=nobody")
+                self.assertEqual((code, out, err, self.asked), (0, "", "", ["listZones"]))
+                self.assertFalse(os.path.exists(path), "still there")
+
+    def test_a_damaged_one_is_fetched_anew_for_help(self):
+        path = self.sync()
+        self.write(path, open_bytes(path).replace(b'"listZones"', b'"listZones'))
+        self.assertIn("listZones", self.good("listZones", "--help", "-q"))
+        self.assertEqual(self.asked, ["listApis"])
+
+    @unittest.skipUnless(os.name == "posix", "needs a directory that is a file")
+    def test_a_cache_that_cannot_be_kept_is_no_reason_to_fail(self):
+        """Only --sync, which is asked for nothing else, fails."""
+        os.environ["XDG_CACHE_HOME"] = self.write("file", "")
+        self.assertIn('"zone"', self.good("listZones"))
+        code, out, err = self.main("--sync")
+        self.assertEqual((code, out), (2, ""))
+        self.assertIn("cache", err)
+        for args, part in ((["--list", "zone"], "listZones"), (["listZones", "--help"], "Lists zones")):
+            code, out, err = self.main(*args)
+            self.assertEqual(code, 0, err)
+            self.assertIn(part, out)
+
+    def test_a_file_in_whose_place_is_a_directory(self):
+        path = self.sync()
+        os.unlink(path)
+        os.mkdir(path)
+        self.assertIn('"zone"', self.good("listZones"))
+
+    def test_an_ordinary_call_never_fetches_it(self):
+        for args in (
+            ["listZones"],
+            ["listVirtualMachines", "-o", "table", "-c", "nosuch,name"],
+            ["listvirtualmachines"],
+            ["listZones", "--dry-run"],
+            ["--complete=cs listZ"],
+            ["--complete=cs stopVirtualMachine id="],
+        ):
+            self.main(*args)
+            self.assertNotIn("listApis", self.asked)
+        self.assertFalse(os.path.exists(os.path.join(self.home, ".cache")))
+        self.sync()
+        with later(400 * 86400):
+            self.good("listZones")
+        self.assertEqual(self.asked, ["listZones"])
+
+    def test_a_role_without_listApis(self):
+        self.configure("user")
+        self.assertIn('"zone"', self.good("listZones"))
+        self.assertIn("name", self.good("listVirtualMachines", "-o", "table"))
+        for args in (["--sync"], ["--list"], ["listZones", "--help"]):
+            with self.subTest(args):
+                code, out, err = self.main(*args)
+                self.assertEqual(code, 1)
+                self.assertIn("listApis", err)
+                self.assertNotIn("cs --sync, then", err)  # which is what just failed
+        self.assertEqual(self.good("--complete=cs listZ"), "")
+
+    def test_sync_says_what_it_did(self):
+        code, out, err = self.main("--sync")
+        self.assertEqual((code, out), (0, ""))
+        self.assertEqual(err, "{} commands of {} are now known\n".format(len(COMMANDS), self.cloud.endpoint))
+        self.assertEqual(self.main("--sync", "-q"), (0, "", ""))
+
+    def test_sync_then_a_command(self):
+        code, out, err = self.main("--sync", "listzones", "-q")
+        self.assertEqual((code, err), (0, ""))
+        self.assertEqual(self.asked, ["listApis", "listZones"])
+
+    def test_sync_refreshes(self):
+        self.sync_as(("listZones",))
+        self.assertIn("no command", self.usage("listVolumes"))
+        self.sync()
+        self.assertIn("{", self.good("listVolumes"))
+
+    def test_a_server_without_any_commands_is_an_error_and_keeps_the_old_list(self):
+        path = self.sync()
+        before = open_bytes(path)
+        for document in ({}, {"count": 0, "api": []}, {"count": 1, "api": [{"description": "nameless"}]}):
+            self.reply("listApis", document)
+            code, out, err = self.main("--sync")
+            self.assertEqual(code, 1)
+            self.assertIn("listApis", err)
+            self.assertEqual(open_bytes(path), before)
+
+    def test_entries_of_odd_shapes_do_no_harm(self):
+        self.reply("listApis", {"count": 9, "api": [
+            {"name": "listOdd", "params": None, "response": None, "description": None, "isasync": None},
+            {"name": "listOdder", "params": [{}, None, 7, {"name": "x"}], "response": [{}, None, {"name": "a"}]},
+            {"name": "listOddest", "params": [{"name": 7, "type": [], "length": "x", "description": {}}]},
+            {"name": 7}, {"name": None}, {"name": ["listX"]}, "text", None, {"name": 'a"b'},
+        ]})  # fmt: skip
+        self.sync()
+        for name in ("listOdd", "listOdder", "listOddest"):
+            self.assertTrue(self.good(name, "--help").startswith(name + "\n"))
+        self.assertIn("listOdder", self.good("--list", "odder"))
+        self.assertIn("listOddest", self.good("--complete=cs listO"))
+        self.reply("listOdd", {"ok": True})
+        self.assertIn("ok", self.good("listOdd"))
+
+
+class CatalogChecksTest(CloudCase):
+    """What the server would ignore in silence, or refuse, stops a call before it is sent."""
+
+    def setUp(self):
+        super().setUp()
+        self.path = self.known()
+
+    def test_an_unknown_command(self):
+        err = self.usage("listVirtualMachine")
+        self.assertIn("no command 'listVirtualMachine'", err)
+        self.assertIn("did you mean listVirtualMachines", err)
+        self.assertIn("--sync", err)
+        self.assertIn("--force", err)
+
+    def test_a_command_like_no_other(self):
+        err = self.usage("zzzzzz")
+        self.assertIn("no command 'zzzzzz'", err)
+        self.assertNotIn("did you mean", err)
+
+    def test_an_unknown_parameter(self):
+        err = self.usage("destroyVirtualMachine", "id=1", "expung=true")
+        self.assertIn("destroyVirtualMachine has no parameter 'expung'; did you mean expunge?", err)
+        self.assertIn("--sync", err)
+        self.assertIn("--force", err)
+
+    def test_all_that_is_wrong_is_told_at_once(self):
+        err = self.usage("deployVirtualMachine", "nam=x", "zone=y", "templateid=t")
+        for part in ("'nam'; did you mean name?", "'zone'; did you mean zoneid", "serviceofferingid, zoneid"):
+            self.assertIn(part, err)
+        self.assertNotIn("templateid,", err)
+        err = self.usage("attachVolume")
+        self.assertIn("id, virtualmachineid", err)
+
+    def test_it_is_told_in_spite_of_quiet(self):
+        self.assertIn("no parameter", self.usage("listZones", "nam=x", "-q"))
+
+    def test_names_compare_without_regard_to_case(self):
+        self.reply("listZones", {"ok": True}, {"ok": True})
+        self.good("listZones", "NAME=x", "Available=true")
+        self.good("listZones", "pageSize=5", "PAGE=1")
+        self.assertEqual(self.sent(), {"pageSize": "5", "PAGE": "1"})
+
+    def test_force_sends_it_all_the_same(self):
+        self.reply("listZones", {"ok": True})
+        self.good("listZones", "nam=x", "--force")
+        self.assertEqual(self.sent(), {"nam": "x"})
+        self.reply("inventThings", {"ok": True})
+        self.good("--force", "inventThings", "a=b")
+        self.assertEqual(self.asked[-1], "inventThings")
+        code, out, err = self.main("startVirtualMachine", "--force")
+        self.assertEqual((code, self.asked[-1]), (1, "startVirtualMachine"))
+
+    def test_an_old_list_only_warns(self):
+        for seconds, old in ((29 * 86400, False), (31 * 86400, True), (-86400, True)):
+            with self.subTest(seconds), later(seconds):
+                self.reply("listZones", {"ok": True})
+                code, out, err = self.main("listZones", "nam=x")
+                self.assertEqual(code, 0 if old else 2)
+                self.assertIn("listZones has no parameter 'nam'", err)
+                self.assertIn("--sync", err)
+                self.assertEqual(err.startswith("Warning: "), old)
+                self.cloud._scripts.clear()
+        with later(31 * 86400):
+            self.reply("listZones", {"ok": True})
+            self.assertEqual(self.main("listZones", "nam=x", "-q")[2], "")
+            self.good("listZones")  # nothing wrong, no warning
+
+    def test_names_of_maps_are_known_by_their_base(self):
+        self.reply("listVirtualMachines", {"ok": True}, {"ok": True})
+        self.good("listVirtualMachines", "tags[0].key=env", "tags[0].value=prod", "Tags[11].key=x")
+        self.good("listVirtualMachines", "details[0].memory=7")
+        err = self.usage("listZones", "tagz[0].key=a", "details[0].x=1")
+        self.assertIn("'tagz[0].key'", err)
+        self.assertIn("'details[0].x'", err)
+
+    def test_a_required_map_is_given_by_its_members(self):
+        self.reply("createTags", {"success": True})
+        self.good("createTags", "resourceids=1", "resourcetype=UserVm", "tags[0].key=a", "tags[0].value=b")
+        self.assertIn("createTags needs tags", self.usage("createTags", "resourceids=1", "resourcetype=UserVm"))
+
+    def test_parameters_of_every_call_are_known(self):
+        always = "response customjobid page pagesize expires signature signatureversion apikey sessionkey".split()
+        for name in always + "ctxuserid ctxaccountid ctxstarteventid".split():
+            with self.subTest(name):
+                self.reply("listZones", {"ok": True})
+                code, out, err = self.main("listZones", name + "=1", "json=false")
+                self.assertEqual((code, err), (0, ""))
+
+    def test_control_arguments_are_known(self):
+        self.reply("listZones", {"count": 1, "zone": [{"id": "1"}]})
+        self.good("listZones", "fetch_list=true", "fetch_result=false", "json=true")
+        self.good("listZones", "opcode_name=command")
+
+    def test_a_command_in_another_case(self):
+        for name in ("listzones", "LISTZONES", "ListZones"):
+            self.good(name)
+            self.assertEqual(self.asked[-1], "listZones")
+        self.assertIn("no parameter 'x'", self.usage("listzones", "x=y"))
+
+    def test_a_case_that_fits_two_commands_is_not_guessed(self):
+        self.path = self.sync_as(("listThings",), ("listthingS",))
+        self.assertIn("no command", self.usage("LISTTHINGS"))
+        self.reply("listthingS", {"ok": True})
+        self.good("listthingS")
+
+    def test_without_a_list_everything_is_sent(self):
+        os.unlink(self.path)
+        self.reply("inventThings", {"ok": True})
+        self.good("inventThings", "nam=x")
+        self.assertEqual(self.sent(), {"nam": "x"})
+
+    def test_a_dry_run_is_checked_too(self):
+        self.assertIn("no parameter", self.usage("listZones", "nam=x", "--dry-run"))
+        self.assertIn("nam=x", self.good("listZones", "nam=x", "--dry-run", "--force"))
+        self.assertEqual(self.asked, [])
+
+    def test_login_and_waiting_need_no_entry(self):
+        self.path = self.sync_as(("listZones",))
+        self.reply("login", {"sessionkey": "x"})
+        self.assertEqual(self.main("login", "username=a", "password=b")[0], 0)
+        self.reply("queryAsyncJobResult", {"jobid": "j", "jobstatus": 1, "jobresult": {"ok": True}})
+        self.assertIn("ok", self.good("--wait", "j"))
+
+    def test_names_that_are_patterns(self):
+        for word in ("list.ones", "list[Z]ones=1", ".*=1", "(=1", "\\=1"):
+            args = ("listZones", word) if "=" in word else (word,)
+            self.assertIn("has no" if "=" in word else "no command", self.usage(*args))
+
+
+class CommandHelpTest(CloudCase):
+    """cs COMMAND --help and cs --list"""
+
+    def test_the_list_is_fetched_once_and_kept(self):
+        code, out, err = self.main("listZones", "--help")
+        self.assertEqual((code, self.asked), (0, ["listApis"]))
+        self.assertTrue(out.startswith("listZones\n  Lists zones.\n"), out)
+        self.good("listVolumes", "--help")
+        self.good("--list")
+        self.assertEqual(self.asked, ["listApis"])
+
+    def test_sync_with_help_fetches_it_again(self):
+        self.sync()
+        self.main("listZones", "--help", "--sync")
+        self.main("--list", "--sync")
+        self.assertEqual(self.asked, ["listApis", "listApis"])
+
+    def test_what_a_command_takes_and_returns(self):
+        self.reply("listApis", {"count": 1, "api": [{
+            "name": "growThing", "description": "Makes a thing grow.", "isasync": True, "since": "4.2",
+            "params": [
+                {"name": "zeal", "type": "string", "length": 255, "required": False, "description": "how much"},
+                {"name": "id", "type": "uuid", "length": 255, "required": True, "description": "the thing"},
+                {"name": "note", "type": "string", "length": 4096, "required": False, "since": "4.9",
+                 "description": "why"},
+                {"name": "by", "type": "integer", "length": 255, "required": True, "description": "how far"},
+                {"name": "safe", "type": "boolean", "required": True, "description": "slowly"},
+            ],
+            "response": [{"name": "id"}, {"name": "nic", "response": [{"name": "ip"}]}, {}],
+        }]})  # fmt: skip
+        self.assertEqual(
+            self.good("growthing", "--help", "-q"),
+            "growThing (since 4.2)\n"
+            "  Makes a thing grow.\n"
+            "  It starts a job, which is waited for unless --async.\n"
+            "\n"
+            "Required:\n"
+            "  by (integer)  how far\n"
+            "  id (uuid)  the thing\n"
+            "  safe (boolean)  slowly\n"
+            "\n"
+            "Optional:\n"
+            "  note (string, at most 4096, since 4.9)  why\n"
+            "  zeal (string)  how much\n"
+            "\n"
+            "Returns: id, nic\n"
+            "\n"
+            "Example: cs growThing by=1 id=ID safe=true\n",
+        )
+
+    def test_the_example_of_every_command_is_one_that_passes_the_checks(self):
+        self.sync()
+        for name in COMMANDS:
+            out = self.good(name, "--help")
+            line = out.rstrip("\n").splitlines()[-1]
+            self.assertTrue(line.startswith("Example: cs " + name), line)
+            words = shlex.split(line[len("Example: cs ") :])
+            self.assertTrue(self.good("--dry-run", *words))
+
+    def test_the_example_of_a_map_is_one_that_can_be_sent(self):
+        self.sync()
+        self.assertRegex(self.good("createTags", "--help").splitlines()[-1], r"tags\[0\]\.")
+
+    def test_options_and_parameters_beside_help_are_no_matter(self):
+        self.sync()
+        plain = self.good("listZones", "--help")
+        for args in (["--help", "listZones"], ["listZones", "name=x", "-h"], ["-o", "table", "listZones", "--help"]):
+            self.assertEqual(self.good(*args), plain)
+        self.assertEqual(self.asked, [])
+
+    def test_an_unknown_command(self):
+        self.sync()
+        for name, near in (("listZone", "listZones"), ("nosuch", "")):
+            err = self.usage(name, "--help")
+            self.assertIn("no command {!r}".format(name), err)
+            self.assertIn(near, err)
+            self.assertIn("--list", err)
+
+    def test_login_has_no_entry_where_the_server_lists_none(self):
+        self.sync_as(("listZones",))
+        err = self.usage("login", "--help")
+        self.assertIn("'login'", err)
+
+    def test_help_fits_the_terminal(self):
+        self.sync()
+        for columns in (60, 80, 200):
+            code, out, err = self.on_terminal("deployVirtualMachine", "--help", columns=columns)
+            self.assertEqual((code, err), (0, ""))
+            longest = max(len(line) for line in out.splitlines() if not line.startswith("Example"))
+            self.assertLessEqual(longest, columns)
+
+    def test_list(self):
+        self.sync()
+        lines = self.good("--list").splitlines()
+        self.assertEqual(len(lines), len(COMMANDS))
+        self.assertEqual([line.split()[0] for line in lines], sorted(COMMANDS))
+        for line in lines:
+            self.assertIn(COMMANDS[line.split()[0]].description, line)
+        self.assertEqual(len({re.match(r"\S+ +", line).end() for line in lines}), 1)  # aligned
+
+    def test_list_with_words_gives_what_has_all_of_them_in_name_or_description(self):
+        self.sync()
+        names = [line.split()[0] for line in self.good("--list", "VOLUME", "attach").splitlines()]
+        self.assertEqual(names, ["attachVolume"])
+        self.assertEqual(self.good("volume", "--list", "attach"), self.good("--list", "volume", "attach"))
+        self.assertIn("startVirtualMachine", self.good("--list", "Start"))
+
+    def test_list_of_nothing(self):
+        self.sync()
+        code, out, err = self.main("--list", "zzz", "name=x")
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn("zzz", err)
+        self.assertEqual(self.main("--list", "zzz", "-q"), (1, "", ""))
+
+    def test_list_on_a_terminal_is_a_line_each(self):
+        self.sync_as(dict(api_entry(("listWide",)), description="宽" * 300), dict(
+            api_entry(("listLong",)), description="word\n" * 90))  # fmt: skip
+        code, out, err = self.on_terminal("--list", columns=60)
+        self.assertEqual((code, err, out.count("\n")), (0, "", 2))
+        for line in out.splitlines():
+            self.assertLessEqual(columns_of(line), 60)
+        out = self.good("--list")  # not on one, all of it
+        self.assertIn("宽" * 300, out)
+        self.assertIn("word " * 89, out)
+
+    def test_what_the_server_sends_is_shown_escaped(self):
+        evil = "evil" + EVIL_TITLE + "\x9b2J\u202e"
+        entry = api_entry(("listEvil", "a!", "b"))
+        entry.update(description=evil, since=evil, response=[{"name": evil}])
+        for param in entry["params"]:
+            param.update(description=evil, type=evil, since=evil)
+        entry["params"].append({"name": evil, "type": "string", "description": "x", "required": True})
+        self.sync_as(entry, dict(entry, name="find" + EVIL_TITLE))
+        for args in (["listEvil", "--help"], ["--list"], ["listEvil", "c=1"], ["find0pwned"]):
+            code, out, err = self.on_terminal(*args)
+            self.assertIn("pwned", out + err)
+            self.assertEqual(re.findall("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", out + err), [])
+
+
+# --- completion -----------------------------------------------------------------------------------------------------
+
+
+class CompletionCase(CloudCase):
+    """Completion as the shells' scripts ask for it."""
+
+    def setUp(self):
+        super().setUp()
+        self.path = self.known()
+
+    def completed(self, line):
+        """[word, description] for each that `cs --complete=LINE` offers."""
+        code, out, err = self.main("--complete=" + line)
+        self.assertEqual((code, err), (0, ""))
+        return [(row + "\t").split("\t")[:2] for row in out.splitlines()]
+
+    def words(self, line):
+        return [word for word, _ in self.completed(line)]
+
+    def forget_ids(self):
+        folder = os.path.dirname(self.path)
+        for name in os.listdir(folder):
+            if not self.path.endswith(name):
+                os.unlink(os.path.join(folder, name))
+
+    def machine(self, name="web-01"):
+        return self.cloud.cloud.named("virtualmachine", name)["id"]
+
+
+class CompletionTest(CompletionCase):
+    def test_commands(self):
+        self.assertEqual(self.completed("cs listZo"), [["listZones", "Lists zones."]])
+        self.assertEqual(sorted(self.words("cs ")), sorted(COMMANDS))
+        self.assertEqual(sorted(self.words("cs -q --all ")), sorted(COMMANDS))
+        self.assertEqual(self.words("cs -o table listZo"), ["listZones"])
+        self.assertEqual(self.words("cs --output=table --region  listZo"), [])  # a region, not a command
+        self.assertEqual(self.words("cs nosuch"), [])
+
+    def test_a_command_in_another_case(self):
+        self.assertEqual(self.words("cs listzo"), ["listZones"])
+        self.assertIn("id=", self.words("cs startvirtualmachine "))
+
+    def test_parameters_required_ones_first(self):
+        words = self.words("cs deployVirtualMachine ")
+        self.assertEqual(words[:3], ["serviceofferingid=", "templateid=", "zoneid="])
+        self.assertEqual(words[3:], sorted(words[3:]))
+        expected = [["available=", "true for zones that take new machines"]]
+        self.assertEqual(self.completed("cs listZones avail"), expected)
+
+    def test_parameters_that_are_given_are_not_offered_again(self):
+        words = self.words("cs deployVirtualMachine zoneid=1 NAME=x ")
+        self.assertNotIn("zoneid=", words)
+        self.assertNotIn("name=", words)
+        self.assertIn("templateid=", words)
+
+    def test_booleans(self):
+        self.assertEqual(self.words("cs stopVirtualMachine forced="), ["forced=true", "forced=false"])
+        self.assertEqual(self.words("cs stopVirtualMachine forced=f"), ["forced=false"])
+        self.assertEqual(self.words("cs listZones name="), [])
+
+    def test_options(self):
+        words = self.words("cs --")
+        for option in "--output --region --columns --all --sync --help --configure".split():
+            self.assertIn(option, words)
+        self.assertNotIn("--complete", words)
+        self.assertEqual(self.words("cs --outp"), ["--output"])
+        self.assertEqual(self.words("cs listZones --col"), ["--color", "--columns"])
+
+    def test_values_of_options(self):
+        for line, expected in (
+            ("cs -o ", list(cs.FORMATS)),
+            ("cs listZones --output t", ["table", "text"]),
+            ("cs listZones --output=ta", ["--output=table"]),
+            ("cs --color ", ["auto", "always", "never"]),
+            ("cs --completion z", ["zsh"]),
+        ):
+            with self.subTest(line):
+                self.assertEqual(self.words(line), expected)
+
+    def test_a_value_that_is_not_known_is_not_completed_as_a_command(self):
+        for option in ("--timeout", "--retry", "--config", "--endpoint", "--wait", "--theme"):
+            with self.subTest(option):
+                self.assertEqual(self.words("cs {} l".format(option)), [])
+
+    def test_regions(self):
+        self.write(".cloudstack.ini", "[cloudstack]\nendpoint = x\n[lab]\n[lagoon]\n[my place]\n[$(touch x)]\n")
+        self.write("work/cloudstack.ini", "[local]\n")
+        for line, expected in (
+            ("cs -r ", ["cloudstack", "lab", "lagoon", "local"]),
+            ("cs listZones --region lag", ["lagoon"]),
+            ("cs --region=la", ["--region=lab", "--region=lagoon"]),
+        ):
+            with self.subTest(line):
+                self.assertEqual(self.words(line), expected)
+        path = self.write("other.ini", "[elsewhere]\n")
+        os.environ["CLOUDSTACK_CONFIG"] = path
+        self.assertEqual(self.words("cs -r else"), ["elsewhere"])
+        os.environ.pop("CLOUDSTACK_CONFIG")
+        self.assertEqual(self.words("cs --config {} -r else".format(path)), ["elsewhere"])
+
+    def test_columns(self):
+        for line, expected in (
+            ("cs listVirtualMachines -c instancen", ["instancename"]),
+            ("cs listVirtualMachines --columns instancen", ["instancename"]),
+            ("cs listVirtualMachines --sort instancen", ["instancename"]),
+            ("cs listVirtualMachines --columns=instancen", ["--columns=instancename"]),
+            ("cs listVirtualMachines -c id,instancen", ["id,instancename"]),
+            ("cs listVirtualMachines --columns=id,instancen", ["--columns=id,instancename"]),
+            ("cs listVirtualMachines -c nic.ipa", ["nic.ipaddress"]),
+            ("cs -o table listvirtualmachines state=Running -c instancen", ["instancename"]),
+            ("cs -c instancen", []),
+        ):
+            with self.subTest(line):
+                self.assertEqual(self.words(line), expected)
+
+    def test_the_line_chooses_the_region(self):
+        user = self.cloud.users["user"]
+        self.option(role_lacks=frozenset())
+        ini = "[lab]\nendpoint = {}\nkey = {}\nsecret = {}\n".format(self.cloud.endpoint, user.key, user.secret)
+        self.write(".cloudstack.ini", ini)
+        self.reply("listApis", {"count": 1, "api": [api_entry(("onlyInTheLab", "depth"))]})
+        self.good("--sync", "-q", "-r", "lab")
+        self.assertEqual(self.words("cs -r lab only"), ["onlyInTheLab"])
+        self.assertEqual(self.words("cs onlyInTheLab --region=lab d"), ["depth="])
+        self.assertEqual(self.words("cs only"), [])
+
+    def test_ids_with_names_beside_them(self):
+        machine = self.machine()
+        self.assertEqual(self.completed("cs stopVirtualMachine id=" + machine[:6]), [["id=" + machine, "web-01"]])
+        self.assertEqual(self.asked, ["listVirtualMachines"])
+        rows = self.completed("cs listVolumes virtualmachineid=")
+        self.assertIn(["virtualmachineid=" + machine, "web-01"], rows)
+
+    def test_which_list_gives_the_ids(self):
+        for line, command in (
+            ("cs deployVirtualMachine zoneid=", "listZones"),
+            ("cs deployVirtualMachine templateid=", "listTemplates"),
+            ("cs deployVirtualMachine serviceofferingid=", "listServiceOfferings"),
+            ("cs deployVirtualMachine networkids=", "listNetworks"),
+            ("cs deployVirtualMachine hostid=", "listHosts"),
+            ("cs deleteSnapshot id=", "listSnapshots"),
+            ("cs listVolumes id=", "listVolumes"),
+            ("cs attachVolume id=", "listVolumes"),
+            ("cs activateProject id=", "listProjects"),
+            ("cs createTags resourceids=", None),
+            ("cs listZones id=", "listZones"),
+        ):
+            with self.subTest(line):
+                self.forget_ids()
+                del self.cloud.requests[:]
+                words = self.words(line)
+                self.assertEqual(self.asked, [command] if command else [])
+                if command not in (None, "listSnapshots"):
+                    self.assertRegex(words[0], r"\A\w+=[0-9a-f-]{36}\Z")
+
+    def test_several_ids(self):
+        first, second = self.machine("web-01"), self.machine("db-01")
+        line = "cs listVirtualMachines ids={},{}".format(first, second[:6])
+        self.assertEqual(self.words(line), ["ids={},{}".format(first, second)])
+
+    def test_ids_are_remembered_for_a_minute(self):
+        line = "cs stopVirtualMachine id=" + self.machine()[:6]
+        expected = self.words(line)
+        self.assertEqual(len(expected), 1)
+        self.assertEqual(self.words(line), expected)
+        self.assertEqual(self.words("cs startVirtualMachine id=" + self.machine()[:6]), expected)
+        self.assertEqual(self.asked, ["listVirtualMachines"])
+        for moved, times in ((59, 1), (61, 2)):
+            with later(moved):
+                self.assertEqual(self.words(line), expected)
+            self.assertEqual(self.asked, ["listVirtualMachines"] * times)
+
+    @unittest.skipUnless(os.name == "posix", "needs file modes")
+    def test_remembered_ids_are_private_too(self):
+        self.words("cs stopVirtualMachine id=")
+        folder = os.path.dirname(self.path)
+        self.assertEqual(len(os.listdir(folder)), 2)
+        for name in os.listdir(folder):
+            self.assertEqual(os.stat(os.path.join(folder, name)).st_mode & 0o777, 0o600)
+
+    def test_damaged_remembered_ids_are_asked_for_again(self):
+        line = "cs stopVirtualMachine id=" + self.machine()[:6]
+        expected = self.words(line)
+        folder = os.path.dirname(self.path)
+        path = next(os.path.join(folder, name) for name in os.listdir(folder) if not self.path.endswith(name))
+        now = str(int(time.time()))
+        for content in (
+            b"", b"{", b"[]", b"7", b"{}", b"\xff", b"[" * 100000, b'{"at": "now", "rows": []}',
+            '{{"at": {}, "rows": [1]}}'.format(now).encode(), '{{"at": {}, "rows": [[1, 2]]}}'.format(now).encode(),
+            '{{"at": {}, "rows": 7}}'.format(now).encode(), '{{"at": {}}}'.format(now).encode(),
+        ):  # fmt: skip
+            with self.subTest(content[:30]):
+                self.write(path, content)
+                self.assertEqual(self.words(line), expected)
+
+    def test_all_but_ids_comes_from_what_is_cached(self):
+        self.write(".cloudstack.ini", "[lab]\n")
+        lines = "cs |cs list|cs deployVirtualMachine |cs stopVirtualMachine forced=|cs -r |cs -o |cs --"
+        for line in lines.split("|") + ["cs listVirtualMachines -c ", "cs listVirtualMachines name="]:
+            self.assertTrue(self.words(line) or line.endswith("name="), line)
+        self.assertEqual(self.asked, [])
+
+    def test_without_a_list_options_and_regions_are_completed_all_the_same(self):
+        os.unlink(self.path)
+        self.write(".cloudstack.ini", "[lab]\n")
+        self.assertEqual(self.words("cs listZo"), [])
+        self.assertEqual(self.words("cs stopVirtualMachine id="), [])
+        self.assertEqual(self.words("cs -r la"), ["lab"])
+        self.assertEqual(self.words("cs --outp"), ["--output"])
+        self.unset("endpoint", "key", "secret")
+        self.assertEqual(self.words("cs listZo"), [])
+        self.assertEqual(self.words("cs -r la"), ["lab"])
+        self.assertEqual(self.asked, [])
+
+    def test_a_configuration_that_cannot_be_used_gives_nothing(self):
+        for settings in (
+            {"timeout": "abc"}, {"endpoint": "nonsense"}, {"secret": ""}, {"config": "/no/such/file"},
+            {"username": "x"}, {"verify": "/no/such/file"}, {"dangerous_no_tls_verify": "nope"},
+        ):  # fmt: skip
+            with mock.patch.dict(os.environ):
+                self.configure(**settings)
+                for line in ("cs listZo", "cs stopVirtualMachine id=", "cs listZones -c na", "cs -r x"):
+                    self.main("--complete=" + line)  # whatever comes of it, no traceback
+
+    def test_a_server_that_fails_gives_nothing(self):
+        html = Answer(200, "<html>" + EVIL_TITLE)
+        things = [1, None, "x", [2], {"id": 7}, {"id": None}]
+        for name, step in (
+            ("an error", Answer(431, {"r": {"errorcode": 431, "errortext": "no"}})),
+            ("a page", html),
+            ("dropped", DROP),
+            ("no list", Answer(200, {"r": {"success": True}})),
+            ("a list of other things", Answer(200, {"r": {"count": 6, "x": things}})),
+            ("nothing", Answer(200, {"r": {}})),
+            ("rate limit", Answer(429, {"r": {"errorcode": 429, "errortext": "retry after 9000 ms"}})),
+        ):
+            with self.subTest(name):
+                self.configure(retry="3")
+                del self.cloud.requests[:]
+                self.cloud.script("listVirtualMachines", step)
+                self.assertEqual(self.words("cs stopVirtualMachine id="), [])
+                self.assertEqual(self.asked, ["listVirtualMachines"])
+                self.forget_ids()
+
+    def test_a_server_that_hangs_gives_nothing_soon(self):
+        self.assertLessEqual(cs._PATIENCE_AT_A_KEY, 1)  # to connect, and once more for the answer
+        release = threading.Event()
+        self.addCleanup(release.set)
+
+        def hang(_):
+            release.wait(10)
+            return DROP
+
+        self.configure(timeout="10", retry="3")
+        self.cloud.script("listVirtualMachines", hang)
+        with mock.patch.object(cs, "_PATIENCE_AT_A_KEY", 0.1):
+            self.assertEqual(self.words("cs stopVirtualMachine id="), [])
+        self.assertFalse(release.is_set())
+        self.assertEqual(self.asked, ["listVirtualMachines"])
+
+    def test_a_log_in_that_fails_is_not_tried_again(self):
+        self.unset("key", "secret")
+        self.configure(username="admin", password="x", domain="/", retry="3")
+        self.sync_anonymously()
+        busy = Answer(503, {"loginresponse": {"errorcode": 503, "errortext": "busy"}})
+        self.cloud.script("login", busy, busy, busy, busy)
+        self.assertEqual(self.words("cs stopVirtualMachine id="), [])
+        self.assertEqual(self.asked, ["login"])
+
+    def sync_anonymously(self):
+        """The list of commands for whoever the environment says, without asking."""
+        other = cs._cache_path(cs.CloudStack(**cs.read_config()))
+        shutil.copy(self.path, other)
+        self.path = other
+
+    def test_ids_with_a_user_name(self):
+        user = self.cloud.users["admin"]
+        self.unset("key", "secret")
+        self.configure(username="admin", password=user.password, domain=user.domain)
+        self.sync_anonymously()
+        machine = self.machine()
+        self.assertEqual(self.words("cs stopVirtualMachine id=" + machine[:6]), ["id=" + machine])
+        self.assertEqual(self.asked[:2], ["login", "listVirtualMachines"])
+
+    HOSTILE = (
+        "$(touch pwned)", "`touch pwned`", "$HOME", "; touch pwned", "a b", "a\nb", "a\tb", "'", '"', "a'b", "\\", "~",
+        "~root", "*", "?", "{a,b}", "a|b", "a&b", "<x", ">x", "(a)", "!x", "#x", "^x", "a\x00b", "\x1b[2J", "\x9b2J",
+        "\u202eabc", "ü", "\ud800", "", " ", "x" + EVIL_TITLE,
+    )  # fmt: skip
+
+    def test_no_word_is_offered_that_a_shell_could_evaluate(self):
+        safe = re.compile(r"[A-Za-z0-9_.,:/@%+=\[\]-]+\Z")
+        entries = [dict(api_entry((name, "id")), description=name) for name in self.HOSTILE if name]
+        params = ["id!"] + [name + "id" for name in self.HOSTILE]
+        entry = api_entry(["stopVirtualMachine"] + params)
+        entry["response"] = [{"name": name} for name in self.HOSTILE]
+        self.path = self.sync_as(entry, ("listVirtualMachines",), *entries)
+        rows = [{"id": name, "name": name} for name in self.HOSTILE]
+        rows += [{"id": "good-{}".format(number), "name": name} for number, name in enumerate(self.HOSTILE)]
+        ini = "".join("[{}]\n".format(name) for name in self.HOSTILE if name.strip() and name.isprintable())
+        self.write(".cloudstack.ini", ini)
+        self.reply("listVirtualMachines", {"count": len(rows), "virtualmachine": rows})
+        stop = "cs stopVirtualMachine "
+        for line in ("cs ", stop, stop + "id=", stop + "-c ", "cs -r "):
+            with self.subTest(line):
+                code, out, err = self.main("--complete=" + line)
+                self.assertEqual((code, err), (0, ""))
+                for row in out.splitlines():
+                    self.assertRegex(row.split("\t")[0], safe)
+                    self.assertLess(row.count("\t"), 2)
+                self.assertEqual(re.findall("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", out), [])
+        self.assertEqual(len(self.words("cs stopVirtualMachine id=good")), len(self.HOSTILE))
+
+    def test_what_stands_on_the_line_is_never_evaluated(self):
+        for line in (
+            "cs $(touch pwned) list", "cs `touch pwned` ", "cs -r $(touch pwned) list", "cs listZones id=$(touch pwned",
+            "cs listZones name='", 'cs listZones name="a b', "cs listZones -c $(x),", "cs \\", "cs -c", "cs -r", "cs -",
+            "cs --=", "cs --output=", "cs --nosuch=", "cs --nosuch x ", "cs -o nonsense list", "", "cs", " ", "cs\t",
+            "cs\nlistZ", "cs -- list", "cs =", "cs listZones =", "cs listZones =x", "cs --complete=x ",
+            "cs listZones \x1b[2J", "cs listZones \udcff=", "cs --help l", "cs --config @ l", "cs " + "x" * 100000,
+            "cs listVirtualMachines tags[0].", "cs listVirtualMachines ids=,,", "cs \u00fc", "cs -r '", "cs --sort",
+        ):  # fmt: skip
+            with self.subTest(line[:40]):
+                code, out, err = self.main("--complete=" + line)
+                self.assertEqual(re.findall("[\x00-\x08\x0b-\x1f\x7f-\x9f]", out), [])
+                self.assertIn(code, (0, 2))
+        self.assertEqual(os.listdir(self.cwd), [])
+
+    def test_long_descriptions_are_cut(self):
+        entry = dict(api_entry(("listLong",)), description="word " * 1000)
+        self.path = self.sync_as(entry)
+        self.assertLessEqual(len(self.completed("cs listL")[0][1]), 80)
+
+    def test_the_scripts(self):
+        for shell in ("bash", "zsh", "fish"):
+            script = self.good("--completion", shell)
+            self.assertIn("--complete=", script)
+            for evaluating in ("eval ", "compgen", "-W", "print -P"):
+                self.assertNotIn(evaluating, script)
+        self.assertEqual(self.asked, [])
+        self.usage("--completion", "tcsh")
+
+
+def have_terminals():
+    try:
+        import fcntl
+        import pty
+        import termios
+
+        return bool(pty.openpty and fcntl and termios.TIOCSWINSZ) and os.path.isdir("/proc")
+    except (ImportError, AttributeError):
+        return False
+
+
+class Typed:
+    """A process on a pseudo-terminal of its own, and what is typed there."""
+
+    def __init__(self, argv, env, columns=80, rows=24):
+        import fcntl
+        import pty
+        import struct
+        import termios
+
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        # Opened by the leader of a new session, the terminal becomes the one that Ctrl-C comes from.
+        opened = ["/bin/sh", "-c", 'exec "$@" <"$0" >"$0" 2>&1', os.ttyname(slave)]
+        null = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.child = subprocess.Popen(opened + list(argv), env=env, start_new_session=True, **null)
+        self.slave = slave
+        self.output = b""
+        self.news = threading.Condition()
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+
+    def read(self):
+        data = b"x"
+        while data:
+            try:
+                data = os.read(self.master, 65536)
+            except OSError:  # Linux says so that the other end is closed
+                data = b""
+            with self.news:
+                self.output += data
+                self.news.notify_all()
+
+    @property
+    def text(self):
+        with self.news:
+            return self.output.decode("utf-8", "replace").replace("\r\n", "\n")
+
+    def wait_for(self, *words):
+        """Wait until one of these was written after what was waited for before."""
+        found = []
+
+        def there():
+            found[:] = [word for word in words if word in self.output[self.at :]]
+            return found
+
+        with self.news:
+            if not self.news.wait_for(there, 20):
+                raise AssertionError("{} was not written: {}".format(words, self.output))
+            self.at = self.output.index(found[0], self.at) + len(found[0])
+        return found[0]
+
+    at = 0
+
+    def type(self, text):
+        os.write(self.master, text.encode("utf-8"))
+
+    def end(self):
+        """The exit code; all output is in text then."""
+        code = self.child.wait(30)
+        os.close(self.slave)  # only now: a terminal that nobody has opened yet would seem closed
+        self.reader.join(10)
+        return code
+
+    def close(self):
+        """Whatever still runs there."""
+        if self.child.poll() is None:
+            os.killpg(self.child.pid, 9)
+            self.child.wait(10)
+        for end in (self.slave, self.master):
+            try:
+                os.close(end)
+            except OSError:
+                pass
+
+
+STUB = """#!/bin/sh
+case "$1" in --complete=*|--completion) exec {python} -S -E {cs} "$@" ;; esac
+printf '%s\\n' "$@" > "$HOME/typed.new" && mv "$HOME/typed.new" "$HOME/typed"
+"""
+
+
+@unittest.skipUnless(have_terminals(), "needs pseudo-terminals")
+class ShellCompletionCase(CompletionCase):
+    """Real shells. Their `cs` completes by cs.py, and notes what else it is called with."""
+
+    def setUp(self):
+        super().setUp()
+        os.mkdir(os.path.join(self.home, "bin"))
+        stub = STUB.format(python=shlex.quote(sys.executable), cs=shlex.quote(CS_PATH))
+        self.write("bin/cs", stub, 0o755)
+        path = os.path.join(self.home, "bin") + os.pathsep + os.environ["PATH"]
+        self.env = dict(os.environ, PATH=path, TERM="xterm", LC_ALL="C.UTF-8", PS1="$ ", FISH_UNIT_TESTS_RUNNING="1")
+        self.write(".cloudstack.ini", "[lab]\nendpoint = http://cloud.invalid/\n[lagoon]\n[$(touch pwned)]\n")
+
+    def shell(self, name):
+        found = shutil.which(name)
+        if found is None:
+            self.skipTest("{} is not installed".format(name))
+        return found
+
+    def start(self, argv, *setup):
+        shell = Typed(argv, self.env)
+        self.addCleanup(shell.close)
+        for line in setup + ('printf "REA%s\\n" DY',):
+            shell.type(line + "\n")
+        shell.wait_for(b"READY")
+        return shell
+
+    def typed(self, shell, line):
+        """The arguments that `cs` is called with after a line was typed, its tabs included, and Enter."""
+        path = os.path.join(self.home, "typed")
+        shell.type(line + "\n")
+        deadline = time.time() + 20
+        while not os.path.exists(path):
+            self.assertLess(time.time(), deadline, shell.text)
+            time.sleep(0.005)
+        with open(path, encoding="utf-8") as file:
+            words = file.read().split("\n")[:-1]
+        os.unlink(path)
+        return words
+
+    def assertCompletes(self, shell):
+        """What every shell must do."""
+        machine = self.machine()
+        for line, expected in (
+            ("cs deployV\t templ\tx", ["deployVirtualMachine", "templateid=x"]),
+            ("cs stopVirtualMachine forced=f\t id={}\t".format(machine[:6]),
+             ["stopVirtualMachine", "forced=false", "id=" + machine]),
+            ("cs listZones -r lag\t --output=ta\t", ["listZones", "-r", "lagoon", "--output=table"]),
+            ("true; A=1 cs listZones -c internald\t", ["listZones", "-c", "internaldns1"]),
+        ):  # fmt: skip
+            self.assertEqual(self.typed(shell, line), expected)
+
+    def hostile(self):
+        """Machines and commands with names that would like to be evaluated."""
+        names = ("$(touch pwned)", "`touch pwned`", "x;touch pwned", "a' b", 'a" b', "%F{red}%(?..)", EVIL_TITLE)
+        names += ("..", "é")
+        rows = [{"id": "good-{}-{}".format(letter, letter), "name": name} for letter, name in zip("abcdefghi", names)]
+        rows += [{"id": name, "name": "bad"} for name in names]
+        self.path = self.sync_as(("stopVirtualMachine", "id!"), ("listVirtualMachines",), *[(name,) for name in names])
+        self.reply("listVirtualMachines", {"count": len(rows), "virtualmachine": rows})
+
+    def assertUnharmed(self, shell):
+        """Nothing was evaluated, and no escape sequence of the server's reached the terminal."""
+        self.assertFalse([name for name in os.listdir(self.cwd) if name.startswith("pwned")])
+        self.assertFalse([name for name in os.listdir(self.home) if name.startswith("pwned")])
+        self.assertNotIn(EVIL_TITLE, shell.text)
+
+
+class BashCompletionTest(ShellCompletionCase):
+    def bash(self):
+        argv = [self.shell("bash"), "--norc", "--noprofile", "-i"]
+        quick = "bind 'set enable-bracketed-paste off' 'set show-all-if-ambiguous on'"
+        return self.start(argv, quick, 'eval "$(cs --completion bash)"')
+
+    def test_it_completes(self):
+        self.assertCompletes(self.bash())
+
+    def test_nothing_is_evaluated(self):
+        self.hostile()
+        shell = self.bash()
+        shell.type("cs \t")
+        shell.wait_for(b"stopVirtualMachine")
+        shell.type("stopVirtualMachine id=\t")
+        shell.wait_for(b"good-i-i")
+        self.assertEqual(self.typed(shell, "good-c\t"), ["stopVirtualMachine", "id=good-c-c"])
+        self.assertUnharmed(shell)
+
+    def test_a_word_is_taken_apart_or_not(self):
+        """The script must do with and without `=` among the characters that end a word."""
+        self.shell("bash")
+        self.write("script", self.good("--completion", "bash"))
+        program = """
+            source "$HOME/script"; COMP_LINE="cs stopVirtualMachine forced=t" COMP_POINT=${#COMP_LINE}
+            COMP_WORDBREAKS=' =:' COMP_WORDS=(cs stopVirtualMachine forced = t) COMP_CWORD=4
+            _cs_complete; printf '%s\\n' "${COMPREPLY[@]}"
+            COMP_WORDBREAKS=' :' COMP_WORDS=(cs stopVirtualMachine forced=t) COMP_CWORD=2
+            _cs_complete; printf '%s\\n' "${COMPREPLY[@]}"
+        """
+        out = subprocess.check_output(["bash", "-c", program], env=self.env)
+        self.assertEqual(out.decode().split(), ["true", "forced=true"])
+
+
+class ZshCompletionTest(ShellCompletionCase):
+    def zsh(self):
+        argv = [self.shell("zsh"), "-f", "-i"]
+        os.mkdir(os.path.join(self.home, "functions"))
+        self.write("functions/_cs", self.good("--completion", "zsh"))
+        # compinit reads the head of every function it finds; those of other programs are of no interest here.
+        functions = 'fpath=("$HOME/functions" ${fpath:#*/Completion/(^(Base|Zsh))})'
+        begin = 'autoload -U compinit; compinit -u -d "$HOME/dump"'
+        return self.start(argv, "PS1='$ '; setopt extendedglob; unsetopt prompt_sp", functions, begin)
+
+    def test_it_completes(self):
+        shell = self.zsh()
+        self.assertCompletes(shell)
+
+    def test_nothing_is_evaluated(self):
+        self.hostile()
+        shell = self.zsh()
+        shell.type("cs stopVirtualMachine id=good-\t\t")
+        shell.wait_for(b"%F{red}%(?..)")
+        shell.type("\x15")
+        self.assertEqual(
+            self.typed(shell, "cs stopVirtualMachine id=good-c\t"), ["stopVirtualMachine", "id=good-c-c"]
+        )
+        self.assertIn("$(touch pwned)", shell.text)
+        self.assertUnharmed(shell)
+
+
+class FishCompletionTest(ShellCompletionCase):
+    def setUp(self):
+        super().setUp()
+        self.fish = self.shell("fish")
+        os.makedirs(os.path.join(self.home, ".config", "fish", "completions"))
+        self.write(".config/fish/completions/cs.fish", self.good("--completion", "fish"))
+
+    def test_it_completes(self):
+        self.assertCompletes(self.start([self.fish, "-i"]))
+
+    def test_nothing_is_evaluated(self):
+        """By the shell's own command for it."""
+        self.hostile()
+        program = 'complete -C "cs stopVirtualMachine id="; complete -C "cs "'
+        out = subprocess.check_output([self.fish, "-c", program], env=self.env).decode("utf-8")
+        self.assertIn("id=good-a-a\t$(touch pwned)\n", out)
+        self.assertIn("id=good-c-c\t", out)
+        self.assertIn("stopVirtualMachine\tDoes stopVirtualMachine.\n", out)
+        self.assertNotIn("\x1b", out)
+        self.assertFalse([name for name in os.listdir(self.cwd) + os.listdir(self.home) if name.startswith("pwned")])
+
+
+# --- formats --------------------------------------------------------------------------------------------------------
+
+
+class FormatsTest(CloudCase):
+    ROWS = [
+        {"id": "1", "name": "web", "size": 9, "on": True,
+         "tags": [{"key": "a", "value": "1"}, {"key": "b", "value": "2"}],
+         "nic": [{"ipaddress": "10.0.0.1"}, {"ipaddress": "10.0.0.2"}]},
+        {"id": "2", "name": 'x"y,z', "size": 10, "on": False, "nic": []},
+        {"id": "3", "name": "tab\there\nline\\end\r", "size": None, "details": {"a": {"b": 1}}},
+    ]  # fmt: skip
+
+    def rows(self, *rows, **more):
+        """The rows that listThings answers with, once for each `times`."""
+        rows = list(rows) or self.ROWS
+        for _ in range(more.get("times", 1)):
+            self.reply("listThings", {"count": len(rows), "thing": rows})
+
+    def shown(self, *args):
+        return self.good("listThings", *args)
+
+    def test_the_option_beats_the_environment_beats_the_ini_file(self):
+        self.rows({"id": "1"}, times=6)
+        self.assertEqual(json.loads(self.shown()), {"count": 1, "thing": [{"id": "1"}]})
+        user = self.cloud.users["admin"]
+        text = "[{}]\nendpoint = {}\nkey = {}\nsecret = {}\noutput = {}\n"
+        keys = (self.cloud.endpoint, user.key, user.secret)
+        text = text.format("cloudstack", *keys + ("csv",)) + text.format("lab", *keys + ("text",))
+        self.write(".cloudstack.ini", text)
+        self.unset("endpoint", "key", "secret")
+        self.assertEqual(self.shown(), "id\r\n1\r\n")
+        self.assertEqual(self.shown("-r", "lab"), "1\n")
+        self.configure("admin", output="Table")
+        self.assertEqual(self.shown(), "id\n1\n")
+        self.assertEqual(self.shown("-o", "jsonl"), '{"id": "1"}\n')
+        self.assertEqual(self.shown("--output=CSV"), "id\r\n1\r\n")
+
+    def test_a_bad_value_is_told_before_anything_is_sent(self):
+        self.assertIn("xml", self.usage("listZones", "-o", "xml"))
+        self.usage("listZones", "-o")
+        self.usage("listZones", "--output=")
+        self.configure(output="xml")
+        for args in (["listZones"], ["--wait", "1"], ["--sync"], ["--list"]):
+            err = self.usage(*args)
+            self.assertIn("output: 'xml'", err)
+            for name in cs.FORMATS:
+                self.assertIn(name, err)
+        self.rows({"id": "1"})
+        self.assertEqual(self.shown("-o", "text"), "1\n")  # what the option says, the setting need not
+
+    def test_json(self):
+        self.rows()
+        self.assertEqual(json.loads(self.shown("-o", "json")), {"count": 3, "thing": self.ROWS})
+
+    def test_jsonl_is_a_row_a_line(self):
+        self.rows()
+        lines = self.shown("-o", "jsonl").split("\n")
+        self.assertEqual([json.loads(line) for line in lines[:-1]], self.ROWS)
+        self.assertEqual(lines[-1], "")
+
+    def test_csv_is_read_back_by_the_csv_module(self):
+        self.rows()
+        out = self.shown("-o", "csv")
+        read = list(csv.reader(io.StringIO(out, newline="")))
+        self.assertEqual(read[0][:2], ["id", "name"])
+        self.assertEqual(sorted(read[0]), sorted({key for row in self.ROWS for key in row}))
+        for row, line in zip(self.ROWS, read[1:]):
+            cells = dict(zip(read[0], line))
+            self.assertEqual((cells["id"], cells["name"]), (row["id"], row["name"]))
+            for name in ("tags", "details"):
+                if name in row:
+                    self.assertEqual(json.loads(cells[name]), row[name])
+        cells = dict(zip(read[0], read[1]))
+        self.assertEqual((cells["size"], cells["on"], cells["details"]), ("9", "true", ""))
+
+    def test_csv_is_what_RFC_4180_says(self):
+        """Lines end in CRLF, the last one too; quotes where they are needed, and doubled inside; line breaks stay."""
+        self.rows({"id": "1", "name": 'a"b'}, {"id": "x,y", "name": "l1\nl2"}, {"id": "p q", "name": ""})
+        self.assertEqual(self.shown("-o", "csv"), 'id,name\r\n1,"a""b"\r\n"x,y","l1\nl2"\r\np q,\r\n')
+
+    def test_text_is_values_between_tabs_and_is_read_back(self):
+        self.rows()
+        lines = self.shown("-o", "text", "-c", "id,name,size,on,nosuch", "-q").split("\n")
+        self.assertEqual(lines.pop(), "")
+
+        def read(cell):
+            return re.sub(r"\\(.)", lambda found: {"t": "\t", "n": "\n", "r": "\r", "\\": "\\"}[found.group(1)], cell)
+
+        cells = [[read(cell) for cell in line.split("\t")] for line in lines]
+        expected = [[row["id"], row["name"], "" if row["size"] is None else str(row["size"])] for row in self.ROWS]
+        self.assertEqual([row[:3] for row in cells], expected)
+        self.assertEqual([row[3:] for row in cells], [["true", ""], ["false", ""], ["", ""]])
+
+    def test_text_of_a_shell_s_read(self):
+        """An empty cell in the middle is still a cell, and each row a line."""
+        self.rows({"id": "1", "name": "", "state": "up"})
+        self.assertEqual(self.shown("-o", "text", "-c", "id,name,state"), "1\t\tup\n")
+
+    def test_a_table_without_a_terminal_is_never_cut(self):
+        long = "x" * 3000
+        self.rows({"id": "1", "name": long, "state": "Running"}, {"id": "22", "name": "n", "state": "宽"})
+        with mock.patch.dict(os.environ, COLUMNS="40"):
+            lines = self.shown("-o", "table").split("\n")
+        self.assertEqual(lines[0], "id  name" + " " * 2998 + "state")
+        self.assertEqual(lines[1], "1   " + long + "  Running")
+        self.assertEqual(lines[2], "22  n" + " " * 3001 + "宽")
+        self.assertEqual(lines[3], "")
+
+    def test_objects_and_job_results(self):
+        """What stands inside is shown, in every format."""
+        machine = {"id": "1", "name": "web", "state": "Running"}
+        for name, documents in (
+            ("an object", [("getThing", {"thing": machine})]),
+            ("a bare object", [("getThing", machine)]),
+            ("a job", [("getThing", {"jobid": "j"}), ("queryAsyncJobResult", {
+                "jobid": "j", "jobstatus": 1, "jobresult": {"thing": machine}})]),
+        ):  # fmt: skip
+            with self.subTest(name):
+                for shape, expected in (
+                    ("table", "id  name  state\n1   web   Running\n"),
+                    ("csv", "id,name,state\r\n1,web,Running\r\n"),
+                    ("text", "1\tweb\tRunning\n"),
+                    ("jsonl", '{"id": "1", "name": "web", "state": "Running"}\n'),
+                ):
+                    for command, document in documents:
+                        self.reply(command, document)
+                    self.assertEqual(self.good("getThing", "-o", shape), expected)
+        self.reply("queryAsyncJobResult", {"jobid": "j", "jobstatus": 1, "jobresult": {"thing": machine}})
+        self.assertEqual(self.good("--wait", "j", "-o", "text", "-c", "name"), "web\n")
+
+    def test_an_answer_that_only_says_success(self):
+        for document in ({"success": True}, {"success": "true", "displaytext": ""}):
+            for shape in ("table", "csv", "text"):
+                self.reply("deleteThing", document)
+                self.assertIn("true", self.good("deleteThing", "-o", shape))
+
+    def test_a_job_that_is_not_waited_for_shows_its_id_in_every_format(self):
+        for shape in cs.FORMATS:
+            self.reply("startThing", {"jobid": "job-77"})
+            self.assertIn("job-77", self.good("startThing", "--async", "-o", shape))
+
+    def test_a_list_of_plain_values(self):
+        for shape, expected in (
+            ("table", "value\na\n7\n"), ("csv", "value\r\na\r\n7\r\n"), ("text", "a\n7\n"), ("jsonl", '"a"\n7\n'),
+        ):  # fmt: skip
+            self.rows("a", 7)
+            self.assertEqual(self.shown("-o", shape), expected)
+
+    def test_empty_lists_print_nothing_but_json_s_own(self):
+        for document in ({}, {"count": 0}, {"count": 0, "thing": []}):
+            for shape in ("table", "csv", "text", "jsonl"):
+                with self.subTest("{} {}".format(document, shape)):
+                    self.reply("listThings", document)
+                    self.assertEqual(self.shown("-o", shape), "")
+                    self.reply("listThings", document)
+                    self.assertEqual(self.shown("-o", shape, "-c", "id", "--sort", "name"), "")
+
+    def test_odd_rows_do_no_harm(self):
+        for rows in (
+            [{}], [{}, {"id": "1"}], [None], [[]], [[1, [2, [3]]]], [{"id": 1}, "text", None, [1], {"name": "n"}, 7.5],
+            [{"id": {"id": {"id": 1}}}], [{"": "nameless"}], [{"id": "a\0b"}], [{"a.b": 1, "a": {"b": 2}}],
+            [{"id": 10**400}], [{"id": 1e308}], [{"id": -0.0}], [{"name": "\u202e\u200b\ud7ff\uffff"}],
+            [{"n{}".format(number): number for number in range(500)}], [{"value": [None, True, {"x": 1}]}],
+        ):  # fmt: skip
+            for shape in cs.FORMATS:
+                with self.subTest("{} {}".format(str(rows)[:60], shape)):
+                    self.rows(*rows, times=2)
+                    self.shown("-o", shape, "-c", "id,a.b,name.0.x", "--sort", "-id", "-q")
+                    code, out, err = self.on_terminal("listThings", "-o", shape, "--sort", "name", "-q", columns=20)
+                    self.assertEqual((code, err), (0, ""))
+
+    def test_rows_nested_as_deep_as_json_is_read_do_no_harm(self):
+        """Whatever can be read can be shown, or is an error; never a traceback."""
+        for depth in (300, 900):
+            for opening, closing in (("[", "]"), ('{"a":', "}")):
+                deep = opening * depth + '"leaf"' + closing * depth
+                body = '{"r":{"count":1,"thing":[{"id":"1","name":' + deep + "}]}}"
+                for shape in cs.FORMATS:
+                    with self.subTest("{} {} {}".format(depth, opening, shape)):
+                        self.cloud.script("listThings", Answer(200, body, {"Content-Type": "application/json"}))
+                        code, out, err = self.main("listThings", "-o", shape, "-c", "id,name")
+                        self.assertIn(code, (0, 1))
+                        self.assertIn("leaf" if code == 0 else "CloudStack error", out + err)
+
+    def test_null_bytes_and_surrogates(self):
+        body = r'{"r":{"count":1,"thing":[{"id":"a\u0000b","name":"x\ud800y"}]}}'
+        for shape in cs.FORMATS:
+            self.cloud.script("listThings", Answer(200, body, {"Content-Type": "application/json"}))
+            self.shown("-o", shape)
+        self.cloud.script("listThings", Answer(200, body, {"Content-Type": "application/json"}))
+        result = self.cs("listThings", "-o", "csv")
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        self.assertEqual(result.raw.replace(b'"', b""), b"id,name\r\na\0b,x\\ud800y\r\n")  # quoted before 3.11
+
+    def test_non_ascii_on_an_ascii_standard_output(self):
+        for shape in ("table", "jsonl"):
+            self.rows({"id": "1", "name": "zürich 宽"})
+            result = self.cs("listThings", "-o", shape, env={"PYTHONIOENCODING": "ascii"})
+            self.assertEqual((result.returncode, result.stderr), (0, ""))
+            self.assertIn(b"rich", result.raw)
+            if shape.startswith("json"):
+                self.assertIn("zürich 宽", json.dumps(json.loads(result.stdout), ensure_ascii=False))
+
+    def test_the_note_about_rows_that_are_missing(self):
+        row = {"id": "1"}
+        for document, args, told in (
+            ({"count": 1148, "thing": [row] * 3}, [], "3 of 1148 shown; --all for the rest\n"),
+            ({"count": 1148, "thing": [row] * 3}, ["-o", "csv"], "3 of 1148 shown; --all for the rest\n"),
+            ({"count": 1148, "thing": [row] * 3}, ["-q"], ""),
+            ({"count": 1148, "thing": [row] * 3}, ["page=1", "pagesize=3"], ""),
+            ({"count": 1148, "thing": [row] * 3}, ["Page=1", "PageSize=3"], ""),
+            ({"count": 3, "thing": [row] * 3}, [], ""),
+            ({"count": 2, "thing": [row] * 3}, [], ""),
+            ({"thing": [row] * 3}, [], ""),
+            ({"count": "1148", "thing": [row]}, [], ""),
+            ({"count": 1148}, [], ""),
+            ({"count": 1148, "name": "no list"}, [], ""),
+        ):
+            with self.subTest("{} {}".format(document, args)):
+                self.reply("listThings", document)
+                code, out, err = self.main("listThings", *args)
+                self.assertEqual((code, err), (0, told))
+
+    def test_all_is_fetch_list(self):
+        self.option(default_page_size=10)
+        code, out, err = self.main("listVirtualMachines", "-o", "text", "-c", "name")
+        self.assertEqual((code, out.count("\n"), err), (0, 10, "10 of 32 shown; --all for the rest\n"))
+        for args in (["--all"], ["fetch_list=true"], ["--all", "pagesize=7"]):
+            for shape in ("text", "jsonl", "table", "csv"):
+                out = self.good("listVirtualMachines", "-o", shape, "-c", "name", *args)
+                self.assertEqual(out.count("\n"), 32 + (shape in ("table", "csv")), (args, shape))
+            rows = json.loads(self.good("listVirtualMachines", *args))
+            self.assertEqual(len(rows), 32)
+        self.reply("getThing", {"thing": {"id": "1"}})
+        self.assertEqual(json.loads(self.good("getThing", "--all")), {"thing": {"id": "1"}})
+
+    def test_jsonl_of_a_long_list_is_written_as_it_arrives(self):
+        """The second page is given only after the row of the first has come out of the process."""
+        arrived = threading.Event()
+        self.addCleanup(arrived.set)
+
+        def second(record):
+            self.assertEqual(record.params["page"], "2")
+            return Answer(200, {"r": {"count": 2, "thing": [{"id": "2" if arrived.wait(20) else "too late"}]}})
+
+        self.cloud.script("listThings", Answer(200, {"r": {"count": 2, "thing": [{"id": "1"}]}}), second, second)
+        child = subprocess.Popen(
+            [sys.executable, CS_PATH, "listThings", "--all", "-o", "jsonl"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ),
+        )  # fmt: skip
+        alarm = threading.Timer(10, child.kill)
+        alarm.start()
+        first = child.stdout.readline()
+        arrived.set()
+        out, err = child.communicate()
+        alarm.cancel()
+        self.assertEqual((first, out, err), (b'{"id": "1"}\n', b'{"id": "2"}\n', b""))
+
+    def test_jsonl_of_a_long_list_keeps_a_page_or_two(self):
+        import gc
+
+        alive = []
+
+        def page(record):
+            gc.collect()
+            alive.append(sum(type(thing) is dict and "is-a-row" in thing for thing in gc.get_objects()))
+            number = int(record.params["page"])
+            rows = [{"is-a-row": [], "id": str(number * 100 + row)} for row in range(100 if number < 12 else 1)]
+            return Answer(200, json.dumps({"r": {"thing": rows}}), {"Content-Type": "application/json"})
+
+        self.cloud.script("listThings", *[page] * 13)
+        out = self.good("listThings", "--all", "-o", "jsonl", "pagesize=100")
+        self.assertEqual(out.count("\n"), 1101)
+        self.assertLessEqual(max(alive), 300)
+
+    def test_jsonl_of_a_list_that_breaks_off_shows_what_arrived(self):
+        self.cloud.script("listThings", Answer(200, {"r": {"count": 2, "thing": [{"id": "1"}]}}))
+        self.say_error("listThings", 530, "no more")
+        code, out, err = self.main("listThings", "--all", "-o", "jsonl")
+        self.assertEqual((code, out.split("\n")[0]), (1, '{"id": "1"}'))
+        self.assertIn("no more", err)
+
+    def test_jsonl_of_what_is_no_list(self):
+        self.reply("getThing", {"thing": {"id": "1"}}, {"success": True}, {})
+        self.assertEqual(self.good("getThing", "--all", "-o", "jsonl"), '{"thing": {"id": "1"}}\n')
+        self.assertEqual(self.good("getThing", "--all", "-o", "jsonl"), '{"success": true}\n')
+        self.assertEqual(self.good("getThing", "--all", "-o", "jsonl"), "")
+
+
+class ColumnsTest(CloudCase):
+    ROWS = [
+        {"id": "b", "name": "two", "size": "10", "nic": [{"ip": "p1"}, {"ip": "p2"}], "tags": [{"key": "env"}]},
+        {"id": "a", "name": "one", "size": "9", "nic": [{"ip": "q1"}], "detail": {"cpu": {"n": 4}}},
+        {"id": "c", "name": "Three", "nic": []},
+    ]  # fmt: skip
+    answer = {"count": 3, "thing": ROWS}
+
+    def cells(self, *args):
+        self.reply("listThings", self.answer)
+        code, out, err = self.main("listThings", "-o", "text", "-q", *args)
+        self.assertEqual((code, err), (0, ""))
+        return [line.split("\t") for line in out.split("\n")[:-1]]
+
+    def test_dotted_paths(self):
+        for columns, expected in (
+            ("id", [["b"], ["a"], ["c"]]),
+            ("name,id", [["two", "b"], ["one", "a"], ["Three", "c"]]),
+            (" name , id ,", [["two", "b"], ["one", "a"], ["Three", "c"]]),
+            ("nic.ip", [["p1,p2"], ["q1"], [""]]),
+            ("nic.0.ip", [["p1"], ["q1"], [""]]),
+            ("nic.1.ip", [["p2"], [""], [""]]),
+            ("nic.99.ip", [[""], [""], [""]]),
+            ("tags.key", [["env"], [""], [""]]),
+            ("detail.cpu.n", [[""], ["4"], [""]]),
+            ("detail.cpu", [[""], ['{"n":4}'], [""]]),
+            ("detail.cpu.n.x", [[""], [""], [""]]),
+            ("nic.0", [['{"ip":"p1"}'], ['{"ip":"q1"}'], [""]]),
+            ("id.x,name.0,nic.x", [[""] * 3] * 3),
+            ("nic.\u00b2.ip,nic.\u0663.ip,nic.-1.ip,nic." + "9" * 5000, [[""] * 4] * 3),
+        ):
+            with self.subTest(columns[:40]):
+                self.assertEqual(self.cells("-c", columns), expected)
+
+    def test_paths_that_are_none(self):
+        for columns in ("id.", ".id", ".", "..", "nic..ip", "nic.0.", "-", "id name", "\x1b[2J", "*"):
+            self.assertEqual(len(self.cells("-c", columns)), 3)
+
+    def test_a_name_that_holds_a_dot_is_found_as_it_stands(self):
+        self.reply("listThings", {"count": 1, "thing": [{"a.b": "1", "a": {"b": "2", "c.d": "3"}}]})
+        self.assertEqual(self.good("listThings", "-o", "text", "-c", "a.b,a.c.d"), "1\t3\n")
+
+    def test_every_format(self):
+        for shape, expected in (
+            ("table", "name   nic.0.ip\none    q1\nThree\ntwo    p1\n"),
+            ("csv", "name,nic.0.ip\r\none,q1\r\nThree,\r\ntwo,p1\r\n"),
+            ("text", "one\tq1\nThree\t\ntwo\tp1\n"),
+            ("jsonl", '{"name": "one", "nic.0.ip": "q1"}\n{"name": "Three", "nic.0.ip": null}\n'
+                      '{"name": "two", "nic.0.ip": "p1"}\n'),
+        ):  # fmt: skip
+            self.reply("listThings", self.answer)
+            self.assertEqual(self.good("listThings", "-o", shape, "--sort", "name", "-c", "name,nic.0.ip"), expected)
+        self.reply("listThings", self.answer, self.answer, self.answer)
+        rows = [{"name": "one"}, {"name": "Three"}, {"name": "two"}]
+        out = self.good("listThings", "--sort", "name", "-c", "name")
+        self.assertEqual(json.loads(out), {"count": 3, "thing": rows})
+        out = self.good("listThings", "--sort", "-id", "-o", "json")
+        self.assertEqual([row["id"] for row in json.loads(out)["thing"]], ["c", "b", "a"])
+        self.assertEqual(len(json.loads(out)["thing"][1]), 5)  # all of it
+        out = self.good("listThings", "--sort", "-id", "--all", "-c", "id")
+        self.assertEqual(json.loads(out), [{"id": "c"}, {"id": "b"}, {"id": "a"}])
+
+    def test_objects_and_job_results(self):
+        thing = {"id": "1", "nic": [{"ip": "p1"}]}
+        self.reply("getThing", {"thing": thing}, {"id": "1", "detail": {"cpu": 4}})
+        self.assertEqual(json.loads(self.good("getThing", "-c", "nic.ip,id")), {"thing": {"id": "1", "nic.ip": ["p1"]}})
+        self.assertEqual(json.loads(self.good("getThing", "-c", "detail.cpu")), {"detail.cpu": 4})
+        result = {"jobid": "j", "jobstatus": 1, "jobresult": {"thing": thing}}
+        for shape, expected in (
+            ("table", "nic.ip\np1\n"), ("text", "p1\n"), ("csv", "nic.ip\r\np1\r\n"), ("jsonl", '{"nic.ip": ["p1"]}\n'),
+        ):  # fmt: skip
+            self.reply("startThing", {"jobid": "j"})
+            self.reply("queryAsyncJobResult", result)
+            self.assertEqual(self.good("startThing", "-o", shape, "-c", "nic.ip", "--sort", "id"), expected)
+
+    def test_a_column_that_no_row_has(self):
+        cases = ("nmae", "name"), ("NAME", "name"), ("nic.0.pi", "nic.ip"), ("tag.key", "tags.key"), ("zzz", "")
+        for name, near in cases:
+            for shape in cs.FORMATS:
+                with self.subTest("{} {}".format(name, shape)):
+                    self.reply("listThings", self.answer)
+                    code, out, err = self.main("listThings", "-o", shape, "-c", "id," + name)
+                    self.assertEqual(code, 0)
+                    self.assertIn("Warning: no row has {!r}".format(name), err)
+                    self.assertEqual("did you mean" in err, bool(near))
+                    self.assertIn(near, err)
+        self.reply("listThings", self.answer, self.answer, self.answer)
+        self.assertIn("no row has 'nmae'", self.main("listThings", "--sort", "-nmae")[2])
+        self.assertEqual(self.main("listThings", "-c", "nmae", "-q")[2], "")
+        self.assertEqual(self.main("listThings", "-c", "tags.key,detail.cpu.n")[2], "")  # some row has it
+
+    def test_a_column_that_only_a_later_row_has_is_no_reason_to_warn(self):
+        """Also where rows are written as they arrive."""
+        self.reply("listThings", {"count": 2, "thing": [{"id": "1"}, {"id": "2", "hostname": "h"}]})
+        out = self.good("listThings", "--all", "-o", "jsonl", "-c", "id,hostname")
+        self.assertEqual([json.loads(line)["hostname"] for line in out.splitlines()], [None, "h"])
+        self.reply("listThings", {"count": 2, "thing": [{"id": "1"}, {"id": "2", "hostname": "h"}]})
+        code, out, err = self.main("listThings", "--all", "-o", "jsonl", "-c", "id,hostnam")
+        self.assertEqual(code, 0)
+        self.assertIn("no row has 'hostnam'; did you mean hostname?", err)
+        self.assertEqual(err.count("\n"), 1)
+
+    def test_no_columns_at_all_are_those_of_every_day(self):
+        for columns in ("", ",", " , "):
+            self.assertEqual(self.cells("-c", columns), self.cells())
+            self.reply("listThings", self.answer)
+            self.assertEqual(json.loads(self.good("listThings", "-c", columns)), self.answer)
+
+    def test_sort(self):
+        for column, expected in (
+            ("id", "abc"), ("-id", "cba"), ("name", "acb"), ("-name", "bca"), ("size", "abc"), ("-size", "bac"),
+            ("nic.ip", "bac"), ("nic.0.ip", "bac"), ("-nic.0.ip", "abc"), ("detail.cpu.n", "abc"), ("nosuch", "bac"),
+        ):  # fmt: skip
+            with self.subTest(column):
+                self.assertEqual("".join(row[0] for row in self.cells("--sort", column, "-c", "id")), expected)
+                self.assertEqual("".join(row[0] for row in self.cells("--sort=" + column, "-c", "id")), expected)
+
+    def order(self, values, column="v"):
+        self.reply("listThings", {"thing": [{"v": value} for value in values]})
+        out = self.good("listThings", "--sort", column, "-o", "jsonl")
+        return [json.loads(line)["v"] for line in out.splitlines()]
+
+    def test_numbers_are_sorted_as_numbers_also_where_they_are_text(self):
+        self.assertEqual(self.order([10, 9, 1.5, -3, 100]), [-3, 1.5, 9, 10, 100])
+        self.assertEqual(self.order(["10", "9", "1.5", "-3", "1e2"]), ["-3", "1.5", "9", "10", "1e2"])
+        self.assertEqual(self.order(["10", 9, "b", "a", None], "-v"), ["b", "a", "10", 9, None])
+        self.assertEqual(self.order([2**80, 2**80 + 1, 2**80 - 1][::-1]), [2**80 - 1, 2**80, 2**80 + 1])
+
+    def test_words_that_python_takes_for_numbers_are_words(self):
+        words = ["b", "nan", "a", "infinity", "10", "9", "inf", "c", "1_0"]
+        self.assertEqual(self.order(words), ["9", "10", "1_0", "a", "b", "c", "inf", "infinity", "nan"])
+
+    def test_rows_that_are_alike_keep_their_order(self):
+        self.reply("listThings", *[{"thing": [{"k": "x", "n": number} for number in range(9)]}] * 2)
+        for column in ("k", "-k"):
+            out = self.good("listThings", "--sort", column, "-o", "text", "-c", "n")
+            self.assertEqual(out.split(), list("012345678"))
+
+    def test_what_cannot_be_compared_is_sorted_somehow(self):
+        values = [True, "x", {"a": 1}, ["a"], 7, "", False, [], {}, 1.0, "\ud7ff"]
+        self.assertEqual(len(self.order(values)), len(values))
+
+
+class TableTest(CloudCase):
+    """Tables on a terminal."""
+
+    def rows(self, *rows):
+        self.reply("listThings", {"count": len(rows), "thing": list(rows)})
+
+    def test_it_fits(self):
+        for columns in (200, 120, 80, 60, 40, 20):
+            for args in (["listVirtualMachines"], ["listEvents"], ["listTemplates", "templatefilter=all"]):
+                for line in self.table(*args, columns=columns):
+                    self.assertLessEqual(columns_of(line), columns)
+
+    def test_id_name_and_state_come_first(self):
+        header = self.table("listVirtualMachines", columns=80)[0].split()
+        self.assertEqual(header[:3], ["id", "name", "state"])
+        self.assertIn("zonename", self.table("listVirtualMachines", columns=120)[0].split())
+        for command, expected in (
+            ("listZones", "id name allocationstate"), ("listVolumes", "id name state"), ("listHosts", "id name state"),
+        ):  # fmt: skip
+            self.assertEqual(" ".join(self.table(command)[0].split()[:3]), expected)
+
+    def test_what_an_answer_is_about_is_not_left_out_while_there_is_room(self):
+        cases = ("listResourceLimits", "max"), ("getApiLimit", "apiAllowed"), ("listEvents", "description")
+        for command, column in cases:
+            self.assertIn(column, self.table(command, columns=150)[0].split())
+
+    def test_default_columns_are_left_out_from_the_end_before_anything_is_cut(self):
+        self.rows({"id": "1" * 20, "name": "n" * 20, "state": "s" * 20, "zonename": "z" * 20})
+        self.assertEqual(self.table("listThings", columns=86), [
+            "id                    name                  state                 zonename",
+            "1" * 20 + "  " + "n" * 20 + "  " + "s" * 20 + "  " + "z" * 20,
+        ])  # fmt: skip
+        self.rows({"id": "1" * 20, "name": "n" * 20, "state": "s" * 20, "zonename": "z" * 20})
+        lines = self.table("listThings", columns=85)
+        self.assertEqual(lines[0].split(), ["id", "name", "state"])
+        self.assertNotIn("…", lines[1])
+
+    def test_chosen_columns_are_cut_but_never_left_out(self):
+        self.rows({"id": "12345678", "name": "n" * 100, "state": "Running"}, {"id": "1", "name": "ok", "state": "x"})
+        lines = self.table("listThings", "-c", "id,name,state", columns=40)
+        self.assertEqual(lines[0].split(), ["id", "name", "state"])
+        self.assertEqual([len(lines[0]), len(lines[1])], [38, 40])
+        self.assertTrue(lines[1].startswith("12345678  nnnn"), lines[1])
+        self.assertTrue(lines[1].endswith("n…  Running"), lines[1])
+        self.assertEqual(lines[2].split(), ["1", "ok", "x"])
+
+    def test_an_id_is_whole_or_useless(self):
+        """What can be cut otherwise is cut before the ids, which are there to be copied."""
+        ident = "53d0c13a-1e82-4995-ae92-093286df12db"
+        self.rows({"id": ident, "name": "a name of thirty-one characters", "state": "x" * 30})
+        line = self.table("listThings", "-c", "id,name,state", columns=80)[1]
+        self.assertIn(ident + " ", line)
+        self.assertLessEqual(len(line), 80)
+
+    def test_more_chosen_columns_than_fit(self):
+        row = {"c{:03d}".format(number): "value" for number in range(400)}
+        self.rows(row)
+        lines = self.table("listThings", "-c", ",".join(sorted(row)), columns=40)
+        self.assertEqual(len(lines), 2)
+        self.assertEqual(len(lines[0].split()), 400)
+
+    def test_wide_and_combining_characters_are_aligned(self):
+        names = ["ascii", "日本語", "日本語の長い名前のマシン", "e\u0301te\u0301", "🙂🚀"]
+        names += ["한국어", "ｆｕｌｌ", "zürich", "\u0e19\u0e49\u0e33"]
+        rows = [{"id": "1", "name": name, "state": "|"} for name in names]
+        for shape in (self.table, lambda *args: self.good(*args + ("-o", "table")).splitlines()):
+            self.rows(*rows)
+            lines = shape("listThings")
+            edges = {columns_of(line[: line.index("|")]) for line in lines[1:]} | {lines[0].index("state")}
+            self.assertEqual(len(edges), 1, lines)
+
+    def test_wide_characters_are_cut_at_whole_ones(self):
+        for columns in range(10, 24):
+            self.rows({"id": "1", "name": "日本語の長い名前", "state": "e\u0301" * 9})
+            for line in self.table("listThings", "-c", "id,name,state", columns=columns):
+                self.assertLessEqual(columns_of(line), max(columns, 4 + 4 + 4 + 4), line)
+
+    def test_what_would_steer_the_terminal_is_escaped(self):
+        evil = "a\x1b[2J" + EVIL_TITLE + "\x9b31mc\u202ed\x08\x7f\r\u2028\u200b"
+        for shape in ("table", "text", "csv", "json", "jsonl"):
+            with self.subTest(shape):
+                self.rows({"id": evil, "name": [evil], "state": {evil: evil}, evil: evil}, {evil + "2": 1})
+                for args in (["-c", "id,name,state," + evil], []):
+                    self.rows({"id": evil, "name": [evil], "state": {evil: evil}, evil: evil}, {evil + "2": 1})
+                    code, out, err = self.on_terminal("listThings", "-o", shape, "--color", "never", *args, columns=500)
+                    self.assertEqual(code, 0)
+                    bare = out.replace("\r\n", "\n")
+                    self.assertEqual(re.findall("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2028\u200b]", bare + err), [])
+                self.cloud._scripts.clear()
+
+    def test_names_of_columns_come_from_the_server_too(self):
+        self.rows({"a" + EVIL_TITLE + "b\nc": "1"})
+        lines = self.table("listThings")
+        self.assertEqual(len(lines), 2)
+        self.assertIn("\\x1b]0;pwned\\x07", lines[0])
+
+    def test_line_breaks_and_tabs_do_not_break_rows(self):
+        self.rows({"id": "1", "name": "a\nb\tc", "state": "x"}, {"id": "2", "name": "d", "state": "y"})
+        self.assertEqual(self.table("listThings"), ["id  name   state", "1   a b c  x", "2   d      y"])
+
+    def test_a_huge_cell(self):
+        """A page of text, and of wide text, is cut without ado: not a character at a time, measured each time."""
+        cut = []
+        for text in ("x" * 100000, "字" * 100000, "e\u0301" * 100000):
+            thread = threading.Thread(target=lambda text=text: cut.append(cs._cut(text, 20)), daemon=True)
+            thread.start()
+            thread.join(20)
+            self.assertFalse(thread.is_alive(), "still at it")
+            self.assertTrue(cut[-1].endswith("…"))
+            self.assertIn(columns_of(cut[-1]), (19, 20))
+        self.rows({"id": "1", "name": "x" * 300000, "state": "x"})
+        lines = self.table("listThings", "-c", "id,name,state")
+        self.assertEqual(lines[1], "1   " + "x" * 68 + "…  x")
+
+    def test_the_header_is_bold_where_there_is_colour(self):
+        bold = "\x1b[1mid\x1b[0m\n"
+        for args, env, colored in (
+            ([], {}, True),
+            (["--color", "auto"], {}, True),
+            (["--color", "never"], {}, False),
+            ([], {"NO_COLOR": "1"}, False),
+            ([], {"NO_COLOR": ""}, True),
+            ([], {"term": "dumb"}, False),
+            (["--color", "always"], {"NO_COLOR": "1", "term": "dumb"}, True),
+        ):
+            with self.subTest("{} {}".format(args, env)):
+                self.rows({"id": "1"})
+                code, out, err = self.on_terminal("listThings", "-o", "table", *args, **env)
+                self.assertEqual(out, (bold if colored else "id\n") + "1\n")
+        self.rows({"id": "1"})
+        self.assertEqual(self.good("listThings", "-o", "table"), "id\n1\n")  # no terminal
+        self.rows({"id": "1"})
+        self.assertEqual(self.good("listThings", "-o", "table", "--color=always"), bold + "1\n")
+        self.usage("listThings", "--color", "sometimes")
+
+    def test_nothing_but_json_and_the_header_is_coloured(self):
+        for shape in ("csv", "text"):
+            self.rows({"id": "1"})
+            self.assertNotIn("\x1b", self.good("listThings", "-o", shape, "--color", "always"))
+
+    @unittest.skipUnless(have_terminals(), "needs pseudo-terminals")
+    def test_on_a_real_terminal(self):
+        env = dict(os.environ, TERM="xterm")
+        typed = Typed([sys.executable, CS_PATH, "listVirtualMachines", "-o", "table"], env, 100)
+        self.addCleanup(typed.close)
+        self.assertEqual(typed.end(), 0)
+        lines = screen(typed.text).rstrip("\n").split("\n")
+        self.assertEqual(len(lines), 33)
+        self.assertIn(max(map(len, lines)), range(80, 101))
+        self.assertIn("\x1b[1mid", typed.text)
+
+
+# --- progress and errors --------------------------------------------------------------------------------------------
+
+
+class ProgressTest(CloudCase):
+    """One line on standard error, on a terminal only, and gone when the work is done."""
+
+    options = {"job_seconds": 0.15, "default_page_size": 500}
+
+    def run_on_terminals(self, *args, **options):
+        """(exit code, standard output, standard error), standard error a terminal; both=True: both the same one."""
+        err = FakeTerminal()
+        out = err if options.pop("both", False) else io.StringIO()
+        with mock.patch.dict(os.environ, dict({"TERM": "xterm", "COLUMNS": "80"}, **options)):
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = cs.main(list(args))
+        return code, out.getvalue(), err.getvalue()
+
+    def job(self, *outcomes):
+        self.reply("startThing", {"jobid": "j-1"})
+        self.reply("queryAsyncJobResult", {"jobid": "j-1", "jobstatus": 0}, *outcomes)
+
+    DONE = {"jobid": "j-1", "jobstatus": 1, "jobresult": {"success": True}}
+    FAILED = {"jobid": "j-1", "jobstatus": 2, "jobresult": {"errorcode": 530, "errortext": "full"}}
+
+    def test_a_job_shows_command_and_time_and_is_gone_afterwards(self):
+        self.job(self.DONE)
+        code, out, err = self.run_on_terminals("startThing", "-o", "text")
+        self.assertEqual(code, 0)
+        self.assertRegex(err, r"startThing: .*\d s")
+        self.assertEqual(screen(err), "")
+
+    def test_pages_show_rows_so_far_of_their_count(self):
+        self.option(default_page_size=10)
+        code, out, err = self.run_on_terminals("listVirtualMachines", "--all", "pagesize=10")
+        self.assertEqual((code, len(json.loads(out))), (0, 32))
+        self.assertRegex(err, r"\d+ of 32 rows")
+        self.assertEqual(screen(err), "")
+
+    def test_it_is_gone_before_an_error_is_told(self):
+        self.job(self.FAILED)
+        code, out, err = self.run_on_terminals("startThing")
+        self.assertEqual(code, 1)
+        self.assertIn("startThing: ", err)
+        self.assertTrue(screen(err).startswith("CloudStack error: Job failure: full\n"), screen(err))
+
+    def test_it_is_gone_when_interrupted(self):
+        self.job(self.DONE)
+        looks = []
+
+        def sleep(seconds):
+            looks.append(seconds)
+            if len(looks) > 1:
+                raise KeyboardInterrupt
+
+        with mock.patch.object(cs, "_sleep", sleep):
+            code, out, err = self.run_on_terminals("startThing")
+        self.assertEqual(code, 130)
+        told = "Interrupted. Job j-1 may still be running; to go on waiting for it: cs --wait j-1\n"
+        self.assertEqual(screen(err), told)
+
+    def test_a_streamed_list_and_its_progress_do_not_mix(self):
+        """Both on one terminal, as they are where nothing is redirected."""
+        self.option(latency=0.11)
+        code, text, _ = self.run_on_terminals("listVirtualMachines", "--all", "-o", "jsonl", "pagesize=16", both=True)
+        self.assertEqual(code, 0)
+        self.assertIn("of 32 rows", text)
+        lines = screen(text).rstrip("\n").split("\n")
+        self.assertEqual([len(json.loads(line)["id"]) for line in lines], [36] * 32)
+
+    def test_there_is_none_where_it_is_not_wanted(self):
+        for args, env in ((["-q"], {}), (["-t"], {}), ([], {"CLOUDSTACK_TRACE": "true"}), ([], {"TERM": "dumb"})):
+            with self.subTest("{} {}".format(args, env)):
+                self.job(self.DONE)
+                code, out, err = self.run_on_terminals("startThing", *args, **env)
+                self.assertEqual(code, 0)
+                self.assertNotIn("\x1b", err)
+        self.job(self.DONE)
+        code, out, err = self.main("startThing")  # no terminal
+        self.assertEqual((code, err), (0, ""))
+
+    def test_an_answer_on_standard_output_holds_none_of_it(self):
+        self.job(self.DONE)
+        self.assertEqual(self.run_on_terminals("startThing", "-o", "text")[1], "true\n")
+
+    @unittest.skipUnless(have_terminals(), "needs pseudo-terminals")
+    def test_a_session_on_a_real_terminal(self):
+        """Progress while a job runs, then its result as a table that fits, coloured; then Ctrl-C in the next one."""
+        self.option(job_seconds=0.3)
+        machine = self.cloud.cloud.named("virtualmachine", "web-02")["id"]
+        command = [sys.executable, CS_PATH, "startVirtualMachine", "id=" + machine, "-o", "table"]
+        env = dict(os.environ, TERM="xterm")
+        typed = Typed(command, env, 60)
+        self.addCleanup(typed.close)
+        typed.wait_for(b"startVirtualMachine: ")
+        self.assertEqual(typed.end(), 0)
+        self.assertIn("\x1b[1m", typed.text)
+        lines = screen(typed.text).rstrip("\n").split("\n")
+        self.assertEqual(len(lines), 2)
+        self.assertIn("web-02", lines[1])
+        self.assertLessEqual(max(map(len, lines)), 60)
+        self.option(job_seconds=30)
+        typed = Typed([word.replace("start", "stop") for word in command], env)
+        self.addCleanup(typed.close)
+        typed.wait_for(b"stopVirtualMachine: ")
+        typed.type("\x03")
+        typed.wait_for(b"cs --wait ")
+        self.assertEqual(typed.end(), 130)
+        self.assertRegex(screen(typed.text), r"\A(\^C)?Interrupted\. Job [0-9a-f-]{36} .*cs --wait [0-9a-f-]{36}\n\Z")
+
+
+class ErrorTextsTest(CloudCase):
+    """What was asked, what was answered, its codes, what to try."""
+
+    def error(self, *args):
+        code, out, err = self.main(*args)
+        self.assertNotIn("Traceback", err)
+        self.assertTrue(err.startswith("CloudStack error: "), err)
+        return code, err
+
+    def test_an_error_of_the_server(self):
+        self.say_error("startVirtualMachine", 431, "Invalid parameter id value=5")
+        code, err = self.error("startVirtualMachine", "id=5")
+        self.assertEqual(code, 1)
+        told = "CloudStack error: HTTP 431 response from CloudStack: Invalid parameter id value=5\n"
+        self.assertTrue(err.startswith(told), err)
+        self.assertIn("  Asked: startVirtualMachine id=5 of {}\n".format(self.cloud.endpoint), err)
+        self.assertIn("  Codes: errorcode 431, cserrorcode 4350\n", err)
+        self.assertRegex(err, r"  Try: .*cs startVirtualMachine --help")
+
+    def test_each_code_has_something_to_try(self):
+        for code, part in (
+            (401, "key"), (430, "--help"), (431, "--help"), (432, "cs --list"), (503, "--retry"), (530, "log"),
+            (531, "role"), (532, "cs listResourceLimits"), (533, "room"), (536, "uses"), (429, "--retry"),
+        ):  # fmt: skip
+            self.say_error("startThing", code)
+            code, err = self.error("startThing", "id=5")
+            self.assertEqual(code, 1)
+            self.assertIn(part, err.partition("  Try: ")[2])
+
+    def test_a_failed_job(self):
+        self.reply("startThing", {"jobid": "j-1"})
+        failed = {"errorcode": 533, "cserrorcode": 4535, "errortext": "no room"}
+        self.reply("queryAsyncJobResult", {"jobid": "j-1", "jobstatus": 2, "jobresultcode": 533, "jobresult": failed})
+        code, err = self.error("startThing", "id=5")
+        self.assertEqual((code, err.split("\n")[0]), (1, "CloudStack error: Job failure: no room"))
+        self.assertIn("  Asked: startThing id=5 of ", err)
+        self.assertIn("errorcode 533, cserrorcode 4535", err)
+        self.assertIn("  Try: ", err)
+
+    def test_what_is_secret_is_not_shown(self):
+        words = "password=HIDDEN details[0].password=HIDDEN userdata=HIDDEN secretkey=HIDDEN privatekey=HIDDEN".split()
+        words += ["tags[0].key=password", "tags[0].value=HIDDEN", "name=shown"]
+        self.say_error("updateThing", 431)
+        code, err = self.error("updateThing", *words)
+        self.assertNotIn("HIDDEN", err)
+        self.assertIn("name=shown", err)
+        self.assertIn("password=***", err)
+
+    def test_a_long_parameter_is_not_repeated_in_full(self):
+        text = "x" * 100000
+        self.say_error("updateThing", 431, "too long")
+        code, err = self.error("updateThing", "text=@" + self.write("text", text), "more=1")
+        self.assertLess(len(err), 3000)
+        self.assertIn("Try: ", err)
+
+    def test_no_answer(self):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.configure(endpoint="http://127.0.0.1:{}/client/api".format(free.getsockname()[1]))
+            code, err = self.error("listZones", "name=x")
+        self.assertEqual(code, 3)
+        self.assertIn("refused", err)
+        self.assertIn("Asked: listZones name=x of http://127.0.0.1:", err)
+
+    def test_a_page_that_is_not_cloudstack_s(self):
+        self.cloud.script("listZones", Answer(404, "<html>not here</html>"))
+        code, err = self.error("listZones")
+        self.assertEqual(code, 1)
+        self.assertIn("Asked: listZones", err)
+        self.assertIn("endpoint", err)
+        self.assertIn("not here", err)
+
+    def test_what_may_have_run_is_told(self):
+        self.cloud.script("startThing", RUN_THEN_DROP)
+        code, err = self.error("startThing", "id=1")
+        self.assertEqual(code, 3)
+        self.assertIn("outcome is unknown", err)
+        self.assertIn("before you send it again", err)
+
+    def test_a_job_that_takes_too_long(self):
+        self.configure(job_timeout="0.01")
+        self.reply("startThing", {"jobid": "j-1"})
+        self.reply("queryAsyncJobResult", *[{"jobid": "j-1", "jobstatus": 0}] * 5)
+        code, err = self.error("startThing", "id=5")
+        self.assertEqual(code, 4)
+        self.assertIn("cs --wait j-1", err)
+        self.assertIn("Asked: startThing id=5", err)
+
+    def test_an_error_while_waiting_for_a_job_by_its_id(self):
+        self.say_error("queryAsyncJobResult", 431, "no such job")
+        code, err = self.error("--wait", "j-1")
+        self.assertEqual(code, 1)
+        self.assertIn("j-1", err)
+        self.assertNotIn("cs  ", err)
+
+    def test_errors_of_odd_shapes(self):
+        for document in (
+            {"errorcode": 431}, {"errortext": "only text"}, {"errorcode": None, "errortext": None}, {"errorcode": "x"},
+            {"errorcode": [431], "errortext": {"a": 1}}, {"errorcode": 431, "errortext": ""}, {}, [], "text", None, 7,
+        ):  # fmt: skip
+            self.reply("startThing", document, status=431)
+            code, err = self.error("startThing")
+            self.assertEqual(code, 1)
+            self.assertIn("HTTP 431", err)
+
+    def test_quiet(self):
+        self.say_error("startThing", 431)
+        code, out, err = self.main("startThing", "-q")
+        self.assertEqual((code, err), (1, ""))
+        self.assertEqual(json.loads(out)["startthingresponse"]["errorcode"], 431)
+
+    def test_the_answer_is_json_whatever_the_format(self):
+        for shape in cs.FORMATS:
+            self.say_error("startThing", 431)
+            code, out, err = self.main("startThing", "-o", shape, "-c", "id")
+            self.assertEqual(json.loads(out)["startthingresponse"]["errorcode"], 431)
+
+    def test_what_was_asked_is_shown_escaped(self):
+        self.say_error("startThing", 431, EVIL_TITLE)
+        code, err = self.error("startThing", "name=\u202eabc\u2028", "b=x\n  Codes: none\ty")
+        self.assertEqual(re.findall("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2028]", err), [])
+        self.assertEqual(err.count("\n  Codes: "), 1)
+
+
+class FlagSettingsTest(CloudCase):
+    """--endpoint, --config, --timeout, --retry"""
+
+    def section(self, name="cloudstack", **settings):
+        lines = ["{} = {}".format(*pair) for pair in sorted(settings.items())]
+        return "\n".join(["[" + name + "]"] + lines) + "\n"
+
+    def test_endpoint(self):
+        user = self.cloud.users["admin"]
+        self.unset("endpoint", "key", "secret")
+        self.write(".cloudstack.ini", self.section(endpoint="http://cloud.invalid/", key=user.key, secret=user.secret))
+        self.good("--endpoint", self.cloud.endpoint, "listZones")
+        self.good("listZones", "--endpoint=" + self.cloud.endpoint)
+        self.assertEqual(self.asked, ["listZones"] * 2)
+        self.assertIn("endpoint", self.usage("listZones", "--endpoint", "nonsense"))
+        self.assertIn("endpoint", self.usage("listZones", "--endpoint", "file:///etc/passwd"))
+
+    def test_config(self):
+        user = self.cloud.users["admin"]
+        self.unset("endpoint", "key", "secret")
+        good = {"endpoint": self.cloud.endpoint, "key": user.key, "secret": user.secret}
+        path = self.write("other.ini", self.section(**good) + self.section("lab", endpoint="http://cloud.invalid/"))
+        self.good("listZones", "--config", path)
+        self.good("--config=~/other.ini", "listZones")
+        self.assertEqual(self.main("--config", path, "-r", "lab", "listZones", "--retry", "0")[0], 3)
+        self.configure(config=self.write("broken.ini", "nonsense"))
+        self.good("listZones", "--config", path)  # it stands for CLOUDSTACK_CONFIG
+        err = self.usage("listZones", "--config", os.path.join(self.home, "nosuch.ini"))
+        self.assertIn("nosuch.ini", err)
+
+    def test_timeout(self):
+        release = threading.Event()
+        self.addCleanup(release.set)
+        self.cloud.script("listZones", lambda record: release.wait(10) and None)
+        code, out, err = self.main("--timeout", "0.1", "listZones")
+        self.assertEqual((code, out), (3, ""))
+        self.assertIn("0.1 s", err)
+        for value in ("abc", "0", "-1", "nan", "1e99"):
+            with self.subTest(value):
+                self.assertIn("timeout", self.usage("listZones", "--timeout", value))
+
+    def test_retry(self):
+        busy = Answer(503, "<html>busy</html>")
+        self.cloud.script("listZones", busy, busy)
+        self.good("--retry", "2", "listZones")
+        self.assertEqual(self.asked, ["listZones"] * 3)
+        self.cloud.script("listZones", busy, busy)
+        self.assertEqual(self.main("listZones", "--retry=1")[0], 1)
+        self.configure(retry="5")
+        self.cloud.script("listZones", busy)
+        self.assertEqual(self.main("listZones", "--retry", "0")[0], 1)  # 0 is a value, too
+        self.cloud._scripts.clear()
+        for value in ("-1", "abc", "1.5"):
+            self.assertIn("retry", self.usage("listZones", "--retry", value))
+
+    def test_an_empty_value_is_a_mistake(self):
+        """`cs -r "$LAB" destroyVirtualMachine ...` where LAB is not set must not go to the usual region."""
+        for option in ("--endpoint", "--region", "-r", "--config", "--timeout", "--retry", "--wait"):
+            for args in ([option, ""], [option + "="] if option.startswith("--") else [option, ""]):
+                with self.subTest(args):
+                    self.usage("listZones", *args)
+
+    def test_any_two_options_together(self):
+        """They do something or are refused; no traceback, and nothing is sent with --dry-run or twice."""
+        self.sync()
+        self.reply("queryAsyncJobResult", *[{"jobid": "j", "jobstatus": 1, "jobresult": {"ok": True}}] * 99)
+        alone = "--all --dry-run --force --list --sync --help --async --post -q -t --configure".split()
+        singles = [[option] for option in alone] + [["--wait", "j"], ["-o", "text"], ["-c", "id"], ["--sort", "id"]]
+        for number, first in enumerate(singles):
+            for second in singles[number:]:
+                alone = {"--sync", "--wait", "--list", "--configure"} & set(first + second)
+                args = first + second + ([] if alone else ["listZones"])
+                with self.subTest(args), mock.patch("sys.stdin", io.StringIO()):
+                    del self.cloud.requests[:]
+                    code, out, err = self.main(*args)
+                    self.assertIn(code, (0, 1, 2))
+                    self.assertEqual(len(set(self.asked)), len(self.asked))
+                    if ["--dry-run"] in (first, second):
+                        self.assertNotIn("listZones", self.asked)
+
+    def test_no_option_takes_a_secret(self):
+        for action in cs._make_parser()._actions:
+            for name in action.option_strings:
+                self.assertNotRegex(name, "key|secret|password|token")
+
+
+# --- --configure ----------------------------------------------------------------------------------------------------
+
+
+class ConfigureTest(CloudCase):
+    """cs --configure asks, tries, and writes a section of ~/.cloudstack.ini."""
+
+    def setUp(self):
+        super().setUp()
+        self.unset("endpoint", "key", "secret", "poll_interval", "timeout", "retry_backoff")
+        self.path = os.path.join(self.home, ".cloudstack.ini")
+        self.admin = self.cloud.users["admin"]
+        self.answers = [self.cloud.endpoint, self.admin.key, self.admin.secret]
+
+    def asking(self, *args, **options):
+        """--configure with these answers on standard input: (exit code, standard output, standard error)."""
+        answers = options.get("answers", self.answers)
+        with mock.patch("sys.stdin", io.StringIO("".join(answer + "\n" for answer in answers))):
+            return self.main("--configure", *args)
+
+    def text(self):
+        with open(self.path, encoding="utf-8", newline="") as file:
+            return file.read()
+
+    def assertWorks(self, *args):
+        self.assertIn('"zone"', self.good("listZones", *args))
+
+    def test_it_writes_a_section_that_works(self):
+        code, out, err = self.asking()
+        self.assertEqual((code, out), (0, ""))
+        for question in ("Endpoint", "API key", "Secret key"):
+            self.assertIn(question, err)
+        self.assertIn("[cloudstack]", err)
+        self.assertIn(self.path, err)
+        self.assertNotIn(self.admin.secret, err)
+        self.assertEqual(self.text(), "[cloudstack]\nendpoint = {}\nkey = {}\nsecret = {}\n".format(*self.answers))
+        self.assertEqual(self.asked, ["listCapabilities"])
+        self.assertWorks()
+
+    def test_a_region(self):
+        for args, region in ((["--region", "lab"], "lab"), (["-r", "my lab"], "my lab")):
+            self.assertEqual(self.asking(*args)[0], 0)
+            self.assertWorks("-r", region)
+        self.configure(region="lagoon")
+        self.assertEqual(self.asking()[0], 0)
+        self.assertIn("[lagoon]\n", self.text())
+        self.assertWorks()
+
+    def test_a_name_that_no_section_can_have(self):
+        for region in ("a]b", "[a", " a", "a\nb", "\n", "DEFAULT"):
+            with self.subTest(region):
+                code, out, err = self.asking("--region", region)
+                self.assertEqual((code, out), (2, ""))
+                self.assertNotIn("Endpoint", err)
+                self.assertFalse(os.path.exists(self.path))
+
+    def test_a_command_beside_it_is_a_mistake(self):
+        """`cs --configure lab` does not write the section cloudstack."""
+        self.assertEqual(self.asking("lab")[0], 2)
+        self.assertFalse(os.path.exists(self.path))
+
+    def test_another_file(self):
+        path = os.path.join(self.home, "other.ini")
+        self.assertEqual(self.asking("--config", path)[0], 0)
+        self.assertFalse(os.path.exists(self.path))
+        self.assertWorks("--config", path)
+
+    @unittest.skipUnless(os.name == "posix", "needs file modes")
+    def test_nobody_else_can_read_it(self):
+        self.addCleanup(os.umask, os.umask(0))
+        self.asking()
+        self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o600)
+        os.chmod(self.path, 0o644)
+        self.asking()
+        self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o600)
+
+    @unittest.skipUnless(hasattr(os, "symlink"), "needs symbolic links")
+    def test_a_symbolic_link_is_followed(self):
+        os.mkdir(os.path.join(self.home, "dotfiles"))
+        target = self.write("dotfiles/cs.ini", "# mine\n")
+        os.symlink(os.path.join("dotfiles", "cs.ini"), self.path)
+        self.assertEqual(self.asking()[0], 0)
+        self.assertTrue(os.path.islink(self.path))
+        self.assertTrue(open_bytes(target).startswith(b"# mine\n"))
+        self.assertEqual(os.listdir(os.path.dirname(target)), ["cs.ini"])
+        self.assertWorks()
+
+    def test_it_is_written_in_one_step(self):
+        self.write(".cloudstack.ini", "[lab]\nendpoint = http://x/\n")
+        with mock.patch("os.replace", side_effect=OSError("no")):
+            code, out, err = self.asking()
+        self.assertEqual(code, 2)
+        self.assertIn("cannot write", err)
+        self.assertEqual(self.text(), "[lab]\nendpoint = http://x/\n")
+        self.assertEqual([name for name in os.listdir(self.home) if "cloudstack" in name], [".cloudstack.ini"])
+
+    def test_everything_else_in_the_file_stays(self):
+        before = (
+            "# top: comment = not a value\n"
+            "\n"
+            "[cloudstack]\n"
+            "; about the endpoint\n"
+            "endpoint: http://old/\n"
+            "  continued = 1\n"
+            "KEY=old\n"
+            "# between\n"
+            "secret = old%%old\n"
+            "timeout = 7\n"
+            "header_x-a = %(timeout)s%%\n"
+            "\n"
+            "# of the next one\n"
+            "[lab]\n"
+            "endpoint = http://lab/\n"
+            "secret = 100% lab\n"
+            "key =\n"
+        )
+        self.write(".cloudstack.ini", before)
+        self.assertEqual(self.asking()[0], 0)
+        after = self.text()
+        gone = ("endpoint: http://old/", "  continued = 1", "KEY=old", "secret = old%%old")
+        left = [line for line in before.split("\n") if line not in gone]
+        self.assertEqual([line for line in after.split("\n") if line in left], left)
+        self.assertEqual(len(after.split("\n")), len(left) + 3)
+        settings = cs.read_config()
+        self.assertEqual([settings[name] for name in ("endpoint", "key", "secret")], self.answers)
+        self.assertEqual((settings["timeout"], settings["headers"]), ("7", {"x-a": "7%"}))
+        self.assertEqual(cs.read_config("lab")["endpoint"], "http://lab/")
+        again = self.asking()
+        self.assertEqual((again[0], self.text()), (0, after))
+
+    def test_files_of_every_shape_stay_files(self):
+        """What could be read before can be read afterwards, and says the same about other regions."""
+        user = "username = ann\npassword = x\ndomain = /lab\n"
+        for number, before in enumerate((
+            "", "\n\n", "# only a comment", "[cloudstack]", "[cloudstack]\n\n\n", "[lab]\nendpoint = http://x/",
+            "[cloudstack] ; the first\nendpoint = http://old/\n[lab]\nkey = 1\n", "\ufeff[cloudstack]\nkey = old\n",
+            "[cloudstack]\r\nkey = old\r\n\r\n[lab]\r\nkey = 1\r\n",
+            "[lab]\nkey = 1\n\n[cloudstack]\nsecret = a\n  b\n  c\n",
+            "[DEFAULT]\ntimeout = 3\n[lab]\nkey = 1\n", "[cloudstack]\n" + user, "[Cloudstack]\nkey = 1\n",
+            "[lab]\nheader_a = 1\n  [cloudstack]\nkey = 1\n", "# page\x0cbreak = \u2028 x\n[lab]\nkey = a\x85b\x1cc\n",
+            "[lab]\nkey = 1\n[cloudstack]\n# a [lab] there\nkey2 = [x]\n", "[lab]\n#[cloudstack]\nkey = 1\n",
+            "[cloudstack]\n  endpoint = http://old/\n  key = a\n  timeout = 7\n[lab]\n  key = 1\n  secret = 2\n",
+            "[cloudstack]\n\ttimeout = 7\n\t# indented\n\tsecret = b\n", "[lab]\n  key = 1\n",
+        )):  # fmt: skip
+            with self.subTest(before):
+                self.path = self.write("{}.ini".format(number), before)
+                other = self.others()
+                code, out, err = self.asking("--config", self.path)
+                self.assertEqual(code, 0, err)
+                self.assertEqual(self.others(), other)
+                self.assertWorks("--config", self.path)
+                with mock.patch.dict(os.environ, CLOUDSTACK_CONFIG=self.path):
+                    settings = cs.read_config("cloudstack")
+                self.assertEqual([settings[name] for name in ("endpoint", "key", "secret")], self.answers)
+                expected = "7" if "timeout = 7" in before else "3" if "timeout = 3" in before else "10"
+                self.assertEqual(str(settings["timeout"]), expected)
+                comments = re.findall("[#;].*", before)
+                self.assertEqual([line for line in comments if line not in self.text()], [])
+
+    def others(self):
+        parser = configparser_of(self.path)
+        return {name: dict(parser.items(name)) for name in parser.sections() if name != "cloudstack"}
+
+    def test_secrets_of_every_kind_are_read_back_the_same(self):
+        for secret in (
+            "100%", "%", "%%", "%(endpoint)s", "a%b%%c%%%d", "a=b:c", "#x", ";x", "x # y ; z", "[lab]", '"x"', "'",
+            "\u00e4\u20ac\U0001f680", "a  b", "a\tb", "%s", "$HOME", "key = value", "\\n", "x" * 3000,
+        ):  # fmt: skip
+            with self.subTest(secret[:30]):
+                code, out, err = self.asking(answers=[self.cloud.endpoint, "k" + secret, secret, "y"])
+                self.assertEqual(code, 0, err)
+                settings = cs.read_config()
+                self.assertEqual((settings["key"], settings["secret"]), ("k" + secret, secret))
+
+    def test_credentials_that_fail_are_asked_about(self):
+        self.write(".cloudstack.ini", "[lab]\nendpoint = http://x/\n")
+        before = self.text()
+        wrong = [self.cloud.endpoint, self.admin.key, "wrong"]
+        for more, code, written in ((["n"], 1, False), ([""], 1, False), (["what?"], 1, False), ([], 2, False),
+                                    (["y"], 0, True), (["YES"], 0, True)):  # fmt: skip
+            with self.subTest(more):
+                self.write(".cloudstack.ini", before)
+                result, out, err = self.asking(answers=wrong + more)
+                self.assertEqual((result, out), (code, ""))
+                self.assertIn("401", err)
+                self.assertNotIn("wrong", err)
+                self.assertEqual("secret = wrong\n" in self.text(), written)
+                self.assertEqual(self.text() == before, not written)
+
+    def test_a_server_that_does_not_answer_is_asked_about(self):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            endpoint = "http://127.0.0.1:{}/client/api".format(free.getsockname()[1])
+            code, out, err = self.asking(answers=[endpoint, "k", "s", "n"])
+        self.assertEqual(code, 1)
+        self.assertIn("refused", err)
+        self.assertFalse(os.path.exists(self.path))
+
+    def test_answers_that_cannot_be_used(self):
+        for answers in (
+            ["", "k", "s"], ["nonsense", "k", "s"], ["file:///x", "k", "s"], [self.cloud.endpoint, "k", ""],
+            [self.cloud.endpoint, "", "s"], ["http://a:b@c/", "k", "s"],
+        ):  # fmt: skip
+            with self.subTest(answers):
+                del self.cloud.requests[:]
+                code, out, err = self.asking(answers=answers)
+                self.assertEqual((code, self.asked), (2, []), err)
+                self.assertNotIn("Traceback", err)
+                self.assertFalse(os.path.exists(self.path))
+
+    def test_the_end_of_input_leaves_everything_as_it_was(self):
+        self.write(".cloudstack.ini", "[lab]\n")
+        for count in range(3):
+            code, out, err = self.asking(answers=self.answers[:count])
+            self.assertEqual((code, self.text()), (2, "[lab]\n"))
+        with mock.patch("sys.stdin", None):
+            code, out, err = self.main("--configure")
+            self.assertEqual((code, self.text()), (2, "[lab]\n"))
+        self.assertNotIn("Traceback", err)
+
+    def test_a_file_that_is_broken_is_not_made_worse(self):
+        for content in (b"no section\n", b"[a]\n[a]\n", b"\xff\xfe", b"[cloudstack\n"):
+            self.write(".cloudstack.ini", content)
+            code, out, err = self.asking()
+            self.assertEqual((code, out), (2, ""))
+            self.assertNotIn("Endpoint", err)  # told before the questions
+            self.assertEqual(open_bytes(self.path), content)
+
+    def test_a_place_that_cannot_be_written(self):
+        code, out, err = self.asking("--config", os.path.join(self.home, "no", "such", "folder.ini"))
+        self.assertEqual((code, out), (2, ""))
+        self.assertNotIn("Traceback", err)
+        self.assertNotIn(self.admin.secret, err)
+
+    def test_certificates_of_the_section_are_used_for_the_trial(self):
+        """A private authority's, for instance: without them the right answers would seem wrong."""
+        self.write(".cloudstack.ini", "[cloudstack]\nverify = /no/such/authority.pem\nheader_x-tenant = blue\n")
+        code, out, err = self.asking(answers=self.answers)
+        self.assertEqual(code, 0, err)
+        self.assertEqual(self.cloud.requests[0].headers.get("X-Tenant"), "blue")
+        self.assertIn("verify = /no/such/authority.pem", self.text())
+
+    @unittest.skipUnless(have_terminals(), "needs pseudo-terminals")
+    def test_on_a_terminal_the_secret_is_not_shown(self):
+        typed = Typed([sys.executable, CS_PATH, "--configure", "-r", "lab"], dict(os.environ, TERM="xterm"))
+        self.addCleanup(typed.close)
+        for question, reply in zip((b"Endpoint", b"API key", b"Secret key"), self.answers):
+            typed.wait_for(question)
+            typed.wait_for(b": ")
+            typed.type(reply + "\n")
+        typed.wait_for(b"is written")
+        self.assertEqual(typed.end(), 0)
+        self.assertIn(self.admin.key, typed.text)
+        self.assertNotIn(self.admin.secret, typed.text)
+        self.assertWorks("-r", "lab")
+
+    @unittest.skipUnless(have_terminals(), "needs pseudo-terminals")
+    def test_ctrl_c_and_ctrl_d_on_a_terminal_leave_everything_as_it_was(self):
+        self.write(".cloudstack.ini", "[lab]\n")
+        for key, code in (("\x03", 130), ("\x04", 2)):
+            typed = Typed([sys.executable, CS_PATH, "--configure"], dict(os.environ, TERM="xterm"))
+            self.addCleanup(typed.close)
+            for question, reply in zip((b"Endpoint", b"API key"), self.answers):
+                typed.wait_for(question)
+                typed.wait_for(b": ")
+                typed.type(reply + "\n")
+            typed.wait_for(b"Secret key")
+            typed.wait_for(b": ")
+            typed.type("half of it" + key if key == "\x03" else key)
+            self.assertEqual(typed.end(), code, typed.text)
+            self.assertNotIn("Traceback", typed.text)
+            self.assertNotIn("half", typed.text)
+            self.assertEqual(self.text(), "[lab]\n")
+
+
+def configparser_of(path):
+    import configparser
+
+    parser = configparser.RawConfigParser()
+    with open(path, encoding="utf-8-sig") as file:
+        parser.read_file(file)
+    return parser
+
+
+# --- what is written about it ---------------------------------------------------------------------------------------
+
+
+def readme():
+    with open(README_PATH, encoding="utf-8") as file:
+        return file.read()
+
+
+def section_of(title, underline):
+    """The text under a heading of README, up to the next one of its kind or above."""
+    text = readme()
+    start = text.index("\n" + title + "\n" + underline * len(title) + "\n") + 2 * len(title) + 3
+    ends = [found.start() for found in re.finditer(r"(?m)^.+\n(={3,}|-{3,}|~{3,})$", text) if found.start() > start]
+    if underline == "-":
+        ends = [found.start() for found in re.finditer(r"(?m)^.+\n(={3,}|-{3,})$", text) if found.start() > start]
+    return text[start : min(ends)] if ends else text[start:]
+
+
+def blocks(language):
+    """The code blocks of README in a language, without their indentation."""
+    found = re.findall(r"(?m)^\.\. code-block:: {}\n\n((?:(?: {{4}}.*)?\n)+)".format(language), readme() + "\n")
+    return [re.sub("(?m)^ {4}", "", block).strip("\n") + "\n" for block in found]
+
+
+def grid_rows(text):
+    """The rows of the first simple table in a text: a list of cells each, without markup."""
+    lines = text[text.index("\n==") + 1 :].split("\n")
+    edges = [(found.start(), found.end()) for found in re.finditer("=+", lines[0])]
+    edges[-1] = (edges[-1][0], None)
+    rows = []
+    for line in lines[3:]:
+        if line.startswith("=="):
+            return rows
+        rows.append([line[start:end].strip().replace("``", "").replace("\\", "") for start, end in edges])
+    raise AssertionError("the table has no end")
+
+
+def option_actions():
+    return [action for action in cs._make_parser()._actions if "--complete" not in action.option_strings]
+
+
+class HelpAndReadmeTest(CloudCase):
+    """README and --help say what the program does."""
+
+    def help(self):
+        self.unset("endpoint", "key", "secret")
+        return self.good("--help")
+
+    def test_help_fits_a_screen(self):
+        lines = self.help().rstrip("\n").split("\n")
+        self.assertLessEqual(len(lines), 24)
+        self.assertLessEqual(max(map(len, lines)), 80)
+
+    def test_help_names_every_option(self):
+        text = self.help()
+        for action in option_actions():
+            for name in action.option_strings:
+                self.assertRegex(text, r"(?<![\w-]){}(?![\w-])".format(re.escape(name)))
+            for choice in action.choices or ():
+                self.assertIn(choice, text)
+            after = re.search(re.escape(name) + r"(?![\w-])(.*)", text).group(1)
+            if action.dest not in ("list", "help"):
+                self.assertEqual(bool(re.match(r" ([A-Z\[]|\w+(\||,\w))", after)), action.nargs is None, after)
+
+    def test_help_names_no_option_that_does_not_exist(self):
+        known = {name for action in option_actions() for name in action.option_strings}
+        self.assertEqual(set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", self.help())) - known, set())
+
+    def test_help_ends_with_where_to_read_more(self):
+        self.assertIn("https://", self.help().rstrip("\n").split("\n")[-1])
+
+    def test_help_tells_the_exit_codes(self):
+        self.assertEqual(set(re.findall(r"(?:exit:|  )\s*(\d+) \w", self.help().partition("exit:")[2])) | {"0"},
+                         {row[0] for row in grid_rows(section_of("Exit codes", "~"))})  # fmt: skip
+
+    def test_readme_documents_every_option(self):
+        documented = {}
+        for line in section_of("Options", "~").split("\n"):
+            if line.startswith("``"):
+                words = re.findall("``([^`]*)``", line)
+                for word in words:
+                    if word.startswith("-"):
+                        documented[word] = [other for other in words if not other.startswith("-")]
+        expected = {name: action for action in option_actions() for name in action.option_strings}
+        self.assertEqual(set(documented), set(expected))
+        for name, action in expected.items():
+            self.assertEqual(bool(documented[name]), action.nargs is None, name)
+            if action.choices:
+                self.assertEqual(documented[name], ["|".join(action.choices)])
+
+    def test_readme_documents_every_exit_code(self):
+        rows = grid_rows(section_of("Exit codes", "~"))
+        self.assertEqual([row[0] for row in rows], ["0", "1", "2", "3", "4", "130"])
+        for code in ("0", "1", "2", "3", "4", "130"):
+            self.assertIn(code, cs.main.__doc__ or code)
+
+    def test_readme_documents_every_setting(self):
+        rows = grid_rows(section_of("Configuration", "-"))
+        self.assertEqual([row[0] for row in rows], [setting.name for setting in cs.SETTINGS])
+        for row, setting in zip(rows, cs.SETTINGS):
+            with self.subTest(setting.name):
+                default = "" if setting.default is None else str(setting.default)
+                self.assertEqual(row, [setting.name, default, setting.where, setting.meaning])
+
+    def test_settings_are_what_the_constructor_takes(self):
+        import inspect
+
+        parameters = dict(inspect.signature(cs.CloudStack).parameters)
+        for name in ("theme", "output"):
+            del parameters[name]
+        self.assertEqual(sorted(parameters), sorted(setting.name for setting in cs.SETTINGS))
+        for setting in cs.SETTINGS[1:]:
+            self.assertEqual(parameters[setting.name].default, setting.default, setting.name)
+
+    def test_readme_names_every_variable_of_the_environment(self):
+        text = readme()
+        for name in ("CONFIG", "REGION", "OVERRIDES", "OUTPUT", "THEME"):
+            self.assertIn("CLOUDSTACK_" + name, text)
+        for name in set(re.findall(r"CLOUDSTACK_([A-Z_]+)", text)):
+            known = {setting.name.upper() for setting in cs.SETTINGS if setting.where == "both"}
+            known |= {"NAME", "CONFIG", "REGION", "OVERRIDES", "OUTPUT", "THEME", "HEADER_X_TENANT", "HEADER_"}
+            self.assertIn(name, known)
+
+    def test_the_ini_example_can_be_used(self):
+        self.unset("endpoint", "key", "secret", "poll_interval", "timeout", "retry_backoff")
+        (text,) = blocks("ini")
+        self.write(".cloudstack.ini", text)
+        for region, endpoint in ((None, "https://cloud.example/client/api"), ("lab", "https://lab.example/client/api")):
+            client = cs.CloudStack(**cs.read_config(region))
+            cs._check_client(client)
+            self.assertEqual(client.endpoint, endpoint)
+        self.assertEqual((client.verify, client.cert), ("/etc/ssl/lab-ca.pem", "/home/me/lab.pem"))
+
+    def test_the_python_examples_are_python(self):
+        for text in blocks("python"):
+            ast.parse(text)
+
+    def test_the_names_the_python_examples_use_are_there(self):
+        for text in blocks("python"):
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.ImportFrom) and node.module == "cs":
+                    for alias in node.names:
+                        self.assertTrue(hasattr(cs, alias.name), alias.name)
+
+    def commands(self):
+        """The words of every `cs` command among the console examples."""
+        for block in blocks("console"):
+            for line in re.sub(r"\\\n\s*", "", block).split("\n"):
+                if line.startswith("$ cs "):
+                    words = shlex.split(line[2:], comments=True)[1:]
+                    yield words[: words.index(">")] if ">" in words else words
+
+    def test_the_console_examples_are_understood(self):
+        found = list(self.commands())
+        self.assertGreater(len(found), 8)
+        for words in found:
+            with self.subTest(words):
+                options, rest = cs._parse_arguments(words)
+                if rest:
+                    cs._parse_parameters(rest[1:])
+
+    def example(self, beginning):
+        """What README shows below a command."""
+        block = next(block for block in blocks("console") if block.startswith("$ cs " + beginning))
+        return block.partition("\n")[2]
+
+    def test_the_example_of_a_list_is_what_is_printed(self):
+        rows = [{"id": str(number), "name": name, "state": state, "nic": [{"ipaddress": address}]}
+                for number, (name, state, address) in enumerate((
+                    ("web-01", "Running", "10.1.1.12"), ("db-01", "Running", "10.1.1.24"),
+                    ("web-02", "Stopped", "10.1.1.13")))]  # fmt: skip
+        words = next(words for words in self.commands() if "--sort" in words)
+        self.reply("listVirtualMachines", {"count": 3, "virtualmachine": rows})
+        self.assertEqual(self.good(*words), self.example("listVirtualMachines -o table -c"))
+
+    def test_the_example_of_help_is_what_is_printed(self):
+        meaning = "destination Host ID to deploy the VM to - parameter available for root admin only"
+        self.sync_as({
+            "name": "startVirtualMachine", "description": "Starts a virtual machine.", "isasync": True,
+            "params": [
+                {"name": "hostid", "type": "uuid", "length": 255, "required": False, "description": meaning},
+                {"name": "id", "type": "uuid", "length": 255, "required": True,
+                 "description": "The ID of the virtual machine"},
+            ],
+            "response": [{"name": "id"}, {"name": "name"}, {"name": "displayname"}, {"name": "state"}],
+        })  # fmt: skip
+        shown = self.example("startVirtualMachine --help").replace(", state, ...", ", state")
+        printed = self.good("startVirtualMachine", "--help")
+        self.assertEqual(printed.split(), shown.split())
+
+    def test_the_example_of_an_error_is_what_is_printed(self):
+        shown = self.example("startVirtualMachine id=5")
+        said = shown[shown.index("Unable") : shown.index("\n  Asked")].replace("\n", " ")
+        said = re.sub(" +", " ", said)
+        self.say_error("startVirtualMachine", 431, said)
+        code, out, err = self.main("startVirtualMachine", "id=5")
+        self.assertEqual(code, 1)
+        told, _, answered = shown.partition("    {\n" if "    {\n" in shown else "{\n")
+        told = told.replace("https://cloud.example/client/api", self.cloud.endpoint)
+        self.assertEqual(err.split(), told.split())
+        for line in answered.split("...")[0].split("\n"):
+            self.assertIn(line.strip(), out)
+        self.assertIn("$ echo $?\n1\n", shown)
+
+
+# --- what it costs --------------------------------------------------------------------------------------------------
+
+
+class ImportCostTest(CloudCase):
+    """What is not needed is not imported."""
+
+    PROGRAM = """
+import builtins, sys
+sys.path.insert(0, {folder!r})
+imported, plain = set(), builtins.__import__
+def watching(name, globals=None, *more, **named):
+    if (globals or {{}}).get("__name__") == "cs":
+        imported.add(name.partition(".")[0])
+    return plain(name, globals, *more, **named)
+builtins.__import__ = watching
+import cs
+for args in {calls!r}:
+    code = cs.main(args)
+    assert code == 0, code
+sys.stderr.write(" ".join(sorted(imported)))
+"""
+
+    def imported(self, *calls):
+        program = self.PROGRAM.format(folder=os.path.dirname(CS_PATH), calls=list(calls))
+        child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                 universal_newlines=True, env=dict(os.environ))  # fmt: skip
+        out, err = child.communicate(timeout=30)
+        self.assertEqual(child.returncode, 0, err)
+        return set(err.split())
+
+    EXTRAS = set("difflib textwrap csv unicodedata getpass shutil tempfile random asyncio concurrent".split())
+
+    def test_importing_it(self):
+        more = set("argparse configparser hashlib ssl socket http email gzip copy calendar datetime".split())
+        self.assertEqual(self.imported() & (self.EXTRAS | more), set())
+
+    def test_an_ordinary_call(self):
+        """Without a list of commands, and with one."""
+        self.assertEqual(self.imported(["listZones"]) & self.EXTRAS, set())
+        self.sync()
+        shapes = [["listZones", "-o", shape] for shape in ("table", "jsonl", "text")]
+        calls = [["listZones", "--sort", "name", "-c", "id"], ["listzones", "name=x"], ["--complete=cs listZ"]] + shapes
+        self.assertEqual(self.imported(*calls) & self.EXTRAS, set())
+
+    def test_help_and_version_look_at_nothing(self):
+        self.unset("endpoint", "key", "secret")
+        needless = self.EXTRAS | set("configparser hashlib ssl socket http email".split())
+        self.assertEqual(self.imported(["--help"], ["--version"], ["--completion", "bash"]) & needless, set())
+
+
 # === running them ===================================================================================================
 
 
@@ -10741,29 +13453,55 @@ class CountingResult(unittest.TextTestResult):
         self._failed(test)
 
 
-def run_tests(argv):
-    """Run the tests whose names hold one of the words (all without words); -v names each. Returns the exit code."""
-    words = [word for word in argv if not word.startswith("-")]
-    suite = unittest.TestSuite()
-    loaded = unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__])
-    for group in loaded:
+def chosen_tests(words):
+    """Every test whose name holds one of the words; all without words."""
+    for group in unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__]):
         for test in group:
             if not words or any(word in test.id() for word in words):
-                suite.addTest(test)
+                yield test
+
+
+def run_here(tests, verbose):
+    """(passed, failed, skipped) of tests run in this process."""
     runner = unittest.TextTestRunner(
-        stream=sys.stdout, verbosity=2 if "-v" in argv else 1, resultclass=CountingResult, warnings="default"
+        stream=sys.stdout, verbosity=2 if verbose else 1, resultclass=CountingResult, warnings="default"
     )
-    begun = time.time()
-    result = runner.run(suite)
-    skipped = len(result.skipped)
-    failed = len(result.failed_ids) + result.broken
-    passed = result.testsRun - skipped - len(result.failed_ids)
+    result = runner.run(unittest.TestSuite(tests))
     for reason in sorted({reason for _, reason in result.skipped}):
         print("skipped: " + reason)
-    if not result.testsRun:
+    skipped = len(result.skipped)
+    return result.testsRun - skipped - len(result.failed_ids), len(result.failed_ids) + result.broken, skipped
+
+
+def run_tests(argv):
+    """Run the tests whose names hold one of the words (all without words); -v names each. All of them are shared with a
+    second process. Returns the exit code."""
+    words = [word for word in argv if not word.startswith("-")]
+    verbose = "-v" in argv
+    tests = list(chosen_tests(words))
+    begun = time.time()
+    if "--second-half" in argv:
+        print("half: {}, {}, {}".format(*run_here(tests[1::2], verbose)))
+        return 0
+    counts = [0, 0, 0]
+    if not tests:
         print("no test has a name with " + " or ".join(words))
-        failed += 1
+        counts[1] = 1
+    elif words:
+        counts = run_here(tests, verbose)
+    else:
+        command = [sys.executable] + ["-X" + option for option in sys._xoptions] + [__file__, "--second-half"]
+        with tempfile.TemporaryFile("w+") as out:
+            child = subprocess.Popen(command + ["-v"] * verbose, stdout=out, stderr=subprocess.STDOUT)
+            counts = run_here(tests[::2], verbose)
+            child.wait()
+            out.seek(0)
+            text = out.read()
+        other = re.findall(r"(?m)^half: (\d+), (\d+), (\d+)$", text)
+        print(re.sub(r"(?m)^half: .*\n", "", text))
+        counts = [sum(pair) for pair in zip(counts, map(int, other[-1] if other else (0, 1, 0)))]
     print("Python {}, {:.1f} s".format(sys.version.split()[0], time.time() - begun))
+    passed, failed, skipped = counts
     print("{} passed, {} failed".format(passed, failed) + (", {} skipped".format(skipped) if skipped else ""))
     return 1 if failed else 0
 
