@@ -12,10 +12,10 @@
 Every API call, present or future, is a method; AIOCloudStack has the same ones as coroutines. On the command line:
 `cs listZones`, `python -m cs listZones` or `python cs.py listZones`.
 
-Contents: 1 settings, 2 errors, 3 parameters and signature, 4 protocol, 5 transport, 6 clients, 7 configuration,
-8 command line. Data flows one way: keyword arguments -> parameters -> signed request -> exchange -> decoded answer ->
-page or job loop -> result. The protocol decides everything and does no I/O; the transport is the only room with
-sockets.
+Contents: 1 settings, 2 errors, 3 parameters, signature and what may be shown, 4 protocol, 5 transport, 6 clients,
+7 configuration, 8 command line. Data flows one way: keyword arguments -> parameters -> signed request -> exchange ->
+decoded answer -> page or job loop -> result. The protocol decides everything and does no I/O; the transport is the only
+room with sockets.
 
 License: BSD, see LICENSE.
 """
@@ -220,7 +220,7 @@ def _session_object(value):
 
 _Setting = collections.namedtuple("_Setting", "name default convert where meaning")
 
-# where: "both" is read from the environment (CLOUDSTACK_<NAME>) and from ini files; "code" is the constructor's alone.
+# where: "both" is read from the environment (CLOUDSTACK_<NAME>) and from ini files under its name; "code" is not.
 SETTINGS = (
     _Setting("endpoint", None, _text_or_none, "both", "URL of the API, http or https"),
     _Setting("key", None, _text_or_none, "both", "API key; without key and user name requests go out unsigned"),
@@ -323,7 +323,7 @@ class CloudStackJobTimeout(CloudStackTimeoutError):
     """The job was still running after job_timeout seconds; args are the message and the job's id."""
 
 
-# --- 3 parameters and signature -------------------------------------------------------------------------------------
+# --- 3 parameters, signature, and what may be shown -----------------------------------------------------------------
 
 
 def cs_encode(value):
@@ -495,6 +495,40 @@ def _masked_text(text, secrets):
             for form in (secret, cs_encode(secret), quote(secret), jsonlib.dumps(secret)[1:-1]):
                 text = text.replace(form, MASK)
     return text
+
+
+def _trace_request(request):
+    lines = ["{} {}".format(request.method, request.shown_url())]
+    lines += [_masked_header(name, value) for name, value in request.headers.items()]
+    lines += ["", _wire_form(_shown_params(request.params)), ""] if request.method == "POST" else [""]
+    _to_stderr("\n".join(lines))
+
+
+def _trace_response(request, response, seconds):
+    lines = ["{} {}".format(response.status_code, response.reason)]
+    lines += [_masked_header(name, value) for name, value in response.headers.items()]
+    lines += ["", response.text, "", "({:.0f} ms)".format(seconds * 1000), ""]
+    _to_stderr(_masked_text("\n".join(lines), request.all_secrets()))
+
+
+def _to_stderr(text):
+    """One write, so that threads do not write into each other's lines; a broken stderr is no reason to fail."""
+    try:
+        sys.stderr.write(_printable(text) + "\n")
+        sys.stderr.flush()
+    except (AttributeError, OSError, ValueError):
+        pass
+
+
+def _printable(text):
+    """Text as a terminal may safely be shown it: control characters but line breaks and tabs, C1 controls,
+    bidirectional overrides and lone surrogates escaped."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], text)
+
+
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
 
 
 # --- 4 protocol -----------------------------------------------------------------------------------------------------
@@ -974,7 +1008,7 @@ def _rows(answer):
     if not isinstance(answer, dict):
         return None
     lists = [value for value in answer.values() if isinstance(value, list)]
-    if len(lists) == 1:
+    if len(lists) == 1 and "id" not in answer:  # else an object that holds a list
         return lists[0]
     return [] if not set(answer) - {"count"} else None
 
@@ -1789,38 +1823,18 @@ def _session_exchange(session, request):
     raise raise_as
 
 
-def _trace_request(request):
-    lines = ["{} {}".format(request.method, request.shown_url())]
-    lines += [_masked_header(name, value) for name, value in request.headers.items()]
-    lines += ["", _wire_form(_shown_params(request.params)), ""] if request.method == "POST" else [""]
-    _to_stderr("\n".join(lines))
+def _cut_off(request):
+    """Wake the thread that reads for a caller who has gone away."""
+    import socket
 
-
-def _trace_response(request, response, seconds):
-    lines = ["{} {}".format(response.status_code, response.reason)]
-    lines += [_masked_header(name, value) for name, value in response.headers.items()]
-    lines += ["", response.text, "", "({:.0f} ms)".format(seconds * 1000), ""]
-    _to_stderr(_masked_text("\n".join(lines), request.all_secrets()))
-
-
-def _to_stderr(text):
-    """One write, so that threads do not write into each other's lines; a broken stderr is no reason to fail."""
-    try:
-        sys.stderr.write(_printable(text) + "\n")
-        sys.stderr.flush()
-    except (AttributeError, OSError, ValueError):
-        pass
-
-
-def _printable(text):
-    """Text as a terminal may safely be shown it: control characters but line breaks and tabs, C1 controls,
-    bidirectional overrides and lone surrogates escaped."""
-    return _UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], text)
-
-
-_UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
-)
+    with request.cutting:
+        request.cancelled = True
+        if request.socket is not None:
+            try:
+                # The plain socket's method: SSLSocket's would pull the TLS layer from under the reading thread.
+                socket.socket.shutdown(request.socket, socket.SHUT_RDWR)
+            except OSError:
+                pass
 
 
 # --- 6 clients ------------------------------------------------------------------------------------------------------
@@ -2125,20 +2139,6 @@ def _with_context(function, argument):
     except ImportError:
         return functools.partial(function, argument)
     return functools.partial(copy_context().run, function, argument)
-
-
-def _cut_off(request):
-    """Wake the thread that reads for a caller who has gone away."""
-    import socket
-
-    with request.cutting:
-        request.cancelled = True
-        if request.socket is not None:
-            try:
-                # The plain socket's method: SSLSocket's would pull the TLS layer from under the reading thread.
-                socket.socket.shutdown(request.socket, socket.SHUT_RDWR)
-            except OSError:
-                pass
 
 
 # --- 7 configuration ------------------------------------------------------------------------------------------------
@@ -2697,9 +2697,9 @@ def _cell(value):
 
 
 _PREFERRED = (
-    "id jobid name state status allocationstate jobstatus type zonename account ipaddress nic.ipaddress cidr hostname"
-    " cpunumber memory size templatename serviceofferingname virtualmachinename vmname key value resourcetype cmd level"
-    " success displayname displaytext description created".split()
+    "id jobid name state status allocationstate jobstatus type zonename account username ipaddress nic.ipaddress"
+    " cidr hostname cpunumber memory size templatename serviceofferingname virtualmachinename vmname key value"
+    " resourcetypename resourcetype max cmd level success displayname displaytext description created".split()
 )
 _MOST_COLUMNS = 8
 
@@ -3088,11 +3088,11 @@ def _did_you_mean(names):
 def _check_against_catalog(run, command, params):
     """The command, in its own spelling. Raises _Usage for what the catalog knows to be wrong, unless --force."""
     catalog = _cached_catalog(run.client)
-    if catalog is None or run.options.force:
+    if catalog is None:
         return command
     command = catalog.resolve(command)
     problems = _problems(catalog, command, params)
-    if not problems:
+    if run.options.force or not problems:
         return command
     text = "\n    ".join(problems)
     if catalog.old:
@@ -3616,7 +3616,9 @@ def _hint(run, error):
         return "Your role may not list the commands; all else works without that."
     if isinstance(error, CloudStackApiException) and isinstance(code, int):
         return _HINTS.get(code, "").format(command=run.asked.partition(" ")[0])
-    return "Look whether it was done before you send it again." if error.outcome_unknown else ""
+    if error.outcome_unknown:
+        return "Look whether it was done before you send it again."
+    return "Check the endpoint and the way there: the name, the network, proxies, --timeout." if error.unsent else ""
 
 
 def _how_to_go_on(run, error):

@@ -2263,13 +2263,13 @@ class SimulatorSignatureTest(SimulatorCase):
         self.assertEqual(self.exchange(target=target)[0], 200)
 
     def test_refusals_are_all_alike(self):
-        good = dict(command="listZones", response="json", apiKey=self.simulator.key)
+        good = {"command": "listZones", "response": "json", "apiKey": self.simulator.key}
         signature = signature_of(good, self.simulator.secret)
         bad = [dict(good, signature="x"), good, dict(good, signature=signature, name="added"),
                dict(good, apiKey="nobody", signature=signature), {"command": "listZones", "response": "json"}]
         unknown = dict(good, command="noSuchCommand")
         bad.append(dict(unknown, signature=signature_of(unknown, self.simulator.secret)))
-        misspelt = dict(command="listZones", response="json", apikey=self.simulator.key)
+        misspelt = {"command": "listZones", "response": "json", "apikey": self.simulator.key}
         bad.append(dict(misspelt, signature=signature_of(misspelt, self.simulator.secret)))
         for params in bad:
             status, _, body = self.exchange(target="/client/api?" + urlencode(params))
@@ -2280,7 +2280,7 @@ class SimulatorSignatureTest(SimulatorCase):
 
     def test_a_bare_plus_in_the_signature_is_a_space(self):
         for number in range(100):
-            params = dict(command="listZones", response="json", apiKey=self.simulator.key, n=str(number))
+            params = {"command": "listZones", "response": "json", "apiKey": self.simulator.key, "n": str(number)}
             signature = signature_of(params, self.simulator.secret)
             if "+" in signature:
                 break
@@ -2621,7 +2621,8 @@ class SimulatorScriptTest(SimulatorCase):
 
 class SimulatorSessionTest(SimulatorCase):
     def login(self, password="tilde~and+plus*", method="POST", user="user", domain="/research"):
-        body = urlencode(dict(command="login", username=user, password=password, domain=domain, response="json"))
+        fields = {"username": user, "password": password, "domain": domain}
+        body = urlencode(dict(fields, command="login", response="json"))
         form = {"Content-Type": "application/x-www-form-urlencoded"}
         status, headers, answer = self.exchange(method, body=body, headers=form)
         cookies = headers.get_all("Set-Cookie") or ()
@@ -2852,7 +2853,7 @@ class ProtocolCase(unittest.TestCase):
     """Every case is played through both clients, without a socket and without waiting."""
 
     def play(self, script, call, **settings):
-        """Call both clients against a script and return what became of it, after checking that it was the same for both.
+        """Call both clients against a script; returns what became of it, after checking that it was the same for both.
 
         script: a list whose items are answers, exceptions to raise, or functions of the Played and the request that
         return either; the last item is used again for whatever more is asked. Or such a function itself.
@@ -8557,7 +8558,6 @@ class SecretsTest(TransportCase):
 
 import configparser  # noqa: E402
 import signal  # noqa: E402
-import traceback  # noqa: E402
 
 # Values that may go over the wire where they belong, and may be shown nowhere. Their letters are what tests look for.
 KEY, SECRET, PASSWORD, USERDATA = "CANARY-key-6c1", "CANARY-secret-9d4", "CANARY-password-2b8", "CANARY-userdata-5e7"
@@ -9065,7 +9065,8 @@ class BadFilesTest(Case):
 
     def test_a_file_that_may_not_be_read(self):
         path = self.write(".cloudstack.ini", "[cloudstack]\n", mode=0)
-        with mock.patch("builtins.open", side_effect=PermissionError(13, "Permission denied", path)):  # root may read all
+        # root may read all
+        with mock.patch("builtins.open", side_effect=PermissionError(13, "Permission denied", path)):
             self.refused(path, "cannot read", "Permission denied")
 
     def test_a_missing_CLOUDSTACK_CONFIG(self):

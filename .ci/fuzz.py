@@ -118,12 +118,13 @@ domain = %(secret)s
 retry = %(nowhere)s
 header_x-auth-token = SECRET
 expiration = 1e999
-""".replace("SECRET", SECRET).split("\n")) | anything | st.builds(
-    "{} = {}{}".format, st.sampled_from([each.name for each in cs.SETTINGS]), anything,
-    st.sampled_from(["", "\n  secret = " + SECRET]))
-beginnings = st.sampled_from(["", "[cloudstack]\nendpoint = http://h.example/api\nkey = k\n"])
-ini_files = st.builds(lambda head, rest: (head + "\n".join(rest)).encode("utf-8", "surrogatepass"), beginnings,
-                      st.lists(lines, max_size=9)) | st.binary(max_size=80)
+""".replace("SECRET", SECRET).split("\n")) | anything
+ends = st.sampled_from(["", "\n  secret = " + SECRET, "\nsecret " + SECRET])
+tidy_files = st.dictionaries(st.sampled_from([setting.name for setting in cs.SETTINGS[2:]]), anything | st.just("1"),
+                             max_size=3).map(lambda found: "".join("\n%s = %s" % pair for pair in found.items()))
+ini_files = (st.lists(lines, max_size=9).map("\n".join) | st.builds(
+    "[cloudstack]\nendpoint = http://h.example/api\nkey = k{}{}".format, tidy_files, ends)
+).map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binary(max_size=80)
 
 commands = st.sampled_from(sorted(set(test_cs.COMMANDS) - {"registerUserKeys"}))
 endpoints = st.sampled_from(["@SIMULATOR", "http://127.0.0.1:9/client/api", "ftp://x", "http://u:p@h/", "http://[", ""])

@@ -227,7 +227,8 @@ def run_tests(tree, first, left_out, only="", limit=None):
             os.killpg(child.pid, signal.SIGKILL)  # and what it started
         except ProcessLookupError:
             pass
-        child.communicate()
+        child.wait()
+        child.stdout.close()
     return (verdict or "FAILED -"), time.monotonic() - begun
 
 
