@@ -2168,6 +2168,9 @@ class _Found:
     def add(self, path, items):
         self.has_section = True
         for key, value in items:
+            if key in _SETTING and "\n" in value:  # it may hold a secret that was meant for the next line
+                reason = "the value goes on in the next, indented line; each setting stands on a line of its own"
+                raise ValueError("{!a}: {}: {}".format(path, key, reason))
             if value and (key in _INI_KEYS or key[: len("header_")] == "header_" != key):
                 self.values[key] = value
                 self.origins[key] = path

@@ -13416,6 +13416,222 @@ sys.stderr.write(" ".join(sorted(imported)))
         self.unset("endpoint", "key", "secret")
         needless = self.EXTRAS | set("configparser hashlib ssl socket http email".split())
         self.assertEqual(self.imported(["--help"], ["--version"], ["--completion", "bash"]) & needless, set())
+# === what mutants of cs.py survived ==================================================================================
+from urllib.parse import quote  # noqa: E402
+
+
+class MutationTest(ProtocolCase):
+    """Faults put into cs.py on purpose (.ci/mutate.py) that no other test noticed."""
+
+    def test_none_is_the_default_wherever_it_is_given(self):
+        client = cs.CloudStack(ENDPOINT, "k", "s", trace=True, fetch_result=True)
+        client.trace = client.fetch_result = client.dangerous_no_tls_verify = None
+        self.assertEqual([False] * 3, [client.trace, client.fetch_result, client.dangerous_no_tls_verify])
+        played = self.play(one({"jobid": "1"}), asking("listZones", fetch_list=None, fetch_result=None))
+        self.assertEqual(({"jobid": "1"}, 1), (played.value, len(played.requests)))
+
+    def test_every_status_from_300_to_399_with_a_location_is_a_redirect(self):
+        for status, told in ((300, True), (399, True), (400, False), (299, False)):
+            with self.subTest(status=status):
+                script = [answer({"r": {}}, status, "x", {"Location": "http://elsewhere.invalid/"})]
+                played = self.play(script, asking("listZones"))
+                self.assertIs(told, "Redirects are not followed" in str(played.error))
+
+    def test_a_look_at_a_job_takes_ten_timeouts_at_most(self):
+        played = self.play([SUBMITTED, PENDING, DONE], started(), timeout=3, job_timeout=1000)
+        self.assertEqual([30, 30, 30], [request.total for request in played.requests])
+        played = self.play([SUBMITTED, PENDING], started(), timeout=3, job_timeout=5)
+        self.assertEqual(3, played.requests[-1].total)
+        self.assertLess(played.requests[1].total, 8)
+
+
+class MutatedRedactionTest(TransportCase):
+    """Each redaction by itself: where one is gone, something that nobody may see is shown."""
+
+    QUERY = "?token=" + CANARY_TOKEN
+
+    def test_no_advice_quotes_the_query_of_the_endpoint(self):
+        for body, status in (
+            (b"<html>", "404 Not Found"),
+            (b"{", "200 OK"),
+            (b"[1]", "200 OK"),
+            (b"", "200 OK"),
+            (b"{}", "500 x"),
+        ):
+            for kind in BOTH:
+                with self.subTest(body=body, kind=kind.__name__):
+                    server = self.serve([READ, reply(body, status), AGAIN])
+                    self.fails(self.client(server.url + self.QUERY, kind), cs.CloudStackException)
+
+    def test_a_secret_that_an_answer_quotes_is_hidden_in_each_form_and_whole(self):
+        """As it is, percent-encoded as the server does and as everybody else does, and escaped in JSON."""
+        for secret in ('CANARY~"quoted"', "CANARY*star(1)", "CANARY/slash ü", "CANARY\\back\n"):
+            texts = (secret, cs.cs_encode(secret), quote(secret), json.dumps(secret)[1:-1])
+            for text in texts:
+                with self.subTest(text=text):
+                    self.assertEqual("<***>", cs._masked_text("<" + text + ">", ["", None, "abc", secret]))
+
+    def test_a_secret_that_holds_another_is_hidden_whole(self):
+        self.assertEqual("<***>", cs._masked_text("<CANARY-and-more>", ["CANARY", "CANARY-and-more"]))
+
+    def test_secrets_of_four_letters_are_hidden_and_shorter_ones_are_not(self):
+        self.assertEqual("*** abc", cs._masked_text("abcd abc", ["abc", "abcd"]))
+
+    def test_what_is_secret_by_its_name(self):
+        """Every name that is told apart, on its own and as the end of another, however it is written."""
+        secret = (
+            "password passwd passphrase secret secretkey secret_key privatekey private-key userdata user_data"
+            " sessionkey JSESSIONID signature apikey api-key accesskey token credential credentials psk presharedkey"
+            " pre-shared-key bindpass secretcode codefor2fa configdata"
+        )
+        for name in secret.split():
+            for written in (name, name.upper(), "my" + name, "details[0]." + name):
+                with self.subTest(name=written):
+                    self.assertEqual({written: "***"}, cs._shown_params({written: "CANARY"}))
+                    for escaped in ('"CANARY"', '"a\\"CANARY"', '"CANARY', '"a\\"CANARY'):
+                        shown = cs._masked_text('{"%s" : %s' % (written, escaped), [])
+                        self.assertNotIn("CANARY", shown)
+                        self.assertTrue(shown.startswith('{"%s" : "***"' % written), shown)
+            for written in (name, name.upper(), "my" + name, "vnc." + name):
+                with self.subTest(element=written):
+                    shown = cs._masked_text("<{0}>CANARY</{0}>".format(written), [])
+                    self.assertEqual("<{0}>***</{0}>".format(written), shown)
+            self.assertEqual({name + "s1": "seen"}, cs._shown_params({name + "s1": "seen"}))
+
+    def test_headers_that_are_secret(self):
+        for name in "Authorization Proxy-Authorization Cookie Set-Cookie X-Api-Key X-Auth X-KEY X-Auth-Token".split():
+            for written in (name, name.lower(), name.upper()):
+                self.assertEqual(written + ": ***", cs._masked_header(written, "CANARY"))
+        self.assertEqual("X-Tenant: seen", cs._masked_header("X-Tenant", "seen"))
+
+    def test_values_that_are_secret_by_the_name_they_are_given_for(self):
+        for title in ("key", "name"):
+            for front in ("tags[0].", ""):
+                params = {front + title: "my.password", front + "value": "CANARY", "tags[1].value": "seen"}
+                shown = dict(params, **{front + "value": "***"})
+                self.assertEqual(shown, cs._shown_params(params))
+
+    def test_a_session_s_secrets_are_hidden_wherever_an_answer_quotes_them(self):
+        """Password, session key and cookies, one at a time, outside of any field that tells by its name."""
+        for quoted in (CANARY_PASSWORD, CANARY_SESSION, CANARY_TOKEN):
+
+            def reply_to(wire, quoted=quoted):
+                if wire.requests[-1].params["command"] == "login":
+                    return SecretsTest.login(self, wire)
+                return wire.send(reply(json.dumps({"r": {"echo": quoted}}).encode()))
+
+            server = self.serve([READ, reply_to, AGAIN])
+            client = cs.CloudStack(server.url, username="me", password=CANARY_PASSWORD, trace=True, timeout=5)
+            self.addCleanup(client._transport.close)
+            self.assertIn('"echo": "***"', self.traced(client))
+
+    def test_a_key_s_secrets_are_hidden_wherever_an_answer_quotes_them(self):
+        for quoted in (CANARY_SECRET, CANARY_KEY, CANARY_PASSWORD):
+            server = self.serve([READ, reply(json.dumps({"r": {"echo": quoted}}).encode()), AGAIN])
+            client = self.client(server, trace=True)
+            self.assertIn('"echo": "***"', self.traced(client, "updateUser", password=CANARY_PASSWORD))
+
+    def test_what_cannot_be_sent_or_set_is_refused_without_its_value_and_without_a_second_traceback(self):
+        """What is raised while another exception is handled would be printed after it, value and all."""
+        octets = CANARY_SECRET.encode() + b"\xff"
+        lone = CANARY_SECRET + "\ud800"
+        attempts = [
+            lambda: cs.flatten({"name": octets}),
+            lambda: cs.flatten({"name": {CANARY_SECRET}, "other": [object()]}),
+            lambda: cs.CloudStack(ENDPOINT, "k", octets),
+            lambda: cs.CloudStack(ENDPOINT, "k", lone),
+            lambda: cs.CloudStack(ENDPOINT, "k", [CANARY_SECRET]),
+            lambda: cs.CloudStack(ENDPOINT, "k", "s", headers={"X-Token": CANARY_SECRET + "\n"}),
+            lambda: cs.CloudStack(ENDPOINT, "k", "s", headers={"X-Token": [CANARY_SECRET]}),
+            lambda: cs.CloudStack(ENDPOINT, "k", "s").listZones(name=CANARY_SECRET + "\0"),
+            lambda: cs.CloudStack(ENDPOINT, "k", "s").listZones(name=lone),
+        ]
+        for number, attempt in enumerate(attempts):
+            with self.subTest(number=number), self.assertRaises(ValueError) as caught:
+                attempt()
+            error = caught.exception
+            self.assert_tells_nothing(str(error), repr(error))
+            self.assertTrue(error.__context__ is None or error.__suppress_context__)
+
+    def test_no_format_steers_a_terminal(self):
+        """Control characters out of names that tenants gave, in each format, as a cell and as a column."""
+
+        class Terminal(io.StringIO):
+            def isatty(self):
+                return True
+
+        nasty = "a\x1b]0;x\x07\x9b2J\u202eb"
+        for shape in cs.FORMATS:
+            for row in ({"name": nasty}, {nasty: "x"}):
+                job = cs._Run(cs._parse_arguments(["-o", shape, "--color", "never"])[0])
+                out = Terminal()
+                with self.subTest(shape=shape, row=row), contextlib.redirect_stdout(out):
+                    cs._print_answer(job, {"count": 1, "row": [row]})
+                self.assertEqual([], re.findall("[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f\u202e]", out.getvalue()), shape)
+
+    def test_catalog_and_completion_do_not_steer_a_terminal(self):
+        nasty = "x\x1b]0;x\x07\x9b2J\u202ey"
+        field = {"name": nasty, "type": "string", "description": nasty, "since": nasty}
+        api = {"name": "listZones", "description": nasty, "since": nasty, "params": [field], "response": [field]}
+        server = self.serve([READ, reply(json.dumps({"r": {"count": 1, "api": [api]}}).encode()), AGAIN])
+        os.environ.update(CLOUDSTACK_ENDPOINT=server.url, CLOUDSTACK_KEY="k", CLOUDSTACK_SECRET="s")
+        self.assertEqual(0, self.main("--sync")[0])
+        for args in (["--list"], ["listZones", "--help"], ["--complete", "cs "]):
+            with self.subTest(args=args):
+                code, out, err = self.main(*args)
+                self.assertIn("listZones", out)
+                self.assertEqual([], re.findall("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", out))
+
+    def test_no_message_of_the_command_line_quotes_the_query_of_the_endpoint(self):
+        """--sync, --dry-run and the report of an error."""
+        catalog = {"listapisresponse": {"count": 1, "api": [{"name": "listZones"}]}}
+        refused = {"r": {"errorcode": 431, "errortext": "no"}}
+        for args, document, status in (
+            (["--sync"], catalog, "200 OK"),
+            (["listZones", "--dry-run"], catalog, "200 OK"),
+            (["listZones"], refused, "431 no"),
+        ):
+            server = self.serve([READ, reply(json.dumps(document).encode(), status), AGAIN])
+            os.environ.update(CLOUDSTACK_ENDPOINT=server.url + self.QUERY, CLOUDSTACK_KEY="k", CLOUDSTACK_SECRET="s")
+            with self.subTest(args=args):
+                code, out, err = self.main(*args)
+                self.assertIn(server.place, out + err)
+                self.assert_tells_nothing(out, err)
+
+    def test_configure_does_not_say_what_it_was_told(self):
+        for status in ("200 OK", "401 x"):
+            server = self.serve([READ, reply(b'{"r": {"errorcode": 401, "errortext": "no"}}', status), AGAIN])
+            told = "\n".join([server.url + self.QUERY, CANARY_KEY, CANARY_SECRET, "n", ""])
+            with self.subTest(status=status), mock.patch.object(sys, "stdin", io.StringIO(told)):
+                code, out, err = self.main("--configure", "--region", "r" + status[:3])
+                self.assertEqual(0 if status == "200 OK" else 1, code, err)
+                self.assert_tells_nothing(out, err)
+
+    def test_the_report_of_an_error_shows_what_was_asked_without_secrets(self):
+        server = self.serve([READ, reply(b'{"r": {"errorcode": 431, "errortext": "no"}}', "431 no"), AGAIN])
+        os.environ.update(CLOUDSTACK_ENDPOINT=server.url, CLOUDSTACK_KEY=CANARY_KEY, CLOUDSTACK_SECRET=CANARY_SECRET)
+        code, out, err = self.main("updateUser", "name=visible", "password=" + CANARY_PASSWORD)
+        self.assertEqual(1, code)
+        self.assertIn("name=visible", err)
+        self.assertIn("password=***", err)
+        self.assert_tells_nothing(out, err)
+
+
+class IndentedLineTest(Case):
+    """An indented line goes on with the value above it; what it holds must not be quoted with that."""
+
+    def test_a_secret_on_an_indented_line_is_not_quoted(self):
+        for key in ("timeout", "method", "retry", "endpoint", "verify", "poll_interval", "trace"):
+            with self.subTest(key):
+                lines = ["[cloudstack]", "endpoint = http://127.0.0.1:9/api", "key = k", key + " = 1"]
+                lines.append("  secret = CANARY")
+                if key == "endpoint":
+                    del lines[1]
+                self.write(".cloudstack.ini", "\n".join(lines) + "\n")
+                code, out, err = self.main("listZones")
+                self.assertEqual((code, out, err.count("\n")), (2, "", 1), err)
+                self.assertIn(key, err)
+                self.assertNotIn("CANARY", err)
 
 
 # === running them ===================================================================================================
