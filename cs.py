@@ -1424,6 +1424,28 @@ class _Handler:
     https_open = http_open
 
 
+def _surely_no_proxy():
+    """Whether there is no need to import urllib.request, which costs as much as all the rest of a call: elsewhere than
+    here its getproxies() asks the system, too."""
+    known = os.name == "posix" and sys.platform != "darwin"
+    return known and not any(name.lower().endswith("_proxy") for name in os.environ)
+
+
+class _Direct:
+    """A request that goes straight to its host, as far as _send() wants to know it; else urllib's Request."""
+
+    _tunnel_host = None
+    headers = {}  # type: dict
+
+    def __init__(self, request):
+        self.cs = request
+        self.type, self.host, target = re.findall(r"\A(https?)://([^/?]*)(.*)", request.url)[0]
+        self.selector = target if target.startswith("/") else "/" + target
+
+    def get_header(self, name):
+        return None
+
+
 def _make_opener(proxies):
     """urllib's proxies (environment, NO_PROXY, CONNECT, authentication) and nothing else: no redirects, no handling of
     error statuses, no file:, ftp: or data:."""
@@ -1457,6 +1479,7 @@ class _Transport:
     def _start(self):
         self._idle = {}  # where to -> deque of (connection, since); last in, first out
         self._contexts = {}
+        self._direct = None  # whether there is no proxy, once that is known
         self._opener = None
         self._proxies = {}
         self._pid = os.getpid()
@@ -1479,12 +1502,25 @@ class _Transport:
     def exchange(self, request):
         """Send and read one answer of any status. Raises CloudStackConnectionError, CloudStackTimeoutError, or
         ValueError for a setting (verify, cert) that cannot be used."""
-        import urllib.error
-        import urllib.request
-
         if self._pid != os.getpid():
             self.close()
             self._start()
+        if self._direct is None:
+            self._direct = _surely_no_proxy()
+        try:
+            return self._send(_Direct(request)) if self._direct else self._send_by_urllib(request)
+        except _Failed as raised:
+            failed = raised
+        # Raised out here, so that what urllib quoted is not its context either.
+        if isinstance(failed.cause, _Unusable):
+            raise ValueError(str(failed.cause))
+        raise _network_error(failed, request) from _quotable(failed.cause)
+
+    def _send_by_urllib(self, request):
+        """Through urllib's opener, which knows about proxies; it ends in _send()."""
+        import urllib.error
+        import urllib.request
+
         if self._opener is None:
             self._proxies = urllib.request.getproxies()
             self._opener = _make_opener(self._proxies)
@@ -1492,16 +1528,10 @@ class _Transport:
         wanted.__dict__.update(cs=request, send=self._send)
         try:
             return self._opener.open(wanted, timeout=request.timeout)
-        except _Failed as raised:
-            failed = raised
         except urllib.error.URLError as error:  # its scheme, which is a proxy's
-            failed = _Failed(OSError(str(error.reason)), unsent=True)
+            raise _Failed(OSError(str(error.reason)), unsent=True) from None
         except (OSError, ValueError):  # quotes the proxy's address, password and all
-            failed = _Failed(OSError("the address of the proxy cannot be used"), unsent=True)
-        # Raised out here, so that what urllib quoted is not its context either.
-        if isinstance(failed.cause, _Unusable):
-            raise ValueError(str(failed.cause))
-        raise _network_error(failed, request) from _quotable(failed.cause)
+            raise _Failed(OSError("the address of the proxy cannot be used"), unsent=True) from None
 
     def _context(self, verify, cert):
         """The one SSLContext for these settings; making it costs tens of milliseconds."""
