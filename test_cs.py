@@ -13635,6 +13635,20 @@ class IndentedLineTest(Case):
                 self.assertNotIn("CANARY", err)
 
 
+class OverriddenHeadersTest(Case):
+    def test_headers_are_overridden_one_by_one_or_together(self):
+        self.write(".cloudstack.ini", "[cloudstack]\nendpoint = http://e/\nheader_x-a = file\nheader_x-b = file\n")
+        os.environ.update(CLOUDSTACK_HEADER_X_A="env", CLOUDSTACK_HEADER_X_B="env")
+        for overrides, expected in (
+            ("timeout", {"x-a": "file", "x-b": "file"}),
+            ("header_x-a", {"x-a": "env", "x-b": "file"}),
+            ("headers", {"x-a": "env", "x-b": "env"}),
+        ):
+            with self.subTest(overrides):
+                os.environ["CLOUDSTACK_OVERRIDES"] = overrides
+                self.assertEqual(cs.read_config()["headers"], expected)
+
+
 # === nothing is lost ================================================================================================
 
 
