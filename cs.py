@@ -1439,7 +1439,8 @@ class _Direct:
 
     def __init__(self, request):
         self.cs = request
-        self.type, self.host, target = re.findall(r"\A(https?)://([^/?]*)(.*)", request.url)[0]
+        scheme, self.host, target = re.findall(r"\A(\w+)://([^/?]*)(.*)", request.url)[0]
+        self.type = scheme.lower()
         self.selector = target if target.startswith("/") else "/" + target
 
     def get_header(self, name):
@@ -3254,22 +3255,23 @@ _REMEMBERED = 60.0  # seconds for which ids are not asked for again
 
 def _complete(line):
     """The (word, description) pairs that may stand where the cursor is, at the end of the line."""
+    parser = _make_parser()
     words = line.split()[1:] + ([""] if not line or line[-1].isspace() else [])
     current = words.pop() if words else ""
     before = words[-1] if words else ""
     if current.startswith("--") and "=" in current:
         option, _, part = current.partition("=")
         return [(option + "=" + word, text) for word, text in _complete_option(option, words, part)]
-    if before in _valued_options():
+    if before in _valued_options(parser):
         return _complete_option(before, words, current)
     if current.startswith("-"):
-        names = sorted(set(_make_parser()._option_string_actions) - {"--complete"})
+        names = sorted(set(parser._option_string_actions) - {"--complete"})
         return _starting([(name, "") for name in names if name.startswith("--")], current)
     return _starting(_complete_call(words, current), current)
 
 
-def _valued_options():
-    return {name for action in _make_parser()._actions if action.nargs is None for name in action.option_strings}
+def _valued_options(parser):
+    return {name for action in parser._actions if action.nargs is None for name in action.option_strings}
 
 
 def _starting(pairs, prefix):
@@ -3279,7 +3281,7 @@ def _starting(pairs, prefix):
 
 def _command_among(words):
     """The command on a line: the first word that is neither an option nor an option's value."""
-    takes = _valued_options()
+    takes = _valued_options(_make_parser())
     for index, word in enumerate(words):
         if not word.startswith("-") and not (index and words[index - 1] in takes):
             return word

@@ -13649,6 +13649,14 @@ class OverriddenHeadersTest(Case):
                 self.assertEqual(cs.read_config()["headers"], expected)
 
 
+class SchemeInCapitalsTest(Case):
+    def test_the_scheme_of_an_endpoint_may_be_in_capitals(self):
+        with Simulator() as simulator:
+            endpoint = simulator.endpoint.replace("http://", "HTTP://")
+            with cs.CloudStack(endpoint, simulator.key, simulator.secret) as client:
+                self.assertEqual(client.listZones()["count"], 2)
+
+
 # === nothing is lost ================================================================================================
 
 
