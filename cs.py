@@ -21,8 +21,10 @@ License: BSD, see LICENSE.
 """
 
 import collections
+import gc
 import hmac
 import io
+import itertools
 import json as jsonlib
 import os
 import re
@@ -76,7 +78,8 @@ def strtobool(value):
 
 
 def _flag(value):
-    if value is None or isinstance(value, bool):
+    """Return the bool a setting stands for; None and an empty text, as an ini file may hold it, are False."""
+    if value is None or value == "" or isinstance(value, bool):
         return bool(value)
     if isinstance(value, int) and value in (0, 1):
         return bool(value)
@@ -236,7 +239,7 @@ SETTINGS = (
     _Setting("retry", 0, _count, "both", "how often to send again what may safely be sent again"),
     _Setting("retry_backoff", 0.5, _seconds, "both", "seconds before the first retry; doubles, with jitter, up to 30"),
     _Setting("job_timeout", None, _optional_seconds, "both", "seconds to wait for a job; no limit if unset"),
-    _Setting("poll_interval", 2.0, _seconds, "both", "seconds between two looks at a job"),
+    _Setting("poll_interval", 2.0, _seconds, "both", "most seconds between two looks at a job; the first come sooner"),
     _Setting("expiration", 600, _lifetime, "both", "seconds a signature is valid; negative: for ever"),
     _Setting("trace", False, _flag, "both", "show each exchange on standard error, secrets replaced"),
     _Setting("dangerous_no_tls_verify", False, _flag, "both", "do not verify the server's certificate"),
@@ -248,6 +251,11 @@ SETTINGS = (
     _Setting("domain", None, _text_or_none, "both", "domain path of that user; / if unset"),
     _Setting("concurrency", 128, _positive_count, "code", "connections kept; worker threads of AIOCloudStack"),
     _Setting("max_response_size", 256 * 1024 * 1024, _positive_count, "both", "bytes an answer may have, unpacked"),
+    _Setting("recover", False, _flag, "both", "find the job of a lost answer again; on for the command line"),
+)
+# These are no attributes of a client: 5.2.0 had none of these names, and subclasses use them for their own.
+_NO_ATTRIBUTES = frozenset(
+    "cert_key dangerous_no_tls_verify username password domain concurrency max_response_size recover".split()
 )
 
 
@@ -260,6 +268,7 @@ def _converted(name, convert, value):
 
 
 _SETTING = {setting.name: setting for setting in SETTINGS}
+_ATTRIBUTES = {name: setting for name, setting in _SETTING.items() if name not in _NO_ATTRIBUTES}
 
 
 # --- 2 errors -------------------------------------------------------------------------------------------------------
@@ -500,7 +509,7 @@ def _masked_text(text, secrets):
 def _trace_request(request):
     lines = ["{} {}".format(request.method, request.shown_url())]
     lines += [_masked_header(name, value) for name, value in request.headers.items()]
-    lines += ["", _wire_form(_shown_params(request.params)), ""] if request.method == "POST" else [""]
+    lines += ["", _wire_form(request.shown_params()), ""] if request.method == "POST" else [""]
     _to_stderr("\n".join(lines))
 
 
@@ -539,7 +548,12 @@ _UNPRINTABLE = re.compile(
 PAGE_SIZE = 500  # the server's default.page.size, unless the site changed it
 LONGEST_WAIT = 30.0  # seconds: no retry waits longer, and a server that asks for more gets an error instead
 LONGEST_HEAD = 8000  # bytes of request line and headers; the server answers 414 over 8192
-FIRST_LOOK = 0.5  # seconds before the first look at a job: short ones need not take a whole poll_interval
+_SIGNED = 150  # of them are kept for expiry, signature, and the words of the request line
+NEXT_LOOK = 0.5  # of the time a job was waited for passes until the next look at it,
+SOONEST_LOOK = 0.1  # but at least these seconds and at most poll_interval
+OWN_LOOK = 15  # poll_intervals after which a job is asked for by itself, whatever a list of jobs says
+LEASE = 3.0  # seconds after which who does something for all is no longer waited for
+MOST_PAGES = 100000  # of one list; a walk of more is one in circles
 PATIENCE = 10  # looks at a job in a row that may go wrong where no job_timeout limits them (a server's restart)
 PAGES_AHEAD = 4  # page requests of one fetch_list that may be under way at once
 _LAZY = object()  # as fetch_list: do not collect, give the walk itself (iter_list)
@@ -578,6 +592,8 @@ class _Call:
         self.expires = None
         for name, text in params.items():
             self._take(name, text)
+        self.retries = None  # how often it may be sent again; None: as the client is set
+        self.job_id = None  # the id its job gets, where the caller may choose it
         self.total = None  # seconds for one exchange in all, where that is less than ten times the timeout
         self.response = None  # the last answer
 
@@ -598,6 +614,18 @@ class _Call:
             for key in [key for key in self.params if key.lower() == name]:
                 del self.params[key]
             self.params[name] = str(value)
+
+    def choose_job_id(self):
+        """Have the job of a command that changes something get an id that is known before the answer is, so that it
+        can be found should the answer be lost. The server takes a `customjobid` from anybody, and ignores it where
+        there is no job (seen on 4.23)."""
+        if self.reads or not self.json or self.command.lower() in ("login", "logout"):
+            return
+        if self.given("customjobid") is None:
+            import uuid
+
+            self.give(customjobid=uuid.uuid4())
+        self.job_id = self.given("customjobid")
 
     def complete_page(self, size):
         """The server refuses page without pagesize."""
@@ -622,21 +650,74 @@ class _Server:
         self.page_limit = PAGE_SIZE
         self.login = None  # a _Login, while there is a session
         self.login_error = None
-        self.logging_in = threading.Lock()
+        self.log_in = _Turn()
         self.jobs = _JobList()
 
 
 _Login = collections.namedtuple("_Login", "key cookies")
 
 
+class _Signal:
+    """What many wait for at once, in threads and event loops alike. A driver waits (section 6), any thread sets it."""
+
+    def __init__(self):
+        self.count = 0  # how often it was set: who saw it before looking misses nothing
+        self._wakers = set()
+
+    def add(self, wake):
+        self._wakers.add(wake)
+
+    def discard(self, wake):
+        self._wakers.discard(wake)
+
+    def set(self):
+        self.count += 1
+        for wake in list(self._wakers):
+            wake()
+
+
+class _Pause:
+    """A step of the protocol: sleep for `seconds`, less where the signal was set more than `count` times."""
+
+    def __init__(self, seconds, signal, count):
+        self.seconds = seconds
+        self.signal = signal
+        self.count = count
+
+
+class _Turn:
+    """Work that one caller does for all who need it. It is lent for LEASE seconds: the one who has it may be a task of
+    an event loop that was stopped, and must not hold up the others for ever. `done` tells that it was given back."""
+
+    def __init__(self):
+        self.done = _Signal()
+        self._lock = threading.Lock()
+        self._holder = None
+        self._until = 0.0
+
+    def take(self):
+        """Return a token for give_back(), or None while somebody else has the turn."""
+        with self._lock:
+            if self._holder is not None and _clock() < self._until:
+                return None
+            self._until = _clock() + LEASE
+            self._holder = object()
+            return self._holder
+
+    def give_back(self, token):
+        with self._lock:
+            if self._holder is token:
+                self._holder = None
+        self.done.set()
+
+
 class _Request:
     """One HTTP request, ready to be sent: method, url, body and headers as they go out; what a person may see of it is
     made only when it is looked at."""
 
-    def __init__(self, client, call, params, secrets):
+    def __init__(self, client, call, params, secrets, sign=None):
         self.endpoint = client.endpoint.partition("#")[0]
         self.params = params
-        self.query = _wire_form(params)
         self.method = "GET"
         self.headers = {}
         self.secrets = secrets  # other values that must not be shown
@@ -644,10 +725,22 @@ class _Request:
         self.total = 10 * client.timeout if call.total is None else min(call.total, 10 * client.timeout)
         self.verify = client.verify
         self.cert = client.cert
-        self.limit = client.max_response_size
+        self.limit = client._own.max_response_size
+        self._add_signature = sign
+        self._query = None
         self.socket = None  # set while the exchange is under way, so that it can be cut off
         self.cancelled = False
         self.cutting = threading.Lock()  # a connection that is kept again must not be cut off
+
+    @property
+    def query(self):
+        """The parameters as they go out, signed when they are first looked at: by then a call of AIOCloudStack has its
+        thread, and what waited for one longer than a signature is valid would be refused (finding 11)."""
+        if self._query is None:
+            if self._add_signature is not None:
+                self._add_signature(self.params)
+            self._query = _wire_form(self.params)
+        return self._query
 
     @property
     def url(self):
@@ -661,9 +754,13 @@ class _Request:
     def _with_query(endpoint, query):
         return endpoint + ("&" if "?" in endpoint else "?") + query
 
+    def shown_params(self):
+        """The parameters as they go out, secrets replaced."""
+        return _shown_params(self.params) if self.query else {}
+
     def shown_url(self):
         shown = _shown(self.endpoint, with_path_slash=True)
-        return shown if self.method == "POST" else shown + "?" + _wire_form(_shown_params(self.params))
+        return shown if self.method == "POST" else shown + "?" + _wire_form(self.shown_params())
 
     def all_secrets(self):
         return self.secrets + [self.params[name] for name in _secret_names(self.params)]
@@ -676,8 +773,13 @@ class _Request:
             if value is not None:
                 self.headers[name] = value.decode("latin-1") if isinstance(value, bytes) else str(value)
 
-    def head_size(self):
-        return len(self.url) + 32 + sum(len(name) + len(value) + 4 for name, value in self.headers.items())
+    def is_long(self):
+        """Whether request line and headers may be more than a server takes in a GET."""
+        size = len(self.endpoint) + sum(len(name) + len(value) + 4 for name, value in self.headers.items())
+        raw = sum(len(name) + len(text) + 2 for name, text in self.params.items())
+        if size + 9 * raw < LONGEST_HEAD - _SIGNED:  # a character is nine bytes at the most, and mostly one
+            return False
+        return size + len(_wire_form(self.params)) > LONGEST_HEAD - _SIGNED
 
 
 def _shown(endpoint, with_path_slash=False):
@@ -688,9 +790,9 @@ def _shown(endpoint, with_path_slash=False):
 
 def _check_client(client):
     """Refuse, before anything is sent, settings that make no sense together. Raises ValueError that names them."""
-    endpoint = client.endpoint
-    together = (endpoint, client.key, client.secret, client.username, client.password, client.cert, client.cert_key)
-    if client.__dict__.get("_checked") == together:
+    endpoint, own = client.endpoint, client._own
+    together = (endpoint, client.key, client.secret, own.username, own.password, client.cert, own.cert_key)
+    if own.checked == together:
         return
     if not endpoint:
         raise ValueError("endpoint: missing; it is the URL of the API, such as https://host/client/api")
@@ -704,14 +806,14 @@ def _check_client(client):
     if parts.username is not None:
         raise ValueError("endpoint: a user name or password cannot be part of the address")
     for pair in (("key", "secret"), ("username", "password")):
-        missing = [name for name in pair if getattr(client, name) is None]
+        missing = [name for name in pair if client.get_setting(name) is None]
         if len(missing) == 1:
             raise ValueError("{}: missing; {} and {} go together".format(missing[0], *pair))
-    if client.cert_key is not None and client.cert is None:
+    if own.cert_key is not None and client.cert is None:
         raise ValueError("cert: missing, although cert_key is given; they go together")
-    if client.key is not None and client.username is not None:
+    if client.key is not None and own.username is not None:
         raise ValueError("username: given together with key; use either key and secret or username and password")
-    client.__dict__["_checked"] = together
+    own.checked = together
 
 
 def _build(client, call, login=None, post=False):
@@ -720,20 +822,20 @@ def _build(client, call, login=None, post=False):
     params[call.opcode_name] = call.command
     if call.json:
         params["response"] = "json"
-    secrets = [client.password]
+    secrets = [client._own.password]
+    add_signature = None
     if login is not None:
         params["sessionkey"] = login.key
         secrets += login.cookies.values()
-    elif client.key is not None and client.username is None:
+    elif client.key is not None and client._own.username is None:
         for name in [name for name in params if name.lower() == "apikey"]:
             del params[name]
         params["apiKey"] = client.key
-        _add_expiry(client, call, params)
-        params["signature"] = sign(params, client.secret)
+        add_signature = _signer(client.secret, client.expiration, call.expires)
         secrets += [client.secret]
     if call.expires is not None:
-        params.setdefault("expires", call.expires)
-    request = _Request(client, call, params, secrets)
+        params["expires"] = call.expires
+    request = _Request(client, call, params, secrets, add_signature)
     _add_headers(client, call, request, login)
     if _needs_post(client, call, request, post):
         request.method = "POST"
@@ -742,7 +844,7 @@ def _build(client, call, login=None, post=False):
 
 
 def _is_anonymous(client, call):
-    return client.key is None and client.username is None and call.command.lower() != "login"
+    return client.key is None and client._own.username is None and call.command.lower() != "login"
 
 
 def _needs_post(client, call, request, post):
@@ -754,17 +856,23 @@ def _needs_post(client, call, request, post):
         post
         or call.secret
         or client.method == "post"
-        or request.head_size() > LONGEST_HEAD
         or (client._server.post_only and not _get_allowed(call.command))
+        or request.is_long()
     )
 
 
-def _add_expiry(client, call, params):
-    seconds = client.expiration.total_seconds()
-    if call.expires is not None or seconds >= 0:
-        params["signatureVersion"] = "3"
-        moment = time.gmtime(min(time.time() + seconds, 253402300799))  # the year 9999, as far as the format goes
-        params["expires"] = call.expires or time.strftime("%Y-%m-%dT%H:%M:%S+0000", moment)
+def _signer(secret, expiration, expires):
+    """Return the function that adds expiry and signature to the parameters of a request."""
+    seconds = expiration.total_seconds()
+
+    def add_signature(params):
+        if expires is not None or seconds >= 0:
+            params["signatureVersion"] = "3"
+            moment = time.gmtime(min(time.time() + seconds, 253402300799))  # the year 9999, as far as the format goes
+            params["expires"] = expires or time.strftime("%Y-%m-%dT%H:%M:%S+0000", moment)
+        params["signature"] = sign(params, secret)
+
+    return add_signature
 
 
 _LOOPBACK = re.compile(r"https?://(?:127\.|localhost(?:[:/?]|\Z)|\[::1\])")  # where packing costs more than it saves
@@ -773,7 +881,7 @@ _LOOPBACK = re.compile(r"https?://(?:127\.|localhost(?:[:/?]|\Z)|\[::1\])")  # w
 def _add_headers(client, call, request, login):
     local = _LOOPBACK.match(request.endpoint)
     own = {"User-Agent": "cs/" + __version__, "Accept-Encoding": "identity" if local else "gzip"}
-    if login is not None:
+    if login is not None and login.cookies:  # an empty header would hide the cookies that a `session` keeps itself
         own["Cookie"] = "; ".join(name + "=" + value for name, value in login.cookies.items())
     request.add_headers(own, client.headers, call.headers)
 
@@ -786,9 +894,53 @@ def _no_constant(name):
 _JSON = jsonlib.JSONDecoder(strict=False, parse_constant=_no_constant)
 
 
+class _CollectorPause:
+    """Python's cyclic garbage collector, stopped while a long answer is decoded: that makes thousands of containers
+    that can hold no cycle, and looking through them again and again took half the time of a long list. Counted, since
+    several threads may be at it; where the program has turned the collector off, it stays off."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._start_anew()
+        if hasattr(os, "register_at_fork"):  # a child must not inherit a collector stopped by another thread
+            os.register_at_fork(after_in_child=self._leave_all)
+
+    def _start_anew(self):
+        self._inside = 0
+        self._stopped = False
+
+    def __enter__(self):
+        with self._lock:
+            self._inside += 1
+            if gc.isenabled():
+                self._stopped = True
+                gc.disable()
+
+    def __exit__(self, *exc_info):
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._stopped:
+                self._stopped = False
+                gc.enable()
+
+    def _leave_all(self):
+        self._lock = threading.Lock()
+        if self._stopped:
+            gc.enable()
+        self._start_anew()
+
+
+_collector_stopped = _CollectorPause()
+_LONG_ANSWER = 1 << 16  # characters; below, the collector hardly runs
+
+
 def _parse(response):
     """The answer as JSON. Raises ValueError or RecursionError."""
-    return _JSON.decode(response.content.decode("utf-8-sig", "replace"))
+    text = response.content.decode("utf-8-sig", "replace")
+    if len(text) < _LONG_ANSWER:
+        return _JSON.decode(text)
+    with _collector_stopped:
+        return _JSON.decode(text)
 
 
 def _advice(client):
@@ -908,15 +1060,19 @@ def _mark(call, error):
     answered = isinstance(getattr(error, "error", None), dict) or 300 <= (_status(error) or 0) < 500
     error.outcome_unknown = not (call.reads or error.unsent or answered)
     if error.outcome_unknown and error.response is None and error.args:
-        hint = "{} may have run, its outcome is unknown: look before it is sent again".format(call.command)
-        error.args = (error.args[0], "; ".join([str(arg) for arg in error.args[1:]] + [hint]))
+        _add_hint(error, f"{call.command} may have run, its outcome is unknown: look before it is sent again")
 
 
-def _ask(client, call, retries=None):
+def _add_hint(error, hint):
+    """Put a hint behind what an exception says; of an OSError's arguments a third would be lost."""
+    error.args = (error.args[0], "; ".join([str(arg) for arg in error.args[1:]] + [hint]))
+
+
+def _ask(client, call):
     """Send one command until it is answered or may not be sent again; returns the decoded answer."""
     attempt = 0
     post = renewed = replayed = False
-    retries = client.retry if retries is None else retries
+    retries = client.retry if call.retries is None else call.retries
     while True:
         login = None if call.command == "login" else (yield from _current_login(client))
         try:
@@ -947,33 +1103,40 @@ def _ask(client, call, retries=None):
 def _current_login(client):
     """The session to send with, made if there is none; None where the client has no user name. Of many callers one logs
     in and the others wait for it, and share its failure: wrong passwords in a row would lock the account."""
-    if client.username is None:
+    if client._own.username is None:
         return None
-    import copy
-
     server = client._server
-    waited = False
+    turn = server.log_in
     while server.login is None:
-        if not server.logging_in.acquire(False):
-            waited = True
-            yield 0.02
+        count = turn.done.count
+        token = turn.take()
+        if token is not None:
+            yield from _log_in_for_all(client, server, token)
             continue
-        try:
-            if waited and server.login is None and server.login_error is not None:
-                raise copy.copy(server.login_error)  # each caller writes the id of its own job on it
-            if server.login is None:
-                server.login_error = None
-                server.login = yield from _log_in(client)
-        except CloudStackException as error:
-            server.login_error = error
-            raise
-        finally:
-            server.logging_in.release()
+
+        yield _Pause(LEASE, turn.done, count)
+        if server.login is None and server.login_error is not None:
+            import copy
+
+            raise copy.copy(server.login_error)  # each caller writes the id of its own job on it
     return server.login
 
 
+def _log_in_for_all(client, server, token):
+    try:
+        if server.login is None:
+            server.login_error = None
+            server.login = yield from _log_in(client)
+    except CloudStackException as error:
+        server.login_error = error
+        raise
+    finally:
+        server.log_in.give_back(token)
+
+
 def _log_in(client):
-    params = {"username": client.username, "password": client.password, "domain": client.domain or "/"}
+    own = client._own
+    params = {"username": own.username, "password": own.password, "domain": own.domain or "/"}
     call = _Call("login", params)
     answer = yield from _ask(client, call)
     key = answer.get("sessionkey") if isinstance(answer, dict) else None
@@ -1013,14 +1176,33 @@ def _rows(answer):
     return [] if not set(answer) - {"count"} else None
 
 
+def _is_same_page(rows, page):
+    """Whether two pages hold the same rows in the same order: equal ones, or ones that go by the same ids and names
+    while figures in them have moved. The id alone would not do: templates repeat it for every zone."""
+    if len(rows) != len(page):
+        return False
+    if rows == page:
+        return True
+    if len(rows) < 2 or [_row_id(row) for row in rows] != [_row_id(row) for row in page]:
+        return False
+    return all(_row_id(row) is not None for row in rows) and list(map(_identity, rows)) == list(map(_identity, page))
+
+
+def _row_id(row):
+    return row.get("id") if isinstance(row, dict) else None
+
+
+def _identity(row):
+    return {name: value for name, value in row.items() if name.endswith(("id", "name"))}
+
+
 class _Walk:
     """All pages of one list, in order; `yield from next_page()` gives a list of rows, or None after the last.
 
     A page is never taken for the last by its length alone: `count` is the total for most commands, the length of this
     page for some, and missing for others. So the walk goes on while a page is full or fewer than `count` rows were
-    seen, and ends with an empty page, with one that repeats the one before it (commands that ignore `page`), or with
-    one that is longer than asked for (those, again). Rows are never compared by id: templates repeat it for every
-    zone."""
+    seen, and ends with an empty page, with one that repeats the one before it or the first (commands that ignore
+    `page`, servers that begin anew), or with one that is longer than asked for (those, again)."""
 
     def __init__(self, client, call, ahead=1, report=None):
         self.client = client
@@ -1032,7 +1214,8 @@ class _Walk:
         self.first = None  # the first answer, for what is no list
         self.total = None  # what the server says there is
         self.seen = 0
-        self.previous = None
+        self.pages = 0
+        self.first_rows = self.previous = None
         self.buffered = []
         self.done = False
 
@@ -1060,9 +1243,12 @@ class _Walk:
 
     def _fetch(self):
         pages = self._sure_pages()
-        if len(pages) < 2:
+        if len(pages) > 1:
+            yield from self._fetch_at_once(pages)
+        if not self.buffered:
             self.buffered = [(yield from self._ask_within_limit(self.call.with_page(self.page, self.size)))]
-            return
+
+    def _fetch_at_once(self, pages):
         todo = iter(pages)
         answers, halt = {}, []  # type: dict, list
         try:
@@ -1072,7 +1258,8 @@ class _Walk:
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
-        self.buffered = [answers[page] for page in sorted(answers)]
+        # Up to the first gap: what follows one is read again, from there.
+        self.buffered = [answers[page] for page in itertools.takewhile(answers.__contains__, pages)]
 
     def _sure_pages(self):
         """The pages to come that may be asked for at once: only where a full page and a count above it say that they
@@ -1085,13 +1272,14 @@ class _Walk:
     def _lane(self, todo, answers, halt):
         """One of several that share the pages to do. The first page that is not full, or repeats the one before all
         of these, is the end, whatever the count said: nothing more is asked for then."""
-        for page in todo:
-            if halt:
+        while not halt:  # looked at first: a page that was taken is asked for, or its rows were lost (finding 04)
+            page = next(todo, None)
+            if page is None:
                 break
             try:
                 answers[page] = yield from _ask(self.client, self.call.with_page(page, self.size))
                 rows = _rows(answers[page])
-                good = rows is not None and len(rows) == self.size and rows != self.previous
+                good = rows is not None and len(rows) == self.size and not self._repeats(rows)
             except CloudStackException as error:
                 answers[page], good = error, False
             if self.report:
@@ -1117,17 +1305,26 @@ class _Walk:
         rows = _rows(answer)
         if self.first is None:
             self.first = answer
-        if not rows or rows == self.previous:
+        if not rows or self._repeats(rows):
             self.done = True
             return None
+        self.pages += 1
+        if self.pages > MOST_PAGES:
+            self.done = True
+            raise CloudStackException("Unexpected response from CloudStack", f"a list of more than {MOST_PAGES} pages")
         self.seen += len(rows)
         count = answer.get("count")
         if isinstance(count, int) and count > len(rows):
             self.total = count
         self.done = len(rows) > self.size or (len(rows) < self.size and self.seen >= (self.total or 0))
         self.previous = rows
+        self.first_rows = self.first_rows or rows
         self.page += 1
         return rows
+
+    def _repeats(self, rows):
+        """Whether a page is the one before it, or the first, once more."""
+        return any(_is_same_page(rows, page) for page in (self.previous, self.first_rows) if page)
 
     def is_list(self):
         return _rows(self.first) is not None
@@ -1135,7 +1332,7 @@ class _Walk:
 
 def _collect(client, call):
     """Every row of a list; what is no list, as it is."""
-    walk = _Walk(client, call, PAGES_AHEAD, client._progress)
+    walk = _Walk(client, call, PAGES_AHEAD, client._own.progress)
     everything = []  # type: list
     while True:
         rows = yield from walk.next_page()
@@ -1149,62 +1346,135 @@ def _collect(client, call):
 
 class _JobList:
     """Which jobs are pending, found out once for all who wait: listAsyncJobs tells in one request what single looks
-    would ask for each. It serves threads and event loops alike, since nobody waits for anybody: who finds the news too
-    old fetches it, who finds another fetching looks again a moment later, and who was fetching may be cancelled.
+    would ask for each. It serves threads and event loops alike: who needs news first fetches them, and all others are
+    woken to look at them.
 
-    A job that is not in the list is asked for singly, so that whatever the list leaves out (another account's jobs,
-    rows that moved between pages) costs a request and nothing else."""
+    A job that is not, or no longer, in the list is asked for singly, so that whatever the list leaves out (another
+    account's jobs, rows that moved between pages) costs a request and nothing else."""
 
     FEWEST = 4  # waiters; for fewer, asking singly is as cheap
+    USELESS = 600.0  # seconds to do without a list that does not help
 
     def __init__(self):
         self.waiting = set()
-        self.refreshing = threading.Lock()
-        self.pending = frozenset()  # type: frozenset
-        self.asked_at = None  # when the list was asked for: what it says is at least as new as that
+        self.needed = self.FEWEST  # waiters, for the list to be worth its requests
+        self.reading = _Turn()
+        self.pending = set()  # type: set
+        self.asked_at = float("-inf")  # when the list was asked for: what it says is at least as new as that
         self.off_until = 0.0
-        self.in_vain = 0
+        self.failures = 0  # in a row
+        self.in_vain = 0  # looks at jobs that the list had not shown, though they were pending
 
-    def __call__(self, client, call, since, deadline):
-        """When news newer than `since` was asked for that shows the job pending, or None: then ask for it singly."""
-        jobid = call.params["jobid"]
-        while len(self.waiting) >= self.FEWEST and self.off_until <= _clock() < deadline:
-            if self.asked_at is not None and self.asked_at > since:
-                return self.asked_at if jobid in self.pending else None
-            if not self.refreshing.acquire(False):
-                yield max(0.02, min(0.2, client.poll_interval / 10))
-                continue
-            try:
-                yield from self._refresh(client, call, deadline)
-            finally:
-                self.refreshing.release()
-        return None
+    def join(self, poll):
+        self.waiting.add(poll)
 
-    def _refresh(self, client, call, deadline):
-        """Read the list; where that fails, or takes as many requests as it could save, do without for a while."""
+    def leave(self, poll):
+        self.waiting.discard(poll)
+        if not self.waiting:
+            self.needed = self.FEWEST
+
+    def is_used(self):
+        return len(self.waiting) >= self.needed and self.off_until <= _clock()
+
+    def pause(self, seconds):
+        """The step that sleeps until the list was read anew, or for so many seconds."""
+        return _Pause(seconds, self.reading.done, self.reading.done.count)
+
+    def refresh(self, client, call):
+        """Read the list, or wait for the one who is at it. Whoever called looks afterwards whether there are news."""
+        pause = self.pause(max(SOONEST_LOOK, client.poll_interval))
+        token = self.reading.take()
+        if token is None:
+            yield pause
+            return
+        try:
+            yield from self._read(client, call)
+        finally:
+            self.reading.give_back(token)
+
+    def _read(self, client, call):
+        """Read the list; where that fails, do without for a while."""
         asked_at = _clock()
         listing = _Call("listAsyncJobs", {}, opcode_name=call.opcode_name, headers=call.headers)
-        listing.total = max(0.0, deadline - asked_at) + client.timeout
-        walk = _Walk(client, listing)
-        pending = set()  # type: set
-        most = len(self.waiting) // 2
+        listing.retries = 0
+        listing.total = max(1.0, client.poll_interval)  # one that takes longer saves nobody anything
         try:
-            for _ in range(most):
-                rows = yield from walk.next_page()
-                if rows is None:
-                    break
-                pending.update(str(row.get("jobid")) for row in rows if isinstance(row, dict))
-            if not walk.done or not walk.is_list():
-                raise CloudStackException("listAsyncJobs is of no use here")
+            rows = yield from self._rows(client, listing)
         except CloudStackException as error:
-            # Passing trouble passes; a role that may not list jobs, or far too many jobs of others, stays a while.
-            self.off_until = _clock() + (client.poll_interval if _passing(error) else 600.0)
+            # Passing trouble passes; a role that may not list jobs stays a while.
+            self.failures += 1
+            passing = _passing(error) and self.failures < PATIENCE
+            self.off_until = _clock() + (client.poll_interval if passing else self.USELESS)
             return
-        known = any(poll.params["jobid"] in pending for poll in list(self.waiting))
-        self.in_vain = 0 if known else self.in_vain + 1
-        if self.in_vain > 1:  # those who wait, wait for jobs that it does not show
-            self.off_until = _clock() + 600.0
-        self.pending, self.asked_at = frozenset(pending), asked_at
+        self.failures = 0
+        if rows is None:
+            return
+        # Servers up to 4.19 list finished jobs, too (finding 01).
+        self.pending = {str(row.get("jobid")) for row in rows if str(row.get("jobstatus", 0)) == "0"}
+        self.asked_at = asked_at
+
+    def _rows(self, client, listing):
+        """All rows of the list; None where, with the jobs of others, it takes more requests than it saves: it is tried
+        again when there are twice as many waiters."""
+        walk = _Walk(client, listing)
+        found = []
+        while not walk.done and walk.pages < len(self.waiting) // 2:
+            rows = yield from walk.next_page()
+            found += [row for row in rows or () if isinstance(row, dict)]
+        if not walk.done:
+            self.needed = 2 * len(self.waiting)
+            return None
+        if not walk.is_list():
+            raise CloudStackException("listAsyncJobs is of no use here")
+        return found
+
+    def note_unlisted(self):
+        """Note a pending job that the list did not show: with too many of them it is not worth its requests."""
+        self.in_vain += 1
+        if self.in_vain > len(self.waiting):
+            self.in_vain = 0
+            self.off_until = _clock() + self.USELESS
+
+
+class _Wait:
+    """One waiter's looks at its job: when the next is due, what the last one told, and how long trouble lasts."""
+
+    def __init__(self, client):
+        self.client = client
+        self.started = self.due = self.looked = _clock()
+        self.news = self.started - 1e-6  # a list that is asked for at the same moment shows the job already
+        limit = client.job_timeout
+        self.deadline = float("inf") if limit is None else self.started + limit
+        self.was_listed = False
+        self.is_missing = False  # from a list that should show it
+        self.trouble = 0
+
+    def found_pending(self, at):
+        """Set the next look, after one of that moment found the job pending."""
+        self.news = at
+        self.trouble = 0
+        self.due = _clock() + _distance(self.client, at - self.started)
+
+    def rides_out(self, error):
+        """Set the next look after one that went wrong; False where the error says something about the job, or where
+        trouble has lasted for too long."""
+        patient = self.client.job_timeout is not None or self.trouble + 1 < PATIENCE
+        if not _rideable(error) or not patient:
+            return False
+        asked = _asked_wait(error) or 0.0
+        self.due = _clock() + min(LONGEST_WAIT, max(asked, self.client.poll_interval * 2.0**self.trouble))
+        self.trouble += 1
+        return True
+
+    def left(self):
+        """Seconds until the next look."""
+        return max(0.0, min(self.due, self.deadline) - _clock())
+
+
+def _distance(client, waited):
+    """Seconds between two looks at a job: they grow with the time it was waited for, so that a short one is seen early
+    and a long one costs few looks."""
+    return min(client.poll_interval, max(SOONEST_LOOK, NEXT_LOOK * waited))
 
 
 def _is_job(answer):
@@ -1212,59 +1482,100 @@ def _is_job(answer):
     return isinstance(answer, dict) and "jobid" in answer and "jobstatus" not in answer
 
 
+def _poll_call(call, jobid):
+    """The call that looks at a job, sent as the one that started it was. Raises ValueError."""
+    poll = _Call("queryAsyncJobResult", {"jobid": str(jobid)}, True, call.opcode_name, call.headers)
+    poll.retries = 0
+    return poll
+
+
 def _await_job(client, call, jobid):
     """The jobresult of a job, waited for; whatever is raised meanwhile carries the job's id."""
-    waiting = client._server.jobs.waiting
+    jobs = client._server.jobs
     poll = None
     try:
         try:
-            poll = _Call("queryAsyncJobResult", {"jobid": str(jobid)}, True, call.opcode_name, call.headers)
+            poll = _poll_call(call, jobid)
         except ValueError as error:
             raise CloudStackException("Unexpected response from CloudStack", str(error)) from None
-        waiting.add(poll)
+        jobs.join(poll)
         return (yield from _look_until_done(client, call, poll))
     except BaseException as error:
         setattr(error, "jobid", str(jobid))  # noqa: B010  (KeyboardInterrupt and CancelledError, too)
         raise
     finally:
-        waiting.discard(poll)
+        jobs.leave(poll)
 
 
 def _look_until_done(client, call, poll):
-    """Look until the job is done, and once more at the deadline. Trouble on the way (no answer, none of CloudStack's,
-    429, 503) is ridden out for as long as the deadline allows, or PATIENCE times in a row where there is none."""
-    started = news = _clock()
-    deadline = float("inf") if client.job_timeout is None else started + client.job_timeout
-    pause = min(FIRST_LOOK, client.poll_interval)
-    trouble = 0
+    """Look until the job is done, at once and then at growing distances, and once more at the deadline. Trouble on the
+    way (no answer, none of CloudStack's, 429, 503) is ridden out for as long as the deadline allows, or PATIENCE times
+    in a row where there is none."""
+    wait = _Wait(client)
     answered = None
     while True:
-        yield max(0.0, min(pause, deadline - _clock()))
-        if client._progress:
-            client._progress("job", call.command, _clock() - started)
-        seen_at = None if trouble else (yield from client._server.jobs(client, poll, news, deadline))
-        if seen_at is not None:
-            news = seen_at
-            pause = max(client.poll_interval / 2, seen_at + client.poll_interval - _clock())  # all wake as one
+        if client._own.progress:
+            client._own.progress("job", call.command, _clock() - wait.started)
+        if (yield from _is_listed(client, call, poll, wait)):
             continue
-        news = _clock()
-        last = news >= deadline
-        poll.total = max(0.0, deadline - news) + client.timeout
+        wait.looked = _clock()
+        last = wait.looked >= wait.deadline
+        poll.total = max(0.0, wait.deadline - wait.looked) + client.timeout
         try:
-            answer = yield from _ask(client, poll, retries=0)
-            finished, result = _job_outcome(answer, poll.response)
+            answer = yield from _ask(client, poll)
+            answered = poll.response
+            finished, result = _job_outcome(answer, answered)
             if finished:
                 return result
-            answered, trouble, pause = poll.response, 0, client.poll_interval
+            wait.found_pending(wait.looked)
+            if wait.is_missing:
+                client._server.jobs.note_unlisted()
         except CloudStackException as error:
-            if not _rideable(error) or (client.job_timeout is None and trouble + 1 >= PATIENCE):
-                raise
             answered = error.response or answered
-            pause = min(LONGEST_WAIT, max(_asked_wait(error) or 0.0, client.poll_interval * 2.0**trouble))
-            trouble += 1
+            if not wait.rides_out(error):
+                raise
         if last:
             response = answered and answered.replaced(408, "Request Timeout")
             raise CloudStackJobTimeout("Timeout waiting for async job result", poll.params["jobid"], response=response)
+
+
+def _is_listed(client, call, poll, wait):
+    """Sleep until a look is due; True where the list of jobs has meanwhile shown the job as pending. Else it is to be
+    asked for singly: where there is no list, where the list no longer shows it, and now and then in any case."""
+    jobs = client._server.jobs
+    wait.is_missing = False
+    while jobs.is_used() and not wait.trouble:
+        pause = jobs.pause(wait.left())
+        if jobs.asked_at > wait.news:
+            if poll.params["jobid"] in jobs.pending:
+                return _note_listed(client, jobs, wait)
+            if wait.was_listed or not pause.seconds:
+                wait.was_listed, wait.is_missing = False, True
+                return False
+
+        if pause.seconds:
+            yield pause
+        elif _clock() >= wait.deadline:
+            return False
+        elif _clock() - jobs.asked_at < min(SOONEST_LOOK, client.poll_interval):
+            yield jobs.pause(SOONEST_LOOK)
+        elif _clock() > wait.due + max(1.0, client.poll_interval):  # somebody is at it, and does not come back
+            return False
+        else:
+            yield from jobs.refresh(client, call)
+
+    if wait.left():
+        yield wait.left()
+    return False
+
+
+def _note_listed(client, jobs, wait):
+    """Set the next look at a job that the list shows; True unless it is to be asked for singly all the same: at the
+    deadline, and now and then, since no list is to be believed for ever (finding 01)."""
+    wait.was_listed, jobs.in_vain = True, 0
+    wait.found_pending(jobs.asked_at)
+    own_look = wait.looked + OWN_LOOK * max(SOONEST_LOOK, client.poll_interval)
+    return _clock() < min(own_look, wait.deadline)
 
 
 def _rideable(error):
@@ -1274,14 +1585,19 @@ def _rideable(error):
     return True
 
 
-def _job_outcome(answer, response):
-    """(finished, result) out of queryAsyncJobResult's answer. A failed job may come without jobresult: the server was
-    restarted, its queue cancelled. Raises CloudStackApiException with what the server said."""
+def _job_status(answer, response):
+    """Return jobstatus out of queryAsyncJobResult's answer. Raises CloudStackException where it has none."""
     try:
-        status = int(answer["jobstatus"])
+        return int(answer["jobstatus"])
     except (KeyError, OverflowError, TypeError, ValueError):
         detail = "queryAsyncJobResult gave no jobstatus"
         raise CloudStackException("Unexpected response from CloudStack", detail, response=response) from None
+
+
+def _job_outcome(answer, response):
+    """(finished, result) out of queryAsyncJobResult's answer. A failed job may come without jobresult: the server was
+    restarted, its queue cancelled. Raises CloudStackApiException with what the server said."""
+    status = _job_status(answer, response)
     result = answer.get("jobresult")
     if status == 0:
         return False, None
@@ -1294,12 +1610,75 @@ def _command(client, call, fetch_list, fetch_result):
     """A whole call: the answer, all rows of a list, or the result of a job."""
     _check_client(client)
     if fetch_list is _LAZY:
-        return _Walk(client, call, report=client._progress)
+        return _Walk(client, call, report=client._own.progress)
     call.complete_page(client._server.page_limit)
-    answer = yield from _collect(client, call) if fetch_list else _ask(client, call)
+    if client._own.recover:
+        call.choose_job_id()
+    if call.job_id is not None:
+        answer = yield from _submit(client, call)
+    else:
+        answer = yield from _collect(client, call) if fetch_list else _ask(client, call)
     if fetch_result and _is_job(answer):
         answer = yield from _await_job(client, call, answer["jobid"])
     return answer
+
+
+# Recovery: the job of a command whose answer was lost is found by the id that the command gave it. It is only asked
+# for: sent again, even under the same id, the command would be refused and yet leave a second machine (seen on 4.23).
+
+
+def _submit(client, call):
+    """The answer of a command that changes something, or the like of it where the job shows that it was accepted."""
+    try:
+        try:
+            return (yield from _ask(client, call))
+        except CloudStackException as error:
+            if not error.outcome_unknown:
+                raise
+            lost = error
+        return (yield from _find_job(client, call, lost))
+    except CloudStackException:
+        raise
+    except BaseException as error:  # Ctrl-C, a cancelled task: the answer may be on its way
+        setattr(error, "jobid", call.job_id)  # noqa: B010
+        raise
+
+
+def _find_job(client, call, lost):
+    """Ask for the job at once and at growing distances, and ride out trouble as the wait for a job does. Raises the
+    error by which the answer was lost, where the server has not known the job for `timeout` seconds in a row."""
+    poll = _poll_call(call, call.job_id)
+    wait = _Wait(client)
+    unknown_since = None
+    while True:
+        asked_at = _clock()
+        try:
+            answer = yield from _ask(client, poll)
+            _job_status(answer, poll.response)
+            return _submission(answer, call.job_id)
+        except CloudStackException as error:
+            if isinstance(error, CloudStackApiException) and _status(error) == 431:
+                unknown_since = asked_at if unknown_since is None else unknown_since
+                wait.due = _clock() + _distance(client, asked_at - wait.started)
+                is_over = asked_at - unknown_since >= client.timeout
+            else:
+                unknown_since = None
+                is_over = not wait.rides_out(error)
+
+        if is_over or asked_at >= wait.deadline:
+            break
+        yield wait.left()
+
+    lost.jobid = call.job_id
+    said = "could not be asked for" if unknown_since is None else "knows no"
+    _add_hint(lost, f"the server {said} job {call.job_id}; wait_job() or `cs --wait {call.job_id}` asks again later")
+    raise lost
+
+
+def _submission(job, job_id):
+    """The answer that the submission of a job had, made of what is known of the job."""
+    ident = job.get("jobinstanceid")
+    return {"jobid": job_id} if ident is None else {"id": ident, "jobid": job_id}
 
 
 def _resume(client, jobid):
@@ -1314,7 +1693,7 @@ _CHUNK = 1 << 18
 
 
 class _Response:
-    """An answer, read to its end: status_code, reason, headers (mapping, names in any case), content (bytes), text,
+    """An answer, read to its end: status_code, reason, headers (mapping, names in any case), content (bytes), text, ok,
     json(), as requests has them."""
 
     def __init__(self, status_code, reason, headers, content):
@@ -1329,6 +1708,10 @@ class _Response:
     @property
     def text(self):
         return self.content.decode("utf-8", "replace")
+
+    @property
+    def ok(self):
+        return self.status_code < 400
 
     def json(self):
         return _parse(self)
@@ -1888,26 +2271,37 @@ class CloudStack:
     Raises ValueError, before anything is sent, for what cannot be sent; CloudStackException for the rest, see there.
     """
 
-    _progress = None  # type: object  # the command line's: ("rows", seen, total), ("job", command, seconds)
-
     def __init__(
         self, endpoint, key=None, secret=None, timeout=10, method="get", verify=None, cert=None, cert_key=None,
         name=None, retry=0, retry_backoff=0.5, job_timeout=None, poll_interval=2.0, expiration=600, trace=False,
         dangerous_no_tls_verify=False, headers=None, session=None, fetch_result=False, *,
         theme=None, output=None, username=None, password=None, domain=None, concurrency=128,
-        max_response_size=256 * 1024 * 1024
+        max_response_size=256 * 1024 * 1024, recover=False
     ):  # fmt: skip
         given = dict(locals())
+        self._own = _Own()
         for setting in SETTINGS:
             value = given[setting.name]
-            setattr(self, setting.name, setting.default if value is None else value)
+            self.set_setting(setting.name, setting.default if value is None else value)
 
     def __setattr__(self, name, value):
         """Settings are converted and checked wherever they are set; other attributes are the program's own."""
-        setting = _SETTING.get(name)
+        setting = _ATTRIBUTES.get(name)
         if setting is not None:
             value = _converted(name, setting.convert, value)
         object.__setattr__(self, name, value)
+
+    def get_setting(self, name):
+        """Return the value of a setting, by its name in SETTINGS. Raises KeyError where there is none of that name."""
+        return getattr(self._own if _SETTING[name].name in _NO_ATTRIBUTES else self, name)
+
+    def set_setting(self, name, value):
+        """Set one: the way for those settings that are no attributes, since subclasses use names such as `domain` and
+        `username` for their own. Raises ValueError for what it cannot be, KeyError where there is none of that name."""
+        if name in _NO_ATTRIBUTES:
+            setattr(self._own, name, _converted(name, _SETTING[name].convert, value))
+        else:
+            setattr(self, _SETTING[name].name, value)
 
     def __getattr__(self, command):
         if command.startswith("_"):
@@ -1924,12 +2318,13 @@ class CloudStack:
 
     def __getstate__(self):
         # Connections, threads and what was learned stay behind; a copy makes its own.
-        return {name: value for name, value in self.__dict__.items() if name not in _OWN}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_connections", "_pool")}
+        return dict(state, _own=self._own.copy())
 
     @property
     def verify(self):
         """True, or the path of the CA certificates; False only where dangerous_no_tls_verify is set and no path."""
-        return self._ca or not self.dangerous_no_tls_verify
+        return self._ca or not self._own.dangerous_no_tls_verify
 
     @verify.setter
     def verify(self, value):
@@ -1938,7 +2333,8 @@ class CloudStack:
     @property
     def cert(self):
         """The client certificate's path, or a pair with its key's."""
-        return (self._pem, self.cert_key) if self.cert_key and isinstance(self._pem, str) else self._pem
+        key = self._own.cert_key
+        return (self._pem, key) if key and isinstance(self._pem, str) else self._pem
 
     @cert.setter
     def cert(self, value):
@@ -1947,24 +2343,28 @@ class CloudStack:
     @property
     def _server(self):
         """What was learned about the present endpoint, as the present user."""
-        servers = self.__dict__.setdefault("_servers", {})
-        place = (self.endpoint, self.key, self.username, os.getpid())  # locks and sessions are not for a fork's child
-        return servers.get(place) or servers.setdefault(place, _Server())
+        own = self._own
+        place = (self.endpoint, self.key, own.username, os.getpid())  # locks and sessions are not for a fork's child
+        return own.servers.get(place) or own.servers.setdefault(place, _Server())
 
     @property
     def _transport(self):
         own = self.__dict__.get("_connections")
-        return own or self.__dict__.setdefault("_connections", _Transport(self.concurrency))
+        return own or self.__dict__.setdefault("_connections", _Transport(self._own.concurrency))
 
     def _request(
         self, command, json=True, opcode_name="command", fetch_list=False, headers=None, fetch_result=None, **params
     ):
         """Every command goes through here, which makes it the place for a subclass to step in; pages, polls and log-in
         are this client's own and do not."""
+        return self._run(self._steps(command, json, opcode_name, fetch_list, headers, fetch_result, params))
+
+    def _steps(self, command, json, opcode_name, fetch_list, headers, fetch_result, params):
+        """The protocol generator of a command."""
         call = _Call(command, flatten(params), json, opcode_name, headers)
         wait = self.fetch_result if fetch_result is None else _converted("fetch_result", _flag, fetch_result)
         every = fetch_list if fetch_list is _LAZY else _converted("fetch_list", _flag, fetch_list)
-        return self._run(_command(self, call, every, wait))
+        return _command(self, call, every, wait)
 
     def iter_list(self, command, **params):
         """The rows of a list command one by one, page after page, with a page or two in memory; what is no list is
@@ -1985,7 +2385,7 @@ class CloudStack:
     def close(self):
         """End the session, if one was logged in to, and close the connections. The client may be used again."""
         CloudStack._run(self, _log_out(self))
-        self.__dict__.pop("_servers", None)
+        self._own.servers = {}
         own = self.__dict__.pop("_connections", None)
         if own is not None:
             own.close()
@@ -2030,6 +2430,8 @@ class CloudStack:
                         result = self._exchange(step)
                     elif isinstance(step, list):
                         result = _in_threads(self._outcome, step)
+                    elif isinstance(step, _Pause):
+                        _wait(step)
                     else:
                         _sleep(step)
                 except BaseException as raised:
@@ -2045,7 +2447,40 @@ class CloudStack:
             return error
 
 
-_OWN = ("_connections", "_servers", "_pool", "_progress", "_checked")
+class _Own:
+    """What a client keeps beside its attributes: the settings that are none, and what it has learned."""
+
+    cert_key: "str | None"
+    dangerous_no_tls_verify: bool
+    username: "str | None"
+    password: "str | None"
+    domain: "str | None"
+    concurrency: int
+    max_response_size: int
+    recover: bool
+
+    def __init__(self):
+        self.servers = {}
+        self.checked = None  # the settings that were last found to make sense together
+        self.progress = None  # the command line's: ("rows", seen, total), ("job", command, seconds)
+
+    def copy(self):
+        """Return one with the same settings that has learned nothing yet."""
+        fresh = _Own()
+        for name in _NO_ATTRIBUTES:
+            setattr(fresh, name, getattr(self, name))
+        return fresh
+
+
+def _wait(pause):
+    """Sleep in this thread until the pause is over or its signal was set."""
+    woken = threading.Event()
+    pause.signal.add(woken.set)
+    try:
+        if pause.signal.count == pause.count:
+            woken.wait(pause.seconds)
+    finally:
+        pause.signal.discard(woken.set)
 
 
 def _in_threads(function, items):
@@ -2079,6 +2514,19 @@ class AIOCloudStack(CloudStack):
         given["fetch_result"] = True if fetch_result is None else fetch_result
         super().__init__(**given, **options)
 
+    async def _request(
+        self, command, json=True, opcode_name="command", fetch_list=False, headers=None, fetch_result=None, **params
+    ):
+        steps = self._steps(command, json, opcode_name, fetch_list, headers, fetch_result, params)
+        return await self._run(steps)
+
+    _request.__doc__ = CloudStack._request.__doc__
+
+    async def wait_job(self, jobid):
+        return await self._run(_resume(self, jobid))
+
+    wait_job.__doc__ = CloudStack.wait_job.__doc__
+
     async def _run(self, steps):
         """As CloudStack._run, on an event loop."""
         import asyncio
@@ -2096,6 +2544,8 @@ class AIOCloudStack(CloudStack):
                         result = await self._in_worker(step)
                     elif isinstance(step, list):
                         result = await asyncio.gather(*map(self._outcome, step))
+                    elif isinstance(step, _Pause):
+                        await _wait_async(step)
                     else:
                         await asyncio.sleep(step)
                 except BaseException as raised:
@@ -2126,7 +2576,7 @@ class AIOCloudStack(CloudStack):
         if pid != os.getpid():  # threads do not survive a fork
             from concurrent.futures import ThreadPoolExecutor
 
-            pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="cs")
+            pool = ThreadPoolExecutor(self._own.concurrency, thread_name_prefix="cs")
             self.__dict__["_pool"] = (os.getpid(), pool)
         return pool
 
@@ -2161,6 +2611,33 @@ class AIOCloudStack(CloudStack):
         await self.aclose()
 
 
+async def _wait_async(pause):
+    """Sleep on this event loop until the pause is over or its signal was set, in whatever thread."""
+    import asyncio
+
+    loop = asyncio.get_event_loop()
+    woken = loop.create_future()
+
+    def end():
+        if not woken.done():
+            woken.set_result(None)
+
+    def wake():
+        try:
+            loop.call_soon_threadsafe(end)
+        except RuntimeError:  # the loop was closed while this waited
+            pass
+
+    pause.signal.add(wake)
+    timer = loop.call_later(pause.seconds, end)
+    try:
+        if pause.signal.count == pause.count:
+            await woken
+    finally:
+        timer.cancel()
+        pause.signal.discard(wake)
+
+
 def _with_context(function, argument):
     """The call, in a copy of the caller's context variables, as asyncio.to_thread has it (3.6 has none)."""
     import functools
@@ -2175,6 +2652,7 @@ def _with_context(function, argument):
 # --- 7 configuration ------------------------------------------------------------------------------------------------
 
 _PREFIX = "CLOUDSTACK_"
+_DEFAULT_REGION = "cloudstack"
 _INI_KEYS = [setting.name for setting in SETTINGS if setting.where == "both"] + ["theme", "output"]
 # Where the request goes, as whom, and whom it trusts: never mixed from two files, else a file that holds nothing but
 # an endpoint, left in a working directory, would be sent another file's key.
@@ -2337,7 +2815,9 @@ def _load_config(ini_group=None, flags=None, config=None):
     """(settings, what the files said). See read_config; flags {key: text} beat everything, config stands for
     CLOUDSTACK_CONFIG."""
     flags = flags or {}
-    region = ini_group or os.environ.get(_PREFIX + "REGION") or "cloudstack"
+    region = ini_group or os.environ.get(_PREFIX + "REGION") or _DEFAULT_REGION
+    if ini_group == _DEFAULT_REGION:  # asks for nothing: Ansible's modules up to 2.9 always pass it, whatever there is
+        ini_group = None
     overrides = [word.strip().lower() for word in os.environ.get(_PREFIX + "OVERRIDES", "").split(",") if word.strip()]
     env = _from_environment()
     env_first = "endpoint" in env and not ini_group and not overrides
@@ -2398,7 +2878,7 @@ def read_config(ini_group=None):
 
 def read_config_from_ini(ini_group=None):
     """What the section of a region holds in the ini files, plus `name` and `headers`; {"name": None} without it."""
-    region = ini_group or os.environ.get(_PREFIX + "REGION") or "cloudstack"
+    region = ini_group or os.environ.get(_PREFIX + "REGION") or _DEFAULT_REGION
     found = _from_files(region)
     found.check_origins()
     return dict(_as_settings(found.values), name=region if found.has_section else None)
@@ -2561,11 +3041,12 @@ class _Run:
         except configparser.NoSectionError:
             raise _Usage("Error: region {!r} not in config".format(options.region)) from None
         self._warn_of_readable_files(found)
+        self.settings.setdefault("recover", True)
         self.settings.update({"method": "post"} if options.post else {}, **({"trace": True} if options.trace else {}))
         self.client = CloudStack(**self.settings)
         _check_client(self.client)
         if not options.quiet and not self.client.trace and _is_terminal(sys.stderr):
-            self.client._progress = self.progress
+            self.client._own.progress = self.progress
 
     def _warn_of_readable_files(self, found):
         for path in sorted({found.origins[key] for key in ("secret", "password") if key in found.values}):
@@ -2959,7 +3440,8 @@ def _cache_path(client, *more):
 
     base = os.environ.get("XDG_CACHE_HOME") or ""
     base = base if os.path.isabs(base) else os.path.join(os.path.expanduser("~"), ".cache")
-    who = "\0".join([client.endpoint, client.key or client.username or "", client.domain or ""] + list(more))
+    user = client.key or client.get_setting("username") or ""
+    who = "\0".join([client.endpoint, user, client.get_setting("domain") or ""] + list(more))
     return os.path.join(base, "cs", hashlib.sha256(who.encode("utf-8")).hexdigest()[:32])
 
 
@@ -3125,6 +3607,9 @@ def _check_against_catalog(run, command, params):
     if catalog is None:
         return command
     command = catalog.resolve(command)
+    spec = catalog.get(command)
+    if spec is not None and not spec.isasync:  # there is no job that its lost answer could be found by
+        run.client.set_setting("recover", False)
     problems = _problems(catalog, command, params)
     if run.options.force or not problems:
         return command
@@ -3442,7 +3927,7 @@ def _print_completions(line):
 
 def _configure(run):
     """--configure: ask, try with one call, write the section to ~/.cloudstack.ini."""
-    region = run.options.region or os.environ.get(_PREFIX + "REGION") or "cloudstack"
+    region = run.options.region or os.environ.get(_PREFIX + "REGION") or _DEFAULT_REGION
     if not re.match(r"[^\[\]\s][^\[\]\r\n]*\Z", region) or region == "DEFAULT":
         raise _Usage("{!a} cannot be the name of a section".format(region))
     path = os.path.realpath(os.path.expanduser(run.options.config or "~/.cloudstack.ini"))
@@ -3534,7 +4019,7 @@ def _show_plan(run, command, params):
     call.complete_page(PAGE_SIZE)
     request = _build(run.client, call)
     lines = ["{} {}".format(request.method, _shown(run.client.endpoint, True))]
-    lines += ["{}={}".format(name, text) for name, text in sorted(_shown_params(request.params).items())]
+    lines += ["{}={}".format(name, text) for name, text in sorted(request.shown_params().items())]
     _write("\n".join(_printable(line) for line in lines) + "\n")
 
 
