@@ -1313,6 +1313,7 @@ def _resume(client, jobid):
 
 IDLE = 20.0  # seconds after which a kept connection is not used again; the server closes it after 30
 _CHUNK = 1 << 18
+_BUFFER = 1 << 14  # the longest record of TLS: with less, some of one could be left where a poll does not see it
 
 
 class _Response:
@@ -1509,7 +1510,7 @@ class _Transport:
 
     def _send(self, request, deadline):
         """One exchange over a kept or a new connection. Raises _Failed."""
-        route = self._route(request.endpoint)
+        route = self._routes.get(request.endpoint) or self._add_route(request.endpoint)
         key = (route.origin, route.proxy, request.verify, request.cert)
         sock = self._checkout(key)
         kept = sock is not None
@@ -1538,13 +1539,11 @@ class _Transport:
             sock.close()
         return response
 
-    def _route(self, endpoint):
-        route = self._routes.get(endpoint)
-        if route is None:
-            try:
-                route = self._routes[endpoint] = _Route(endpoint)
-            except OSError as error:
-                raise _Failed(error, unsent=True) from None
+    def _add_route(self, endpoint):
+        try:
+            route = self._routes[endpoint] = _Route(endpoint)
+        except OSError as error:
+            raise _Failed(error, unsent=True) from None
         return route
 
     def _checkout(self, key):
@@ -1656,7 +1655,8 @@ def _ask_for_tunnel(sock, route, request, deadline):
     _set_timeout(sock, request, deadline)
     sock.sendall("\r\n".join(lines + ["", ""]).encode("latin-1"))
 
-    response = http.client.HTTPResponse(_Answer(sock, request, deadline), method="CONNECT")  # type: ignore[arg-type]
+    answer = _Answer(_Clocked(sock, request, deadline), _BUFFER)
+    response = http.client.HTTPResponse(answer, method="CONNECT")  # type: ignore[arg-type]
     try:
         response.begin()
     finally:
@@ -1781,16 +1781,10 @@ class _Clocked(io.RawIOBase):
         self._room -= count
         return count
 
-    def close(self):
-        """Nothing is its own; the socket may be used again."""
-
 
 class _Answer(io.BufferedReader):
     """What http.client reads an answer from, in place of a socket. http.client closes it at the answer's end, when
     bytes beyond that must still be seen."""
-
-    def __init__(self, sock, request, deadline):
-        super().__init__(_Clocked(sock, request, deadline), 1 << 14)
 
     def makefile(self, mode):
         return self
@@ -1798,36 +1792,32 @@ class _Answer(io.BufferedReader):
     def close(self):
         pass
 
-    def has_surplus(self):
-        """Whether bytes beyond the answer came along, which a poll of the socket cannot see: the connection is then
-        out of step and must not be used again."""
-        self.raw.over = True  # type: ignore[attr-defined]
-        return bool(self.peek(1))
-
 
 def _read_response(sock, request, deadline):
     """Read the answer: (_Response, whether the connection can be used again)."""
     import http.client
 
-    answer = _Answer(sock, request, deadline)
+    clocked = _Clocked(sock, request, deadline)
+    answer = _Answer(clocked, _BUFFER)
     response = http.client.HTTPResponse(answer, method=request.method)  # type: ignore[arg-type]
     try:
         response.begin()
         content = _read_body(response, request.limit)
     finally:
         response.close()
-    reusable = not response.will_close and not answer.has_surplus()
-    reason = _safe_reason(request, response.status, response.reason)
+
+    reason = response.reason
+    if reason != http.client.responses.get(response.status):
+        reason = _mask_reason(reason, request)
+    # Bytes beyond the answer, which a poll of the socket cannot see, say that the connection is out of step.
+    clocked.over = True
+    reusable = not response.will_close and not answer.peek(1)
     return _Response(response.status, reason, response.headers, content), reusable
 
 
-def _safe_reason(request, status, reason):
+def _mask_reason(reason, request):
     """The reason phrase without secrets: a server may repeat the request line in it."""
-    import http.client
-
-    if reason == http.client.responses.get(status):
-        return reason
-    return _masked_text(str(reason), request.all_secrets())
+    return _masked_text(reason, request.all_secrets()) if isinstance(reason, str) else reason
 
 
 def _read_body(response, limit):
@@ -2031,8 +2021,7 @@ def _session_exchange(session, request):
         kind = CloudStackTimeoutError if late else CloudStackConnectionError
         raise_as = kind("No answer from " + _shown(request.url), "the session raised " + type(error).__name__)
     else:
-        reason = _safe_reason(request, answer.status_code, answer.reason)
-        return _Response(answer.status_code, reason, answer.headers, content)
+        return _Response(answer.status_code, _mask_reason(answer.reason, request), answer.headers, content)
     raise raise_as
 
 
