@@ -1436,7 +1436,7 @@ def _is_excluded(host, no_proxy):
         return False
     for entry in entries:
         try:
-            if address in ipaddress.ip_network(entry.strip("[]"), strict=False):
+            if address in ipaddress.ip_network(re.sub(r"[\[\]]", "", entry), strict=False):
                 return True
         except ValueError:  # a name
             continue
@@ -1668,7 +1668,60 @@ def _ask_for_tunnel(sock, route, request, deadline):
 
 def _wrap(context, sock, host):
     """TLS over a connection, its handshake yet to come: it must be known by then, so that it can be cut off."""
+    if hasattr(sock, "do_handshake"):
+        return _TlsInside(context, sock, host)
     return context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+
+
+class _TlsInside:
+    """TLS inside a TLS connection, that to an https proxy, over which SSLContext.wrap_socket cannot be used."""
+
+    def __init__(self, context, outer, host):
+        import ssl
+
+        self.outer = outer
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
+        self.gettimeout, self.settimeout = outer.gettimeout, outer.settimeout
+        self.fileno, self.close = outer.fileno, outer.close
+
+    def _call(self, function, *args):
+        """Call a method of the TLS object until it has all it needs; carry to and fro what it reads and writes."""
+        import ssl
+
+        while True:
+            try:
+                result, done = function(*args), True
+            except ssl.SSLWantReadError:
+                result, done = None, False
+            if self._outgoing.pending:
+                self.outer.sendall(self._outgoing.read())
+            if done:
+                return result
+            received = self.outer.recv(_BUFFER)
+            if received:
+                self._incoming.write(received)
+            else:
+                self._incoming.write_eof()
+
+    def do_handshake(self):
+        self._call(self._tls.do_handshake)
+
+    def sendall(self, content):
+        rest = memoryview(content)
+        while rest:
+            rest = rest[self._call(self._tls.write, rest[:_BUFFER]) :]
+
+    def recv_into(self, buffer):
+        import ssl
+
+        try:
+            return self._call(self._tls.read, len(buffer), buffer)
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):  # an end without a farewell, as SSLSocket takes it
+            return 0
+
+    def pending(self):
+        return self._tls.pending() + self._incoming.pending
 
 
 def _shake_hands(sock, request, deadline):
@@ -1720,7 +1773,7 @@ def _load_certificate(context, own, key):
 
 
 def _hold(request, sock):
-    request.socket = sock
+    request.socket = getattr(sock, "outer", sock)
     if request.cancelled:
         raise ConnectionAbortedError("cancelled")
 
@@ -1811,7 +1864,7 @@ def _read_response(sock, request, deadline):
         reason = _mask_reason(reason, request)
     # Bytes beyond the answer, which a poll of the socket cannot see, say that the connection is out of step.
     clocked.over = True
-    reusable = not response.will_close and not answer.peek(1)
+    reusable = not (response.will_close or answer.peek(1) or (hasattr(sock, "pending") and sock.pending()))
     return _Response(response.status, reason, response.headers, content), reusable
 
 

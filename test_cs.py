@@ -7280,6 +7280,10 @@ class TlsTest(TransportCase):
             self.assertEqual(RESULT, client.listZones())
 
 
+def fail(error):
+    raise error
+
+
 class ProxyTest(TransportCase):
     """Proxies as the environment names them."""
 
@@ -7434,12 +7438,162 @@ class ProxyTest(TransportCase):
             self.fails(self.client(self.HTTPS))
         self.assertEqual([], proxy.wires)
 
+    def test_addresses_and_ranges_that_no_proxy_excludes(self):
+        """Finding 06: a signed request went through a proxy that was excluded by its range."""
+        cases = [
+            ("127.0.0.0/8", True), ("10.0.0.0/8, 127.0.0.1/32", True), ("127.0.0.1/255.0.0.0", True),
+            ("127.0.0.5/8", True), ("localhost,127.0.0.0/8,x", True), ("a.invalid,*", True), ("{place}", True),
+            ("10.0.0.0/8", False), ("::1,fd00::/8", False), ("127.0.0.1:1", False), ("nonsense/8,/,300.1.1.1", False),
+            ("", False), (" , ", False),
+        ]  # fmt: skip
+        for excluded, direct in cases:
+            with self.subTest(excluded):
+                proxy, origin = self.proxy(SERVE), self.serve(SERVE)
+                os.environ["no_proxy"] = excluded.format(place=origin.place)
+                self.assertEqual(RESULT, self.client(origin).listZones())
+                self.assertEqual((0, 1) if direct else (1, 0), (len(proxy.requests), len(origin.requests)))
+
+    def test_hosts_that_no_proxy_excludes(self):
+        """By name, with a port, by the end of the name, and IPv6 addresses with and without brackets."""
+        cases = {
+            "http://[fd00::5]:8080/": ["fd00::5", "[fd00::5]", "fd00::/8", "[fd00::]/8", "FD00:0::5", "[fd00::5]:8080"],
+            "http://api.cloud.invalid:81/": ["api.cloud.invalid", "cloud.invalid", ".cloud.invalid", "Invalid",
+                                             "api.cloud.invalid:81"],
+        }  # fmt: skip
+        others = ["::1", "fd01::/16", "10.0.0.0/8", "pi.cloud.invalid", "cloud.invalid:82", "0/0", "fd00::5:8080"]
+        for endpoint, excluding in cases.items():
+            for excluded in excluding + others:
+                with self.subTest(endpoint, excluded=excluded):
+                    proxy = self.proxy(SERVE)
+                    os.environ["no_proxy"] = excluded
+                    gone = socket.gaierror(socket.EAI_NONAME, "unknown")
+                    really = socket.getaddrinfo
+                    only_proxy = lambda host, *args: really(host, *args) if host == "127.0.0.1" else fail(gone)  # noqa
+                    with mock.patch("socket.getaddrinfo", only_proxy):
+                        if excluded in excluding:
+                            self.assertIs(gone, self.fails(self.client(endpoint)).__cause__)
+                        else:
+                            self.client(endpoint).listZones()
+                    self.assertEqual(0 if excluded in excluding else 1, len(proxy.requests))
+
+    def test_all_proxy_counts_where_the_scheme_has_no_proxy_of_its_own(self):
+        for name in ("all_proxy", "ALL_PROXY"):
+            for endpoint in (self.HTTP, self.HTTPS):
+                with self.subTest(name, endpoint=endpoint):
+                    general = self.proxy([READ, b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n"], name=name)
+                    self.assertRaises(cs.CloudStackException, self.client(endpoint).listZones)
+                    self.assertEqual(1, len(general.requests))
+            own = self.proxy(SERVE)
+            self.client(self.HTTP).listZones()
+            self.assertEqual((1, 1), (len(general.requests), len(own.requests)))
+            del os.environ[name], os.environ["http_proxy"]
+
+    def test_no_proxy_alone_imports_nothing(self):
+        code = "import sys, cs; cs.CloudStack(sys.argv[1], 'k', 's').listZones(); print('urllib.request' in sys.modules)"
+        out = self.assert_child(code, self.serve(SERVE).url, env={"NO_PROXY": "10.0.0.0/8"}, flags=("-S",))
+        self.assertEqual("False\n", out)
+
+    def secure_proxy(self, origin=None, login="", name="https_proxy"):
+        """A proxy that speaks TLS: serves by itself, or makes a tunnel to the origin."""
+        from select import select as wait_for
+
+        def relay(wire):
+            wire.raw, wire.taken = b"", 0
+            with socket.create_connection(("127.0.0.1", origin.port)) as inner:
+                ends = {wire.sock: inner, inner: wire.sock}
+                while True:
+                    ready = [wire.sock] if wire.sock.pending() else wait_for(list(ends), [], [], 10)[0]
+                    for end in ready:
+                        try:
+                            part = end.recv(65536)
+                        except OSError:
+                            part = b""
+                        if not part:
+                            return False
+                        ends[end].sendall(part)
+
+        steps = [READ, b"HTTP/1.1 200 ok\r\n\r\n", relay] if origin else SERVE
+        proxy = self.serve(steps, tls=certificates().server())
+        os.environ[name] = "https://{}{}".format(login, proxy.place)
+        return proxy
+
+    @needs_openssl
+    def test_an_https_proxy_is_spoken_to_over_tls(self):
+        """Finding 07: it got its password in plain text. For https, TLS to the origin runs inside that to the proxy."""
+        big = {"listzonesresponse": {"count": 1, "zone": [ZONE], "padding": "x" * 300000}}
+        origin = self.serve([READ, reply(), READ, reply(json.dumps(big).encode()), AGAIN], tls=certificates().server())
+        for kind in BOTH:
+            for endpoint, proxy in (
+                (self.HTTP, self.secure_proxy(login=self.LOGIN, name="http_proxy")),
+                (self.HTTPS, self.secure_proxy(origin, login=self.LOGIN)),
+            ):
+                with self.subTest(endpoint, kind=kind.__name__):
+                    client = self.client(endpoint, kind, verify=certificates().path("ca.pem"))
+                    self.assertEqual(RESULT, self.call(client))
+                    self.call(client, userdata="x" * 100000)
+                    self.assertEqual(1, len(proxy.wires))
+                    self.assertEqual([self.BASIC], proxy.requests[0].all("Proxy-Authorization"))
+                    if endpoint == self.HTTPS:
+                        (connect,) = proxy.requests
+                        self.assertEqual("CONNECT cloud.invalid:443 HTTP/1.1", connect.line)
+                        self.assertEqual([RESULT["zone"]] * 2, [self.call(client)["zone"] for _ in range(2)])
+        self.assertEqual([100000], [len(request.params["userdata"]) for request in origin.requests[1:2]])
+        self.assertEqual({4}, {len(wire.requests) for wire in origin.wires})
+
+    @needs_openssl
+    def test_an_https_proxy_that_is_not_trusted_or_speaks_no_tls_gets_nothing(self):
+        for endpoint, name in ((self.HTTP, "http_proxy"), (self.HTTPS, "https_proxy")):
+            plain = self.proxy([lambda wire: wire.more(), b"HTTP/1.1 400 no\r\n\r\n"], login=self.LOGIN, name=name)
+            os.environ[name] = os.environ[name].replace("http:", "https:")
+            error = self.fails(self.client(endpoint), command="deployVirtualMachine")
+            self.assertIn("TLS failure with " + endpoint, str(error))
+            self.assertIn("(proxy {})".format(plain.place), str(error))
+            self.assertTrue(error.unsent)
+            self.assertEqual(b"\x16\x03", plain.wires[0].raw[:2])  # a TLS handshake, and nothing else
+            unknown = self.secure_proxy(login=self.LOGIN, name=name)
+            error = self.fails(self.client(endpoint), command="deployVirtualMachine")
+            self.assertIn("certificate", str(error))
+            self.assertTrue(error.unsent)
+            self.assertEqual([], unknown.requests)
+
+    @needs_openssl
+    def test_the_certificate_inside_of_an_https_proxy_is_that_of_the_origin(self):
+        origin = self.serve(SERVE, tls=certificates().server("elsewhere"))
+        self.secure_proxy(origin)
+        error = self.fails(self.client(self.HTTPS, verify=certificates().path("ca.pem")), command="updateZone")
+        self.assertIn("TLS failure", str(error))
+        self.assertTrue(error.unsent)
+        self.assertEqual([], origin.requests)
+
+    @needs_openssl
+    def test_an_answer_that_ends_early_inside_of_an_https_proxy(self):
+        for content, kind in ((reply()[:-5], cs.CloudStackConnectionError), (b"", cs.CloudStackConnectionError)):
+            origin = self.serve([READ, content], tls=certificates().server())
+            self.secure_proxy(origin)
+            error = self.fails(self.client(self.HTTPS, verify=certificates().path("ca.pem")), kind, "updateZone")
+            self.assertEqual((True, False), (error.outcome_unknown, error.unsent))
+        self.secure_proxy(self.serve([READ, reply()[:-5], HOLD], tls=certificates().server()))
+        client = self.client(self.HTTPS, verify=certificates().path("ca.pem"), timeout=0.3)
+        self.fails(client, cs.CloudStackTimeoutError, "updateZone")
+
+    def test_a_proxys_reason_that_repeats_its_password_is_masked(self):
+        def repeat(wire):
+            code = wire.requests[-1].header("Proxy-Authorization")
+            return wire.send("HTTP/1.1 407 {}\r\n\r\n".format(code).encode())
+
+        self.proxy([READ, repeat], login=self.LOGIN, name="https_proxy")
+        self.assertIn("407", str(self.fails(self.client(self.HTTPS))))
+
     def test_a_socks_proxy_is_refused_in_one_line(self):
-        for scheme in ("socks5", "socks5h", "socks4", "socks"):
-            for endpoint, name in ((self.HTTP, "http_proxy"), (self.HTTPS, "https_proxy")):
+        for scheme in ("socks5", "socks5h", "socks4", "socks", "ftp"):
+            for endpoint, name in (
+                (self.HTTP, "http_proxy"), (self.HTTPS, "https_proxy"), (self.HTTP, "all_proxy"), (self.HTTPS, "ALL_PROXY")
+            ):  # fmt: skip
                 for kind in BOTH:
                     with self.subTest(scheme, endpoint=endpoint, kind=kind.__name__):
                         server = self.serve([HOLD])
+                        for other in [other for other in os.environ if other.lower().endswith("_proxy")]:
+                            del os.environ[other]
                         os.environ[name] = "{}://{}{}".format(scheme, self.LOGIN, server.place)
                         error = self.fails(self.client(endpoint, kind, timeout=0.1), command="deployVirtualMachine")
                         self.assertIn(scheme, str(error))
