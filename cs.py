@@ -2268,7 +2268,7 @@ def _in_threads(function, items):
 
     threads = []  # type: list
     for index in range(len(items)):
-        thread = threading.Thread(target=work, args=(index,), daemon=True)
+        thread = threading.Thread(target=work, args=(index,), name="cs-page", daemon=True)
         try:
             thread.start()
         except (MemoryError, RuntimeError):
@@ -2313,8 +2313,8 @@ class _Workers:
         with self._starting:
             if len(self.threads) < self.most:
                 # It knows nothing of the client or of this object, so that both can end.
-                name = "cs-{}".format(len(self.threads))
-                thread = threading.Thread(target=_work, args=(self._jobs, self._idle), name=name, daemon=True)
+                name, args = f"cs-{len(self.threads)}", (self._jobs, self._idle)
+                thread = threading.Thread(target=_work, args=args, name=name, daemon=True)
                 try:
                     thread.start()
                     self.threads.append(thread)

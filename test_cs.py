@@ -6776,6 +6776,20 @@ class BodyTest(TransportCase):
             self.assertRaises(ValueError, response.json)
 
 
+def full_listener(case):
+    """A socket whose queue of connections is full: further ones are dropped, which keeps who connects waiting."""
+    listener = socket.socket()
+    case.addCleanup(listener.close)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(0)
+    for _ in range(4):
+        filler = socket.socket()
+        case.addCleanup(filler.close)
+        filler.setblocking(False)
+        filler.connect_ex(listener.getsockname())
+    return listener
+
+
 class TimeoutTest(TransportCase):
     def test_silence(self):
         places = {
@@ -6867,15 +6881,7 @@ class TimeoutTest(TransportCase):
         sys.platform.startswith("linux"), "how a full queue of connections behaves is the system's own"
     )
     def test_a_connection_that_is_not_made_in_time(self):
-        listener = socket.socket()
-        self.addCleanup(listener.close)
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(4):  # its queue is full after these; further ones are dropped
-            filler = socket.socket()
-            self.addCleanup(filler.close)
-            filler.setblocking(False)
-            filler.connect_ex(listener.getsockname())
+        listener = full_listener(self)
         url = "http://127.0.0.1:{}/client/api".format(listener.getsockname()[1])
         for kind in BOTH:
             error = self.fails(self.client(url, kind, timeout=0.05), cs.CloudStackTimeoutError, "deployVirtualMachine")
@@ -7970,6 +7976,112 @@ class AsyncTransportTest(TransportCase):
 
         self.assertEqual([RESULT] * 40, run(work()))
 
+    @staticmethod
+    def at_most(number):
+        """Let so many threads of cs.py be started, and no more, as a limit of the system does."""
+        really = threading.Thread.start
+        started = []
+
+        def start(thread):
+            if thread.name.startswith("cs"):
+                if len(started) >= number:
+                    raise RuntimeError("can't start new thread")
+                started.append(thread)
+            really(thread)
+
+        return mock.patch.object(threading.Thread, "start", start)
+
+    def test_under_a_limit_of_threads_every_call_is_answered(self):
+        """Finding 02: commands ran although the caller got a RuntimeError."""
+        for threads in (0, 1, 3):
+            with self.subTest(threads=threads), self.at_most(threads):
+                server = self.serve([READ, echo, AGAIN])
+                client = self.aio(server)
+
+                async def work(client=client):
+                    calls = [client.updateZone(name=str(number)) for number in range(20)]
+                    return [answer["zone"][0]["id"] for answer in await asyncio.gather(*calls)]
+
+                self.assertEqual([str(number) for number in range(20)], run(work()))
+                self.assertEqual(20, len(server.requests))
+                self.assertEqual(threads, len(client._pool.threads))
+
+    def test_under_a_limit_of_threads_a_list_is_whole(self):
+        """Finding 02: the pages that no thread is to be had for are asked for one after another."""
+
+        def page(wire):
+            number = int(wire.requests[-1].params["page"])
+            rows = [{"id": str(5 * number + row)} for row in range(5 if number <= 7 else 0)]
+            return wire.send(reply(json.dumps({"r": {"count": 35, "zone": rows}}).encode()))
+
+        for threads in range(4):
+            server = self.serve([READ, page, AGAIN])
+            with self.subTest(threads=threads), self.at_most(threads):
+                rows = self.client(server).listZones(fetch_list=True, pagesize=5)
+                self.assertEqual([str(number) for number in range(5, 40)], [row["id"] for row in rows])
+
+    @unittest.skipUnless(hasattr(os, "fork"), "RLIMIT_NPROC is Unix's own")
+    def test_where_the_system_gives_no_thread_at_all_and_at_the_interpreters_exit(self):
+        code = (
+            "import atexit, asyncio, os, resource, sys\n"
+            "import cs\n"
+            "client, aio = cs.CloudStack(sys.argv[1], 'k', 's'), cs.AIOCloudStack(sys.argv[1], 'k', 's')\n"
+            "loop = asyncio.new_event_loop()\n"
+            "def work():\n"
+            "    rows = client.listZones(fetch_list=True, pagesize=1)\n"
+            "    print(len(rows), loop.run_until_complete(aio.listZones())['count'])\n"
+            "client.listZones(fetch_list=True, pagesize=1)  # all that is imported is imported\n"
+            "atexit.register(work)\n"
+            "if sys.argv[2] == 'limited':\n"
+            "    if os.getuid() == 0: os.setuid(54321)  # no limit holds for root\n"
+            "    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))\n"
+            "    work()\n"
+        )
+
+        def page(wire):
+            number = int(wire.requests[-1].params.get("page", 1))
+            rows = [{"id": number}] if number <= 9 else []
+            return wire.send(reply(json.dumps({"r": {"count": 9, "zone": rows}}).encode()))
+
+        server = self.serve([READ, page, AGAIN])
+        self.assertEqual("9 9\n", self.assert_child(code, server.url, ""))
+        if sys.platform.startswith("linux"):
+            self.assertEqual("9 9\n9 9\n", self.assert_child(code, server.url, "limited"))
+
+    def test_many_calls_from_several_event_loops_are_each_done_once(self):
+        """A call is lost where a worker falls asleep just when work comes."""
+        client = cs.AIOCloudStack(ENDPOINT, "k", "s", concurrency=3)
+        done = collections.deque()
+        object.__setattr__(client, "_exchange", lambda request: done.append(1) or answer({"r": {}}))
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        self.addCleanup(sys.setswitchinterval, interval)
+
+        async def work():
+            for _ in range(20):
+                await asyncio.gather(*[client.updateZone() for _ in range(15)])
+
+        threads = [threading.Thread(target=lambda: run(work()), daemon=True) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE_OF_TESTS)
+        self.assertEqual((900, False), (len(done), any(thread.is_alive() for thread in threads)))
+        self.assertLessEqual(len(client._pool.threads), 3)
+
+    def test_an_event_loop_that_was_closed_meanwhile_is_no_harm(self):
+        go_on = threading.Event()
+        self.addCleanup(go_on.set)
+        server = self.serve([READ, lambda wire: go_on.wait(PATIENCE_OF_TESTS), reply(), AGAIN])
+        client = self.aio(server, concurrency=1)
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(client.listZones())
+        loop.run_until_complete(until_async(lambda: server.requests, "asking"))
+        task._log_destroy_pending = False
+        loop.close()
+        go_on.set()
+        self.assertEqual(RESULT, run(client.listZones()))  # in the one thread, which is still there
+
     def test_a_client_that_is_dropped_leaves_no_threads(self):
         server = self.serve(SERVE)
 
@@ -8002,6 +8114,60 @@ class AsyncTransportTest(TransportCase):
                     until(server.wires[0].ended.is_set, "hanging up")
                     until(lambda client=client: not any(map(len, client._transport._idle.values())), "forgetting it")
                     self.assertEqual(1, len(server.requests))
+
+    @unittest.skipUnless(sys.platform.startswith("linux"), "needs /proc, and how Linux takes a full queue")
+    def test_cancelling_wakes_a_thread_that_connects_or_shakes_hands(self):
+        """Finding 05; long before the time-out, and no descriptor is left."""
+        listener = full_listener(self)
+        full = "127.0.0.1:{}".format(listener.getsockname()[1])
+        silent, proxy = self.serve([HOLD]), self.serve([READ, HOLD])
+        self.share_contexts()
+        for endpoint, proxied, begun in (
+            ("http://" + full, None, lambda: True),
+            ("https://" + full, None, lambda: True),
+            ("https://" + silent.place, None, lambda: any(wire.raw for wire in silent.wires)),
+            ("https://cloud.invalid", proxy.url, lambda: proxy.requests),
+        ):
+            with self.subTest(endpoint, proxied=proxied):
+                if proxied:
+                    os.environ["https_proxy"] = proxied
+                client = self.aio(endpoint, timeout=1000, concurrency=1)
+                before = len(os.listdir("/proc/self/fd"))
+
+                async def work(client=client, begun=begun):
+                    task = asyncio.ensure_future(client.deployVirtualMachine())
+                    await until_async(lambda: vars(client).get("_pool") and not client._pool._idle, "starting")
+                    await until_async(begun, "connecting")
+                    await asyncio.sleep(0.02)
+                    await self.cancelled(task)
+
+                run(work())
+                until(lambda client=client: client._pool._idle, "waking up")
+                until(lambda: not any(server.open_wires for server in (silent, proxy)), "hanging up")
+                self.assertEqual([], [request.line for request in silent.requests])
+                until(lambda before=before: len(os.listdir("/proc/self/fd")) <= before, "closing")
+
+    def test_a_process_ends_at_once_after_a_cancel(self):
+        """Finding 05: in a handshake and in a name look-up that hang; the time-out is far beyond the test's."""
+        code = (
+            "import asyncio, socket, sys, time\n"
+            "import cs\n"
+            "if sys.argv[2]: socket.getaddrinfo = lambda *args: time.sleep(1000)\n"
+            "async def main():\n"
+            "    client = cs.AIOCloudStack(sys.argv[1], 'k', 's', timeout=1000)\n"
+            "    task = asyncio.ensure_future(client.listZones())\n"
+            "    await asyncio.wait([task], timeout=0.2)\n"
+            "    task.cancel()\n"
+            "    await asyncio.wait([task])\n"
+            "    print(task.cancelled())\n"
+            "loop = asyncio.new_event_loop()\n"
+            "loop.run_until_complete(main())\n"
+            "loop.close()\n"
+        )
+        server = self.serve([HOLD])
+        for slow_names in ("", "yes"):
+            with self.subTest(slow_names=slow_names):
+                self.assertEqual("True\n", self.assert_child(code, "https://" + server.place, slow_names))
 
     @needs_openssl
     def test_cancelling_before_the_connection_is_made_sends_nothing(self):
