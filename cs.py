@@ -715,6 +715,8 @@ class _Request:
     """One HTTP request, ready to be sent: method, url, body and headers as they go out; what a person may see of it is
     made only when it is looked at."""
 
+    cancelled = False  # by _cut_off(); and `socket` is set while the exchange is under way
+
     def __init__(self, client, call, params, secrets, sign=None):
         self.endpoint = client.endpoint.partition("#")[0]
         self.params = params
@@ -728,9 +730,6 @@ class _Request:
         self.limit = client._own.max_response_size
         self._add_signature = sign
         self._query = None
-        self.socket = None  # set while the exchange is under way, so that it can be cut off
-        self.cancelled = False
-        self.cutting = threading.Lock()  # a connection that is kept again must not be cut off
 
     @property
     def query(self):
@@ -1687,9 +1686,13 @@ def _resume(client, jobid):
 
 
 # --- 5 transport ----------------------------------------------------------------------------------------------------
+# Everything that opens a socket: 5.1 the route to an endpoint, 5.2 connections, 5.3 reading against the clock,
+# 5.4 failures in words, 5.5 a program's own session. http.client only reads answers here: it could not be cut off
+# while it connects, and takes a proxy for what it is only when it is told in private.
 
 IDLE = 20.0  # seconds after which a kept connection is not used again; the server closes it after 30
 _CHUNK = 1 << 18
+_BUFFER = 1 << 14  # the longest record of TLS: with less, some of one could be left where a poll does not see it
 
 
 class _Response:
@@ -1726,119 +1729,260 @@ class _Response:
         return {name.strip(): value.strip() for name, _, value in pairs if name.strip()}
 
 
-def _set_timeout(sock, seconds):
-    if sock.gettimeout() != seconds:  # setting it is a system call, asking is none
-        sock.settimeout(seconds)
+# 5.1 The route.
+
+_Place = collections.namedtuple("_Place", "secure host port")  # secure: TLS is spoken there
+_Proxy = collections.namedtuple("_Proxy", "secure host port authorization")
+_PROXY_ADDRESS = re.compile(
+    r"(?:([^/]*)@)?"  # user:password
+    r"(\[[0-9A-Fa-f:.]+\]|[^\s:/?#@\[\]]+)(?::([0-9]{1,5}))?"
+    r"(?:[/?#][^@]*)?\Z"  # an @ in here says that the password holds a slash: then nothing is what it seems
+)
 
 
-class _Clocked(io.RawIOBase):
-    """The reading side of a socket under two clocks, each silence and the exchange in all, and with an end: http.client
-    takes a chunk of negative size for "all that comes"."""
+class _Route:
+    """How requests get to one endpoint: straight to its host, as absolute URLs to an http proxy, or through the tunnel
+    that a proxy makes for https."""
 
-    def __init__(self, sock, request, deadline):
-        self._sock = sock
-        self._raw = sock.makefile("rb", buffering=0)
-        self._silence = request.timeout
-        self._deadline = deadline
-        self._room = request.limit + (1 << 20)  # for status, headers and chunk sizes
-        self.over = False
+    def __init__(self, endpoint):
+        parts = urlsplit(endpoint)
+        secure = parts.scheme == "https"
+        self.origin = _Place(secure, parts.hostname, parts.port or _default_port(secure))
+        self.proxy = _find_proxy(parts)
+        self.tunnel = secure and self.proxy is not None
+        self.absolute = self.proxy is not None and not secure
+        self.host = _join_port(parts.hostname, parts.port if parts.port != _default_port(secure) else None)
+        self._start = len(parts.scheme) + len("://") + len(parts.netloc)  # of the target in a URL
 
-    def readable(self):
+    def head(self, request):
+        """The request line and headers, as bytes."""
+        target = request.url
+        if not self.absolute:
+            target = target[self._start :]
+            if target[:1] != "/":
+                target = "/" + target
+
+        lines = [f"{request.method} {target} HTTP/1.1"]
+        if "host" not in map(str.lower, request.headers):
+            lines.append("Host: " + self.host)
+        lines += [f"{name}: {value}" for name, value in request.headers.items()]
+        if self.absolute and self.proxy.authorization:
+            lines.append("Proxy-Authorization: " + self.proxy.authorization)
+        if request.body is not None:
+            lines.append(f"Content-Length: {len(request.body)}")
+
+        return "\r\n".join(lines + ["", ""]).encode("latin-1")
+
+
+def _default_port(secure):
+    return 443 if secure else 80
+
+
+def _join_port(host, port):
+    if ":" in host:
+        host = f"[{host}]"
+    return host if port is None else f"{host}:{port}"
+
+
+def _find_proxy(parts):
+    """Find the _Proxy for an address in the environment (elsewhere than on Unix in the system's settings, too), or
+    None. Raises OSError where it is of no use. ALL_PROXY counts where the scheme has no proxy of its own, as curl and
+    requests have it."""
+    asks_system = os.name != "posix" or sys.platform == "darwin"
+    names = (parts.scheme + "_proxy", "all_proxy")
+    if not asks_system and not any(name.lower() in names for name in os.environ):
+        return None  # importing urllib.request costs as much as a call
+
+    import urllib.request
+
+    proxies = urllib.request.getproxies()
+    address = proxies.get(parts.scheme) or proxies.get("all")
+    if not address or urllib.request.proxy_bypass(parts.netloc) or _is_excluded(parts.hostname, proxies.get("no", "")):
+        return None
+    return _parse_proxy(address)
+
+
+def _is_excluded(host, no_proxy):
+    """Whether NO_PROXY covers the host by what urllib does not know: a bare IPv6 address, a range such as 10.0.0.0/8,
+    or * in a list."""
+    entries = [entry.strip() for entry in no_proxy.split(",")]
+    if "*" in entries:
         return True
+    if ":" not in host and not host.replace(".", "").isdigit():
+        return False
 
-    def readinto(self, buffer):
-        if self.over:
-            return 0
-        left = self._deadline - _clock()
-        if left <= 0:
-            raise TimeoutError("the answer took too long in all")
-        _set_timeout(self._sock, min(self._silence, left))
-        if self._room <= 0:
-            raise _TooLarge
-        count = self._raw.readinto(memoryview(buffer)[: self._room])
-        self._room -= count or 0
-        return count
+    import ipaddress
+
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    for entry in entries:
+        try:
+            if address in ipaddress.ip_network(re.sub(r"[\[\]]", "", entry), strict=False):
+                return True
+        except ValueError:  # a name
+            continue
+    return False
+
+
+def _parse_proxy(address):
+    """Parse a proxy's address; raises OSError, whose text never quotes it, for one that cannot be used."""
+    scheme, place = re.match(r"(?:([A-Za-z][\w+.-]*)://)?(.*)", address, re.DOTALL).groups()  # type: ignore[union-attr]
+    scheme = (scheme or "http").lower()
+    if scheme not in ("http", "https"):
+        raise OSError(f"{scheme} proxies cannot be used; http and https ones can")
+    found = _PROXY_ADDRESS.match(place)
+    if not found or not 0 < int(found.group(3) or 1) < 65536:
+        raise OSError("the address of the proxy cannot be used; it is to be http://[user:password@]host:port")
+
+    from urllib.parse import unquote
+
+    login, host, port = found.groups()
+    authorization = None
+    if login:
+        user, _, password = map(unquote, login.partition(":"))
+        code = b2a_base64(f"{user}:{password}".encode("utf-8"), newline=False)
+        authorization = "Basic " + code.decode("ascii")
+    secure = scheme == "https"
+    return _Proxy(secure, host.strip("[]"), int(port or _default_port(secure)), authorization)
+
+
+# 5.2 Connections.
+
+
+class _Transport:
+    """exchange(_Request) -> _Response, over kept connections. Safe to share between threads (deque's append and pop
+    are atomic) and across a fork (the child starts without connections)."""
+
+    _idle = {}  # type: dict  # for __del__, should an interrupt come before _start()
+
+    def __init__(self, keep):
+        self.keep = keep
+        self._start()
+
+    def _start(self):
+        self._idle = {}  # (origin, proxy, verify, cert) -> deque of (socket, since); last in, first out
+        self._contexts = {}
+        self._routes = {}  # the environment is looked at once for each endpoint
+        self._pid = os.getpid()
+
+    def __del__(self):
+        self.close()
 
     def close(self):
-        self._raw.close()
-        super().close()
+        for idle in list(self._idle.values()):
+            while idle:
+                try:
+                    idle.pop()[0].close()
+                except (IndexError, OSError):  # another thread was faster
+                    pass
 
+    def exchange(self, request):
+        """Send and read one answer of any status. Raises CloudStackConnectionError, CloudStackTimeoutError, or
+        ValueError for a setting (verify, cert) that cannot be used."""
+        if self._pid != os.getpid():
+            self.close()
+            self._start()
+        try:
+            return self._send(request, _clock() + request.total)
+        except _Failed as raised:
+            failed = raised
+        # Raised out here, so that what http.client quoted is not its context either.
+        raise _network_error(failed, request) from _quotable(failed.cause)
 
-class _Answer(io.BufferedReader):
-    """What http.client reads an answer from. On closing it looks whether bytes beyond the answer came along, which a
-    poll of the socket could not see: the connection is then out of step and must not be used again."""
+    def _send(self, request, deadline):
+        """One exchange over a kept or a new connection. Raises _Failed."""
+        route = self._routes.get(request.endpoint) or self._add_route(request.endpoint)
+        key = (route.origin, route.proxy, request.verify, request.cert)
+        sock = self._checkout(key)
+        kept = sock is not None
+        if not kept:
+            sock = self._connect(route, request, deadline)
 
-    surplus = False
+        sent = False
+        try:
+            _hold(request, sock)
+            _set_timeout(sock, request, deadline)
+            sent = True
+            sock.sendall(route.head(request) + (request.body or b""))
+            response, reusable = _read_response(sock, request, deadline)
+        except BaseException as error:
+            _let_go(request)
+            sock.close()
+            if not _is_failure(error):
+                raise
+            stale = sent and kept and isinstance(error, ConnectionError)
+            raise _Failed(_overdue_or(error, deadline), unsent=not sent, stale=stale) from None
 
-    def close(self):
-        if not self.closed:
-            self.raw.over = True  # type: ignore[attr-defined]
-            self.surplus = self.surplus or bool(self.peek(1))
-        super().close()
+        # Who cancelled it meanwhile has taken the socket away, to shut it down.
+        if _let_go(request) and reusable:
+            self._keep(key, sock)
+        else:
+            sock.close()
+        return response
 
+    def _add_route(self, endpoint):
+        try:
+            route = self._routes[endpoint] = _Route(endpoint)
+        except OSError as error:
+            raise _Failed(error, unsent=True) from None
+        return route
 
-class _ClockedSocket:
-    """Stands for the socket where http.client wants only to read: its makefile() gives an _Answer."""
-
-    def __init__(self, sock, request, deadline):
-        self.answer = _Answer(_Clocked(sock, request, deadline), 1 << 14)
-
-    def makefile(self, mode):
-        return self.answer
-
-
-class _Handler:
-    """The last stop in urllib's chain, after ProxyHandler has had its say; the request knows who sends it."""
-
-    handler_order = 500
-
-    def add_parent(self, parent):
-        pass
-
-    def close(self):
-        pass
-
-    def __lt__(self, other):
-        return self.handler_order < other.handler_order
-
-    def http_open(self, request):
-        return request.send(request)
-
-    https_open = http_open
-
-
-def _surely_no_proxy():
-    """Whether there is no need to import urllib.request, which costs as much as all the rest of a call: elsewhere than
-    here its getproxies() asks the system, too."""
-    known = os.name == "posix" and sys.platform != "darwin"
-    return known and not any(name.lower().endswith("_proxy") for name in os.environ)
-
-
-class _Direct:
-    """A request that goes straight to its host, as far as _send() wants to know it; else urllib's Request."""
-
-    _tunnel_host = None
-    headers = {}  # type: dict
-
-    def __init__(self, request):
-        self.cs = request
-        scheme, self.host, target = re.findall(r"\A(\w+)://([^/?]*)(.*)", request.url)[0]
-        self.type = scheme.lower()
-        self.selector = target if target.startswith("/") else "/" + target
-
-    def get_header(self, name):
+    def _checkout(self, key):
+        """The connection that was used last, if it is still good."""
+        idle = self._idle.get(key)
+        while idle:
+            try:
+                sock, since = idle.pop()
+            except IndexError:  # another thread was faster
+                return None
+            if _clock() - since < IDLE and not _dropped(sock):
+                return sock
+            sock.close()
         return None
 
+    def _keep(self, key, sock):
+        idle = self._idle.setdefault(key, collections.deque())
+        idle.append((sock, _clock()))
+        if len(idle) > self.keep:
+            try:
+                idle.popleft()[0].close()
+            except IndexError:
+                pass
 
-def _make_opener(proxies):
-    """urllib's proxies (environment, NO_PROXY, CONNECT, authentication) and nothing else: no redirects, no handling of
-    error statuses, no file:, ftp: or data:."""
-    import urllib.request as urllib
+    def _context(self, verify, cert):
+        """The one SSLContext for these settings; making it costs tens of milliseconds."""
+        key = (verify, cert)
+        if key not in self._contexts:
+            self._contexts[key] = _make_context(verify, cert)
+        return self._contexts[key]
 
-    opener = urllib.OpenerDirector()
-    for handler in (urllib.ProxyHandler(proxies), urllib.UnknownHandler(), _Handler()):
-        opener.add_handler(handler)  # type: ignore[arg-type]
-    return opener
+    def _connect(self, route, request, deadline):
+        """A new connection to the origin: TLS to the proxy, tunnel and TLS are done where the route asks for them.
+        Raises _Failed(unsent=True), or ValueError for a setting."""
+        origin, proxy = route.origin, route.proxy
+        context = self._context(request.verify, request.cert) if origin.secure else None
+        outer = self._context(request.verify, None) if proxy and proxy.secure else None  # our certificate is not for it
+        sock = None
+        try:
+            sock = _dial(proxy or origin, request, deadline)
+            if outer:
+                sock = _wrap(outer, sock, proxy.host)
+                _shake_hands(sock, request, deadline)
+            if route.tunnel:
+                _ask_for_tunnel(sock, route, request, deadline)
+            if context:
+                sock = _wrap(context, sock, origin.host)
+                _shake_hands(sock, request, deadline)
+        except BaseException as error:
+            if sock is not None:
+                _let_go(request)
+                sock.close()
+            if not _is_failure(error):
+                raise
+            raise _Failed(_overdue_or(error, deadline), unsent=True, proxy=proxy) from None
+        return sock
 
 
 def _dropped(sock):
@@ -1852,223 +1996,264 @@ def _dropped(sock):
     return bool(select.select([sock], [], [], 0)[0])
 
 
-class _Transport:
-    """exchange(_Request) -> _Response, over kept connections. Safe to share between threads (deque's append and pop
-    are atomic) and across a fork (the child starts without connections)."""
+def _dial(place, request, deadline):
+    """Connect to the first address of a place that answers, as socket.create_connection does; but each socket is known
+    before it connects, so that it can be cut off."""
+    import socket
 
-    def __init__(self, keep):
-        self.keep = keep
-        self._start()
-
-    def _start(self):
-        self._idle = {}  # where to -> deque of (connection, since); last in, first out
-        self._contexts = {}
-        self._direct = None  # whether there is no proxy, once that is known
-        self._opener = None
-        self._proxies = {}
-        self._pid = os.getpid()
-
-    def __del__(self):
-        self.close()
-
-    def close(self):
-        for idle in list(self._idle.values()):
-            while idle:
-                self._discard(idle)
-
-    @staticmethod
-    def _discard(idle):
+    addresses = socket.getaddrinfo(place.host, place.port, 0, socket.SOCK_STREAM)
+    while len(addresses) > 1:
         try:
-            idle.pop()[0].close()
-        except (IndexError, OSError):
-            pass
-
-    def exchange(self, request):
-        """Send and read one answer of any status. Raises CloudStackConnectionError, CloudStackTimeoutError, or
-        ValueError for a setting (verify, cert) that cannot be used."""
-        if self._pid != os.getpid():
-            self.close()
-            self._start()
-        if self._direct is None:
-            self._direct = _surely_no_proxy()
-        try:
-            return self._send(_Direct(request)) if self._direct else self._send_by_urllib(request)
-        except _Failed as raised:
-            failed = raised
-        # Raised out here, so that what urllib quoted is not its context either.
-        if isinstance(failed.cause, _Unusable):
-            raise ValueError(str(failed.cause))
-        raise _network_error(failed, request) from _quotable(failed.cause)
-
-    def _send_by_urllib(self, request):
-        """Through urllib's opener, which knows about proxies; it ends in _send()."""
-        import urllib.error
-        import urllib.request
-
-        if self._opener is None:
-            self._proxies = urllib.request.getproxies()
-            self._opener = _make_opener(self._proxies)
-        wanted = urllib.request.Request(request.url, request.body, method=request.method)
-        wanted.__dict__.update(cs=request, send=self._send)
-        try:
-            return self._opener.open(wanted, timeout=request.timeout)
-        except urllib.error.URLError as error:  # its scheme, which is a proxy's
-            raise _Failed(OSError(str(error.reason)), unsent=True) from None
-        except (OSError, ValueError):  # quotes the proxy's address, password and all
-            raise _Failed(OSError("the address of the proxy cannot be used"), unsent=True) from None
-
-    def _context(self, verify, cert):
-        """The one SSLContext for these settings; making it costs tens of milliseconds."""
-        key = (verify, cert)
-        if key not in self._contexts:
-            self._contexts[key] = _make_context(verify, cert)
-        return self._contexts[key]
-
-    def _send(self, wanted):
-        """One exchange over a kept or a new connection. Raises _Failed."""
-        import http.client
-
-        request = wanted.cs
-        proxy_auth = wanted.get_header("Proxy-authorization")
-        where = (wanted.type, wanted.host, wanted._tunnel_host, proxy_auth, request.verify, request.cert)
-        deadline = _clock() + request.total
-        connection = self._checkout(where)
-        kept = connection is not None
-        if not kept:
-            connection = self._connect(wanted, proxy_auth, deadline)
-        request.socket = connection.sock
-        if request.cancelled:
-            connection.close()
-            raise _Failed(ConnectionAbortedError("cancelled"), unsent=True)
-        try:
-            response, reusable = self._converse(connection, wanted, deadline)
-        except BaseException as error:
-            connection.close()
-            if not isinstance(error, _EXPECTED + (http.client.HTTPException,)):
-                raise
-            raise _Failed(error, stale=kept and isinstance(error, ConnectionError)) from None
-        finally:
-            with request.cutting:
-                request.socket = None
-        if reusable and not request.cancelled:
-            self._keep(where, connection)
-        else:
-            connection.close()
-        return response
-
-    def _checkout(self, where):
-        """The connection to `where` that was used last, if it is still good."""
-        idle = self._idle.get(where)
-        while idle:
-            try:
-                connection, since = idle.pop()
-            except IndexError:  # another thread was faster
-                return None
-            if _clock() - since < IDLE and not _dropped(connection.sock):
-                return connection
-            connection.close()
-        return None
-
-    def _keep(self, where, connection):
-        idle = self._idle.setdefault(where, collections.deque())
-        idle.append((connection, _clock()))
-        if len(idle) > self.keep:
-            try:
-                idle.popleft()[0].close()
-            except IndexError:
-                pass
-
-    def _connect(self, wanted, proxy_auth, deadline):
-        """A new connection, through the proxy's tunnel where there is one, TLS done. Raises _Failed(unsent=True)."""
-        import http.client
-
-        request = wanted.cs
-        connection = None
-        made = []  # type: list
-        try:
-            kind = re.findall(r"\A([\w+.-]+)://", self._proxies.get("https", "")) or ["http"]
-            if wanted._tunnel_host and kind[0].lower() not in ("http", "https"):
-                raise OSError("{} proxies cannot be used; http and https ones can".format(kind[0]))
-            connection = self._new_connection(wanted)
-            connection.response_class = _response_class(request, deadline, made)
-            if wanted._tunnel_host:
-                auth = {"Proxy-Authorization": proxy_auth} if proxy_auth else {}
-                connection.set_tunnel(wanted._tunnel_host, headers=auth)
-            connection.connect()
-        except BaseException as error:
-            for clocked in made:  # before 3.11 http.client leaves a refusal of CONNECT open, and the socket with it
-                clocked.answer.close()
-            if connection is not None:
-                connection.close()
-            if not isinstance(error, _EXPECTED + (http.client.HTTPException,)):
-                raise
-            raise _Failed(error, unsent=True) from None
-        return connection
-
-    def _new_connection(self, wanted):
-        import http.client
-
-        seconds = wanted.cs.timeout
-        if wanted.type != "https":
-            return http.client.HTTPConnection(wanted.host, timeout=seconds)
-        context = self._context(wanted.cs.verify, wanted.cs.cert)
-        return http.client.HTTPSConnection(wanted.host, timeout=seconds, context=context)
-
-    def _converse(self, connection, wanted, deadline):
-        """Write the request, read the answer: (_Response, whether the connection can be used again)."""
-        request = wanted.cs
-        _set_timeout(connection.sock, request.timeout)
-        headers = dict(request.headers)
-        if not wanted._tunnel_host:  # else the tunnel's request has carried it
-            headers.update(wanted.headers)
-        made = []  # type: list
-        connection.response_class = _response_class(request, deadline, made)
-        connection.request(request.method, wanted.selector, request.body, headers)
-        response = connection.getresponse()
-        try:
-            content = _read_body(response, request.limit)
-            will_close = response.will_close
-        finally:
-            response.close()
-        if made[-1].answer.surplus:
-            will_close = True
-        return _Response(response.status, response.reason, response.headers, content), not will_close and bool(
-            connection.sock
-        )
+            return _dial_address(addresses.pop(0), request, deadline)
+        except OSError:
+            continue
+    return _dial_address(addresses[0], request, deadline)
 
 
-class _Failed(Exception):
-    """An exchange that failed, on its way through urllib, which would wrap an OSError of its own making."""
+def _dial_address(found, request, deadline):
+    import socket
 
-    def __init__(self, cause, unsent=False, stale=False):
-        super().__init__()
-        self.cause = cause
-        self.unsent = unsent
-        self.stale = stale
-
-
-class _TooLarge(ValueError):
-    pass
-
-
-class _Unusable(ValueError):
-    """A setting whose file cannot be used."""
-
-
-# zlib.error is neither; it is made a ValueError where it happens. ssl.CertificateError is a ValueError on 3.6.
-_EXPECTED = (OSError, OverflowError, ValueError)
+    family, kind, protocol, _, address = found
+    sock = socket.socket(family, kind, protocol)
+    try:
+        _hold(request, sock)
+        _set_timeout(sock, request, deadline)
+        sock.connect(address)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except BaseException:
+        _let_go(request)
+        sock.close()
+        raise
+    return sock
 
 
-def _response_class(request, deadline, made):
-    """What http.client is to make of a socket to read an answer from it; what it made is noted."""
+def _ask_for_tunnel(sock, route, request, deadline):
+    """Have the proxy connect to the origin: CONNECT (RFC 9110, 9.3.6)."""
     import http.client
 
-    def make(sock, *args, **options):
-        clocked = _ClockedSocket(sock, request, deadline)
-        made.append(clocked)
-        return http.client.HTTPResponse(clocked, *args, **options)  # type: ignore[arg-type]
+    place = _join_port(route.origin.host, route.origin.port)
+    lines = [f"CONNECT {place} HTTP/1.1", "Host: " + place]
+    if route.proxy.authorization:
+        lines.append("Proxy-Authorization: " + route.proxy.authorization)
+    _set_timeout(sock, request, deadline)
+    sock.sendall("\r\n".join(lines + ["", ""]).encode("latin-1"))
 
-    return make
+    answer = _Answer(_Clocked(sock, request, deadline), _BUFFER)
+    response = http.client.HTTPResponse(answer, method="CONNECT")  # type: ignore[arg-type]
+    try:
+        response.begin()
+    finally:
+        response.close()
+    if not 200 <= response.status < 300:
+        reason = _masked_text(response.reason, (route.proxy.authorization or "").split())
+        raise OSError(f"Tunnel connection failed: {response.status} {reason}")
+
+
+def _wrap(context, sock, host):
+    """TLS over a connection, its handshake yet to come: it must be known by then, so that it can be cut off."""
+    if hasattr(sock, "do_handshake"):
+        return _TlsInside(context, sock, host)
+    return context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+
+
+class _TlsInside:
+    """TLS inside a TLS connection, that to an https proxy, over which SSLContext.wrap_socket cannot be used."""
+
+    def __init__(self, context, outer, host):
+        import ssl
+
+        self.outer = outer
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
+        self.gettimeout, self.settimeout = outer.gettimeout, outer.settimeout
+        self.fileno, self.close = outer.fileno, outer.close
+
+    def _call(self, function, *args):
+        """Call a method of the TLS object until it has all it needs; carry to and fro what it reads and writes."""
+        import ssl
+
+        while True:
+            try:
+                result, done = function(*args), True
+            except ssl.SSLWantReadError:
+                result, done = None, False
+            if self._outgoing.pending:
+                self.outer.sendall(self._outgoing.read())
+            if done:
+                return result
+            received = self.outer.recv(_BUFFER)
+            if received:
+                self._incoming.write(received)
+            else:
+                self._incoming.write_eof()
+
+    def do_handshake(self):
+        self._call(self._tls.do_handshake)
+
+    def sendall(self, content):
+        rest = memoryview(content)
+        while rest:
+            rest = rest[self._call(self._tls.write, rest[:_BUFFER]) :]
+
+    def recv_into(self, buffer):
+        import ssl
+
+        try:
+            return self._call(self._tls.read, len(buffer), buffer)
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):  # an end without a farewell, as SSLSocket takes it
+            return 0
+
+    def pending(self):
+        return self._tls.pending() + self._incoming.pending
+
+
+def _shake_hands(sock, request, deadline):
+    _hold(request, sock)
+    _set_timeout(sock, request, deadline)
+    sock.do_handshake()
+
+
+def _make_context(verify, cert):
+    """Raises ValueError that names the setting whose file cannot be used."""
+    import ssl
+
+    path = verify if isinstance(verify, str) else None
+    try:
+        if path and os.path.isdir(path):
+            context = ssl.create_default_context(capath=path)
+        else:
+            context = ssl.create_default_context(cafile=path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"verify: cannot read CA certificates from {path!a}: {_reason(error)}") from None
+    if sys.version_info < (3, 10):  # later ones have this least version themselves
+        context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    if verify is False:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if cert:
+        _load_certificate(context, *(cert if isinstance(cert, tuple) else (cert, None)))
+    return context
+
+
+def _load_certificate(context, own, key):
+    questions = []  # type: list
+
+    def ask_nobody():  # OpenSSL would ask on the terminal
+        questions.append("password")
+        return ""
+
+    try:
+        context.load_cert_chain(own, key, password=ask_nobody)
+    except (OSError, ValueError) as error:
+        why = _reason(error)
+        if questions:
+            why = "its private key is encrypted; decrypt it first, as `openssl pkey -in KEY -out NEWKEY` does"
+        raise ValueError(f"cert: cannot use client certificate {own!a}: {why}") from None
+
+
+# Cutting off. A request holds the socket of its exchange; to take it away is one atomic step, so that either the thread
+# that exchanges or the one that cancels has it, and no connection that is kept again is ever cut off.
+
+
+def _hold(request, sock):
+    request.socket = getattr(sock, "outer", sock)
+    if request.cancelled:
+        raise ConnectionAbortedError("cancelled")
+
+
+def _let_go(request):
+    """Take the socket back; None where it was taken away."""
+    return vars(request).pop("socket", None)
+
+
+def _cut_off(request):
+    """Wake the thread that connects or reads for a caller who has gone away."""
+    import socket
+
+    request.cancelled = True
+    sock = _let_go(request)
+    if sock is not None:
+        try:
+            # The plain socket's method: SSLSocket's would pull the TLS layer from under the reading thread.
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+
+# 5.3 Reading against the clock.
+
+
+def _set_timeout(sock, request, deadline):
+    """Give a socket's next step the seconds it may take: those of a silence, or those left of the whole exchange."""
+    left = deadline - _clock()
+    if left <= 0:
+        raise _Overdue
+    seconds = min(request.timeout, left)
+    if sock.gettimeout() != seconds:  # setting it is a system call, asking is none
+        sock.settimeout(seconds)
+
+
+class _Clocked(io.RawIOBase):
+    """The reading side of a socket under two clocks, each silence and the exchange in all, and with an end: http.client
+    takes a chunk of negative size for "all that comes"."""
+
+    def __init__(self, sock, request, deadline):
+        self._sock = sock
+        self._request = request
+        self._deadline = deadline
+        self._room = request.limit + (1 << 20)  # for status, headers and chunk sizes
+        self.over = False
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        if self.over:
+            return 0
+        _set_timeout(self._sock, self._request, self._deadline)
+        if self._room <= 0:
+            raise _TooLarge
+        count = self._sock.recv_into(memoryview(buffer)[: self._room])
+        self._room -= count
+        return count
+
+
+class _Answer(io.BufferedReader):
+    """What http.client reads an answer from, in place of a socket. http.client closes it at the answer's end, when
+    bytes beyond that must still be seen."""
+
+    def makefile(self, mode):
+        return self
+
+    def close(self):
+        pass
+
+
+def _read_response(sock, request, deadline):
+    """Read the answer: (_Response, whether the connection can be used again)."""
+    import http.client
+
+    clocked = _Clocked(sock, request, deadline)
+    answer = _Answer(clocked, _BUFFER)
+    response = http.client.HTTPResponse(answer, method=request.method)  # type: ignore[arg-type]
+    try:
+        response.begin()
+        content = _read_body(response, request.limit)
+    finally:
+        response.close()
+
+    reason = response.reason
+    if reason != http.client.responses.get(response.status):
+        reason = _mask_reason(reason, request)
+    # Bytes beyond the answer, which a poll of the socket cannot see, say that the connection is out of step.
+    clocked.over = True
+    reusable = not (response.will_close or answer.peek(1) or (hasattr(sock, "pending") and sock.pending()))
+    return _Response(response.status, reason, response.headers, content), reusable
+
+
+def _mask_reason(reason, request):
+    """The reason phrase without secrets: a server may repeat the request line in it."""
+    return _masked_text(reason, request.all_secrets()) if isinstance(reason, str) else reason
 
 
 def _read_body(response, limit):
@@ -2080,66 +2265,103 @@ def _read_body(response, limit):
         raise _TooLarge
     if response.length is not None and not packed:
         return response.read()
-    unpack = _gunzip() if packed else None
+    gunzip = _Gunzip() if packed else None
     parts = []
     size = 0
-    begun = False
     while True:
         part = response.read(_CHUNK)
         if not part:
             break
-        begun = True
-        if unpack:
-            part = _unpacked(unpack, part, limit - size + 1)
+        if gunzip:
+            part = gunzip.unpack(part, limit - size + 1)
         size += len(part)
         if size > limit:
             raise _TooLarge
         parts.append(part)
     if response.length:  # read(amount) does not complain of a body that ends before its Content-Length
         raise http.client.IncompleteRead(b"", response.length)
-    if unpack and begun and not unpack.eof:
+    if gunzip and parts and not gunzip.is_whole():
         raise http.client.IncompleteRead(b"")
     return b"".join(parts)
 
 
-def _gunzip():
-    import zlib
+class _Gunzip:
+    """Unpacks gzip of one member or several (RFC 1952, 2.2); what follows them and is none is left, as gzip does."""
 
-    return zlib.decompressobj(16 + zlib.MAX_WBITS)
+    MOST = 10000  # members, since each costs a copy of what follows it
 
+    def __init__(self):
+        self._members = 0
+        self._next_member()
 
-def _unpacked(unpack, part, limit):
-    import zlib
+    def _next_member(self):
+        import zlib
 
-    try:
-        return unpack.decompress(part, limit)
-    except zlib.error:
-        raise ValueError("bad gzip") from None
+        self._members += 1
+        self._member = zlib.decompressobj(16 + zlib.MAX_WBITS)
 
+    def unpack(self, part, most):
+        """The next part, unpacked: at most so many bytes of it."""
+        unpacked = self._decompress(part, most)
+        while self._member.unused_data[:1] == b"\x1f" and len(unpacked) < most:
+            if self._members >= self.MOST:
+                raise ValueError("gzip of too many members")
+            rest = self._member.unused_data
+            self._next_member()
+            unpacked += self._decompress(rest, most - len(unpacked))
+        return unpacked
 
-def _make_context(verify, cert):
-    """Raises _Unusable that names the setting whose file cannot be used."""
-    import ssl
+    def _decompress(self, part, most):
+        import zlib
 
-    path = verify if isinstance(verify, str) else None
-    try:
-        if path and os.path.isdir(path):
-            context = ssl.create_default_context(capath=path)
-        else:
-            context = ssl.create_default_context(cafile=path)
-    except (OSError, ValueError) as error:
-        raise _Unusable("verify: cannot read CA certificates from {!a}: {}".format(path, _reason(error))) from None
-    if verify is False:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    if cert:
-        own, key = cert if isinstance(cert, tuple) else (cert, None)
         try:
-            # An empty password keeps OpenSSL from asking for one on the terminal.
-            context.load_cert_chain(own, key, password="")
-        except (OSError, ValueError) as error:
-            raise _Unusable("cert: cannot use client certificate {!a}: {}".format(own, _reason(error))) from None
-    return context
+            return self._member.decompress(part, most)
+        except zlib.error:  # no ValueError
+            raise ValueError("bad gzip") from None
+
+    def is_whole(self):
+        return self._member.eof
+
+
+# 5.4 Failures in words.
+
+
+class _Failed(Exception):
+    """An exchange that failed: what was raised, and what it says about the request."""
+
+    def __init__(self, cause, unsent=False, stale=False, proxy=None):
+        super().__init__()
+        self.cause = cause
+        self.unsent = unsent
+        self.stale = stale
+        self.proxy = proxy
+
+
+class _Overdue(TimeoutError):
+    """The exchange took too long in all."""
+
+
+class _TooLarge(ValueError):
+    """The answer has more bytes than it may have."""
+
+
+def _is_failure(error):
+    """Whether an exception is an exchange's failure: neither the program's end nor a mistake in it."""
+    import http.client
+
+    # ssl.CertificateError is a ValueError on 3.6.
+    return isinstance(error, (OSError, OverflowError, ValueError, http.client.HTTPException))
+
+
+def _is_late(error):
+    import socket
+
+    return isinstance(error, (socket.timeout, TimeoutError))  # one and the same since 3.10
+
+
+def _overdue_or(error, deadline):
+    """The error, or _Overdue where it is that of the step for which only the rest of all the time was left."""
+    return _Overdue() if _is_late(error) and _clock() >= deadline else error
 
 
 def _reason(error):
@@ -2148,7 +2370,7 @@ def _reason(error):
 
 
 def _quotable(error):
-    """The exception as a __cause__, where its text is not made of what was sent (InvalidURL quotes the signed path)."""
+    """The exception as a __cause__, where its text is not made of what the server said."""
     import ssl
 
     return error if isinstance(error, (OSError, ssl.CertificateError)) else None  # the latter is no OSError on 3.6
@@ -2156,8 +2378,10 @@ def _quotable(error):
 
 def _network_error(failed, request):
     """The CloudStackException for what the standard library raised."""
-    kind, what, why = _told(failed, request)
-    made = kind("{} {}".format(what, _shown(request.url)), why)
+    kind, what, why = _describe_failure(failed, request)
+    if failed.proxy:
+        why += f" (proxy {_join_port(failed.proxy.host, failed.proxy.port)})"
+    made = kind(f"{what} {_shown(request.endpoint)}", why)
     made.unsent = failed.unsent
     made.errno = getattr(failed.cause, "errno", None)
     if isinstance(made, CloudStackConnectionError):
@@ -2165,7 +2389,7 @@ def _network_error(failed, request):
     return made
 
 
-def _told(failed, request):
+def _describe_failure(failed, request):
     """(exception class, what happened, why) of a _Failed."""
     import http.client
     import socket
@@ -2173,10 +2397,14 @@ def _told(failed, request):
 
     error = failed.cause
     lost, late = CloudStackConnectionError, CloudStackTimeoutError
-    if isinstance(error, (socket.timeout, TimeoutError)):
-        if failed.unsent:
-            return late, "Cannot connect to", "no answer within {} s (timeout)".format(request.timeout)
-        return late, "No answer from", _silence(error, request)
+    if _is_late(error):
+        if isinstance(error, _Overdue):
+            why = f"it was not whole after {request.total:g} s"
+        elif failed.unsent:
+            why = f"no answer within {request.timeout} s (timeout)"
+        else:
+            why = f"nothing for {request.timeout} s (timeout)"
+        return late, "Cannot connect to" if failed.unsent else "No answer from", why
     if isinstance(error, (ssl.SSLError, ssl.CertificateError)):
         return lost, "TLS failure with", _tls_reason(error)
     if isinstance(error, socket.gaierror):
@@ -2184,23 +2412,15 @@ def _told(failed, request):
     if failed.unsent:
         return lost, "Cannot connect to", _reason(error) if isinstance(error, OSError) else type(error).__name__
     if isinstance(error, _TooLarge):
-        why = "it has more than max_response_size, {} bytes".format(request.limit)
+        why = f"it has more than max_response_size, {request.limit} bytes"
         return CloudStackException, "Too large an answer from", why
     if isinstance(error, http.client.IncompleteRead):
         return lost, "Broken answer from", "it ends before its end"
+    if isinstance(error, http.client.RemoteDisconnected):
+        return lost, "Connection lost to", "closed without an answer"
     if isinstance(error, OSError):
-        return lost, "Connection lost to", _lost_reason(error)
-    return lost, "Broken answer from", "not HTTP ({})".format(type(error).__name__)
-
-
-def _silence(error, request):
-    if "in all" in str(error) or request.total < request.timeout:
-        return "it was not whole after {:g} s".format(request.total)
-    return "nothing for {} s (timeout)".format(request.timeout)
-
-
-def _lost_reason(error):
-    return "closed without an answer" if "without response" in str(error) else _reason(error)
+        return lost, "Connection lost to", _reason(error)
+    return lost, "Broken answer from", f"not HTTP ({type(error).__name__})"
 
 
 def _tls_reason(error):
@@ -2209,9 +2429,13 @@ def _tls_reason(error):
     return (text.replace("_", " ").lower() if text.isupper() else text) + hint
 
 
+# 5.5 A program's own session.
+
+
 def _session_exchange(session, request):
-    """The same exchange through an object with the interface of requests.Session. Its exceptions are not chained: they
-    quote the address, signature and all."""
+    """The same exchange through an object with the interface of requests.Session. Its OSErrors, which all exceptions of
+    requests are, are told as ours and not chained: they quote the address, signature and all. What else it raises is
+    the program's own."""
     options = {}
     if request.verify is not True:
         options["verify"] = request.verify
@@ -2228,27 +2452,13 @@ def _session_exchange(session, request):
             **options,
         )
         content = answer.content if isinstance(answer.content, bytes) else answer.text.encode("utf-8")
-    except Exception as error:
+    except OSError as error:
         late = isinstance(error, TimeoutError) or "Timeout" in type(error).__name__
         kind = CloudStackTimeoutError if late else CloudStackConnectionError
         raise_as = kind("No answer from " + _shown(request.url), "the session raised " + type(error).__name__)
     else:
-        return _Response(answer.status_code, answer.reason, answer.headers, content)
+        return _Response(answer.status_code, _mask_reason(answer.reason, request), answer.headers, content)
     raise raise_as
-
-
-def _cut_off(request):
-    """Wake the thread that reads for a caller who has gone away."""
-    import socket
-
-    with request.cutting:
-        request.cancelled = True
-        if request.socket is not None:
-            try:
-                # The plain socket's method: SSLSocket's would pull the TLS layer from under the reading thread.
-                socket.socket.shutdown(request.socket, socket.SHUT_RDWR)
-            except OSError:
-                pass
 
 
 # --- 6 clients ------------------------------------------------------------------------------------------------------
@@ -2484,18 +2694,106 @@ def _wait(pause):
 
 
 def _in_threads(function, items):
-    """[function(item) for item in items], all at once."""
+    """Return [function(item) for item in items], done at once as far as there are threads for it. What gets none (a
+    limit of the system, the interpreter's exit) the caller does itself, one after another."""
     results = [None] * len(items)
 
-    def work(index, item):
-        results[index] = function(item)
+    def work(index):
+        results[index] = function(items[index])
 
-    threads = [threading.Thread(target=work, args=pair, daemon=True) for pair in enumerate(items)]
-    for thread in threads:
-        thread.start()
+    threads = []  # type: list
+    for index in range(len(items)):
+        thread = threading.Thread(target=work, args=(index,), name="cs-page", daemon=True)
+        try:
+            thread.start()
+        except (MemoryError, RuntimeError):
+            break
+        threads.append(thread)
+
+    for index in range(len(threads), len(items)):
+        work(index)
     for thread in threads:
         thread.join()
     return results
+
+
+class _Workers:
+    """The threads of one AIOCloudStack, started as they are needed and ended when their client is. They are daemons, so
+    that the interpreter's exit waits for none of them. Work that gets no new thread waits for one of those there are;
+    where there is none, who brings it does it: what is refused could not be told from what runs all the same."""
+
+    _jobs = _idle = ()  # type: ignore[var-annotated]  # for __del__, should an interrupt come before they are made
+
+    def __init__(self, most):
+        self.most = most
+        self.threads = []  # type: list
+        self.pid = os.getpid()  # threads do not survive a fork
+        self._starting = threading.Lock()
+        self._jobs = collections.deque()
+        self._idle = []  # the locks that workers without work wait for, the last one first
+
+    def do(self, job):
+        """Have job(), which raises nothing, called by a worker."""
+        self._jobs.append(job)
+        if _wake_one(self._idle) or self._has_worker():
+            return
+        try:
+            self._jobs.remove(job)
+        except ValueError:  # a worker that was started meanwhile has taken it
+            return
+        job()
+
+    def _has_worker(self):
+        """Whether there is a worker to do what there is; starts one, if there may be more."""
+        with self._starting:
+            if len(self.threads) < self.most:
+                # It knows nothing of the client or of this object, so that both can end.
+                name, args = f"cs-{len(self.threads)}", (self._jobs, self._idle)
+                thread = threading.Thread(target=_work, args=args, name=name, daemon=True)
+                try:
+                    thread.start()
+                    self.threads.append(thread)
+                except (MemoryError, RuntimeError):
+                    pass
+            return bool(self.threads)
+
+    def close(self):
+        """End the workers, when what they have been given is done."""
+        if self._jobs != ():
+            self._jobs.append(None)
+        while _wake_one(self._idle):
+            pass
+
+    __del__ = close
+
+
+def _work(jobs, idle):
+    """Do jobs until there is a None among them, which is left there for the other workers."""
+    wake = threading.Lock()
+    wake.acquire()
+    while True:
+        try:
+            job = jobs.popleft()
+        except IndexError:
+            idle.append(wake)
+            if jobs:  # one that came before this worker could be seen to wait
+                _wake_one(idle)
+            wake.acquire()
+            continue
+        if job is None:
+            jobs.append(None)
+            _wake_one(idle)
+            return
+        job()
+        job = None  # it holds a request and its answer
+
+
+def _wake_one(idle):
+    try:
+        idle.pop().release()
+    except IndexError:
+        return False
+    return True
 
 
 class AIOCloudStack(CloudStack):
@@ -2561,24 +2859,29 @@ class AIOCloudStack(CloudStack):
             return error
 
     async def _in_worker(self, request):
-        """asyncio.to_thread, but with this client's own threads; the default ones are too few."""
+        """As asyncio.to_thread has it, but with this client's own threads; the default ones are too few."""
         import asyncio
 
-        work = _with_context(self._exchange, request)
+        loop = asyncio.get_event_loop()
+        outcome = loop.create_future()
+        self._workers().do(_with_context(_report_outcome, self._exchange, request, loop, outcome))
         try:
-            return await asyncio.get_event_loop().run_in_executor(self._workers(), work)
-        except asyncio.CancelledError:
+            response, error = await outcome
+        except BaseException:  # cancelled, or closed with its event loop
             _cut_off(request)
             raise
+        try:
+            if error is not None:
+                raise error
+        finally:
+            error = None  # it knows this frame
+        return response
 
     def _workers(self):
-        pid, pool = self.__dict__.get("_pool", (None, None))
-        if pid != os.getpid():  # threads do not survive a fork
-            from concurrent.futures import ThreadPoolExecutor
-
-            pool = ThreadPoolExecutor(self._own.concurrency, thread_name_prefix="cs")
-            self.__dict__["_pool"] = (os.getpid(), pool)
-        return pool
+        workers = self.__dict__.get("_pool")
+        if workers is None or workers.pid != os.getpid():
+            workers = self.__dict__["_pool"] = _Workers(self._own.concurrency)
+        return workers
 
     async def iter_list(self, command, **params):
         walk = await self._request(command, fetch_list=_LAZY, **params)
@@ -2595,9 +2898,9 @@ class AIOCloudStack(CloudStack):
 
     def close(self):
         super().close()
-        pid, pool = self.__dict__.pop("_pool", (None, None))
-        if pid == os.getpid():
-            pool.shutdown(wait=False)
+        workers = self.__dict__.pop("_pool", None)
+        if workers is not None:
+            workers.close()
 
     async def aclose(self):
         """close(), without holding up the event loop."""
@@ -2618,18 +2921,14 @@ async def _wait_async(pause):
     loop = asyncio.get_event_loop()
     woken = loop.create_future()
 
-    def end():
-        if not woken.done():
-            woken.set_result(None)
-
     def wake():
         try:
-            loop.call_soon_threadsafe(end)
+            loop.call_soon_threadsafe(_set_result, woken, None)
         except RuntimeError:  # the loop was closed while this waited
             pass
 
     pause.signal.add(wake)
-    timer = loop.call_later(pause.seconds, end)
+    timer = loop.call_later(pause.seconds, _set_result, woken, None)
     try:
         if pause.signal.count == pause.count:
             await woken
@@ -2638,15 +2937,37 @@ async def _wait_async(pause):
         pause.signal.discard(wake)
 
 
-def _with_context(function, argument):
+def _report_outcome(exchange, request, loop, outcome):
+    """Run an exchange and hand (response, error) to the event loop that waits for it."""
+    response = error = None
+    if request.cancelled:
+        return
+    try:
+        response = exchange(request)
+    except BaseException as raised:
+        error = raised
+    try:
+        loop.call_soon_threadsafe(_set_result, outcome, (response, error))
+    except RuntimeError:  # the loop is closed, so nobody waits any more
+        pass
+    finally:
+        error = None  # it knows this frame
+
+
+def _set_result(future, result):
+    if not future.done():
+        future.set_result(result)
+
+
+def _with_context(function, *args):
     """The call, in a copy of the caller's context variables, as asyncio.to_thread has it (3.6 has none)."""
     import functools
 
     try:
         from contextvars import copy_context
     except ImportError:
-        return functools.partial(function, argument)
-    return functools.partial(copy_context().run, function, argument)
+        return functools.partial(function, *args)
+    return functools.partial(copy_context().run, function, *args)
 
 
 # --- 7 configuration ------------------------------------------------------------------------------------------------
