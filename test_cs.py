@@ -11402,7 +11402,7 @@ class CommandLineProcessTest(CommandLineCase):
         self.assertTrue(asked.wait(10))
         child.send_signal(signal.SIGINT)
         code, out, err = self.finish(child)
-        self.assertEqual((code, out), (130, ""))
+        self.assertEqual((code, out), (130, ""), err)
         self.assertNotIn("Traceback", err)
         self.assertNotIn("--wait", err)
 
