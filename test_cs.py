@@ -281,7 +281,7 @@ Parameter = collections.namedtuple("Parameter", "name type entity required descr
 Rows = collections.namedtuple("Rows", "member rows")
 PAGING = ("keyword", "page", "pagesize")
 OWNING = ("account", "domainid", "projectid", "listall", "isrecursive")
-OWNER_FIELDS = ("account", "domainid", "domain", "projectid", "project")
+OWNER_FIELDS = ("account", "domainid", "domain", "domainpath", "projectid", "project")
 LONGEST = {"userdata": 1048576, "publickey": 5120}
 SILENT = frozenset(["activateProject"])  # 200 with nothing where the id is missing
 LENIENT = ("userdataid", "backupofferingid")  # newer ones: what is no UUID is dropped in silence, with the filter
@@ -429,7 +429,8 @@ class User:
 
     @property
     def owner(self):
-        return {"account": self.account, "domainid": self.domainid, "domain": self.row["domain"]}
+        return {"account": self.account, "domainid": self.domainid, "domain": self.row["domain"],
+                "domainpath": self.domainpath}
 
 
 class Job:
@@ -439,7 +440,7 @@ class Job:
         self.id, self.spec, self.user, self.created = uuid, spec, user, created
         self.begins, self.due, self.begun, self.body = begins, begins + seconds, False, None
         self.status, self.code, self.result, self.completed, self.lost = 0, 0, None, None, False
-        self.instance = None  # the id of what it works on
+        self.kind = self.instance = None  # what it works on, and the id of it
 
     def advance(self, now):
         if not self.begun and self.begins <= now:
@@ -451,10 +452,9 @@ class Job:
     def succeed(self, result):
         """Keep the result; an object in it names the job, as if it were still running."""
         self.status, self.result = 1, copy.deepcopy(result)
-        if self.instance:
-            for member in self.result.values():
-                if isinstance(member, dict):
-                    member.update(jobid=self.id, jobstatus=0)
+        for member in self.result.values() if self.instance else ():
+            if isinstance(member, dict) and "id" in member:
+                member.update(jobid=self.id, jobstatus=0)
 
     def fail(self, code, text=None):
         self.status, self.code = 2, code
@@ -467,8 +467,8 @@ class Job:
         row.update(domainid=user.domainid, domainpath=user.domainpath)
         row["cmd"] = "org.apache.cloudstack.api.command.user.{}Cmd".format(name[0].upper() + name[1:])
         row.update(jobstatus=self.status, jobprocstatus=0, jobresultcode=self.code)
-        if self.instance:
-            row.update(jobinstancetype=_INSTANCES[self.spec.entity], jobinstanceid=self.instance)
+        row.update((name, value) for name, value in (("jobinstancetype", self.kind), ("jobinstanceid", self.instance))
+                   if value)
         if self.status == 0:
             row.update(managementserverid="00000000-0000-4000-a000-000000000000", managementservername="simulator")
         if self.result is not None:
@@ -512,6 +512,8 @@ class Cloud:
             row["name"] = name
         for fields in more + (values,):
             row.update((field, value) for field, value in fields.items() if value is not None)
+        if table == "sshkeypair":
+            row.pop("domainpath", None)  # the one thing with an owner that does not show it
         self.tables[table].append(row)
         return row
 
@@ -548,7 +550,8 @@ class Cloud:
         self._offerings(created)
         project = self.add("project", "apollo", admin.owner, displaytext="The Apollo project", state="Suspended",
                            owner=[{"account": "admin"}], created=created)
-        self.apollo = {"projectid": project["id"], "project": "apollo", "domainid": root["id"], "domain": "ROOT"}
+        self.apollo = {"projectid": project["id"], "project": "apollo", "domainid": root["id"], "domain": "ROOT",
+                       "domainpath": "ROOT"}
         for owner in (admin.owner, user.owner, self.apollo):
             self._properties(owner, created)
         for owner, count in ((admin.owner, 32), (user.owner, 6), (self.apollo, 4)):
@@ -598,13 +601,14 @@ class Cloud:
                                    ("Titan", 512, 4194304)):
             self.add("serviceoffering", name, displaytext="{} CPUs, {} MB".format(cpus, memory), cpunumber=cpus,
                      cpuspeed=2000, memory=memory, storagetype="shared", iscustomized=False, issystem=False,
-                     created=created)
+                     state="Active", created=created)
         self.add("serviceoffering", "Custom", displaytext="As you like it", iscustomized=True, issystem=False,
-                 storagetype="shared", created=created)
+                 state="Active", storagetype="shared", created=created)
         for name, size in (("20 GB", 20), ("100 GB", 100)):
             self.add("diskoffering", name, displaytext=name + " disk", disksize=size, iscustomized=False,
-                     created=created)
-        self.add("diskoffering", "Any size", displaytext="A disk of any size", iscustomized=True, created=created)
+                     state="Active", storagetype="shared", created=created)
+        self.add("diskoffering", "Any size", displaytext="A disk of any size", iscustomized=True, state="Active",
+                 storagetype="shared", created=created)
         for name, kind in (("Isolated with source NAT", "Isolated"), ("Layer 2", "L2")):
             self.add("networkoffering", name, displaytext=name, guestiptype=kind, traffictype="Guest", state="Enabled",
                      created=created, service=[{"name": "Dhcp"}, {"name": "Dns"}] if kind == "Isolated" else [])
@@ -625,8 +629,7 @@ class Cloud:
                        tags=[])
         for port in (80, 443):
             web["ingressrule"].append(self.rule("tcp", port, port, "0.0.0.0/0"))
-        self.add("affinitygroup", "spread", owner, type="host anti-affinity", description="Not on one host",
-                 virtualmachineIds=[])
+        self.add("affinitygroup", "spread", owner, type="host anti-affinity", description="Not on one host")
         self.add("sshkeypair", "laptop", owner, fingerprint="4b:5d:1f:aa:02:1c:44:9e:7e:91:3a:0c:55:61:de:12")
 
     def _small_tables(self, admin, created):
@@ -635,7 +638,7 @@ class Cloud:
             for owner in (admin.owner, self.users["user"].owner):
                 self.tables["resourcelimit"].append(
                     dict(owner, resourcetype=str(number), resourcetypename=kind, max=-1 if number else 500))
-        for source in ("cpu", "memory", "virtualrouter"):
+        for source in ("cpu", "memory", "network", "virtualrouter", "snmp", "netscaler", "vpn"):
             self.add("counter", source + " used", source=source, value=source, provider="VirtualRouter")
         self.tables["hosttag"] = [{"id": self.uuid(), "name": name} for name in ("gpu", "ssd", "windows")]
         self.tables["provider"] = [{"name": name, "type": "PRIMARY"} for name in ("DefaultPrimary", "StorPool")]
@@ -682,7 +685,7 @@ class Cloud:
             userid=self.users["admin"].id, username="admin", created=format_date(self.clock()), state="Stopped",
             haenable=False, zoneid=zone["id"], zonename=zone["name"], templateid=template["id"],
             templatename=template["name"], templatedisplaytext=template["displaytext"],
-            ostypename=template["ostypename"], passwordenabled=template["passwordenabled"],
+            osdisplayname=template["ostypename"], passwordenabled=template["passwordenabled"],
             rootdeviceid=0, rootdevicetype="ROOT", hypervisor="KVM",
             securitygroup=[], nic=[], tags=[], affinitygroup=[], isdynamicallyscalable=False, details={})
         self.size(machine, offering, custom or {})
@@ -774,7 +777,9 @@ class Cloud:
         job = Job(custom or self.uuid(), spec, user, now, max(now, self._busy.get(lock, 0)), seconds)
         job.body, job.lost = body, lost
         if spec.entity in _INSTANCES:
-            job.instance = entity or lock
+            job.kind, job.instance = _INSTANCES[spec.entity], entity or lock
+        elif spec.entity == "affinitygroup" and entity:
+            job.kind = "AffinityGroup"  # and no id
         if lock:
             self._busy[lock] = job.due
         self.jobs[job.id] = job
@@ -916,8 +921,8 @@ class Call:
         """Who will own what is created: the caller, or the account or project it names."""
         if "projectid" in self.args:
             project = self.entity("project", "projectid")
-            return {"projectid": project["id"], "project": project["name"], "domainid": project["domainid"],
-                    "domain": project["domain"]}
+            return dict({field: project[field] for field in ("domainid", "domain", "domainpath")},
+                        projectid=project["id"], project=project["name"])
         for user in self.cloud.users.values():
             if user.account == self.args.get("account") and user.domainid == self.args.get("domainid", user.domainid):
                 self.check_access(user.owner)
@@ -1030,7 +1035,8 @@ def has_tags(row, wanted):
 def _list(name, table, parameters="", description=None, member=None, key=None, admin=False, newest_first=False):
     """Register a command that lists a table."""
     owned = table in OWNED or table == "resourcelimit"
-    parameters = " ".join((parameters,) + PAGING + (OWNING if owned else ()))
+    owning = [name for name in OWNING if owned and (table, name) != ("project", "projectid")]
+    parameters = " ".join([parameters, *PAGING, *owning])
 
     def run(call):
         rows = call.cloud.tables[table][::-1 if newest_first else 1]
@@ -1138,10 +1144,10 @@ def _query_job(call):
 
 @command("listCapabilities", "", "Lists what the server can do.", "capability")
 def _list_capabilities(call):
-    return {"capability": {
-        "cloudstackversion": "4.23.0.0", "securitygroupsenabled": True, "userpublictemplateenabled": True,
-        "defaultuipagesize": 20, "dynamicrolesenabled": True, "apilimitmax": call.simulator.rate_limit or 25,
-        "apilimitinterval": 1, "maxpagesize": call.simulator.default_page_size}}
+    limit = call.simulator.rate_limit
+    return {"capability": dict(
+        {"apilimitmax": limit, "apilimitinterval": 1} if limit else {}, cloudstackversion="4.23.0.0",
+        securitygroupsenabled=True, userpublictemplateenabled=True, defaultuipagesize=20, dynamicrolesenabled=True)}
 
 
 @command("getApiLimit", "", "Tells what is left of the caller's API limit.", "apilimit")
@@ -1254,7 +1260,7 @@ def deployed(call):
     machine["securitygroup"] = [{"id": row["id"], "name": row["name"]} for row in groups]
     machine["affinitygroup"] = [{"id": row["id"], "name": row["name"]} for row in affinity]
     for row in affinity:
-        row["virtualmachineIds"].append(machine["id"])
+        row.setdefault("virtualmachineIds", []).append(machine["id"])
     if "userdata" in call.args:
         cloud.userdata[machine["id"]] = get("userdata")
     if "diskofferingid" in call.args:
@@ -1306,8 +1312,8 @@ def _destroy(call):
     if not call.get("expunge"):
         return {"virtualmachine": machine}
     call.cloud.expunge(machine)
-    lists = ("affinitygroup", "nic", "securitygroup", "tags")
-    return {"virtualmachine": {name: [] for name in lists}}  # nothing is left to tell of
+    lists = {name: [] for name in ("affinitygroup", "nic", "securitygroup", "tags")}
+    return {"virtualmachine": dict(lists, deleteprotection=False)}  # nothing else is left to tell of
 
 
 @command("restoreVirtualMachine", "virtualmachineid! templateid", "Puts a machine back to its template.",
@@ -1484,8 +1490,7 @@ def _authorize(call):
 @command("createAffinityGroup", "name! type! description account domainid projectid", "Creates an affinity group.",
          "affinitygroup", job=True)
 def _create_affinity_group(call):
-    group = _new(call, "affinitygroup", type=call.args["type"], description=call.get("description"),
-                 virtualmachineIds=[])
+    group = _new(call, "affinitygroup", type=call.args["type"], description=call.get("description"))
     yield group["id"], group["id"]
     yield
     return {"affinitygroup": group}
@@ -2691,8 +2696,8 @@ class SimulatorJobsTest(SimulatorCase):
         userdata = self.ok("getVirtualMachineUserData", virtualmachineid=machine["id"])["virtualmachineuserdata"]
         self.assertEqual(userdata["userdata"], "aGVsbG8=")
         job = self.finish(self.ok("destroyVirtualMachine", id=machine["id"], expunge="true"))
-        self.assertEqual(set(job["jobresult"]["virtualmachine"]), set("affinitygroup nic securitygroup tags".split())
-                         | {"jobid", "jobstatus"})
+        self.assertEqual(sorted(job["jobresult"]["virtualmachine"]),
+                         "affinitygroup deleteprotection nic securitygroup tags".split())
         self.assertEqual(self.ok("listVirtualMachines", id=machine["id"]), {})
         self.fails(431, "startVirtualMachine", id=machine["id"])
 
