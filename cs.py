@@ -9,23 +9,44 @@
     cs.createSecurityGroup(name="web", description="HTTP traffic")
     cs.deployVirtualMachine(zoneid=..., templateid=..., serviceofferingid=..., fetch_result=True)
 
-Every API call, present or future, is a method; AIOCloudStack has the same ones as coroutines. On the command line:
-`cs listZones`, `python -m cs listZones` or `python cs.py listZones`.
+Every API call, present or future, is a method; AIOCloudStack has the same ones as coroutines.
+On the command line: `cs listZones`, `python -m cs listZones` or `python cs.py listZones`.
 
-Contents: 1 settings, 2 errors, 3 parameters, signature and what may be shown, 4 protocol, 5 transport, 6 clients,
-7 configuration, 8 command line. Data flows one way: keyword arguments -> parameters -> signed request -> exchange ->
-decoded answer -> page or job loop -> result. The protocol decides everything and does no I/O; the transport is the only
-room with sockets.
+Contents
+    1 settings          the one table of them, and how each is converted
+    2 errors            the tree of exceptions
+    3 parameters        keyword arguments to names and texts, and their signature
+    4 redaction         what a person may see of a request; the trace
+    5 protocol          5.1 call and request, 5.2 answer, 5.3 retry, 5.4 session, 5.5 pages,
+                        5.6 jobs, 5.7 recovery
+    6 transport         6.1 route, 6.2 connections, 6.3 reading against the clock,
+                        6.4 failures in words, 6.5 a program's own session
+    7 clients           CloudStack, AIOCloudStack, and their threads
+    8 configuration     environment and ini files
+    9 command line      everything of the tool `cs`; a library can do without it
+
+Data flows one way: keyword arguments -> parameters -> signed request -> exchange -> decoded
+answer -> page or job loop -> result. Rooms 1 to 5 decide everything and do no I/O: the protocol is
+made of generators that yield what they need done. Room 6 does it, room 7 brings the two together.
+
+For the auditor
+    Sockets are opened in room 6 only. Files are read in rooms 6 (certificates, by ssl), 8 (ini
+    files) and 9 (what @file and --configure name, the cache); files are written in room 9 only:
+    the ini file of --configure, and the cache of commands below ~/.cache/cs. There is no eval, no
+    exec, no subprocess, no pickle. Nothing runs at import but definitions.
+    A copy of rooms 0 to 8, cut at the banner of room 9, is a whole library under any module name.
 
 License: BSD, see LICENSE.
 """
 
 import collections
+import functools
 import gc
 import hmac
 import io
 import itertools
 import json as jsonlib
+import operator
 import os
 import re
 import sys
@@ -49,36 +70,31 @@ __all__ = [
 
 __version__ = "6.0.0"
 
-EXPIRES_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
-
-# Tests replace these three: the clock for every duration, the sleep between two steps, and the lots.
+# Tests replace these two: the clock that measures every duration, and the sleep between two steps.
 _clock = time.monotonic
 _sleep = time.sleep
 
 
-def _random():
-    """A number from 0 to 1; random costs milliseconds to import, and only a retry needs it."""
-    import random
-
-    return random.random()
-
-
-# --- 1 settings -----------------------------------------------------------------------------------------------------
-# One table drives the constructor's conversions, the environment, the ini keys, read_config's defaults and README.
+# --- 1 settings -----------------------------------------------------------------------------------
+# One table drives the constructor's conversions, the environment, the ini keys, read_config's
+# defaults and README (a test compares). A converter takes what a program or an ini file gives and
+# returns what the client works with; it raises ValueError, and never quotes what may be a secret.
 
 
 def strtobool(value):
-    """The bool that a word stands for: y yes t true on 1, n no f false off 0, in any case. Else ValueError."""
+    """Parse a boolean word: y yes t true on 1, n no f false off 0, in any case.
+
+    Raises ValueError for any other word, AttributeError for what is not text."""
     word = value.lower()
     if word in ("y", "yes", "t", "true", "on", "1"):
         return True
     if word in ("n", "no", "f", "false", "off", "0"):
         return False
-    raise ValueError("invalid truth value {!r}".format(value))
+    raise ValueError(f"invalid truth value {value!r}")
 
 
-def _flag(value):
-    """Return the bool a setting stands for; None and an empty text, as an ini file may hold it, are False."""
+def _parse_flag(value):
+    """Return the bool that a setting means; None and an empty ini value are False."""
     if value is None or value == "" or isinstance(value, bool):
         return bool(value)
     if isinstance(value, int) and value in (0, 1):
@@ -86,42 +102,39 @@ def _flag(value):
     try:
         return strtobool(value)
     except (AttributeError, ValueError):
-        raise ValueError("{!r} is neither true nor false".format(value)) from None
+        raise ValueError(f"{value!r} is neither true nor false") from None
 
 
-def _number(value, most=1e9):
-    """An int or float out of a number or of the string an ini file gives; never nan, infinity or more than `most`."""
+def _parse_number(value, most=1e9):
+    """Return an int or float; refuse nan, infinity and more than `most`.
+
+    Beyond 1e9 seconds the platform's own clocks give up."""
     try:
         if isinstance(value, bool):
             raise ValueError
         if isinstance(value, str):
             value = float(value) if re.search("[.eEnN]", value) else int(value)
-        if not abs(value) <= most:  # beyond 1e9 the platform's own clocks give up
+        if not abs(value) <= most:
             raise ValueError
     except (TypeError, ValueError):
-        raise ValueError("{!r} is not a number of seconds".format(value)) from None
+        raise ValueError(f"{value!r} is not a number of seconds") from None
     return value if isinstance(value, (int, float)) else float(value)
 
 
-def _seconds(value):
-    number = _number(value)
+def _parse_seconds(value, positive=False, optional=False):
+    """Return a number of seconds of 0 or more; more than 0 if `positive`; None if `optional`."""
+    if optional and value in (None, ""):
+        return None
+    number = _parse_number(value)
     if number < 0:
-        raise ValueError("{!r} is negative".format(value))
+        raise ValueError(f"{value!r} is negative")
+    if positive and number == 0:
+        raise ValueError(f"{value!r} is not more than 0 seconds")
     return number
 
 
-def _positive_seconds(value):
-    number = _number(value)
-    if number <= 0:
-        raise ValueError("{!r} is not more than 0 seconds".format(value))
-    return number
-
-
-def _optional_seconds(value):
-    return None if value in (None, "") else _seconds(value)
-
-
-def _count(value, least=0):
+def _parse_count(value, least=0):
+    """Return a whole number of `least` or more."""
     try:
         if isinstance(value, bool):
             raise ValueError
@@ -129,48 +142,59 @@ def _count(value, least=0):
         if number != float(value) or number < least:
             raise ValueError
     except (TypeError, ValueError, OverflowError):
-        raise ValueError("{!r} is not a whole number of {} or more".format(value, least)) from None
+        raise ValueError(f"{value!r} is not a whole number of {least} or more") from None
     return number
 
 
-def _positive_count(value):
-    return _count(value, least=1)
-
-
-def _lifetime(value):
-    """A timedelta out of seconds or a timedelta."""
+def _parse_lifetime(value):
+    """Return a timedelta, made of seconds if it is none yet."""
     import datetime
 
     if isinstance(value, datetime.timedelta):
         return value
     try:
-        return datetime.timedelta(seconds=_number(value, 1e15))
+        return datetime.timedelta(seconds=_parse_number(value, 1e15))
     except OverflowError:
-        raise ValueError("{!r} is too long".format(value)) from None
+        raise ValueError(f"{value!r} is too long") from None
 
 
-def _verb(value):
-    if not isinstance(value, str) or value.lower() not in ("get", "post"):
-        raise ValueError("{!r} is neither get nor post".format(value))
-    return value.lower()
+def _parse_method(value):
+    """Return "get" or "post"."""
+    if isinstance(value, str) and value.lower() in ("get", "post"):
+        return value.lower()
+    raise ValueError(f"{value!r} is neither get nor post")
 
 
-def _text_or_none(value):
-    """Text, or None for none; refused without being quoted, since it may be a secret."""
+def _parse_text(value):
+    """Return plain text, or None for none and for empty text."""
     try:
-        value = bytes.decode(value, "utf-8") if isinstance(value, bytes) else value
+        if isinstance(value, bytes):
+            value = bytes.decode(value, "utf-8")
         if value is not None and not isinstance(value, str):
-            raise ValueError("text was expected, got {}".format(type(value).__name__))
+            raise ValueError(f"text was expected, got {type(value).__name__}")
         if value:
             str.encode(value, "utf-8")
     except UnicodeError:
         raise ValueError("it holds something that is not UTF-8") from None
+    # The base type's own conversion, whatever a subclass (Ansible's tagged text) makes of str().
     return str.__str__(value) if value else None
 
 
-def _ca_path(value):
-    """A path, or None for the system's CA certificates. No value turns verification off: an ini file's
-    `verify = false` reads as None, and only dangerous_no_tls_verify does what it seems to say."""
+def _parse_domain(value):
+    """Return a domain's path as log-in wants it: the server's own spelling ROOT/sub means /sub.
+
+    Seen on 4.23: answers say `domainpath: ROOT/sub`, and log-in refuses exactly that (531)."""
+    path = _parse_text(value)
+    if path == "ROOT" or (path or "").startswith("ROOT/"):
+        return path[len("ROOT") :] or "/"
+    return path
+
+
+def _parse_ca_path(value):
+    """Return a path, or None for the system's CA certificates.
+
+    No value turns verification off: an ini file's `verify = false` reads as None, and only
+    dangerous_no_tls_verify does what it seems to say."""
     if value is None or isinstance(value, bool):
         return None
     value = os.fsdecode(value)
@@ -181,7 +205,8 @@ def _ca_path(value):
     return None
 
 
-def _pem_path(value):
+def _parse_pem_path(value):
+    """Return a path, a pair of paths (certificate, private key), or None."""
     if value is None or value == "":
         return None
     if isinstance(value, (tuple, list)):
@@ -190,12 +215,13 @@ def _pem_path(value):
     return os.fsdecode(value)
 
 
-def _header_map(value):
+def _parse_headers(value):
+    """Return a dict of headers that can be sent."""
     if value is not None and not hasattr(value, "items"):
-        raise ValueError("a dict was expected, got {}".format(type(value).__name__))
+        raise ValueError(f"a dict was expected, got {type(value).__name__}")
     headers = dict(value or {})
     for name, content in headers.items():
-        _check_header(name, content)  # and again when they are sent: the map is the program's to change
+        _check_header(name, content)
     return headers
 
 
@@ -203,81 +229,113 @@ _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
 
 
 def _check_header(name, content):
-    """Refuse what would break out of its header line (RFC 9110, 5.5), without ever quoting the content."""
+    """Refuse a header that would break out of its line (RFC 9110, 5.5), never quoting its value."""
     if not isinstance(name, str) or not _TOKEN.match(name):
-        raise ValueError("{!r} is no header name".format(name))
+        raise ValueError(f"{name!r} is not a header name")
     if name.lower() in ("content-length", "transfer-encoding"):
-        raise ValueError("{!r} belongs to the transport".format(name))
+        raise ValueError(f"{name!r} belongs to the transport")
     text = content.decode("latin-1") if isinstance(content, bytes) else content
     if not isinstance(text, (str, int, float, type(None))):
-        raise ValueError("the value of {!r} is no text".format(name))
+        raise ValueError(f"the value of {name!r} is not text")
     if re.search(r"[\x00-\x08\x0a-\x1f\x7f]|[^\x00-\xff]", str(text)):
-        raise ValueError("the value of {!r} holds a line break, a control character or one beyond Latin-1".format(name))
+        problem = "holds a line break, a control character or one beyond Latin-1"
+        raise ValueError(f"the value of {name!r} {problem}")
 
 
-def _session_object(value):
+def _parse_session(value):
+    """Return the object that sends; an aiohttp session cannot, its methods are coroutines."""
     if type(value).__module__.partition(".")[0] == "aiohttp":
-        raise ValueError("an aiohttp session cannot be used; leave it out, or give a requests.Session")
+        raise ValueError(
+            "an aiohttp session cannot be used; leave it out, or give a requests.Session"
+        )
     return value
 
 
+def _convert(name, converter, value):
+    """Return converter(value). Raises ValueError that begins with the name it was given by."""
+    try:
+        return converter(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+_positive_seconds = functools.partial(_parse_seconds, positive=True)
+_optional_seconds = functools.partial(_parse_seconds, optional=True)
+_positive_count = functools.partial(_parse_count, least=1)
+
 _Setting = collections.namedtuple("_Setting", "name default convert where meaning")
 
-# where: "both" is read from the environment (CLOUDSTACK_<NAME>) and from ini files under its name; "code" is not.
+# where: "both" is read from the environment (CLOUDSTACK_<NAME>) and from ini files under its name;
+# "code" is an argument of the constructor only.
+# fmt: off
 SETTINGS = (
-    _Setting("endpoint", None, _text_or_none, "both", "URL of the API, http or https"),
-    _Setting("key", None, _text_or_none, "both", "API key; without key and user name requests go out unsigned"),
-    _Setting("secret", None, _text_or_none, "both", "secret key that belongs to the API key"),
-    _Setting("timeout", 10, _positive_seconds, "both", "seconds to connect, and of silence; ten times that in all"),
-    _Setting("method", "get", _verb, "both", "HTTP verb, get or post; post is used by itself where get cannot do"),
-    _Setting(
-        "verify", None, _ca_path, "both", "CA certificates to trust, a file or a directory; the system's if unset"
-    ),
-    _Setting("cert", None, _pem_path, "both", "client certificate, a PEM file"),
-    _Setting("cert_key", None, _pem_path, "both", "private key of the client certificate, where it has its own file"),
-    _Setting("name", None, _text_or_none, "code", "what repr() calls the client; read_config() fills in the region"),
-    _Setting("retry", 0, _count, "both", "how often to send again what may safely be sent again"),
-    _Setting("retry_backoff", 0.5, _seconds, "both", "seconds before the first retry; doubles, with jitter, up to 30"),
-    _Setting("job_timeout", None, _optional_seconds, "both", "seconds to wait for a job; no limit if unset"),
-    _Setting("poll_interval", 2.0, _seconds, "both", "most seconds between two looks at a job; the first come sooner"),
-    _Setting("expiration", 600, _lifetime, "both", "seconds a signature is valid; negative: for ever"),
-    _Setting("trace", False, _flag, "both", "show each exchange on standard error, secrets replaced"),
-    _Setting("dangerous_no_tls_verify", False, _flag, "both", "do not verify the server's certificate"),
-    _Setting("headers", None, _header_map, "code", "more HTTP headers; one each as HEADER_<NAME> or header_<name>"),
-    _Setting("session", None, _session_object, "code", "object with requests.Session's interface to send with"),
-    _Setting("fetch_result", False, _flag, "code", "wait for jobs and return their results; True for AIOCloudStack"),
-    _Setting("username", None, _text_or_none, "both", "log in with this user name, instead of key and secret"),
-    _Setting("password", None, _text_or_none, "both", "password of that user"),
-    _Setting("domain", None, _text_or_none, "both", "domain path of that user; / if unset"),
-    _Setting("concurrency", 128, _positive_count, "code", "connections kept; worker threads of AIOCloudStack"),
-    _Setting("max_response_size", 256 * 1024 * 1024, _positive_count, "both", "bytes an answer may have, unpacked"),
-    _Setting("recover", False, _flag, "both", "find the job of a lost answer again; on for the command line"),
+    _Setting("endpoint", None, _parse_text, "both", "URL of the API, http or https"),
+    _Setting("key", None, _parse_text, "both",
+             "API key; without key and user name requests go out unsigned"),
+    _Setting("secret", None, _parse_text, "both", "secret key that belongs to the API key"),
+    _Setting("timeout", 10, _positive_seconds, "both",
+             "seconds to connect, and of silence; ten times that in all"),
+    _Setting("method", "get", _parse_method, "both",
+             "HTTP verb, get or post; post is used by itself where get cannot do"),
+    _Setting("verify", None, _parse_ca_path, "both",
+             "CA certificates to trust, a file or a directory; the system's if unset"),
+    _Setting("cert", None, _parse_pem_path, "both", "client certificate, a PEM file"),
+    _Setting("cert_key", None, _parse_pem_path, "both",
+             "private key of the client certificate, where it has its own file"),
+    _Setting("name", None, _parse_text, "code",
+             "what repr() calls the client; read_config() fills in the region"),
+    _Setting("retry", 0, _parse_count, "both",
+             "how often to send again what may safely be sent again"),
+    _Setting("retry_backoff", 0.5, _parse_seconds, "both",
+             "seconds before the first retry; doubles, with jitter, up to 30"),
+    _Setting("job_timeout", None, _optional_seconds, "both",
+             "seconds to wait for a job; no limit if unset"),
+    _Setting("poll_interval", 2.0, _parse_seconds, "both",
+             "most seconds between two looks at a job; the first come sooner"),
+    _Setting("expiration", 600, _parse_lifetime, "both",
+             "seconds a signature is valid; negative: for ever"),
+    _Setting("trace", False, _parse_flag, "both",
+             "show each exchange on standard error, secrets replaced"),
+    _Setting("dangerous_no_tls_verify", False, _parse_flag, "both",
+             "do not verify the server's certificate"),
+    _Setting("headers", None, _parse_headers, "code",
+             "more HTTP headers; one each as HEADER_<NAME> or header_<name>"),
+    _Setting("session", None, _parse_session, "code",
+             "object with requests.Session's interface to send with"),
+    _Setting("fetch_result", False, _parse_flag, "code",
+             "wait for jobs and return their results; True for AIOCloudStack"),
+    _Setting("username", None, _parse_text, "both",
+             "log in with this user name, instead of key and secret"),
+    _Setting("password", None, _parse_text, "both", "password of that user"),
+    _Setting("domain", None, _parse_domain, "both", "domain path of that user; / if unset"),
+    _Setting("concurrency", 128, _positive_count, "code",
+             "connections kept; worker threads of AIOCloudStack"),
+    _Setting("max_response_size", 256 * 1024 * 1024, _positive_count, "both",
+             "bytes an answer may have, unpacked"),
+    _Setting("recover", False, _parse_flag, "both",
+             "find the job of a lost answer again; on for the command line"),
 )
-# These are no attributes of a client: 5.2.0 had none of these names, and subclasses use them for their own.
-_NO_ATTRIBUTES = frozenset(
-    "cert_key dangerous_no_tls_verify username password domain concurrency max_response_size recover".split()
-)
-
-
-def _converted(name, convert, value):
-    """convert(value); what is wrong with it is told as a ValueError under the name it was given by."""
-    try:
-        return convert(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError("{}: {}".format(name, error)) from None
-
-
+# fmt: on
 _SETTING = {setting.name: setting for setting in SETTINGS}
-_ATTRIBUTES = {name: setting for name, setting in _SETTING.items() if name not in _NO_ATTRIBUTES}
+
+# These are not attributes of a client: 5.2.0 had none of these names, and subclasses written for it
+# use them for their own (issue 7: `self.domain = {...}`). They are kept in _ClientState.
+_HIDDEN = frozenset(
+    "cert_key dangerous_no_tls_verify username password domain concurrency max_response_size"
+    " recover".split()
+)
+_CONVERTERS = {
+    setting.name: setting.convert for setting in SETTINGS if setting.name not in _HIDDEN
+}
 
 
-# --- 2 errors -------------------------------------------------------------------------------------------------------
+# --- 2 errors -------------------------------------------------------------------------------------
 
 
 class CloudStackException(Exception):
     """The root of everything this client raises about an exchange.
 
-    CloudStackException                 an answer that is not CloudStack's: HTML, broken JSON, a redirect
+    CloudStackException                 an answer that is not CloudStack's: HTML, broken JSON, ...
      +-- CloudStackApiException         the server's own error, or a failed job: see .error
      +-- CloudStackConnectionError      name look-up, refused, reset, TLS; also a ConnectionError
      +-- CloudStackTimeoutError         no answer in time; also a TimeoutError
@@ -285,15 +343,18 @@ class CloudStackException(Exception):
 
     Arguments and settings that cannot be used are a ValueError, before anything is sent.
 
-    .response         the answer (status_code, reason, headers, text, json()), None where there was none
+    .response         the answer (status_code, reason, headers, text, json()), None without one
+    .error            the server's own words about a failure: a dict with errorcode and errortext,
+                      or what stood in its place; None but for CloudStackApiException
     .jobid            the job's id, on everything raised after a job was submitted; else None
-    .outcome_unknown  True where a command that changes something may have run although this was raised
-    .unsent           True where the server surely never saw the request
+    .outcome_unknown  True if a command that changes something may have run although this was raised
+    .unsent           True if the server never saw the request
+    .stale            True if a kept connection had been closed by the server when it was used again
     """
 
-    jobid = None
-    outcome_unknown = False
-    unsent = False
+    # Each has its default here, so that nobody has to ask with getattr.
+    response = error = jobid = None
+    outcome_unknown = unsent = stale = False
 
     def __init__(self, *args, response=None):
         super().__init__(*args)
@@ -305,21 +366,20 @@ class CloudStackException(Exception):
 
 
 class CloudStackApiException(CloudStackException):
-    """The server refused a command, or a job failed. error: the dict with errorcode, errortext, or what stood there."""
+    """The server refused a command, or a job failed: `error` is what the server said about it."""
 
     def __init__(self, *args, error=None, response=None):
         super().__init__(*args, response=response)
         self.error = error
 
     def __str__(self):
-        return "{}, error: {}".format(super().__str__(), self.error)
+        return f"{super().__str__()}, error: {self.error}"
 
 
 class CloudStackConnectionError(CloudStackException, ConnectionError):
-    """No connection, or one that broke before the answer was whole."""
+    """There was no connection, or it broke before the answer was whole."""
 
-    errno = strerror = None  # OSError would take two arguments for these; set where the cause had one
-    stale = False  # the connection was a kept one that the server had closed by then
+    errno = strerror = None  # OSError would take two arguments for these; set if the cause had one
 
 
 class CloudStackTimeoutError(CloudStackException, TimeoutError):
@@ -329,33 +389,73 @@ class CloudStackTimeoutError(CloudStackException, TimeoutError):
 
 
 class CloudStackJobTimeout(CloudStackTimeoutError):
-    """The job was still running after job_timeout seconds; args are the message and the job's id."""
+    """The job was still running after job_timeout seconds; args are the message and its id."""
 
 
-# --- 3 parameters, signature, and what may be shown -----------------------------------------------------------------
+# --- 3 parameters and signature -------------------------------------------------------------------
+# Pure functions. The rules are the server's: ApiServer.verifyRequest for the signature,
+# ApiDispatcher for lists and maps.
 
+_LISTS = (list, tuple, set, frozenset)
 
-def cs_encode(value):
-    """Percent-encode as the server does before it verifies a signature (ApiServer.verifyRequest: Java's URLEncoder,
-    then %20 for +): all but A-Z a-z 0-9 . - _ * is encoded, `~` too, which Python 3.7 and later would leave."""
-    if isinstance(value, str) and _UNRESERVED.match(value):
-        return value
-    return quote(value, safe="*").replace("~", "%7E")
-
-
+# The server answers 431 to control characters but tab, LF and CR (ApiServer.checkCharacterInkParams);
+# lone surrogates have no UTF-8.
+_UNSENDABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 _UNRESERVED = re.compile(r"[A-Za-z0-9._*-]*\Z")
 
 
-def check_key(key, allowed):
-    """True where the key is one of the allowed names, or matches one of them as a shell pattern."""
-    import fnmatch
+def flatten(params):
+    """Turn keyword arguments into {name: text} as CloudStack wants them.
 
-    return any(key == pattern or fnmatch.fnmatchcase(key, pattern) for pattern in allowed)
+    Dicts and lists of dicts become `name[0].field`, other lists are joined by commas, booleans are
+    true and false, None and empty ones are left out. Raises ValueError that names the parameter
+    and the type that cannot be sent, never the value."""
+    flat = {}
+    for name, value in params.items():
+        if type(value) is str:
+            flat[name] = value
+        elif isinstance(value, (dict,) + _LISTS):
+            flat.update(_flatten_container(name, value))
+        elif value is not None:
+            flat[name] = _encode_scalar(name, value)
+    return flat
 
 
-def _scalar(name, value):
-    """The text of one value. The base type's own conversion is used, whatever a subclass (an Enum, Ansible's tagged
-    types) makes of str(). Raises ValueError that names the parameter and the type, never the value."""
+def _flatten_container(name, value):
+    """Yield the (name, text) pairs of a dict, a list of dicts, or a list; none for an empty one."""
+    items = [value] if isinstance(value, dict) else [item for item in value if item is not None]
+    if any(isinstance(item, dict) for item in items):
+        for index, item in enumerate(items):
+            yield from _flatten_map(name, index, item)
+    elif items:
+        yield name, _join_list(name, value)
+
+
+def _flatten_map(name, index, entry):
+    """Yield (`name[index].field`, text) for each field of a dict that has a value."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"parameter {name!r}: {type(entry).__name__} among dicts")
+    for field, value in entry.items():
+        full = f"{name}[{index}].{field}"
+        if not isinstance(value, _LISTS):
+            if value is not None:
+                yield full, _encode_scalar(full, value)
+        elif any(item is not None for item in value):
+            yield full, _join_list(full, value)
+
+
+def _join_list(name, values):
+    """Join a list with commas, which the server splits at without escaping or trimming."""
+    texts = [_encode_scalar(name, value) for value in values if value is not None]
+    # Sets have no order of their own: the same call must give the same bytes.
+    return ",".join(sorted(texts) if isinstance(values, (set, frozenset)) else texts)
+
+
+def _encode_scalar(name, value):
+    """Return the text of one value.
+
+    The base type's own conversion is used, whatever a subclass (an Enum, Ansible's tagged types)
+    makes of str(). The server takes nothing but "true", in any case, for true."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -368,135 +468,121 @@ def _scalar(name, value):
         try:
             return bytes.decode(value, "utf-8")
         except UnicodeDecodeError:
-            raise ValueError("parameter {!r}: bytes that are not UTF-8".format(name)) from None
-    raise ValueError("parameter {!r}: a value of type {} cannot be sent".format(name, type(value).__name__))
+            raise ValueError(f"parameter {name!r}: bytes that are not UTF-8") from None
+    raise ValueError(f"parameter {name!r}: a value of type {type(value).__name__} cannot be sent")
 
 
-def _joined(name, values):
-    """A list as the server reads it: commas, no escaping. Sets have no order of their own, so they are sorted."""
-    texts = [_scalar(name, value) for value in values if value is not None]
-    return ",".join(sorted(texts) if isinstance(values, (set, frozenset)) else texts)
+def cs_encode(value):
+    """Percent-encode as the server does before it verifies a signature.
+
+    That is Java's URLEncoder, then %20 for +: everything but A-Z a-z 0-9 . - _ * is encoded, `~`
+    too, which Python 3.7 and later would leave."""
+    if isinstance(value, str) and _UNRESERVED.match(value):
+        return value
+    return quote(value, safe="*").replace("~", "%7E")
 
 
-_LISTS = (list, tuple, set, frozenset)
-
-
-def _map_entries(name, index, entry):
-    """(`name[index].field`, text) for each field of a dict; what is empty is left out."""
-    if not isinstance(entry, dict):
-        raise ValueError("parameter {!r}: {} among dicts".format(name, type(entry).__name__))
-    for field, value in entry.items():
-        full = "{}[{}].{}".format(name, index, field)
-        if isinstance(value, _LISTS):
-            text = _joined(full, value)
-            if text or any(item is not None for item in value):
-                yield full, text
-        elif value is not None:
-            yield full, _scalar(full, value)
-
-
-def _flat_pairs(name, value):
-    """The (name, text) pairs that one keyword argument stands for on the wire; none for None and for what is empty."""
-    if value is None:
-        return
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, _LISTS):
-        yield name, _scalar(name, value)
-        return
-    items = [item for item in value if item is not None]
-    if any(isinstance(item, dict) for item in items):
-        for index, item in enumerate(items):
-            yield from _map_entries(name, index, item)
-    elif items:
-        yield name, _joined(name, value)
-
-
-def flatten(params):
-    """Keyword arguments -> {name: text} as CloudStack wants them: dicts and lists of dicts as `name[0].field`, other
-    lists joined by commas, booleans as true and false, None and empty ones left out. Raises ValueError."""
-    return {str(key): text for name, value in params.items() for key, text in _flat_pairs(name, value)}
-
-
-def transform(params):
-    """flatten(), in place; bytes at the top stay as they are."""
-    flat = flatten({name: value for name, value in params.items() if not isinstance(value, bytes)})
-    for name in [name for name, value in params.items() if not isinstance(value, bytes)]:
-        del params[name]
-    params.update(flat)
-
-
-# The server answers 431 to control characters (ApiServer.checkCharacterInkParams); lone surrogates have no UTF-8.
-_UNSENDABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
-
-
-def _check_text(name, text):
-    for part in (name, text):
-        found = _UNSENDABLE.search(part)
-        if found:
-            raise ValueError(
-                "parameter {!a}: the server refuses the character U+{:04X}".format(name, ord(found.group()))
-            )
-
-
-def _java_order(pair):
-    """The server sorts names as Java compares strings: by UTF-16 code units, case-sensitive."""
-    return pair[0].encode("utf-16-be")
+# The server sorts names as Java compares strings: by UTF-16 code units, case-sensitive.
+_java_order = operator.methodcaller("encode", "utf-16-be")
 
 
 def sign(params, secret):
-    """The signature (base64, not yet percent-encoded) of {name: text}, as ApiServer.verifyRequest computes it: sorted
-    by the raw name, values encoded but names not, the whole lower-cased, HMAC-SHA1."""
-    ordered = sorted(params.items(), key=_java_order)
-    canonical = "&".join(name + "=" + cs_encode(text) for name, text in ordered).lower()
+    """Return the signature of {name: text}: base64, not yet percent-encoded.
+
+    As ApiServer.verifyRequest computes it: sorted by the raw name, values encoded but names not,
+    the whole lower-cased, HMAC-SHA1."""
+    names = sorted(params, key=_java_order)
+    canonical = "&".join([name + "=" + cs_encode(params[name]) for name in names]).lower()
     digest = hmac.new(secret.encode("utf-8"), canonical.encode("utf-8"), "sha1").digest()
     return b2a_base64(digest).decode("ascii").strip()
 
 
-def _wire_form(params):
-    """Query string or form body; sorted, so that the same call gives the same bytes."""
-    return "&".join(cs_encode(name) + "=" + cs_encode(text) for name, text in sorted(params.items()))
+def _join_query(params):
+    """Return the query string or form body; sorted, so that the same call gives the same bytes."""
+    pairs = [cs_encode(name) + "=" + cs_encode(text) for name, text in sorted(params.items())]
+    return "&".join(pairs)
 
 
-# Names whose values are nobody's business; they are told by how they end: `details[0].password`, `usersecretkey`.
+# Kept because programs written for 5.2.0 import them; nothing below uses them.
+
+EXPIRES_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
+
+
+def transform(params):
+    """Apply flatten() in place; bytes at the top stay as they are."""
+    kept = {name: value for name, value in params.items() if isinstance(value, bytes)}
+    flat = flatten({name: value for name, value in params.items() if name not in kept})
+    params.clear()
+    params.update(kept, **flat)
+
+
+def check_key(key, allowed):
+    """Tell whether a key is one of the allowed names, or matches one of them as a shell pattern."""
+    import fnmatch
+
+    return any(key == pattern or fnmatch.fnmatchcase(key, pattern) for pattern in allowed)
+
+
+# --- 4 redaction ----------------------------------------------------------------------------------
+# Everything that a person may get to see of a request or an answer goes through here.
+
+MASK = "***"
+
+# Names with secret values are known by how they end: `details[0].password`, `usersecretkey`.
 _SECRET = (
-    r"(?:password|passwd|passphrase|secret|secret[_-]?key|private[_-]?key|user[_-]?data|session[_-]?key|jsessionid"
-    r"|signature|api[_-]?key|access[_-]?key|token|credentials?|psk|pre[_-]?shared[_-]?key|bind[_-]?pass|secret[_-]?code"
-    r"|code[_-]?for[_-]?2fa|config[_-]?data)"
+    r"(?:password|passwd|passphrase|secret|secret[_-]?key|private[_-]?key|user[_-]?data"
+    r"|session[_-]?key|jsessionid|signature|api[_-]?key|access[_-]?key|token|credentials?|psk"
+    r"|pre[_-]?shared[_-]?key|bind[_-]?pass|secret[_-]?code|code[_-]?for[_-]?2fa|config[_-]?data)"
 )
 _SECRET_NAME = re.compile(r"(?i)" + _SECRET + r"\Z")
 _SECRET_HEADER = re.compile(r"(?i)(?:" + _SECRET + r"|auth|authorization|cookie|key)\Z")
 _SECRET_FIELD = re.compile(r'(?i)("[\w.\[\]-]*' + _SECRET + r'"\s*:\s*)"(?:[^"\\]|\\.)*"?')
 _SECRET_ELEMENT = re.compile(r"(?i)(<[\w.-]*" + _SECRET + r">)[^<]*")
-MASK = "***"
+_SECRET_QUERY = re.compile(r"(?i)([?&;][\w.%\[\]-]*" + _SECRET + r"=)[^\s&;\"'<>]*")
 
-
-def _is_secret(name):
-    return _SECRET_NAME.search(name) is not None
+# Control characters but line breaks and tabs, C1 controls, bidirectional overrides, lone surrogates.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff"
+    "\ud800-\udfff]"
+)
 
 
 def _secret_names(params):
-    """The parameters whose values must not be shown: by their own name, or by the one they are given as the value of
-    (tags[0].key=password tags[0].value=..., updateConfiguration's name and value)."""
-    lower = {name.lower(): text for name, text in params.items()}
+    """Yield the names of parameters whose values must not be shown.
+
+    A parameter is secret by its own name, or by the name it is given as the value of:
+    tags[0].key=password tags[0].value=..., updateConfiguration's name and value."""
     for name in params:
-        front = name.lower()[: -len("value")] if name.lower().endswith("value") else None
-        titles = [] if front is None else [lower.get(front + "key"), lower.get(front + "name")]
-        if _is_secret(name) or any(isinstance(title, str) and _is_secret(title) for title in titles):
+        if _SECRET_NAME.search(name):
             yield name
+        elif name.lower().endswith("value"):
+            front = name.lower()[: -len("value")]
+            lower = {other.lower(): text for other, text in params.items()}
+            titles = (lower.get(front + "key"), lower.get(front + "name"))
+            if any(isinstance(title, str) and _SECRET_NAME.search(title) for title in titles):
+                yield name
 
 
-def _shown_params(params):
+def _mask_params(params):
+    """Return the parameters with secret values replaced."""
     secret = set(_secret_names(params))
     return {name: MASK if name in secret else text for name, text in params.items()}
 
 
-def _masked_header(name, value):
-    return "{}: {}".format(name, MASK if _SECRET_HEADER.search(name) else value)
+def _mask_header(name, value):
+    """Return a header's line, its value replaced if it may be secret."""
+    return f"{name}: {MASK if _SECRET_HEADER.search(name) else value}"
 
 
-def _masked_text(text, secrets):
-    """Text with the values of secret fields, and the given secrets wherever they stand, replaced."""
+def _mask_address(endpoint):
+    """Return an address without user and password, query and fragment. Takes any text."""
+    pattern = r"\A((?:[A-Za-z][\w+.-]*:)?//)?([^/?#]*)([^?#]*)"
+    scheme, host, path = re.findall(pattern, endpoint)[0]
+    return scheme + host.rpartition("@")[2] + path
+
+
+def _mask_text(text, secrets):
+    """Return text with secret fields, and the given secrets wherever they stand, replaced."""
     text = _SECRET_FIELD.sub(r'\1"' + MASK + '"', text)
     text = _SECRET_ELEMENT.sub(r"\1" + MASK, text)
     for secret in sorted(filter(None, secrets), key=len, reverse=True):
@@ -506,511 +592,449 @@ def _masked_text(text, secrets):
     return text
 
 
-def _trace_request(request):
-    lines = ["{} {}".format(request.method, request.shown_url())]
-    lines += [_masked_header(name, value) for name, value in request.headers.items()]
-    lines += ["", _wire_form(request.shown_params()), ""] if request.method == "POST" else [""]
-    _to_stderr("\n".join(lines))
+def _escape_unprintable(text):
+    """Return text that is safe for a terminal to show."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
-def _trace_response(request, response, seconds):
-    lines = ["{} {}".format(response.status_code, response.reason)]
-    lines += [_masked_header(name, value) for name, value in response.headers.items()]
-    lines += ["", response.text, "", "({:.0f} ms)".format(seconds * 1000), ""]
-    _to_stderr(_masked_text("\n".join(lines), request.all_secrets()))
+def _write_stderr(text):
+    """Write a line to standard error; a broken standard error does not stop a program.
 
-
-def _to_stderr(text):
-    """One write, so that threads do not write into each other's lines; a broken stderr is no reason to fail."""
+    One write for all of it, so that threads do not write into each other's lines."""
     try:
-        sys.stderr.write(_printable(text) + "\n")
+        sys.stderr.write(_escape_unprintable(text) + "\n")
         sys.stderr.flush()
     except (AttributeError, OSError, ValueError):
         pass
 
 
-def _printable(text):
-    """Text as a terminal may safely be shown it: control characters but line breaks and tabs, C1 controls,
-    bidirectional overrides and lone surrogates escaped."""
-    return _UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], text)
+def _trace_request(request):
+    """Show a request as it goes out, secrets replaced in place."""
+    lines = [f"{request.method} {request.masked_url()}"]
+    lines += [_mask_header(name, value) for name, value in request.headers.items()]
+    lines.append("")
+    if request.method == "POST":
+        lines += [_join_query(_mask_params(request.params)), ""]
+    _write_stderr("\n".join(lines))
 
 
-_UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
-)
+def _trace_response(request, response, seconds):
+    """Show an answer as it came, secrets replaced, and how long it took."""
+    lines = [f"{response.status_code} {response.reason}"]
+    lines += [_mask_header(name, value) for name, value in response.headers.items()]
+    lines += ["", response.text, "", f"({seconds * 1000:.0f} ms)", ""]
+    _write_stderr(_mask_text("\n".join(lines), request.all_secrets()))
 
 
-# --- 4 protocol -----------------------------------------------------------------------------------------------------
-# Generators that decide everything and do no I/O. What they yield is done by a driver (section 6), which sends back
-# what came of it or throws what was raised: a _Request becomes its _Response, a number of seconds is slept, a list of
-# generators is run at once and becomes the list of their results and exceptions.
+# --- 5 protocol -----------------------------------------------------------------------------------
+# Generators that decide everything and do no I/O. What they yield is done by a driver (room 7),
+# which sends back what came of it or throws what was raised:
+#     a _Request            is sent, and becomes its _Response
+#     a number              of seconds is slept
+#     a _Pause              is slept, but ends early when its signal is set
+#     a list of generators  is run at once, and becomes the list of their results and exceptions
 
 PAGE_SIZE = 500  # the server's default.page.size, unless the site changed it
-LONGEST_WAIT = 30.0  # seconds: no retry waits longer, and a server that asks for more gets an error instead
+PAGES_AHEAD = 4  # page requests of one fetch_list that may be under way at once
+MOST_PAGES = 100000  # of one list: a longer walk goes in circles
+_AS_WALK = "walk"  # as fetch_list: return the _Walk, along which iter_list goes
+
+LONGEST_WAIT = 30.0  # seconds before a retry; a server that asks for more gets an error instead
 LONGEST_HEAD = 8000  # bytes of request line and headers; the server answers 414 over 8192
 _SIGNED = 150  # of them are kept for expiry, signature, and the words of the request line
-NEXT_LOOK = 0.5  # of the time a job was waited for passes until the next look at it,
-SOONEST_LOOK = 0.1  # but at least these seconds and at most poll_interval
-OWN_LOOK = 15  # poll_intervals after which a job is asked for by itself, whatever a list of jobs says
-LEASE = 3.0  # seconds after which who does something for all is no longer waited for
-MOST_PAGES = 100000  # of one list; a walk of more is one in circles
-PATIENCE = 10  # looks at a job in a row that may go wrong where no job_timeout limits them (a server's restart)
-PAGES_AHEAD = 4  # page requests of one fetch_list that may be under way at once
-_LAZY = object()  # as fetch_list: do not collect, give the walk itself (iter_list)
 
-# GET is refused for all but these where enforce.post.requests.and.timestamps is set (ApiServlet, since 4.20).
+NEXT_LOOK = 0.5  # of the time a job was waited for passes until the next look at it,
+SOONEST_LOOK = 0.1  # but at least these seconds, and at most poll_interval
+OWN_LOOK = 15  # poll_intervals after which a job is asked for singly, whatever a list of jobs says
+LEASE = 3.0  # seconds that one caller may take for work that all callers wait for
+PATIENCE = 10  # failed looks in a row at a job without job_timeout (long enough for a restart)
+_JOB_FAILURE = "Job failure"
+
+
+# 5.1 Call and request: what is to be sent, and how.
+
+# GET is refused for all but these where enforce.post.requests.and.timestamps is set (ApiServlet,
+# since 4.20): the names that match the pattern, and a few commands that are annotated.
 _READING = re.compile(r"(?i)(?:get|list|query|find)\w+\Z")
 _READING_TOO = frozenset(
-    "isaccountallowedtocreateofferingswithtags quotabalance quotaisenabled quotastatement quotasummary quotatarifflist"
-    " cloudianisenabled readyforshutdown verifyoauthcodeandgetuser".split()
+    "isaccountallowedtocreateofferingswithtags quotabalance quotaisenabled quotastatement"
+    " quotasummary quotatarifflist cloudianisenabled readyforshutdown"
+    " verifyoauthcodeandgetuser".split()
 )
-_CHANGING = re.compile(r"(?i)(?:getUploadParamsFor\w*|getDiagnosticsData|listAndSwitchSamlAccount)\Z")
-_RETRY_AFTER = re.compile(r"(?i)retry after\s*\[?\s*([0-9]+)\s*\]?\s*ms")
-_PAGE_LIMIT = re.compile(r"(?i)page ?size.*max allowed.*?([0-9]{1,9})")
+# These change something under a reading name, so that they must never be repeated.
+_CHANGING = re.compile(
+    r"(?i)(?:getUploadParamsFor\w*|getDiagnosticsData|listAndSwitchSamlAccount)\Z"
+)
+# Packing costs more than it saves on the way to the same host.
+_LOOPBACK = re.compile(r"https?://(?:127\.|localhost(?:[:/?]|\Z)|\[::1\])")
 
 
-def _get_allowed(command):
-    return bool(_READING.match(command)) or command.lower() in _READING_TOO
-
-
+@functools.lru_cache(maxsize=1024)
 def _only_reads(command):
-    """Whether a command may be repeated: a reading name, and none of those that change something under one."""
+    """Tell whether a command may be repeated: it has a reading name and changes nothing."""
     return bool(_READING.match(command)) and not _CHANGING.match(command)
 
 
 class _Call:
-    """One command: what to send, and how its answer is to be read."""
+    """One command: what to send, and how its answer is to be read.
+
+    Raises ValueError for what the server would refuse: control characters."""
 
     def __init__(self, command, params, json=True, opcode_name="command", headers=None):
         self.command = command
         self.json = json
         self.opcode_name = opcode_name
-        self.headers = _converted("headers", _header_map, headers)
+        self.headers = headers and _convert("headers", _parse_headers, headers)
         self.reads = _only_reads(command)
-        self.secret = command.lower() == "login" or any(_secret_names(params))
+        self.is_secret = command.lower() == "login" or any(_secret_names(params))
         self.params = {}
+        self.has_page = False
         self.expires = None
-        for name, text in params.items():
-            self._take(name, text)
         self.retries = None  # how often it may be sent again; None: as the client is set
-        self.job_id = None  # the id its job gets, where the caller may choose it
-        self.total = None  # seconds for one exchange in all, where that is less than ten times the timeout
+        self.job_id = None  # the id its job gets, if the caller chooses it
+        self.total = None  # seconds for one exchange in all, if less than ten times the timeout
         self.response = None  # the last answer
 
-    def _take(self, name, text):
-        _check_text(name, text)
-        lower = name.lower()
-        if lower == "expires":
-            self.expires = text
-        elif not (lower in ("signature", "signatureversion") or (self.json and lower == "response")):
-            self.params[name] = text
+        for name, text in params.items():
+            found = _UNSENDABLE.search(name) or _UNSENDABLE.search(text)
+            if found:
+                character = f"U+{ord(found.group()):04X}"
+                raise ValueError(f"parameter {name!a}: the server refuses the character {character}")
+            lower = name.lower()
+            if lower == "expires":
+                self.expires = text
+            elif lower not in ("signature", "signatureversion", "response" if json else ""):
+                self.params[name] = text
+                self.has_page = self.has_page or lower == "page"
 
-    def given(self, name):
-        """The value of a parameter, its name in any case, or None; the server compares them so after verification."""
+    def get_param(self, name):
+        """Return a parameter's text, or None; names compare as on the server, without case."""
         return next((text for key, text in self.params.items() if key.lower() == name), None)
 
-    def give(self, **values):
+    def set_params(self, **values):
+        """Set parameters, in place of those that differ by case only."""
         for name, value in values.items():
             for key in [key for key in self.params if key.lower() == name]:
                 del self.params[key]
             self.params[name] = str(value)
 
-    def choose_job_id(self):
-        """Have the job of a command that changes something get an id that is known before the answer is, so that it
-        can be found should the answer be lost. The server takes a `customjobid` from anybody, and ignores it where
-        there is no job (seen on 4.23)."""
-        if self.reads or not self.json or self.command.lower() in ("login", "logout"):
-            return
-        if self.given("customjobid") is None:
-            import uuid
-
-            self.give(customjobid=uuid.uuid4())
-        self.job_id = self.given("customjobid")
-
     def complete_page(self, size):
-        """The server refuses page without pagesize."""
-        if self.given("page") is not None and self.given("pagesize") is None:
-            self.give(pagesize=size)
+        """Add a page size to a page; the server refuses one without the other (431)."""
+        if self.has_page and self.get_param("pagesize") is None:
+            self.set_params(pagesize=size)
 
     def with_page(self, page, size):
-        """The same call for one page."""
+        """Return the same call for one page."""
         import copy
 
         call = copy.copy(self)
         call.params = dict(self.params)
-        call.give(page=page, pagesize=size)
+        call.set_params(page=page, pagesize=size)
         return call
 
+    def choose_job_id(self):
+        """Give the job an id that is known before the answer is, so that it can be found again.
 
-class _Server:
-    """What was learned about the server behind one endpoint, kept for as long as the client."""
+        The server takes a `customjobid` from any account, and ignores it where there is no job
+        (seen on 4.23)."""
+        if self.reads or not self.json or self.command.lower() in ("login", "logout"):
+            return
+        if self.get_param("customjobid") is None:
+            import uuid
 
-    def __init__(self):
-        self.post_only = False  # commands that change something must be POST
-        self.page_limit = PAGE_SIZE
-        self.login = None  # a _Login, while there is a session
-        self.login_error = None
-        self.log_in = _Turn()
-        self.jobs = _JobList()
-
-
-_Login = collections.namedtuple("_Login", "key cookies")
-
-
-class _Signal:
-    """What many wait for at once, in threads and event loops alike. A driver waits (section 6), any thread sets it."""
-
-    def __init__(self):
-        self.count = 0  # how often it was set: who saw it before looking misses nothing
-        self._wakers = set()
-
-    def add(self, wake):
-        self._wakers.add(wake)
-
-    def discard(self, wake):
-        self._wakers.discard(wake)
-
-    def set(self):
-        self.count += 1
-        for wake in list(self._wakers):
-            wake()
-
-
-class _Pause:
-    """A step of the protocol: sleep for `seconds`, less where the signal was set more than `count` times."""
-
-    def __init__(self, seconds, signal, count):
-        self.seconds = seconds
-        self.signal = signal
-        self.count = count
-
-
-class _Turn:
-    """Work that one caller does for all who need it. It is lent for LEASE seconds: the one who has it may be a task of
-    an event loop that was stopped, and must not hold up the others for ever. `done` tells that it was given back."""
-
-    def __init__(self):
-        self.done = _Signal()
-        self._lock = threading.Lock()
-        self._holder = None
-        self._until = 0.0
-
-    def take(self):
-        """Return a token for give_back(), or None while somebody else has the turn."""
-        with self._lock:
-            if self._holder is not None and _clock() < self._until:
-                return None
-            self._until = _clock() + LEASE
-            self._holder = object()
-            return self._holder
-
-    def give_back(self, token):
-        with self._lock:
-            if self._holder is token:
-                self._holder = None
-        self.done.set()
+            self.set_params(customjobid=uuid.uuid4())
+        self.job_id = self.get_param("customjobid")
 
 
 class _Request:
-    """One HTTP request, ready to be sent: method, url, body and headers as they go out; what a person may see of it is
-    made only when it is looked at."""
+    """One HTTP request: method, url, body and headers as they go out, once it is prepared."""
 
-    cancelled = False  # by _cut_off(); and `socket` is set while the exchange is under way
+    cancelled = False  # set by _cut_off(); and `socket` is there while the exchange is under way
+    url = body = None
 
-    def __init__(self, client, call, params, secrets, sign=None):
+    def __init__(self, client, call, params, secrets):
         self.endpoint = client.endpoint.partition("#")[0]
         self.params = params
+        self.secrets = secrets  # values that must not be shown, beside those of secret parameters
+        self.signing = None  # (secret, expiration, expires), if it is to be signed
+        self.anonymous = False
         self.method = "GET"
         self.headers = {}
-        self.secrets = secrets  # other values that must not be shown
         self.timeout = client.timeout
-        self.total = 10 * client.timeout if call.total is None else min(call.total, 10 * client.timeout)
-        self.verify = client.verify
-        self.cert = client.cert
-        self.limit = client._own.max_response_size
-        self._add_signature = sign
-        self._query = None
+        self.total = 10 * client.timeout
+        if call.total is not None:
+            self.total = min(call.total, self.total)
+        self.verify, self.cert = client._state.get_tls_files()
+        self.limit = client._state.max_response_size
 
-    @property
-    def query(self):
-        """The parameters as they go out, signed when they are first looked at: by then a call of AIOCloudStack has its
-        thread, and what waited for one longer than a signature is valid would be refused (finding 11)."""
-        if self._query is None:
-            if self._add_signature is not None:
-                self._add_signature(self.params)
-            self._query = _wire_form(self.params)
-        return self._query
+    def prepare(self):
+        """Sign the parameters and write out url and body.
 
-    @property
-    def url(self):
-        return self.endpoint if self.method == "POST" else self._with_query(self.endpoint, self.query)
+        This comes when the request is about to be sent, by which time a call of AIOCloudStack has
+        its thread: one that waited for it longer than a signature is valid would be refused."""
+        if self.signing is not None:
+            secret, expiration, expires = self.signing
+            seconds = expiration.total_seconds()
+            if expires is not None or seconds >= 0:
+                # The year 9999 is as far as the format goes.
+                moment = time.gmtime(min(time.time() + seconds, 253402300799))
+                self.params["signatureVersion"] = "3"
+                self.params["expires"] = expires or time.strftime(
+                    "%Y-%m-%dT%H:%M:%S+0000", moment
+                )
+            self.params["signature"] = sign(self.params, secret)
 
-    @property
-    def body(self):
-        return self.query.encode("ascii") if self.method == "POST" else None
+        query = _join_query(self.params)
+        self.url = self.endpoint
+        if self.method == "POST":
+            self.body = query.encode("ascii")
+        else:
+            self.url += ("&" if "?" in self.endpoint else "?") + query
 
-    @staticmethod
-    def _with_query(endpoint, query):
-        return endpoint + ("&" if "?" in endpoint else "?") + query
-
-    def shown_params(self):
-        """The parameters as they go out, secrets replaced."""
-        return _shown_params(self.params) if self.query else {}
-
-    def shown_url(self):
-        shown = _shown(self.endpoint, with_path_slash=True)
-        return shown if self.method == "POST" else shown + "?" + _wire_form(self.shown_params())
+    def masked_url(self):
+        """Return the url as a person may see it."""
+        url = _mask_address(self.endpoint)
+        if not urlsplit(self.endpoint).path:
+            url += "/"
+        if self.method == "POST":
+            return url
+        return url + "?" + _join_query(_mask_params(self.params))
 
     def all_secrets(self):
+        """Return the values that must not be shown."""
         return self.secrets + [self.params[name] for name in _secret_names(self.params)]
 
-    def add_headers(self, *maps):
-        """Later ones win; names compare without regard to case; None takes one out."""
-        merged = {name.lower(): (name, value) for headers in maps for name, value in headers.items()}
-        for name, value in merged.values():
-            _check_header(name, value)
-            if value is not None:
-                self.headers[name] = value.decode("latin-1") if isinstance(value, bytes) else str(value)
 
-    def is_long(self):
-        """Whether request line and headers may be more than a server takes in a GET."""
-        size = len(self.endpoint) + sum(len(name) + len(value) + 4 for name, value in self.headers.items())
-        raw = sum(len(name) + len(text) + 2 for name, text in self.params.items())
-        if size + 9 * raw < LONGEST_HEAD - _SIGNED:  # a character is nine bytes at the most, and mostly one
-            return False
-        return size + len(_wire_form(self.params)) > LONGEST_HEAD - _SIGNED
-
-
-def _shown(endpoint, with_path_slash=False):
-    """An address without what may be secret in it: user and password, query, fragment. Takes any text."""
-    scheme, host, path = re.findall(r"\A((?:[A-Za-z][\w+.-]*:)?//)?([^/?#]*)([^?#]*)", endpoint)[0]
-    return scheme + host.rpartition("@")[2] + (path or "/" * with_path_slash)
-
-
-def _check_client(client):
-    """Refuse, before anything is sent, settings that make no sense together. Raises ValueError that names them."""
-    endpoint, own = client.endpoint, client._own
-    together = (endpoint, client.key, client.secret, own.username, own.password, client.cert, own.cert_key)
-    if own.checked == together:
-        return
-    if not endpoint:
-        raise ValueError("endpoint: missing; it is the URL of the API, such as https://host/client/api")
-    try:
-        parts = urlsplit(endpoint)
-        proper = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        proper = False
-    if not proper or re.search(r"[^\x21-\x7e]", endpoint):
-        raise ValueError("endpoint: {!a} is no http:// or https:// address".format(_shown(endpoint)))
-    if parts.username is not None:
-        raise ValueError("endpoint: a user name or password cannot be part of the address")
-    for pair in (("key", "secret"), ("username", "password")):
-        missing = [name for name in pair if client.get_setting(name) is None]
-        if len(missing) == 1:
-            raise ValueError("{}: missing; {} and {} go together".format(missing[0], *pair))
-    if own.cert_key is not None and client.cert is None:
-        raise ValueError("cert: missing, although cert_key is given; they go together")
-    if client.key is not None and own.username is not None:
-        raise ValueError("username: given together with key; use either key and secret or username and password")
-    own.checked = together
-
-
-def _build(client, call, login=None, post=False):
-    """A signed _Request; built anew for each attempt, since `expires` must be fresh."""
+def _build_request(client, call, login=None, post=False):
+    """Return a _Request for a call; it is built anew for each attempt, with a fresh expiry."""
     params = dict(call.params)
     params[call.opcode_name] = call.command
     if call.json:
         params["response"] = "json"
-    secrets = [client._own.password]
-    add_signature = None
+    request = _Request(client, call, params, [client._state.password])
+
     if login is not None:
         params["sessionkey"] = login.key
-        secrets += login.cookies.values()
-    elif client.key is not None and client._own.username is None:
+        request.secrets += login.cookies.values()
+    elif client.key is not None and client._state.username is None:
         for name in [name for name in params if name.lower() == "apikey"]:
             del params[name]
         params["apiKey"] = client.key
-        add_signature = _signer(client.secret, client.expiration, call.expires)
-        secrets += [client.secret]
+        request.secrets.append(client.secret)
+        request.signing = (client.secret, client.expiration, call.expires)
+    else:
+        request.anonymous = call.command.lower() != "login"
     if call.expires is not None:
         params["expires"] = call.expires
-    request = _Request(client, call, params, secrets, add_signature)
-    _add_headers(client, call, request, login)
+
+    packing = "identity" if _LOOPBACK.match(request.endpoint) else "gzip"
+    request.headers = {"User-Agent": "cs/" + __version__, "Accept-Encoding": packing}
+    if login is not None and login.cookies:  # an empty header would hide those of a `session`
+        pairs = [name + "=" + value for name, value in login.cookies.items()]
+        request.headers["Cookie"] = "; ".join(pairs)
+    if client.headers or call.headers:
+        request.headers = _merge_headers(request.headers, client.headers, call.headers or {})
+
     if _needs_post(client, call, request, post):
         request.method = "POST"
         request.headers["Content-Type"] = "application/x-www-form-urlencoded"
     return request
 
 
-def _is_anonymous(client, call):
-    return client.key is None and client._own.username is None and call.command.lower() != "login"
+def _merge_headers(*maps):
+    """Merge headers: later ones win, names compare without case, None takes one out."""
+    merged = {name.lower(): (name, value) for headers in maps for name, value in headers.items()}
+    for name, value in merged.values():
+        _check_header(name, value)  # again: client.headers is the program's to change
+
+    return {
+        name: value.decode("latin-1") if isinstance(value, bytes) else str(value)
+        for name, value in merged.values()
+        if value is not None
+    }
 
 
 def _needs_post(client, call, request, post):
-    """Whether GET cannot do. What is sent without credentials goes to the integration port, which reads no body; but
-    for login, which takes nothing else than POST."""
-    if _is_anonymous(client, call):
+    """Tell whether GET cannot do.
+
+    An anonymous request goes to the integration port, which reads no body."""
+    if request.anonymous:
         return False
-    return (
-        post
-        or call.secret
-        or client.method == "post"
-        or (client._server.post_only and not _get_allowed(call.command))
-        or request.is_long()
-    )
+    if post or call.is_secret or client.method == "post":
+        return True
+    if client._server.post_only:
+        reading = _READING.match(call.command) or call.command.lower() in _READING_TOO
+        if not reading:
+            return True
+
+    # A server takes so much in a GET. A character is nine bytes at the most, mostly one.
+    head = sum(len(name) + len(value) + 4 for name, value in request.headers.items())
+    room = LONGEST_HEAD - _SIGNED - len(request.endpoint) - head
+    raw = sum(len(name) + len(text) + 2 for name, text in request.params.items())
+    return 9 * raw > room and len(_join_query(request.params)) > room
 
 
-def _signer(secret, expiration, expires):
-    """Return the function that adds expiry and signature to the parameters of a request."""
-    seconds = expiration.total_seconds()
+def _check_client(client):
+    """Refuse settings that make no sense together. Raises ValueError that names them."""
+    endpoint, state = client.endpoint, client._state
+    user = (client.key, client.secret, state.username, state.password)
+    together = (endpoint, user, state.pem_path, state.cert_key)
+    if state.checked == together:
+        return
 
-    def add_signature(params):
-        if expires is not None or seconds >= 0:
-            params["signatureVersion"] = "3"
-            moment = time.gmtime(min(time.time() + seconds, 253402300799))  # the year 9999, as far as the format goes
-            params["expires"] = expires or time.strftime("%Y-%m-%dT%H:%M:%S+0000", moment)
-        params["signature"] = sign(params, secret)
-
-    return add_signature
-
-
-_LOOPBACK = re.compile(r"https?://(?:127\.|localhost(?:[:/?]|\Z)|\[::1\])")  # where packing costs more than it saves
-
-
-def _add_headers(client, call, request, login):
-    local = _LOOPBACK.match(request.endpoint)
-    own = {"User-Agent": "cs/" + __version__, "Accept-Encoding": "identity" if local else "gzip"}
-    if login is not None and login.cookies:  # an empty header would hide the cookies that a `session` keeps itself
-        own["Cookie"] = "; ".join(name + "=" + value for name, value in login.cookies.items())
-    request.add_headers(own, client.headers, call.headers)
+    _check_endpoint(endpoint)
+    for pair in (("key", "secret"), ("username", "password")):
+        missing = [name for name in pair if client.get_setting(name) is None]
+        if len(missing) == 1:
+            raise ValueError(f"{missing[0]}: missing; {pair[0]} and {pair[1]} go together")
+    if state.cert_key is not None and state.pem_path is None:
+        raise ValueError("cert: missing, although cert_key is given; they go together")
+    if client.key is not None and state.username is not None:
+        raise ValueError(
+            "username: given together with key; use either key and secret or username and password"
+        )
+    state.checked = together
 
 
-# strict=False: the server leaves raw control characters in strings. NaN and Infinity are no JSON.
-def _no_constant(name):
-    raise ValueError(name + " is no JSON")
+def _check_endpoint(endpoint):
+    """Raise ValueError for an endpoint that cannot be used, without its secret parts."""
+    if not endpoint:
+        raise ValueError(
+            "endpoint: missing; it is the URL of the API, such as https://host/client/api"
+        )
+    try:
+        parts = urlsplit(endpoint)
+        proper = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        proper = False
+    if not proper or re.search(r"[^\x21-\x7e]", endpoint):
+        problem = "is not an http:// or https:// address"
+        if re.search(r"[^\x00-\x7f]", endpoint):
+            problem = "holds characters beyond ASCII; write an international name as xn--..."
+        raise ValueError(f"endpoint: {_mask_address(endpoint)!a} {problem}")
+    if parts.username is not None:
+        raise ValueError("endpoint: a user name or password cannot be part of the address")
 
 
-_JSON = jsonlib.JSONDecoder(strict=False, parse_constant=_no_constant)
+# 5.2 Answer: what an HTTP response means.
 
 
-class _CollectorPause:
-    """Python's cyclic garbage collector, stopped while a long answer is decoded: that makes thousands of containers
-    that can hold no cycle, and looking through them again and again took half the time of a long list. Counted, since
-    several threads may be at it; where the program has turned the collector off, it stays off."""
-
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._start_anew()
-        if hasattr(os, "register_at_fork"):  # a child must not inherit a collector stopped by another thread
-            os.register_at_fork(after_in_child=self._leave_all)
-
-    def _start_anew(self):
-        self._inside = 0
-        self._stopped = False
-
-    def __enter__(self):
-        with self._lock:
-            self._inside += 1
-            if gc.isenabled():
-                self._stopped = True
-                gc.disable()
-
-    def __exit__(self, *exc_info):
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0 and self._stopped:
-                self._stopped = False
-                gc.enable()
-
-    def _leave_all(self):
-        self._lock = threading.Lock()
-        if self._stopped:
-            gc.enable()
-        self._start_anew()
+def _refuse_constant(name):
+    raise ValueError(f"{name} is not JSON")
 
 
-_collector_stopped = _CollectorPause()
+# strict=False: the server leaves raw control characters in strings. NaN and Infinity are not JSON.
+_JSON = jsonlib.JSONDecoder(strict=False, parse_constant=_refuse_constant)
 _LONG_ANSWER = 1 << 16  # characters; below, the collector hardly runs
 
 
-def _parse(response):
-    """The answer as JSON. Raises ValueError or RecursionError."""
+def _parse_json(response):
+    """Return the answer as JSON. Raises ValueError or RecursionError.
+
+    Python's cyclic garbage collector rests while a long answer is decoded: that makes thousands of
+    containers that can hold no cycle, and looking through them again and again took half the time
+    of a long list. The decoder is C code that no other thread interrupts; a thread that comes in
+    between finds the collector off, as it does where a program has turned it off, and leaves it."""
     text = response.content.decode("utf-8-sig", "replace")
-    if len(text) < _LONG_ANSWER:
-        return _JSON.decode(text)
-    with _collector_stopped:
+    if len(text) < _LONG_ANSWER or not gc.isenabled():
         return _JSON.decode(text)
 
+    gc.disable()
+    try:
+        return _JSON.decode(text)
+    finally:
+        gc.enable()
 
-def _advice(client):
-    return "Make sure endpoint URL {!r} is correct.".format(_shown(client.endpoint))
 
+def _decode_answer(client, call, response):
+    """Return the value under the answer's single top-level key, or raise what the answer means.
 
-def _decode(client, call, response):
-    """The value under the answer's single top-level key, or the CloudStackException that the answer amounts to.
-
-    About 85 commands answer under another key than their own, so whatever single key there is, is taken; and bodies of
-    any status may be the servlet container's HTML, so it is parsing that tells, not the status."""
+    About 85 commands answer under another key than their own, so any single key is taken. Bodies
+    of any status may be the servlet container's HTML: parsing decides, not the status."""
     code = response.status_code
-    status = "HTTP {} {}".format(code, response.reason)
+    status = f"HTTP {code} {response.reason}"
     if 300 <= code < 400 and response.headers.get("Location"):
-        raise CloudStackException(status, _redirect_text(response), response=response)
+        place = _mask_address(response.headers.get("Location"))
+        detail = f"Redirects are not followed; the new address is {place!a}. Set the endpoint to"
+        raise CloudStackException(status, detail + " where the API is.", response=response)
     if not call.json:
         if code != 200:
-            raise CloudStackApiException(_api_text(code), error=response.text, response=response)
+            raise _make_api_error(code, response.text, response)
         return response.text
-    kind = response.headers.get("Content-Type")
+
     if code == 200 and not response.content:
-        raise CloudStackException(
-            status, "The answer is empty: an unexpected error inside the server.", response=response
-        )
+        detail = "The answer is empty: an unexpected error inside the server."
+        raise CloudStackException(status, detail, response=response)
+    kind = response.headers.get("Content-Type")
     if code == 200 and kind and "json" not in kind.lower() and "javascript" not in kind.lower():
-        raise CloudStackException("JSON (application/json) was expected, got {!r}".format(kind), response=response)
+        message = f"JSON (application/json) was expected, got {kind!r}"
+        raise CloudStackException(message, response=response)
     try:
-        document = _parse(response)
+        document = _parse_json(response)
     except (ValueError, RecursionError):
         broken = "Malformed JSON document. " if code == 200 else ""
-        raise CloudStackException(status, broken + _advice(client), response=response) from None
+        advice = f"Make sure endpoint URL {_mask_address(client.endpoint)!r} is correct."
+        raise CloudStackException(status, broken + advice, response=response) from None
+
     if not isinstance(document, dict) or len(document) != 1:
-        detail = "a single top-level key was expected"
-        raise CloudStackException("Unexpected response from CloudStack", detail, response=response)
+        raise _unexpected("a single top-level key was expected", response)
     (value,) = document.values()
     if code != 200:
-        raise CloudStackApiException(_api_text(code), error=value, response=response)
+        raise _make_api_error(code, value, response)
     return value
 
 
-def _api_text(code):
-    text = "HTTP {} response from CloudStack".format(code)
+def _make_api_error(code, said, response):
+    """Return the exception for an answer that is the server's own error."""
+    message = f"HTTP {code} response from CloudStack"
     if code == 511:
-        text += " (two-factor authentication is required: use an API key and secret, which it does not apply to)"
-    return text
+        message += " (two-factor authentication is required: use an API key and secret, which it"
+        message += " does not apply to)"
+    return CloudStackApiException(message, error=said, response=response)
 
 
-def _redirect_text(response):
-    place = _shown(response.headers.get("Location"))
-    return "Redirects are not followed; the new address is {!a}. Set the endpoint to where the API is.".format(place)
+def _unexpected(detail, response=None):
+    """Return the exception for JSON that CloudStack would not answer."""
+    return CloudStackException("Unexpected response from CloudStack", detail, response=response)
 
 
-def _status(error):
+def _find_rows(answer):
+    """Return the answer's rows: its only list, whatever its name. None for an object."""
+    if not isinstance(answer, dict):
+        return None
+    lists = [value for value in answer.values() if isinstance(value, list)]
+    if len(lists) == 1 and "id" not in answer:  # with an id it is an object that holds a list
+        return lists[0]
+    return None if set(answer) - {"count"} else []
+
+
+# 5.3 Retry: whether and when a command is sent again.
+
+_RETRY_AFTER = re.compile(r"(?i)retry after\s*\[?\s*([0-9]+)\s*\]?\s*ms")
+
+
+def _status_of(error):
+    """Return the HTTP status behind an exception, or None."""
     return getattr(error.response, "status_code", None)
 
 
-def _refused(error):
-    """Whether the server said that it did not run the command: throttled, or itself in maintenance."""
-    said = isinstance(error, CloudStackApiException) and isinstance(error.error, dict) and "errorcode" in error.error
-    return _status(error) == 429 or (_status(error) == 503 and said)
+def _was_rejected(error):
+    """Tell whether the server says that it did not run the command: throttled, in maintenance."""
+    said = isinstance(error.error, dict) and "errorcode" in error.error
+    return _status_of(error) == 429 or (_status_of(error) == 503 and said)
 
 
-def _passing(error):
-    """Whether the same reading request may well succeed a little later."""
+def _is_transient(error):
+    """Tell whether the same reading request may well succeed a little later."""
     if error.response is None:
         return isinstance(error, OSError)
-    return _status(error) in (429, 502, 503, 504)
+    return _status_of(error) in (429, 502, 503, 504)
 
 
-def _asked_wait(error):
-    """Seconds the server asked to wait, by the text of its 429 or by Retry-After; None where it did not say."""
+def _asked_delay(error):
+    """Return the seconds that the server asked to wait, or None.
+
+    They stand in the text of its 429 (ApiRateLimitServiceImpl) or in Retry-After."""
     if error.response is None:
         return None
     found = _RETRY_AFTER.search(error.response.text)
@@ -1019,6 +1043,7 @@ def _asked_wait(error):
     after = (error.response.headers.get("Retry-After") or "").strip()
     if re.match(r"[0-9]+\Z", after):
         return float(after)
+
     from email.utils import mktime_tz, parsedate_tz
 
     try:
@@ -1028,84 +1053,169 @@ def _asked_wait(error):
         return None
 
 
+def _random():
+    """Return a number from 0 to 1. Importing random costs milliseconds; only a retry needs it."""
+    import random
+
+    return random.random()
+
+
 def backoff(attempt, first):
-    """Seconds before retry number `attempt` (0 is the first): exponential, half of it jitter, at most LONGEST_WAIT."""
+    """Return the seconds before retry number `attempt`, counted from 0: exponential, half of it
+    jitter, at most LONGEST_WAIT."""
     return min(LONGEST_WAIT, first * 2.0 ** min(attempt, 32)) * (0.5 + _random() / 2)
 
 
 def _retry_delay(client, call, error, attempt):
-    """Seconds until the call may be sent again, or None where it may not. A command that changes something is sent
-    again only where the server surely did not run it."""
-    if not (error.unsent or _refused(error) or (call.reads and _passing(error))):
+    """Return the seconds until a call may be sent again, or None if it may not.
+
+    A command that changes something is sent again only if the server did not run it."""
+    if not (error.unsent or _was_rejected(error) or (call.reads and _is_transient(error))):
         return None
-    asked = _asked_wait(error)
-    if asked is not None and asked > LONGEST_WAIT:
-        return None
-    return max(asked or 0.0, backoff(attempt, client.retry_backoff))
+    asked = _asked_delay(error) or 0.0
+    return None if asked > LONGEST_WAIT else max(asked, backoff(attempt, client.retry_backoff))
 
 
 def _wants_post(error):
-    return (
-        isinstance(error, CloudStackApiException)
-        and _status(error) == 400
-        and "using post request" in error.response.text.lower()
-    )
+    """Tell whether the server asks for POST (ApiServlet, since 4.20)."""
+    if _status_of(error) != 400 or not isinstance(error, CloudStackApiException):
+        return False
+    return "using post request" in error.response.text.lower()
 
 
-def _mark(call, error):
+def _mark_outcome(call, error):
     """Say on the exception whether the command may have run."""
     if error.outcome_unknown:
         return
-    answered = isinstance(getattr(error, "error", None), dict) or 300 <= (_status(error) or 0) < 500
+    answered = isinstance(error.error, dict) or 300 <= (_status_of(error) or 0) < 500
     error.outcome_unknown = not (call.reads or error.unsent or answered)
     if error.outcome_unknown and error.response is None and error.args:
-        _add_hint(error, f"{call.command} may have run, its outcome is unknown: look before it is sent again")
+        hint = "may have run, its outcome is unknown: look before it is sent again"
+        _add_hint(error, f"{call.command} {hint}")
 
 
 def _add_hint(error, hint):
-    """Put a hint behind what an exception says; of an OSError's arguments a third would be lost."""
+    """Add a hint to an exception's message; of an OSError's arguments a third would be lost."""
     error.args = (error.args[0], "; ".join([str(arg) for arg in error.args[1:]] + [hint]))
 
 
-def _ask(client, call):
-    """Send one command until it is answered or may not be sent again; returns the decoded answer."""
+def _send_with_retries(client, call):
+    """Send one command until it is answered or may not be sent again; returns the answer."""
     attempt = 0
     post = renewed = replayed = False
     retries = client.retry if call.retries is None else call.retries
     while True:
-        login = None if call.command == "login" else (yield from _current_login(client))
+        login = None
+        if client._state.username is not None and call.command != "login":
+            login = yield from _current_login(client)
+        request = _build_request(client, call, login, post)
         try:
-            call.response = yield _build(client, call, login, post)
-            return _decode(client, call, call.response)
+            call.response = yield request
+            return _decode_answer(client, call, call.response)
         except CloudStackException as error:
-            if _wants_post(error) and not post and not _is_anonymous(client, call):
+            if _wants_post(error) and not post and not request.anonymous:
                 post = client._server.post_only = True
                 continue
-            if login is not None and _status(error) == 401 and not renewed:
+            if login is not None and _status_of(error) == 401 and not renewed:
                 renewed = True
-                _forget_login(client, login)
+                if client._server.login is login:  # else another caller has renewed it already
+                    client._server.login = None
                 continue
-            if call.reads and not replayed and getattr(error, "stale", False):
+            if call.reads and error.stale and not replayed:
                 replayed = True
                 continue
-            delay = None if attempt >= retries else _retry_delay(client, call, error, attempt)
+            delay = _retry_delay(client, call, error, attempt) if attempt < retries else None
             if delay is None:
-                _mark(call, error)
+                _mark_outcome(call, error)
                 raise
         attempt += 1
         yield delay
 
 
-# Sessions: user name and password instead of key and secret.
+# 5.4 Session: user name and password instead of key and secret; and what callers share.
+
+_Login = collections.namedtuple("_Login", "key cookies")
+
+
+class _Server:
+    """What was learned about the server behind one endpoint, as one user."""
+
+    def __init__(self):
+        self.post_only = False  # commands that change something must be POST
+        self.page_limit = PAGE_SIZE
+        self.login = None  # a _Login, while there is a session
+        self.login_error = None
+        self.login_turn = _Turn()
+        self.jobs = _JobList()
+
+
+class _Signal:
+    """What many callers wait for at once, in threads and event loops alike; any thread sets it."""
+
+    def __init__(self):
+        self.count = 0  # how often it was set: whoever noted it before looking misses nothing
+        self._wakers = set()
+
+    def add(self, wake):
+        """Have wake() called whenever the signal is set."""
+        self._wakers.add(wake)
+
+    def discard(self, wake):
+        """Forget a waker."""
+        self._wakers.discard(wake)
+
+    def set(self):
+        """Wake all that wait."""
+        self.count += 1
+        for wake in list(self._wakers):
+            wake()
+
+
+class _Pause:
+    """A step of the protocol: sleep for `seconds`, or until the signal was set once more."""
+
+    def __init__(self, seconds, signal, count):
+        self.seconds = seconds
+        self.signal = signal
+        self.count = count
+
+
+class _Turn:
+    """Work that one caller does for all who need it; `done` is set when it is given back.
+
+    It is lent for LEASE seconds: its holder may be a task of an event loop that was stopped, and
+    must not hold up the others for ever (finding 12)."""
+
+    def __init__(self):
+        self.done = _Signal()
+        self._lock = threading.Lock()
+        self._holder = None
+        self._until = 0.0
+
+    def take(self):
+        """Return a token for give_back(), or None while another caller has the turn."""
+        with self._lock:
+            if self._holder is not None and _clock() < self._until:
+                return None
+            self._until = _clock() + LEASE
+            self._holder = object()
+            return self._holder
+
+    def give_back(self, token):
+        """End the turn and wake those who waited for it."""
+        with self._lock:
+            if self._holder is token:
+                self._holder = None
+        self.done.set()
 
 
 def _current_login(client):
-    """The session to send with, made if there is none; None where the client has no user name. Of many callers one logs
-    in and the others wait for it, and share its failure: wrong passwords in a row would lock the account."""
-    if client._own.username is None:
-        return None
+    """Return the session to send with, made if there is none yet.
+
+    Of many callers one logs in; the others wait for it and share its failure, since wrong
+    passwords in a row would lock the account."""
     server = client._server
-    turn = server.log_in
+    turn = server.login_turn
     while server.login is None:
         count = turn.done.count
         token = turn.take()
@@ -1117,11 +1227,12 @@ def _current_login(client):
         if server.login is None and server.login_error is not None:
             import copy
 
-            raise copy.copy(server.login_error)  # each caller writes the id of its own job on it
+            raise copy.copy(server.login_error)  # each caller writes its own job's id on it
     return server.login
 
 
 def _log_in_for_all(client, server, token):
+    """Log in unless another caller has, and leave session or failure with the server."""
     try:
         if server.login is None:
             server.login_error = None
@@ -1130,102 +1241,97 @@ def _log_in_for_all(client, server, token):
         server.login_error = error
         raise
     finally:
-        server.log_in.give_back(token)
+        server.login_turn.give_back(token)
 
 
 def _log_in(client):
-    own = client._own
-    params = {"username": own.username, "password": own.password, "domain": own.domain or "/"}
+    """Log in and return the _Login; the session key goes beside both cookies (ApiServlet)."""
+    state = client._state
+    params = {
+        "username": state.username,
+        "password": state.password,
+        "domain": state.domain or "/",
+    }
     call = _Call("login", params)
-    answer = yield from _ask(client, call)
+    answer = yield from _send_with_retries(client, call)
     key = answer.get("sessionkey") if isinstance(answer, dict) else None
     if not isinstance(key, str) or not key or _UNSENDABLE.search(key):
-        detail = "login gave no session key"
-        raise CloudStackException("Unexpected response from CloudStack", detail, response=call.response)
+        raise _unexpected("login gave no session key", call.response)
     return _Login(key, call.response.cookies())  # type: ignore[union-attr]
 
 
-def _forget_login(client, login):
-    if client._server.login is login:  # else somebody else has renewed it already
-        client._server.login = None
-
-
 def _log_out(client):
-    """End the session, if there is one, as well as may be: the server ends it by itself after half an hour idle."""
+    """End the session, if there is one; the server ends it by itself after half an hour idle."""
     login = client._server.login
     if login is None:
         return
     client._server.login = None
     try:
-        yield _build(client, _Call("logout", {}), login, post=True)
+        yield _build_request(client, _Call("logout", {}), login, post=True)
     except CloudStackException:
         pass
 
 
-# Pages.
+# 5.5 Pages: all rows of a list.
 
-
-def _rows(answer):
-    """The answer's rows: its only list, whatever its name. None where it is an object, not a list."""
-    if not isinstance(answer, dict):
-        return None
-    lists = [value for value in answer.values() if isinstance(value, list)]
-    if len(lists) == 1 and "id" not in answer:  # else an object that holds a list
-        return lists[0]
-    return [] if not set(answer) - {"count"} else None
+_PAGE_LIMIT = re.compile(r"(?i)page ?size.*max allowed.*?([0-9]{1,9})")
 
 
 def _is_same_page(rows, page):
-    """Whether two pages hold the same rows in the same order: equal ones, or ones that go by the same ids and names
-    while figures in them have moved. The id alone would not do: templates repeat it for every zone."""
+    """Tell whether two pages hold the same rows in the same order.
+
+    Rows are the same if they are equal, or go by the same ids and names while figures in them
+    have moved. The id alone would not do: listTemplates repeats it for every zone."""
     if len(rows) != len(page):
         return False
     if rows == page:
         return True
-    if len(rows) < 2 or [_row_id(row) for row in rows] != [_row_id(row) for row in page]:
+
+    ids = [row.get("id") if isinstance(row, dict) else None for row in rows]
+    if len(rows) < 2 or None in ids:
         return False
-    return all(_row_id(row) is not None for row in rows) and list(map(_identity, rows)) == list(map(_identity, page))
-
-
-def _row_id(row):
-    return row.get("id") if isinstance(row, dict) else None
+    return all(
+        isinstance(other, dict) and _identity(row) == _identity(other)
+        for row, other in zip(rows, page)
+    )
 
 
 def _identity(row):
+    """Return the part of a row that stays while its figures move."""
     return {name: value for name, value in row.items() if name.endswith(("id", "name"))}
 
 
 class _Walk:
-    """All pages of one list, in order; `yield from next_page()` gives a list of rows, or None after the last.
+    """All pages of one list, in order.
 
-    A page is never taken for the last by its length alone: `count` is the total for most commands, the length of this
-    page for some, and missing for others. So the walk goes on while a page is full or fewer than `count` rows were
-    seen, and ends with an empty page, with one that repeats the one before it or the first (commands that ignore
-    `page`, servers that begin anew), or with one that is longer than asked for (those, again)."""
+    A page is never taken for the last by its length alone: `count` is the total for most commands,
+    the length of this page for some, and missing for others. So the walk continues while a page is
+    full or fewer than `count` rows were seen. It ends with an empty page, with one that repeats the
+    one before it or the first (commands that ignore `page`, servers that begin anew), or with one
+    that is longer than asked for (those, again)."""
 
     def __init__(self, client, call, ahead=1, report=None):
         self.client = client
         self.call = call
         self.ahead = ahead
         self.report = report
-        self.page = self._given("page", 1)
-        self.size = self._given("pagesize", client._server.page_limit)
-        self.first = None  # the first answer, for what is no list
-        self.total = None  # what the server says there is
+        self.page = self._read_number("page", 1)
+        self.size = self._read_number("pagesize", client._server.page_limit)
+        self.first = None  # the first answer, which may turn out not to be a list
+        self.total = None  # rows there are, as the server says
         self.seen = 0
         self.pages = 0
         self.first_rows = self.previous = None
         self.buffered = []
         self.done = False
 
-    def _given(self, name, default):
-        text = self.call.given(name)
-        try:
-            return _count(text, least=1) if text else default
-        except ValueError as error:
-            raise ValueError("parameter {!r}: {}".format(name, error)) from None
+    def _read_number(self, name, default):
+        text = self.call.get_param(name)
+        count = functools.partial(_parse_count, least=1)
+        return _convert(f"parameter {name!r}", count, text) if text else default
 
     def next_page(self):
+        """Return the next page's rows, or None after the last; to be used by `yield from`."""
         while not self.done:
             if not self.buffered:
                 yield from self._fetch()
@@ -1233,75 +1339,98 @@ class _Walk:
             if isinstance(answer, BaseException):
                 self.done = True
                 raise answer
-            rows = self._take(answer)
+            rows = self._accept(answer)
             if rows:
                 if self.report:
                     self.report("rows", self.seen, self.total)
                 return rows
         return None
 
+    def is_list(self):
+        """Tell whether the answer was a list at all."""
+        return _find_rows(self.first) is not None
+
     def _fetch(self):
+        """Fill the buffer with at least one answer."""
         pages = self._sure_pages()
         if len(pages) > 1:
             yield from self._fetch_at_once(pages)
         if not self.buffered:
-            self.buffered = [(yield from self._ask_within_limit(self.call.with_page(self.page, self.size)))]
+            call = self.call.with_page(self.page, self.size)
+            self.buffered = [(yield from self._send_within_limit(call))]
+
+    def _sure_pages(self):
+        """Return the pages to come that may be asked for at once.
+
+        Only a full page and a count above it say that they are there; and a program's own session
+        may not be made for threads."""
+        full = len(self.previous or ()) >= self.size
+        if self.ahead < 2 or not self.total or not full or self.client.session is not None:
+            return ()
+        # And the one after the last, which has to be looked at if the last is full.
+        return range(self.page, self.page + (self.total - self.seen) // self.size + 1)
 
     def _fetch_at_once(self, pages):
+        """Fetch pages by several workers that share them."""
         todo = iter(pages)
-        answers, halt = {}, []  # type: dict, list
+        answers: dict = {}
+        halt: list = []
         try:
-            outcomes = yield [self._lane(todo, answers, halt) for _ in pages[: self.ahead]]
+            workers = [self._page_worker(todo, answers, halt) for _ in pages[: self.ahead]]
+            outcomes = yield workers
         finally:
-            halt.append(True)  # whoever was interrupted wants no more of them
+            halt.append(True)  # a caller who was interrupted wants no more of them
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
-        # Up to the first gap: what follows one is read again, from there.
-        self.buffered = [answers[page] for page in itertools.takewhile(answers.__contains__, pages)]
 
-    def _sure_pages(self):
-        """The pages to come that may be asked for at once: only where a full page and a count above it say that they
-        are there, and never through a program's own session, which may not be made for threads."""
-        if self.ahead < 2 or not self.total or len(self.previous or ()) < self.size or self.client.session is not None:
-            return ()
-        # And the one after the last, which has to be looked at where the last is full.
-        return range(self.page, self.page + (self.total - self.seen) // self.size + 1)
+        # Up to the first gap: what follows one is read again, from there (finding 04).
+        self.buffered = [
+            answers[page] for page in itertools.takewhile(answers.__contains__, pages)
+        ]
 
-    def _lane(self, todo, answers, halt):
-        """One of several that share the pages to do. The first page that is not full, or repeats the one before all
-        of these, is the end, whatever the count said: nothing more is asked for then."""
-        while not halt:  # looked at first: a page that was taken is asked for, or its rows were lost (finding 04)
+    def _page_worker(self, todo, answers, halt):
+        """Ask for one shared page after another, until none is left or a worker called a halt.
+
+        The first page that is not full, or repeats an earlier one, is the end, whatever the count
+        said. The halt is looked at first: a page that was taken is always asked for."""
+        while not halt:
             page = next(todo, None)
             if page is None:
                 break
             try:
-                answers[page] = yield from _ask(self.client, self.call.with_page(page, self.size))
-                rows = _rows(answers[page])
+                call = self.call.with_page(page, self.size)
+                answers[page] = yield from _send_with_retries(self.client, call)
+                rows = _find_rows(answers[page])
                 good = rows is not None and len(rows) == self.size and not self._repeats(rows)
             except CloudStackException as error:
                 answers[page], good = error, False
             if self.report:
-                self.report("rows", min(self.seen + len(answers) * self.size, self.total), self.total)
+                seen = min(self.seen + len(answers) * self.size, self.total)
+                self.report("rows", seen, self.total)
             if not good:
                 halt.append(page)
 
-    def _ask_within_limit(self, call):
-        """One page; where the server says on the first that its limit is lower, with that one, which is remembered."""
+    def _send_within_limit(self, call):
+        """Send for one page; if the server says on the first that its limit is lower, again.
+
+        The limit is remembered for the client's other lists."""
         try:
-            return (yield from _ask(self.client, call))
+            return (yield from _send_with_retries(self.client, call))
         except CloudStackApiException as error:
-            found = _PAGE_LIMIT.search(error.response.text) if _status(error) == 431 else None
+            text = error.response.text if _status_of(error) == 431 else ""
+            found = _PAGE_LIMIT.search(text)
             if not found or self.first is not None or not 0 < int(found.group(1)) < self.size:
                 raise
             limit = int(found.group(1))
+
         self.page = (self.page - 1) * self.size // limit + 1
         self.client._server.page_limit = self.size = limit
-        return (yield from _ask(self.client, call.with_page(self.page, limit)))
+        return (yield from _send_with_retries(self.client, call.with_page(self.page, limit)))
 
-    def _take(self, answer):
-        """The new rows of one answer; notes whether it was the last."""
-        rows = _rows(answer)
+    def _accept(self, answer):
+        """Return the new rows of an answer, and note whether it was the last."""
+        rows = _find_rows(answer)
         if self.first is None:
             self.first = answer
         if not rows or self._repeats(rows):
@@ -1310,29 +1439,29 @@ class _Walk:
         self.pages += 1
         if self.pages > MOST_PAGES:
             self.done = True
-            raise CloudStackException("Unexpected response from CloudStack", f"a list of more than {MOST_PAGES} pages")
+            raise _unexpected(f"a list of more than {MOST_PAGES} pages")
+
         self.seen += len(rows)
         count = answer.get("count")
         if isinstance(count, int) and count > len(rows):
             self.total = count
-        self.done = len(rows) > self.size or (len(rows) < self.size and self.seen >= (self.total or 0))
+        short = len(rows) < self.size and self.seen >= (self.total or 0)
+        self.done = short or len(rows) > self.size
         self.previous = rows
         self.first_rows = self.first_rows or rows
         self.page += 1
         return rows
 
     def _repeats(self, rows):
-        """Whether a page is the one before it, or the first, once more."""
-        return any(_is_same_page(rows, page) for page in (self.previous, self.first_rows) if page)
-
-    def is_list(self):
-        return _rows(self.first) is not None
+        """Tell whether a page is the one before it, or the first, once more."""
+        earlier = (self.previous, self.first_rows)
+        return any(_is_same_page(rows, page) for page in earlier if page)
 
 
-def _collect(client, call):
-    """Every row of a list; what is no list, as it is."""
-    walk = _Walk(client, call, PAGES_AHEAD, client._own.progress)
-    everything = []  # type: list
+def _collect_rows(client, call):
+    """Return every row of a list; any other answer as it is."""
+    walk = _Walk(client, call, PAGES_AHEAD, client._state.progress)
+    everything: list = []
     while True:
         rows = yield from walk.next_page()
         if rows is None:
@@ -1340,16 +1469,47 @@ def _collect(client, call):
         everything += rows
 
 
-# Jobs.
+# 5.6 Jobs: submit, look, wait.
+
+
+def _run_command(client, command, params, json, opcode_name, fetch_list, headers, fetch_result):
+    """Carry out a whole call: returns the answer, all rows of a list, or the result of a job."""
+    if fetch_result is None:
+        fetch_result = client.fetch_result
+    elif type(fetch_result) is not bool:
+        fetch_result = _convert("fetch_result", _parse_flag, fetch_result)
+    if type(fetch_list) is not bool and fetch_list != _AS_WALK:
+        fetch_list = _convert("fetch_list", _parse_flag, fetch_list)
+    call = _Call(command, flatten(params), json, opcode_name, headers)
+    _check_client(client)
+    if fetch_list == _AS_WALK:
+        return _Walk(client, call, report=client._state.progress)
+
+    if call.has_page:
+        call.complete_page(client._server.page_limit)
+    if client._state.recover:
+        call.choose_job_id()
+    if call.job_id is not None:
+        answer = yield from _submit(client, call)
+    elif fetch_list:
+        answer = yield from _collect_rows(client, call)
+    else:
+        answer = yield from _send_with_retries(client, call)
+    # A submission's answer has a jobid and no status, which queryAsyncJobResult's own has.
+    if fetch_result and isinstance(answer, dict) and "jobid" in answer:
+        if "jobstatus" not in answer:
+            answer = yield from _await_job(client, call, answer["jobid"])
+    return answer
 
 
 class _JobList:
-    """Which jobs are pending, found out once for all who wait: listAsyncJobs tells in one request what single looks
-    would ask for each. It serves threads and event loops alike: who needs news first fetches them, and all others are
-    woken to look at them.
+    """Which jobs are pending, found out once for all who wait.
 
-    A job that is not, or no longer, in the list is asked for singly, so that whatever the list leaves out (another
-    account's jobs, rows that moved between pages) costs a request and nothing else."""
+    listAsyncJobs says in one request what single looks would ask for each. It serves threads and
+    event loops alike: the caller who needs news first fetches them, and all others are woken to
+    look at them. A job that is not in the list is asked for singly, so that whatever the list
+    leaves out (another account's jobs, rows that moved between pages) costs a request and nothing
+    else."""
 
     FEWEST = 4  # waiters; for fewer, asking singly is as cheap
     USELESS = 600.0  # seconds to do without a list that does not help
@@ -1358,30 +1518,33 @@ class _JobList:
         self.waiting = set()
         self.needed = self.FEWEST  # waiters, for the list to be worth its requests
         self.reading = _Turn()
-        self.pending = set()  # type: set
-        self.asked_at = float("-inf")  # when the list was asked for: what it says is at least as new as that
+        self.pending = set()
+        self.asked_at = float("-inf")  # when it was asked for: what it says is at least that new
         self.off_until = 0.0
         self.failures = 0  # in a row
         self.in_vain = 0  # looks at jobs that the list had not shown, though they were pending
 
     def join(self, poll):
+        """Count one more waiter."""
         self.waiting.add(poll)
 
     def leave(self, poll):
+        """Count one waiter less."""
         self.waiting.discard(poll)
         if not self.waiting:
             self.needed = self.FEWEST
 
     def is_used(self):
+        """Tell whether the list is worth its requests now."""
         return len(self.waiting) >= self.needed and self.off_until <= _clock()
 
-    def pause(self, seconds):
-        """The step that sleeps until the list was read anew, or for so many seconds."""
+    def make_pause(self, seconds):
+        """Return the step that sleeps until the list was read anew, or for so many seconds."""
         return _Pause(seconds, self.reading.done, self.reading.done.count)
 
     def refresh(self, client, call):
-        """Read the list, or wait for the one who is at it. Whoever called looks afterwards whether there are news."""
-        pause = self.pause(max(SOONEST_LOOK, client.poll_interval))
+        """Read the list, or wait for the caller who does; afterwards look whether there are news."""
+        pause = self.make_pause(max(SOONEST_LOOK, client.poll_interval))
         token = self.reading.take()
         if token is None:
             yield pause
@@ -1392,29 +1555,32 @@ class _JobList:
             self.reading.give_back(token)
 
     def _read(self, client, call):
-        """Read the list; where that fails, do without for a while."""
+        """Read the list; if that fails, do without it for a while."""
         asked_at = _clock()
-        listing = _Call("listAsyncJobs", {}, opcode_name=call.opcode_name, headers=call.headers)
+        listing = _Call("listAsyncJobs", {}, True, call.opcode_name, call.headers)
         listing.retries = 0
-        listing.total = max(1.0, client.poll_interval)  # one that takes longer saves nobody anything
+        listing.total = max(1.0, client.poll_interval)  # a slower one saves nobody anything
         try:
-            rows = yield from self._rows(client, listing)
+            rows = yield from self._read_rows(client, listing)
         except CloudStackException as error:
-            # Passing trouble passes; a role that may not list jobs stays a while.
+            # Transient trouble passes; a role that may not list jobs stays a while.
             self.failures += 1
-            passing = _passing(error) and self.failures < PATIENCE
-            self.off_until = _clock() + (client.poll_interval if passing else self.USELESS)
+            transient = _is_transient(error) and self.failures < PATIENCE
+            self.off_until = _clock() + (client.poll_interval if transient else self.USELESS)
             return
-        self.failures = 0
-        if rows is None:
-            return
-        # Servers up to 4.19 list finished jobs, too (finding 01).
-        self.pending = {str(row.get("jobid")) for row in rows if str(row.get("jobstatus", 0)) == "0"}
-        self.asked_at = asked_at
 
-    def _rows(self, client, listing):
-        """All rows of the list; None where, with the jobs of others, it takes more requests than it saves: it is tried
-        again when there are twice as many waiters."""
+        self.failures = 0
+        if rows is not None:
+            # Servers up to 4.19 list finished jobs, too (finding 01).
+            pending = [row for row in rows if str(row.get("jobstatus", 0)) == "0"]
+            self.pending = {str(row.get("jobid")) for row in pending}
+            self.asked_at = asked_at
+
+    def _read_rows(self, client, listing):
+        """Return all rows of the list, or None if it takes more requests than it saves.
+
+        That can be so if it holds the jobs of others, too; it is tried again when there are twice
+        as many waiters."""
         walk = _Walk(client, listing)
         found = []
         while not walk.done and walk.pages < len(self.waiting) // 2:
@@ -1428,123 +1594,135 @@ class _JobList:
         return found
 
     def note_unlisted(self):
-        """Note a pending job that the list did not show: with too many of them it is not worth its requests."""
+        """Note a pending job that the list did not show; too many make it not worth its requests."""
         self.in_vain += 1
         if self.in_vain > len(self.waiting):
             self.in_vain = 0
             self.off_until = _clock() + self.USELESS
 
 
-class _Wait:
-    """One waiter's looks at its job: when the next is due, what the last one told, and how long trouble lasts."""
+class _JobWait:
+    """One waiter's looks at its job: when the next is due, and how long trouble lasts."""
 
     def __init__(self, client):
         self.client = client
         self.started = self.due = self.looked = _clock()
-        self.news = self.started - 1e-6  # a list that is asked for at the same moment shows the job already
+        self.news = self.started - 1e-6  # a list asked for at the same moment shows the job already
         limit = client.job_timeout
         self.deadline = float("inf") if limit is None else self.started + limit
         self.was_listed = False
         self.is_missing = False  # from a list that should show it
-        self.trouble = 0
+        self.failures = 0  # in a row
 
     def found_pending(self, at):
         """Set the next look, after one of that moment found the job pending."""
         self.news = at
-        self.trouble = 0
-        self.due = _clock() + _distance(self.client, at - self.started)
+        self.failures = 0
+        self.set_due(at)
 
-    def rides_out(self, error):
-        """Set the next look after one that went wrong; False where the error says something about the job, or where
-        trouble has lasted for too long."""
-        patient = self.client.job_timeout is not None or self.trouble + 1 < PATIENCE
-        if not _rideable(error) or not patient:
+    def set_due(self, at):
+        """Set the next look: at growing distances, so that a short job is seen early and a long
+        one costs few looks."""
+        growing = max(SOONEST_LOOK, NEXT_LOOK * (at - self.started))
+        self.due = _clock() + min(self.client.poll_interval, growing)
+
+    def may_continue(self, error):
+        """Set the next look after one that went wrong; False if that ends the wait.
+
+        It does if the server says something about the job, or if trouble has lasted too long."""
+        patient = self.client.job_timeout is not None or self.failures + 1 < PATIENCE
+        if not _poll_may_continue(error) or not patient:
             return False
-        asked = _asked_wait(error) or 0.0
-        self.due = _clock() + min(LONGEST_WAIT, max(asked, self.client.poll_interval * 2.0**self.trouble))
-        self.trouble += 1
+        delay = max(_asked_delay(error) or 0.0, self.client.poll_interval * 2.0**self.failures)
+        self.due = _clock() + min(LONGEST_WAIT, delay)
+        self.failures += 1
         return True
 
-    def left(self):
-        """Seconds until the next look."""
+    def seconds_left(self):
+        """Return the seconds until the next look."""
         return max(0.0, min(self.due, self.deadline) - _clock())
 
 
-def _distance(client, waited):
-    """Seconds between two looks at a job: they grow with the time it was waited for, so that a short one is seen early
-    and a long one costs few looks."""
-    return min(client.poll_interval, max(SOONEST_LOOK, NEXT_LOOK * waited))
+def _poll_may_continue(error):
+    """Tell whether a look that went wrong says nothing about the job, unlike the server's JSON."""
+    if not isinstance(error, CloudStackApiException):
+        return True
+    if error.args[0] == _JOB_FAILURE:
+        return False
+    return _status_of(error) in (429, 503) or not isinstance(error.error, dict)
 
 
-def _is_job(answer):
-    """Whether an answer is that of a submitted job; queryAsyncJobResult's own also holds a jobid, and a status."""
-    return isinstance(answer, dict) and "jobid" in answer and "jobstatus" not in answer
-
-
-def _poll_call(call, jobid):
-    """The call that looks at a job, sent as the one that started it was. Raises ValueError."""
-    poll = _Call("queryAsyncJobResult", {"jobid": str(jobid)}, True, call.opcode_name, call.headers)
+def _make_poll(call, jobid):
+    """Return the call that looks at a job, sent as the one that started it. Raises ValueError."""
+    params = {"jobid": str(jobid)}
+    poll = _Call("queryAsyncJobResult", params, True, call.opcode_name, call.headers)
     poll.retries = 0
     return poll
 
 
 def _await_job(client, call, jobid):
-    """The jobresult of a job, waited for; whatever is raised meanwhile carries the job's id."""
+    """Wait for a job; returns its jobresult. Anything raised meanwhile carries the job's id."""
     jobs = client._server.jobs
     poll = None
     try:
         try:
-            poll = _poll_call(call, jobid)
+            poll = _make_poll(call, jobid)
         except ValueError as error:
-            raise CloudStackException("Unexpected response from CloudStack", str(error)) from None
+            raise _unexpected(str(error)) from None
         jobs.join(poll)
         return (yield from _look_until_done(client, call, poll))
-    except BaseException as error:
-        setattr(error, "jobid", str(jobid))  # noqa: B010  (KeyboardInterrupt and CancelledError, too)
+    except BaseException as error:  # KeyboardInterrupt and CancelledError, too
+        error.jobid = str(jobid)  # type: ignore[attr-defined]
         raise
     finally:
         jobs.leave(poll)
 
 
 def _look_until_done(client, call, poll):
-    """Look until the job is done, at once and then at growing distances, and once more at the deadline. Trouble on the
-    way (no answer, none of CloudStack's, 429, 503) is ridden out for as long as the deadline allows, or PATIENCE times
-    in a row where there is none."""
-    wait = _Wait(client)
+    """Look at a job at once, then at growing distances, and once more at the deadline.
+
+    Trouble on the way (no answer, one that is not CloudStack's, 429, 503) is ridden out for as
+    long as the deadline allows, or PATIENCE times in a row if there is none."""
+    jobs = client._server.jobs
+    wait = _JobWait(client)
     answered = None
     while True:
-        if client._own.progress:
-            client._own.progress("job", call.command, _clock() - wait.started)
+        if client._state.progress:
+            client._state.progress("job", call.command, _clock() - wait.started)
         if (yield from _is_listed(client, call, poll, wait)):
             continue
+
         wait.looked = _clock()
-        last = wait.looked >= wait.deadline
+        is_last = wait.looked >= wait.deadline
         poll.total = max(0.0, wait.deadline - wait.looked) + client.timeout
         try:
-            answer = yield from _ask(client, poll)
+            answer = yield from _send_with_retries(client, poll)
             answered = poll.response
-            finished, result = _job_outcome(answer, answered)
+            finished, result = _read_job(answer, answered)
             if finished:
                 return result
             wait.found_pending(wait.looked)
             if wait.is_missing:
-                client._server.jobs.note_unlisted()
+                jobs.note_unlisted()
         except CloudStackException as error:
             answered = error.response or answered
-            if not wait.rides_out(error):
+            if not wait.may_continue(error):
                 raise
-        if last:
-            response = answered and answered.replaced(408, "Request Timeout")
-            raise CloudStackJobTimeout("Timeout waiting for async job result", poll.params["jobid"], response=response)
+        if is_last:
+            response = answered and answered.with_status(408, "Request Timeout")
+            message = "Timeout waiting for async job result"
+            raise CloudStackJobTimeout(message, poll.params["jobid"], response=response)
 
 
 def _is_listed(client, call, poll, wait):
-    """Sleep until a look is due; True where the list of jobs has meanwhile shown the job as pending. Else it is to be
-    asked for singly: where there is no list, where the list no longer shows it, and now and then in any case."""
+    """Sleep until a look is due; True if the list of jobs has meanwhile shown the job as pending.
+
+    Else it is to be asked for singly: without a list, when the list no longer shows it, and now
+    and then in any case."""
     jobs = client._server.jobs
     wait.is_missing = False
-    while jobs.is_used() and not wait.trouble:
-        pause = jobs.pause(wait.left())
+    while jobs.is_used() and not wait.failures:
+        pause = jobs.make_pause(wait.seconds_left())
         if jobs.asked_at > wait.news:
             if poll.params["jobid"] in jobs.pending:
                 return _note_listed(client, jobs, wait)
@@ -1557,80 +1735,68 @@ def _is_listed(client, call, poll, wait):
         elif _clock() >= wait.deadline:
             return False
         elif _clock() - jobs.asked_at < min(SOONEST_LOOK, client.poll_interval):
-            yield jobs.pause(SOONEST_LOOK)
-        elif _clock() > wait.due + max(1.0, client.poll_interval):  # somebody is at it, and does not come back
-            return False
+            yield jobs.make_pause(SOONEST_LOOK)
+        elif _clock() > wait.due + max(1.0, client.poll_interval):
+            return False  # another caller reads the list, and does not come back
         else:
             yield from jobs.refresh(client, call)
 
-    if wait.left():
-        yield wait.left()
+    if wait.seconds_left():
+        yield wait.seconds_left()
     return False
 
 
 def _note_listed(client, jobs, wait):
-    """Set the next look at a job that the list shows; True unless it is to be asked for singly all the same: at the
-    deadline, and now and then, since no list is to be believed for ever (finding 01)."""
-    wait.was_listed, jobs.in_vain = True, 0
+    """Set the next look at a job that the list shows; False if it is to be asked for singly now.
+
+    That is so at the deadline, and now and then: no list is believed for ever (finding 01)."""
+    wait.was_listed = True
+    jobs.in_vain = 0
     wait.found_pending(jobs.asked_at)
     own_look = wait.looked + OWN_LOOK * max(SOONEST_LOOK, client.poll_interval)
     return _clock() < min(own_look, wait.deadline)
 
 
-def _rideable(error):
-    """Whether a look at a job that went wrong says nothing about the job. Errors the server states in JSON do."""
-    if isinstance(error, CloudStackApiException):
-        return error.args[0] != "Job failure" and (_status(error) in (429, 503) or not isinstance(error.error, dict))
-    return True
-
-
-def _job_status(answer, response):
-    """Return jobstatus out of queryAsyncJobResult's answer. Raises CloudStackException where it has none."""
+def _read_job_status(answer, response):
+    """Return jobstatus out of queryAsyncJobResult's answer. Raises CloudStackException without."""
     try:
         return int(answer["jobstatus"])
     except (KeyError, OverflowError, TypeError, ValueError):
-        detail = "queryAsyncJobResult gave no jobstatus"
-        raise CloudStackException("Unexpected response from CloudStack", detail, response=response) from None
+        raise _unexpected("queryAsyncJobResult gave no jobstatus", response) from None
 
 
-def _job_outcome(answer, response):
-    """(finished, result) out of queryAsyncJobResult's answer. A failed job may come without jobresult: the server was
-    restarted, its queue cancelled. Raises CloudStackApiException with what the server said."""
-    status = _job_status(answer, response)
+def _read_job(answer, response):
+    """Return (finished, result) out of queryAsyncJobResult's answer.
+
+    Raises CloudStackApiException for a failed job. That may come without jobresult: the server was
+    restarted, or its queue cancelled."""
+    status = _read_job_status(answer, response)
     result = answer.get("jobresult")
     if status == 0:
         return False, None
     if status == 1:
         return True, {} if result is None else result
-    raise CloudStackApiException("Job failure", error=answer if result is None else result, response=response)
+    said = answer if result is None else result
+    raise CloudStackApiException(_JOB_FAILURE, error=said, response=response)
 
 
-def _command(client, call, fetch_list, fetch_result):
-    """A whole call: the answer, all rows of a list, or the result of a job."""
+def _resume_wait(client, jobid):
+    """Wait for a job that was submitted earlier."""
     _check_client(client)
-    if fetch_list is _LAZY:
-        return _Walk(client, call, report=client._own.progress)
-    call.complete_page(client._server.page_limit)
-    if client._own.recover:
-        call.choose_job_id()
-    if call.job_id is not None:
-        answer = yield from _submit(client, call)
-    else:
-        answer = yield from _collect(client, call) if fetch_list else _ask(client, call)
-    if fetch_result and _is_job(answer):
-        answer = yield from _await_job(client, call, answer["jobid"])
-    return answer
+    call = _Call("queryAsyncJobResult", {"jobid": str(jobid)})
+    return (yield from _await_job(client, call, jobid))
 
 
-# Recovery: the job of a command whose answer was lost is found by the id that the command gave it. It is only asked
-# for: sent again, even under the same id, the command would be refused and yet leave a second machine (seen on 4.23).
+# 5.7 Recovery: the job of a command whose answer was lost is found by the id that the command gave
+# it. It is only asked for: sent again, even under the same id, the command would be refused and yet
+# leave a second machine behind (seen on 4.23).
 
 
 def _submit(client, call):
-    """The answer of a command that changes something, or the like of it where the job shows that it was accepted."""
+    """Send a command that changes something; returns its answer, or one made of its job."""
     try:
         try:
-            return (yield from _ask(client, call))
+            return (yield from _send_with_retries(client, call))
         except CloudStackException as error:
             if not error.outcome_unknown:
                 raise
@@ -1639,65 +1805,66 @@ def _submit(client, call):
     except CloudStackException:
         raise
     except BaseException as error:  # Ctrl-C, a cancelled task: the answer may be on its way
-        setattr(error, "jobid", call.job_id)  # noqa: B010
+        error.jobid = call.job_id  # type: ignore[attr-defined]
         raise
 
 
 def _find_job(client, call, lost):
-    """Ask for the job at once and at growing distances, and ride out trouble as the wait for a job does. Raises the
-    error by which the answer was lost, where the server has not known the job for `timeout` seconds in a row."""
-    poll = _poll_call(call, call.job_id)
-    wait = _Wait(client)
+    """Ask for the job at once and at growing distances, riding out trouble as a wait does.
+
+    Raises the error by which the answer was lost, once the server has not known the job for
+    `timeout` seconds in a row."""
+    poll = _make_poll(call, call.job_id)
+    wait = _JobWait(client)
     unknown_since = None
     while True:
         asked_at = _clock()
         try:
-            answer = yield from _ask(client, poll)
-            _job_status(answer, poll.response)
-            return _submission(answer, call.job_id)
+            answer = yield from _send_with_retries(client, poll)
+            _read_job_status(answer, poll.response)
+            return _make_submission(answer, call.job_id)
         except CloudStackException as error:
-            if isinstance(error, CloudStackApiException) and _status(error) == 431:
+            if isinstance(error, CloudStackApiException) and _status_of(error) == 431:
                 unknown_since = asked_at if unknown_since is None else unknown_since
-                wait.due = _clock() + _distance(client, asked_at - wait.started)
+                wait.set_due(asked_at)
                 is_over = asked_at - unknown_since >= client.timeout
             else:
                 unknown_since = None
-                is_over = not wait.rides_out(error)
+                is_over = not wait.may_continue(error)
 
         if is_over or asked_at >= wait.deadline:
             break
-        yield wait.left()
+        yield wait.seconds_left()
 
-    lost.jobid = call.job_id
     said = "could not be asked for" if unknown_since is None else "knows no"
-    _add_hint(lost, f"the server {said} job {call.job_id}; wait_job() or `cs --wait {call.job_id}` asks again later")
+    later = f"wait_job() or `cs --wait {call.job_id}` asks again later"
+    lost.jobid = call.job_id
+    _add_hint(lost, f"the server {said} job {call.job_id}; {later}")
     raise lost
 
 
-def _submission(job, job_id):
-    """The answer that the submission of a job had, made of what is known of the job."""
-    ident = job.get("jobinstanceid")
-    return {"jobid": job_id} if ident is None else {"id": ident, "jobid": job_id}
+def _make_submission(job, job_id):
+    """Return the answer that a submission had, made of its job as the server knows it."""
+    answer = {"jobid": job_id}
+    if job.get("jobinstanceid") is not None:
+        answer["id"] = job["jobinstanceid"]
+    return answer
 
 
-def _resume(client, jobid):
-    _check_client(client)
-    return (yield from _await_job(client, _Call("queryAsyncJobResult", {"jobid": str(jobid)}), jobid))
+# --- 6 transport ----------------------------------------------------------------------------------
+# Everything that opens a socket. http.client only reads answers here: it could not be cut off while
+# it connects, and takes a proxy for what it is only through private names.
 
-
-# --- 5 transport ----------------------------------------------------------------------------------------------------
-# Everything that opens a socket: 5.1 the route to an endpoint, 5.2 connections, 5.3 reading against the clock,
-# 5.4 failures in words, 5.5 a program's own session. http.client only reads answers here: it could not be cut off
-# while it connects, and takes a proxy for what it is only when it is told in private.
-
-IDLE = 20.0  # seconds after which a kept connection is not used again; the server closes it after 30
+IDLE = 20.0  # seconds after which a kept connection is not used again; the server closes it at 30
 _CHUNK = 1 << 18
-_BUFFER = 1 << 14  # the longest record of TLS: with less, some of one could be left where a poll does not see it
+_BUFFER = 1 << 14  # the longest record of TLS: with less, a part of one could hide from a poll
 
 
 class _Response:
-    """An answer, read to its end: status_code, reason, headers (mapping, names in any case), content (bytes), text, ok,
-    json(), as requests has them."""
+    """An answer, read to its end, with the names that requests gives to its parts.
+
+    status_code, reason, headers (a mapping, names in any case), content (bytes), text, ok, json()
+    """
 
     def __init__(self, status_code, reason, headers, content):
         self.status_code = status_code
@@ -1706,7 +1873,7 @@ class _Response:
         self.content = content
 
     def __repr__(self):
-        return "<Response [{}]>".format(self.status_code)
+        return f"<Response [{self.status_code}]>"
 
     @property
     def text(self):
@@ -1717,45 +1884,46 @@ class _Response:
         return self.status_code < 400
 
     def json(self):
-        return _parse(self)
+        return _parse_json(self)
 
-    def replaced(self, status_code, reason):
-        """The same answer under another status."""
+    def with_status(self, status_code, reason):
+        """Return the same answer under another status."""
         return _Response(status_code, reason, self.headers, self.content)
 
     def cookies(self):
+        """Return the cookies it sets, {name: value}."""
         lines = self.headers.get_all("Set-Cookie") if hasattr(self.headers, "get_all") else None
         pairs = [line.partition(";")[0].partition("=") for line in lines or []]
         return {name.strip(): value.strip() for name, _, value in pairs if name.strip()}
 
 
-# 5.1 The route.
+# 6.1 Route: how requests get to an endpoint.
 
 _Place = collections.namedtuple("_Place", "secure host port")  # secure: TLS is spoken there
 _Proxy = collections.namedtuple("_Proxy", "secure host port authorization")
 _PROXY_ADDRESS = re.compile(
     r"(?:([^/]*)@)?"  # user:password
     r"(\[[0-9A-Fa-f:.]+\]|[^\s:/?#@\[\]]+)(?::([0-9]{1,5}))?"
-    r"(?:[/?#][^@]*)?\Z"  # an @ in here says that the password holds a slash: then nothing is what it seems
+    r"(?:[/?#][^@]*)?\Z"  # an @ in here says that the password holds a slash: refuse to guess
 )
 
 
 class _Route:
-    """How requests get to one endpoint: straight to its host, as absolute URLs to an http proxy, or through the tunnel
-    that a proxy makes for https."""
+    """The way to one endpoint: straight, as absolute URLs to an http proxy, or through a tunnel."""
 
     def __init__(self, endpoint):
         parts = urlsplit(endpoint)
         secure = parts.scheme == "https"
-        self.origin = _Place(secure, parts.hostname, parts.port or _default_port(secure))
+        usual = _default_port(secure)
+        self.origin = _Place(secure, parts.hostname, parts.port or usual)
         self.proxy = _find_proxy(parts)
         self.tunnel = secure and self.proxy is not None
         self.absolute = self.proxy is not None and not secure
-        self.host = _join_port(parts.hostname, parts.port if parts.port != _default_port(secure) else None)
-        self._start = len(parts.scheme) + len("://") + len(parts.netloc)  # of the target in a URL
+        self.host = _join_port(parts.hostname, None if parts.port == usual else parts.port)
+        self._start = len(parts.scheme) + len("://") + len(parts.netloc)  # of a URL's target
 
-    def head(self, request):
-        """The request line and headers, as bytes."""
+    def make_head(self, request):
+        """Return the request line and headers, as bytes."""
         target = request.url
         if not self.absolute:
             target = target[self._start :]
@@ -1770,7 +1938,6 @@ class _Route:
             lines.append("Proxy-Authorization: " + self.proxy.authorization)
         if request.body is not None:
             lines.append(f"Content-Length: {len(request.body)}")
-
         return "\r\n".join(lines + ["", ""]).encode("latin-1")
 
 
@@ -1779,15 +1946,17 @@ def _default_port(secure):
 
 
 def _join_port(host, port):
+    """Return host:port as a URL has it, IPv6 addresses in brackets."""
     if ":" in host:
         host = f"[{host}]"
     return host if port is None else f"{host}:{port}"
 
 
 def _find_proxy(parts):
-    """Find the _Proxy for an address in the environment (elsewhere than on Unix in the system's settings, too), or
-    None. Raises OSError where it is of no use. ALL_PROXY counts where the scheme has no proxy of its own, as curl and
-    requests have it."""
+    """Return the _Proxy for an address, or None. Raises OSError for one that cannot be used.
+
+    It stands in the environment; elsewhere than on Unix in the system's settings, too. ALL_PROXY
+    counts for a scheme without a proxy of its own, as curl and requests have it."""
     asks_system = os.name != "posix" or sys.platform == "darwin"
     names = (parts.scheme + "_proxy", "all_proxy")
     if not asks_system and not any(name.lower() in names for name in os.environ):
@@ -1797,14 +1966,17 @@ def _find_proxy(parts):
 
     proxies = urllib.request.getproxies()
     address = proxies.get(parts.scheme) or proxies.get("all")
-    if not address or urllib.request.proxy_bypass(parts.netloc) or _is_excluded(parts.hostname, proxies.get("no", "")):
+    if not address or urllib.request.proxy_bypass(parts.netloc):
+        return None
+    if _is_excluded(parts.hostname, proxies.get("no", "")):
         return None
     return _parse_proxy(address)
 
 
 def _is_excluded(host, no_proxy):
-    """Whether NO_PROXY covers the host by what urllib does not know: a bare IPv6 address, a range such as 10.0.0.0/8,
-    or * in a list."""
+    """Tell whether NO_PROXY covers a host in a way that urllib does not know.
+
+    That is: by a bare IPv6 address, by a range such as 10.0.0.0/8, or by * in a list."""
     entries = [entry.strip() for entry in no_proxy.split(",")]
     if "*" in entries:
         return True
@@ -1827,14 +1999,16 @@ def _is_excluded(host, no_proxy):
 
 
 def _parse_proxy(address):
-    """Parse a proxy's address; raises OSError, whose text never quotes it, for one that cannot be used."""
-    scheme, place = re.match(r"(?:([A-Za-z][\w+.-]*)://)?(.*)", address, re.DOTALL).groups()  # type: ignore[union-attr]
+    """Return the _Proxy of an address. Raises OSError, which never quotes it, for a wrong one."""
+    pattern = r"(?:([A-Za-z][\w+.-]*)://)?(.*)"
+    scheme, place = re.match(pattern, address, re.DOTALL).groups()  # type: ignore[union-attr]
     scheme = (scheme or "http").lower()
     if scheme not in ("http", "https"):
         raise OSError(f"{scheme} proxies cannot be used; http and https ones can")
     found = _PROXY_ADDRESS.match(place)
     if not found or not 0 < int(found.group(3) or 1) < 65536:
-        raise OSError("the address of the proxy cannot be used; it is to be http://[user:password@]host:port")
+        wanted = "http://[user:password@]host:port"
+        raise OSError(f"the address of the proxy cannot be used; it is to be {wanted}")
 
     from urllib.parse import unquote
 
@@ -1848,76 +2022,73 @@ def _parse_proxy(address):
     return _Proxy(secure, host.strip("[]"), int(port or _default_port(secure)), authorization)
 
 
-# 5.2 Connections.
+# 6.2 Connections: kept ones, new ones, TLS, and how they are cut off.
 
 
 class _Transport:
-    """exchange(_Request) -> _Response, over kept connections. Safe to share between threads (deque's append and pop
-    are atomic) and across a fork (the child starts without connections)."""
+    """send(_Request) -> _Response, over kept connections.
 
-    _idle = {}  # type: dict  # for __del__, should an interrupt come before _start()
+    Threads may share it: deque's append and pop are atomic. A fork's child gets one of its own."""
 
     def __init__(self, keep):
         self.keep = keep
-        self._start()
-
-    def _start(self):
-        self._idle = {}  # (origin, proxy, verify, cert) -> deque of (socket, since); last in, first out
+        self._idle = {}  # pool_key -> deque of (socket, since); last in, first out
         self._contexts = {}
         self._routes = {}  # the environment is looked at once for each endpoint
-        self._pid = os.getpid()
 
     def __del__(self):
         self.close()
 
     def close(self):
-        for idle in list(self._idle.values()):
+        """Close the connections that are not in use."""
+        # The attribute is missing if an interrupt came before __init__ had set it.
+        for idle in list(self.__dict__.get("_idle", {}).values()):
             while idle:
                 try:
                     idle.pop()[0].close()
                 except (IndexError, OSError):  # another thread was faster
                     pass
 
-    def exchange(self, request):
-        """Send and read one answer of any status. Raises CloudStackConnectionError, CloudStackTimeoutError, or
-        ValueError for a setting (verify, cert) that cannot be used."""
-        if self._pid != os.getpid():
-            self.close()
-            self._start()
+    def send(self, request):
+        """Send and read one answer of any status.
+
+        Raises CloudStackConnectionError, CloudStackTimeoutError, or ValueError for a setting
+        (verify, cert) that cannot be used."""
+        flight = _Flight(request)
         try:
-            return self._send(request, _clock() + request.total)
+            return self._round_trip(flight)
         except _Failed as raised:
             failed = raised
         # Raised out here, so that what http.client quoted is not its context either.
-        raise _network_error(failed, request) from _quotable(failed.cause)
+        raise _network_error(failed, request) from _safe_cause(failed.cause)
 
-    def _send(self, request, deadline):
-        """One exchange over a kept or a new connection. Raises _Failed."""
+    def _round_trip(self, flight):
+        """Send and read over a kept or a new connection. Raises _Failed."""
+        request = flight.request
         route = self._routes.get(request.endpoint) or self._add_route(request.endpoint)
-        key = (route.origin, route.proxy, request.verify, request.cert)
-        sock = self._checkout(key)
+        pool_key = (route.origin, route.proxy, request.verify, request.cert)
+        sock = self._checkout(pool_key)
         kept = sock is not None
         if not kept:
-            sock = self._connect(route, request, deadline)
+            sock = self._connect(route, flight)
 
         sent = False
         try:
-            _hold(request, sock)
-            _set_timeout(sock, request, deadline)
+            flight.start_step(sock)
             sent = True
-            sock.sendall(route.head(request) + (request.body or b""))
-            response, reusable = _read_response(sock, request, deadline)
+            sock.sendall(route.make_head(request) + (request.body or b""))
+            response, reusable = _read_response(flight)
         except BaseException as error:
             _let_go(request)
             sock.close()
             if not _is_failure(error):
                 raise
             stale = sent and kept and isinstance(error, ConnectionError)
-            raise _Failed(_overdue_or(error, deadline), unsent=not sent, stale=stale) from None
+            raise flight.make_failed(error, unsent=not sent, stale=stale) from None
 
-        # Who cancelled it meanwhile has taken the socket away, to shut it down.
+        # A caller who cancelled meanwhile has taken the socket away, to shut it down.
         if _let_go(request) and reusable:
-            self._keep(key, sock)
+            self._keep(pool_key, sock)
         else:
             sock.close()
         return response
@@ -1929,21 +2100,24 @@ class _Transport:
             raise _Failed(error, unsent=True) from None
         return route
 
-    def _checkout(self, key):
-        """The connection that was used last, if it is still good."""
-        idle = self._idle.get(key)
+    def _checkout(self, pool_key):
+        """Return the connection that was used last, if it is still good; else None."""
+        idle = self._idle.get(pool_key)
         while idle:
             try:
                 sock, since = idle.pop()
             except IndexError:  # another thread was faster
                 return None
-            if _clock() - since < IDLE and not _dropped(sock):
+            if _clock() - since < IDLE and not _has_news(sock):
                 return sock
             sock.close()
         return None
 
-    def _keep(self, key, sock):
-        idle = self._idle.setdefault(key, collections.deque())
+    def _keep(self, pool_key, sock):
+        """Keep a connection for the next request; the oldest one goes if there are too many."""
+        idle = self._idle.get(pool_key)
+        if idle is None:
+            idle = self._idle.setdefault(pool_key, collections.deque())
         idle.append((sock, _clock()))
         if len(idle) > self.keep:
             try:
@@ -1951,42 +2125,48 @@ class _Transport:
             except IndexError:
                 pass
 
-    def _context(self, verify, cert):
-        """The one SSLContext for these settings; making it costs tens of milliseconds."""
+    def _get_context(self, verify, cert):
+        """Return the one SSLContext for these settings; making it costs tens of milliseconds."""
         key = (verify, cert)
         if key not in self._contexts:
             self._contexts[key] = _make_context(verify, cert)
         return self._contexts[key]
 
-    def _connect(self, route, request, deadline):
-        """A new connection to the origin: TLS to the proxy, tunnel and TLS are done where the route asks for them.
+    def _connect(self, route, flight):
+        """Return a new connection to the origin, with TLS to the proxy, tunnel and TLS as needed.
+
         Raises _Failed(unsent=True), or ValueError for a setting."""
-        origin, proxy = route.origin, route.proxy
-        context = self._context(request.verify, request.cert) if origin.secure else None
-        outer = self._context(request.verify, None) if proxy and proxy.secure else None  # our certificate is not for it
-        sock = None
+        origin, proxy, request = route.origin, route.proxy, flight.request
+        context = outer = sock = None
+        if origin.secure:
+            context = self._get_context(request.verify, request.cert)
+        if proxy and proxy.secure:
+            outer = self._get_context(request.verify, None)  # our certificate is not for it
+
         try:
-            sock = _dial(proxy or origin, request, deadline)
+            sock = _dial(proxy or origin, flight)
             if outer:
-                sock = _wrap(outer, sock, proxy.host)
-                _shake_hands(sock, request, deadline)
+                sock = _wrap_tls(outer, sock, proxy.host)
+                flight.start_step(sock)
+                sock.do_handshake()
             if route.tunnel:
-                _ask_for_tunnel(sock, route, request, deadline)
+                _ask_for_tunnel(route, flight, sock)
             if context:
-                sock = _wrap(context, sock, origin.host)
-                _shake_hands(sock, request, deadline)
+                sock = _wrap_tls(context, sock, origin.host)
+                flight.start_step(sock)
+                sock.do_handshake()
         except BaseException as error:
             if sock is not None:
                 _let_go(request)
                 sock.close()
             if not _is_failure(error):
                 raise
-            raise _Failed(_overdue_or(error, deadline), unsent=True, proxy=proxy) from None
+            raise flight.make_failed(error, unsent=True, proxy=proxy) from None
         return sock
 
 
-def _dropped(sock):
-    """Whether an idle connection was closed by the server, or said something unasked."""
+def _has_news(sock):
+    """Tell whether an idle connection was closed by the server, or said something unasked."""
     import select
 
     if hasattr(select, "poll"):
@@ -1996,68 +2176,61 @@ def _dropped(sock):
     return bool(select.select([sock], [], [], 0)[0])
 
 
-def _dial(place, request, deadline):
-    """Connect to the first address of a place that answers, as socket.create_connection does; but each socket is known
-    before it connects, so that it can be cut off."""
+def _dial(place, flight):
+    """Connect to the first address of a place that answers, as socket.create_connection does.
+
+    But each socket is known before it connects, so that it can be cut off."""
     import socket
 
     addresses = socket.getaddrinfo(place.host, place.port, 0, socket.SOCK_STREAM)
-    while len(addresses) > 1:
+    for number, (family, kind, protocol, _, address) in enumerate(addresses, 1):
+        sock = socket.socket(family, kind, protocol)
         try:
-            return _dial_address(addresses.pop(0), request, deadline)
-        except OSError:
-            continue
-    return _dial_address(addresses[0], request, deadline)
+            flight.start_step(sock)
+            sock.connect(address)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock
+        except BaseException as error:
+            _let_go(flight.request)
+            sock.close()
+            if not isinstance(error, OSError) or number == len(addresses):
+                raise
+    raise OSError("the name has no address")
 
 
-def _dial_address(found, request, deadline):
-    import socket
-
-    family, kind, protocol, _, address = found
-    sock = socket.socket(family, kind, protocol)
-    try:
-        _hold(request, sock)
-        _set_timeout(sock, request, deadline)
-        sock.connect(address)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    except BaseException:
-        _let_go(request)
-        sock.close()
-        raise
-    return sock
-
-
-def _ask_for_tunnel(sock, route, request, deadline):
+def _ask_for_tunnel(route, flight, sock):
     """Have the proxy connect to the origin: CONNECT (RFC 9110, 9.3.6)."""
-    import http.client
-
     place = _join_port(route.origin.host, route.origin.port)
     lines = [f"CONNECT {place} HTTP/1.1", "Host: " + place]
     if route.proxy.authorization:
         lines.append("Proxy-Authorization: " + route.proxy.authorization)
-    _set_timeout(sock, request, deadline)
+    flight.start_step(sock)
     sock.sendall("\r\n".join(lines + ["", ""]).encode("latin-1"))
 
-    answer = _Answer(_Clocked(sock, request, deadline), _BUFFER)
-    response = http.client.HTTPResponse(answer, method="CONNECT")  # type: ignore[arg-type]
+    import http.client
+
+    reader = _AnswerReader(flight, _BUFFER)
+    response = http.client.HTTPResponse(reader, method="CONNECT")  # type: ignore[arg-type]
     try:
         response.begin()
     finally:
         response.close()
     if not 200 <= response.status < 300:
-        reason = _masked_text(response.reason, (route.proxy.authorization or "").split())
+        reason = _mask_text(response.reason, (route.proxy.authorization or "").split())
         raise OSError(f"Tunnel connection failed: {response.status} {reason}")
 
 
-def _wrap(context, sock, host):
-    """TLS over a connection, its handshake yet to come: it must be known by then, so that it can be cut off."""
+def _wrap_tls(context, sock, host):
+    """Return TLS over a connection, its handshake yet to come.
+
+    The connection must be known by then, so that it can be cut off."""
     if hasattr(sock, "do_handshake"):
-        return _TlsInside(context, sock, host)
+        return _InnerTls(context, sock, host)
     return context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
 
 
-class _TlsInside:
-    """TLS inside a TLS connection, that to an https proxy, over which SSLContext.wrap_socket cannot be used."""
+class _InnerTls:
+    """TLS inside the TLS connection to an https proxy, which SSLContext.wrap_socket cannot do."""
 
     def __init__(self, context, outer, host):
         import ssl
@@ -2068,8 +2241,8 @@ class _TlsInside:
         self.gettimeout, self.settimeout = outer.gettimeout, outer.settimeout
         self.fileno, self.close = outer.fileno, outer.close
 
-    def _call(self, function, *args):
-        """Call a method of the TLS object until it has all it needs; carry to and fro what it reads and writes."""
+    def _pump(self, function, *args):
+        """Call a method of the TLS object until it has all it needs; carry its bytes to and fro."""
         import ssl
 
         while True:
@@ -2081,6 +2254,7 @@ class _TlsInside:
                 self.outer.sendall(self._outgoing.read())
             if done:
                 return result
+
             received = self.outer.recv(_BUFFER)
             if received:
                 self._incoming.write(received)
@@ -2088,33 +2262,27 @@ class _TlsInside:
                 self._incoming.write_eof()
 
     def do_handshake(self):
-        self._call(self._tls.do_handshake)
+        self._pump(self._tls.do_handshake)
 
     def sendall(self, content):
         rest = memoryview(content)
         while rest:
-            rest = rest[self._call(self._tls.write, rest[:_BUFFER]) :]
+            rest = rest[self._pump(self._tls.write, rest[:_BUFFER]) :]
 
     def recv_into(self, buffer):
         import ssl
 
         try:
-            return self._call(self._tls.read, len(buffer), buffer)
-        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):  # an end without a farewell, as SSLSocket takes it
+            return self._pump(self._tls.read, len(buffer), buffer)
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):  # as SSLSocket takes a bare end
             return 0
 
     def pending(self):
         return self._tls.pending() + self._incoming.pending
 
 
-def _shake_hands(sock, request, deadline):
-    _hold(request, sock)
-    _set_timeout(sock, request, deadline)
-    sock.do_handshake()
-
-
 def _make_context(verify, cert):
-    """Raises ValueError that names the setting whose file cannot be used."""
+    """Return an SSLContext. Raises ValueError that names the setting whose file cannot be used."""
     import ssl
 
     path = verify if isinstance(verify, str) else None
@@ -2124,7 +2292,9 @@ def _make_context(verify, cert):
         else:
             context = ssl.create_default_context(cafile=path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"verify: cannot read CA certificates from {path!a}: {_reason(error)}") from None
+        why = _error_text(error)
+        raise ValueError(f"verify: cannot read CA certificates from {path!a}: {why}") from None
+
     if sys.version_info < (3, 10):  # later ones have this least version themselves
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
     if verify is False:
@@ -2136,73 +2306,77 @@ def _make_context(verify, cert):
 
 
 def _load_certificate(context, own, key):
-    questions = []  # type: list
+    """Load a client certificate. Raises ValueError; an encrypted private key is refused."""
+    questions: list = []
 
-    def ask_nobody():  # OpenSSL would ask on the terminal
-        questions.append("password")
+    def refuse_to_ask():  # OpenSSL would ask for the passphrase on the terminal
+        questions.append("passphrase")
         return ""
 
     try:
-        context.load_cert_chain(own, key, password=ask_nobody)
+        context.load_cert_chain(own, key, password=refuse_to_ask)
     except (OSError, ValueError) as error:
-        why = _reason(error)
+        why = _error_text(error)
         if questions:
-            why = "its private key is encrypted; decrypt it first, as `openssl pkey -in KEY -out NEWKEY` does"
+            advice = "decrypt it first, as `openssl pkey -in KEY -out NEWKEY` does"
+            why = f"its private key is encrypted; {advice}"
         raise ValueError(f"cert: cannot use client certificate {own!a}: {why}") from None
 
 
-# Cutting off. A request holds the socket of its exchange; to take it away is one atomic step, so that either the thread
-# that exchanges or the one that cancels has it, and no connection that is kept again is ever cut off.
-
-
-def _hold(request, sock):
-    request.socket = getattr(sock, "outer", sock)
-    if request.cancelled:
-        raise ConnectionAbortedError("cancelled")
+# A request holds the socket of its exchange. To take it away is one atomic step, so that either the
+# thread that exchanges or the one that cancels has it, and no kept connection is ever cut off.
 
 
 def _let_go(request):
-    """Take the socket back; None where it was taken away."""
+    """Take the socket back; None if it was taken away."""
     return vars(request).pop("socket", None)
 
 
 def _cut_off(request):
-    """Wake the thread that connects or reads for a caller who has gone away."""
+    """Wake the thread that connects or reads for a caller who has left."""
     import socket
 
     request.cancelled = True
     sock = _let_go(request)
     if sock is not None:
         try:
-            # The plain socket's method: SSLSocket's would pull the TLS layer from under the reading thread.
+            # The plain socket's method: SSLSocket's would pull TLS from under the reading thread.
             socket.socket.shutdown(sock, socket.SHUT_RDWR)
         except OSError:
             pass
 
 
-# 5.3 Reading against the clock.
+# 6.3 Reading against the clock.
 
 
-def _set_timeout(sock, request, deadline):
-    """Give a socket's next step the seconds it may take: those of a silence, or those left of the whole exchange."""
-    left = deadline - _clock()
-    if left <= 0:
-        raise _Overdue
-    seconds = min(request.timeout, left)
-    if sock.gettimeout() != seconds:  # setting it is a system call, asking is none
-        sock.settimeout(seconds)
+class _Flight(io.RawIOBase):
+    """One request on its way, under two clocks: each silence, and the exchange in all.
 
+    It is also the reading side of the socket, for http.client. That has an end of its own here,
+    since http.client takes a chunk of negative size for all that comes."""
 
-class _Clocked(io.RawIOBase):
-    """The reading side of a socket under two clocks, each silence and the exchange in all, and with an end: http.client
-    takes a chunk of negative size for "all that comes"."""
-
-    def __init__(self, sock, request, deadline):
-        self._sock = sock
-        self._request = request
-        self._deadline = deadline
-        self._room = request.limit + (1 << 20)  # for status, headers and chunk sizes
+    def __init__(self, request):
+        self.request = request
+        self.deadline = _clock() + request.total
+        self.sock = None
         self.over = False
+        self._room = request.limit + (1 << 20)  # the latter for status, headers and chunk sizes
+
+    def start_step(self, sock):
+        """Use this socket from now on, and give its next step the seconds it may take.
+
+        Raises _Overdue if none are left, ConnectionAbortedError if the caller has left."""
+        self.sock = sock
+        self.request.socket = getattr(sock, "outer", sock)
+        if self.request.cancelled:
+            raise ConnectionAbortedError("cancelled")
+
+        left = self.deadline - _clock()
+        if left <= 0:
+            raise _Overdue
+        seconds = min(self.request.timeout, left)
+        if sock.gettimeout() != seconds:  # setting it is a system call, asking is none
+            sock.settimeout(seconds)
 
     def readable(self):
         return True
@@ -2210,17 +2384,24 @@ class _Clocked(io.RawIOBase):
     def readinto(self, buffer):
         if self.over:
             return 0
-        _set_timeout(self._sock, self._request, self._deadline)
+        self.start_step(self.sock)
         if self._room <= 0:
             raise _TooLarge
-        count = self._sock.recv_into(memoryview(buffer)[: self._room])
+        count = self.sock.recv_into(memoryview(buffer)[: self._room])
         self._room -= count
         return count
 
+    def make_failed(self, error, **facts):
+        """Return the _Failed for an error: _Overdue if only the rest of all the time was left."""
+        if _is_late(error) and _clock() >= self.deadline:
+            error = _Overdue()
+        return _Failed(error, **facts)
 
-class _Answer(io.BufferedReader):
-    """What http.client reads an answer from, in place of a socket. http.client closes it at the answer's end, when
-    bytes beyond that must still be seen."""
+
+class _AnswerReader(io.BufferedReader):
+    """What http.client reads an answer from, in place of a socket.
+
+    http.client closes it at the answer's end, when bytes beyond that must still be seen."""
 
     def makefile(self, mode):
         return self
@@ -2229,13 +2410,13 @@ class _Answer(io.BufferedReader):
         pass
 
 
-def _read_response(sock, request, deadline):
-    """Read the answer: (_Response, whether the connection can be used again)."""
+def _read_response(flight):
+    """Read the answer; returns (_Response, whether the connection can be used again)."""
     import http.client
 
-    clocked = _Clocked(sock, request, deadline)
-    answer = _Answer(clocked, _BUFFER)
-    response = http.client.HTTPResponse(answer, method=request.method)  # type: ignore[arg-type]
+    request, sock = flight.request, flight.sock
+    reader = _AnswerReader(flight, _BUFFER)
+    response = http.client.HTTPResponse(reader, method=request.method)  # type: ignore[arg-type]
     try:
         response.begin()
         content = _read_body(response, request.limit)
@@ -2245,26 +2426,30 @@ def _read_response(sock, request, deadline):
     reason = response.reason
     if reason != http.client.responses.get(response.status):
         reason = _mask_reason(reason, request)
-    # Bytes beyond the answer, which a poll of the socket cannot see, say that the connection is out of step.
-    clocked.over = True
-    reusable = not (response.will_close or answer.peek(1) or (hasattr(sock, "pending") and sock.pending()))
-    return _Response(response.status, reason, response.headers, content), reusable
+    # Bytes beyond the answer, which a poll cannot see, say that the connection is out of step.
+    flight.over = True
+    surplus = reader.peek(1) or (hasattr(sock, "pending") and sock.pending())
+    answer = _Response(response.status, reason, response.headers, content)
+    return answer, not (response.will_close or surplus)
 
 
 def _mask_reason(reason, request):
-    """The reason phrase without secrets: a server may repeat the request line in it."""
-    return _masked_text(reason, request.all_secrets()) if isinstance(reason, str) else reason
+    """Return a reason phrase without secrets: a server may repeat the request line in it."""
+    return _mask_text(reason, request.all_secrets()) if isinstance(reason, str) else reason
 
 
 def _read_body(response, limit):
-    """The whole body, unpacked. Raises _TooLarge beyond the limit, IncompleteRead where the end is missing."""
-    import http.client
+    """Return the whole body, unpacked.
 
+    Raises _TooLarge beyond the limit, IncompleteRead if the end is missing."""
     packed = response.headers.get("Content-Encoding", "").strip().lower() in ("gzip", "x-gzip")
     if response.length is not None and response.length > limit:
         raise _TooLarge
     if response.length is not None and not packed:
         return response.read()
+
+    import http.client
+
     gunzip = _Gunzip() if packed else None
     parts = []
     size = 0
@@ -2278,36 +2463,36 @@ def _read_body(response, limit):
         if size > limit:
             raise _TooLarge
         parts.append(part)
-    if response.length:  # read(amount) does not complain of a body that ends before its Content-Length
+
+    # read(amount) does not complain of a body that ends before its Content-Length.
+    if response.length or (gunzip and parts and not gunzip.is_whole()):
         raise http.client.IncompleteRead(b"", response.length)
-    if gunzip and parts and not gunzip.is_whole():
-        raise http.client.IncompleteRead(b"")
     return b"".join(parts)
 
 
 class _Gunzip:
-    """Unpacks gzip of one member or several (RFC 1952, 2.2); what follows them and is none is left, as gzip does."""
+    """Unpacks gzip of one member or several (RFC 1952, 2.2); other bytes after them are left."""
 
     MOST = 10000  # members, since each costs a copy of what follows it
 
     def __init__(self):
         self._members = 0
-        self._next_member()
+        self._start_member()
 
-    def _next_member(self):
+    def _start_member(self):
         import zlib
 
         self._members += 1
         self._member = zlib.decompressobj(16 + zlib.MAX_WBITS)
 
     def unpack(self, part, most):
-        """The next part, unpacked: at most so many bytes of it."""
+        """Return the next part, unpacked: at most so many bytes of it."""
         unpacked = self._decompress(part, most)
         while self._member.unused_data[:1] == b"\x1f" and len(unpacked) < most:
             if self._members >= self.MOST:
                 raise ValueError("gzip of too many members")
             rest = self._member.unused_data
-            self._next_member()
+            self._start_member()
             unpacked += self._decompress(rest, most - len(unpacked))
         return unpacked
 
@@ -2316,18 +2501,19 @@ class _Gunzip:
 
         try:
             return self._member.decompress(part, most)
-        except zlib.error:  # no ValueError
+        except zlib.error:  # not a ValueError
             raise ValueError("bad gzip") from None
 
     def is_whole(self):
+        """Tell whether the last member has come to its end."""
         return self._member.eof
 
 
-# 5.4 Failures in words.
+# 6.4 Failures in words.
 
 
 class _Failed(Exception):
-    """An exchange that failed: what was raised, and what it says about the request."""
+    """An exchange that failed: what was raised, and what that says about the request."""
 
     def __init__(self, cause, unsent=False, stale=False, proxy=None):
         super().__init__()
@@ -2346,7 +2532,7 @@ class _TooLarge(ValueError):
 
 
 def _is_failure(error):
-    """Whether an exception is an exchange's failure: neither the program's end nor a mistake in it."""
+    """Tell whether an exception is an exchange's failure, unlike Ctrl-C or a mistake in a program."""
     import http.client
 
     # ssl.CertificateError is a ValueError on 3.6.
@@ -2354,43 +2540,39 @@ def _is_failure(error):
 
 
 def _is_late(error):
+    """Tell whether an exception is a time-out."""
     import socket
 
     return isinstance(error, (socket.timeout, TimeoutError))  # one and the same since 3.10
 
 
-def _overdue_or(error, deadline):
-    """The error, or _Overdue where it is that of the step for which only the rest of all the time was left."""
-    return _Overdue() if _is_late(error) and _clock() >= deadline else error
+def _error_text(error):
+    """Return what went wrong, in words, without a Python class or an [Errno ..] around it."""
+    text = getattr(error, "strerror", None) or str(getattr(error, "reason", "") or error)
+    return text or type(error).__name__
 
 
-def _reason(error):
-    """What went wrong, in words, without a Python class or an [Errno ..] around it."""
-    return getattr(error, "strerror", None) or str(getattr(error, "reason", "") or error) or type(error).__name__
-
-
-def _quotable(error):
-    """The exception as a __cause__, where its text is not made of what the server said."""
+def _safe_cause(error):
+    """Return an exception as a __cause__, or None if its text is made of what the server said."""
     import ssl
 
-    return error if isinstance(error, (OSError, ssl.CertificateError)) else None  # the latter is no OSError on 3.6
+    return error if isinstance(error, (OSError, ssl.CertificateError)) else None
 
 
 def _network_error(failed, request):
-    """The CloudStackException for what the standard library raised."""
+    """Return the CloudStackException for what the standard library raised."""
     kind, what, why = _describe_failure(failed, request)
     if failed.proxy:
         why += f" (proxy {_join_port(failed.proxy.host, failed.proxy.port)})"
-    made = kind(f"{what} {_shown(request.endpoint)}", why)
+    made = kind(f"{what} {_mask_address(request.endpoint)}", why)
     made.unsent = failed.unsent
+    made.stale = failed.stale
     made.errno = getattr(failed.cause, "errno", None)
-    if isinstance(made, CloudStackConnectionError):
-        made.stale = failed.stale
     return made
 
 
 def _describe_failure(failed, request):
-    """(exception class, what happened, why) of a _Failed."""
+    """Return (exception class, what happened, why) of a _Failed."""
     import http.client
     import socket
     import ssl
@@ -2406,11 +2588,12 @@ def _describe_failure(failed, request):
             why = f"nothing for {request.timeout} s (timeout)"
         return late, "Cannot connect to" if failed.unsent else "No answer from", why
     if isinstance(error, (ssl.SSLError, ssl.CertificateError)):
-        return lost, "TLS failure with", _tls_reason(error)
+        return lost, "TLS failure with", _describe_tls_error(error)
     if isinstance(error, socket.gaierror):
-        return lost, "Cannot find", "name look-up: " + _reason(error)
+        return lost, "Cannot find", "name look-up: " + _error_text(error)
     if failed.unsent:
-        return lost, "Cannot connect to", _reason(error) if isinstance(error, OSError) else type(error).__name__
+        why = _error_text(error) if isinstance(error, OSError) else type(error).__name__
+        return lost, "Cannot connect to", why
     if isinstance(error, _TooLarge):
         why = f"it has more than max_response_size, {request.limit} bytes"
         return CloudStackException, "Too large an answer from", why
@@ -2419,23 +2602,29 @@ def _describe_failure(failed, request):
     if isinstance(error, http.client.RemoteDisconnected):
         return lost, "Connection lost to", "closed without an answer"
     if isinstance(error, OSError):
-        return lost, "Connection lost to", _reason(error)
+        return lost, "Connection lost to", _error_text(error)
     return lost, "Broken answer from", f"not HTTP ({type(error).__name__})"
 
 
-def _tls_reason(error):
-    text = str(getattr(error, "verify_message", None) or getattr(error, "reason", None) or error)
-    hint = "; `verify` names the CA certificates to trust" if "certificate" in str(error).lower() else ""
-    return (text.replace("_", " ").lower() if text.isupper() else text) + hint
+def _describe_tls_error(error):
+    """Return why TLS failed, and the setting that may help."""
+    why = getattr(error, "verify_message", None) or getattr(error, "reason", None)
+    text = str(why or error)
+    if text.isupper():  # OpenSSL's own name for it
+        text = text.replace("_", " ").lower()
+    if "certificate" in str(error).lower():
+        text += "; `verify` names the CA certificates to trust"
+    return text
 
 
-# 5.5 A program's own session.
+# 6.5 A program's own session.
 
 
-def _session_exchange(session, request):
-    """The same exchange through an object with the interface of requests.Session. Its OSErrors, which all exceptions of
-    requests are, are told as ours and not chained: they quote the address, signature and all. What else it raises is
-    the program's own."""
+def _exchange_through(session, request):
+    """Make the same exchange through an object with the interface of requests.Session.
+
+    Its OSErrors, which all exceptions of requests are, become ours and are not chained: they quote
+    the address, signature and all. Anything else it raises is the program's own and passes."""
     options = {}
     if request.verify is not True:
         options["verify"] = request.verify
@@ -2451,65 +2640,83 @@ def _session_exchange(session, request):
             allow_redirects=False,
             **options,
         )
-        content = answer.content if isinstance(answer.content, bytes) else answer.text.encode("utf-8")
+        content = answer.content
+        if not isinstance(content, bytes):
+            content = answer.text.encode("utf-8")
     except OSError as error:
-        late = isinstance(error, TimeoutError) or "Timeout" in type(error).__name__
-        kind = CloudStackTimeoutError if late else CloudStackConnectionError
-        raise_as = kind("No answer from " + _shown(request.url), "the session raised " + type(error).__name__)
+        is_late = isinstance(error, TimeoutError) or "Timeout" in type(error).__name__
+        kind = CloudStackTimeoutError if is_late else CloudStackConnectionError
+        place = _mask_address(request.endpoint)
+        failure = kind("No answer from " + place, "the session raised " + type(error).__name__)
     else:
-        return _Response(answer.status_code, _mask_reason(answer.reason, request), answer.headers, content)
-    raise raise_as
+        reason = _mask_reason(answer.reason, request)
+        return _Response(answer.status_code, reason, answer.headers, content)
+    raise failure
 
 
-# --- 6 clients ------------------------------------------------------------------------------------------------------
+# --- 7 clients ------------------------------------------------------------------------------------
 
 
 class CloudStack:
     """A client: any API command is a method, `cs.listZones(name="x")`, and returns plain JSON.
 
-    Settings are described in SETTINGS and README; each may also be the string an ini file gives, each is an attribute
-    that may be set at any time, and every call looks at them anew. Nothing is opened before the first call. One client
-    may be used by many threads.
+    Settings are described in SETTINGS and README; each may also be the string that an ini file
+    gives. Most are attributes that may be set at any time, get_setting() and set_setting() serve
+    all, and every call looks at them anew. Nothing is opened before the first call. One client may
+    be used by many threads.
 
     Control arguments of a call, never sent:
-      json=True             False: the answer's text as it is
-      opcode_name="command" name of the parameter that holds the command
-      fetch_list=False      True: every page of a list, as a list
+      json=True             False: return the answer's text as it is
+      opcode_name="command" the name of the parameter that holds the command
+      fetch_list=False      True: fetch every page of a list, and return its rows as a list
       headers=None          more HTTP headers
-      fetch_result=None     whether to wait for a job and return its result; None: as the client is set
+      fetch_result=None     whether to wait for a job and return its result; None: as the client is
+                            set
 
-    Raises ValueError, before anything is sent, for what cannot be sent; CloudStackException for the rest, see there.
+    Raises ValueError, before anything is sent, for what cannot be sent; else CloudStackException.
     """
 
     def __init__(
-        self, endpoint, key=None, secret=None, timeout=10, method="get", verify=None, cert=None, cert_key=None,
-        name=None, retry=0, retry_backoff=0.5, job_timeout=None, poll_interval=2.0, expiration=600, trace=False,
-        dangerous_no_tls_verify=False, headers=None, session=None, fetch_result=False, *,
-        theme=None, output=None, username=None, password=None, domain=None, concurrency=128,
-        max_response_size=256 * 1024 * 1024, recover=False
+        self, endpoint, key=None, secret=None, timeout=10, method="get", verify=None, cert=None,
+        cert_key=None, name=None, retry=0, retry_backoff=0.5, job_timeout=None, poll_interval=2.0,
+        expiration=600, trace=False, dangerous_no_tls_verify=False, headers=None, session=None,
+        fetch_result=False, *, theme=None, output=None, username=None, password=None, domain=None,
+        concurrency=128, max_response_size=256 * 1024 * 1024, recover=False
     ):  # fmt: skip
-        given = dict(locals())
-        self._own = _Own()
-        for setting in SETTINGS:
-            value = given[setting.name]
-            self.set_setting(setting.name, setting.default if value is None else value)
+        # theme and output are the command line's: an ini file may hold them.
+        self._state = _ClientState()
+        self._apply_settings(
+            endpoint=endpoint, key=key, secret=secret, timeout=timeout, method=method,
+            verify=verify, cert=cert, cert_key=cert_key, name=name, retry=retry,
+            retry_backoff=retry_backoff, job_timeout=job_timeout, poll_interval=poll_interval,
+            expiration=expiration, trace=trace, dangerous_no_tls_verify=dangerous_no_tls_verify,
+            headers=headers, session=session, fetch_result=fetch_result, username=username,
+            password=password, domain=domain, concurrency=concurrency,
+            max_response_size=max_response_size, recover=recover,
+        )  # fmt: skip
+
+    def _apply_settings(self, **values):
+        for name, value in values.items():
+            self.set_setting(name, _SETTING[name].default if value is None else value)
 
     def __setattr__(self, name, value):
-        """Settings are converted and checked wherever they are set; other attributes are the program's own."""
-        setting = _ATTRIBUTES.get(name)
-        if setting is not None:
-            value = _converted(name, setting.convert, value)
+        """Convert and check settings wherever they are set; other attributes are the program's."""
+        converter = _CONVERTERS.get(name)
+        if converter is not None:
+            value = _convert(name, converter, value)
         object.__setattr__(self, name, value)
 
     def get_setting(self, name):
-        """Return the value of a setting, by its name in SETTINGS. Raises KeyError where there is none of that name."""
-        return getattr(self._own if _SETTING[name].name in _NO_ATTRIBUTES else self, name)
+        """Return the value of a setting, by its name in SETTINGS. Raises KeyError for another."""
+        return getattr(self._state if _SETTING[name].name in _HIDDEN else self, name)
 
     def set_setting(self, name, value):
-        """Set one: the way for those settings that are no attributes, since subclasses use names such as `domain` and
-        `username` for their own. Raises ValueError for what it cannot be, KeyError where there is none of that name."""
-        if name in _NO_ATTRIBUTES:
-            setattr(self._own, name, _converted(name, _SETTING[name].convert, value))
+        """Set a setting, by its name in SETTINGS.
+
+        It is the only way for those that are not attributes, since subclasses use names such as
+        `domain` for their own. Raises ValueError for a wrong value, KeyError for another name."""
+        if name in _HIDDEN:
+            setattr(self._state, name, _convert(name, _SETTING[name].convert, value))
         else:
             setattr(self, _SETTING[name].name, value)
 
@@ -2517,71 +2724,65 @@ class CloudStack:
         if command.startswith("_"):
             raise AttributeError(command)
 
-        def call(**params):
+        def method(**params):
             return self._request(command, **params)
 
-        call.__name__ = call.__qualname__ = command
-        return call
+        method.__name__ = method.__qualname__ = command
+        return method
 
     def __repr__(self):
-        return "<CloudStack: {}>".format(self.name or _shown(self.endpoint or ""))
+        return f"<CloudStack: {self.name or _mask_address(self.endpoint or '')}>"
 
     def __getstate__(self):
         # Connections, threads and what was learned stay behind; a copy makes its own.
-        state = {name: value for name, value in self.__dict__.items() if name not in ("_connections", "_pool")}
-        return dict(state, _own=self._own.copy())
+        return dict(self.__dict__, _state=self._state.copy())
 
     @property
     def verify(self):
-        """True, or the path of the CA certificates; False only where dangerous_no_tls_verify is set and no path."""
-        return self._ca or not self._own.dangerous_no_tls_verify
+        """True, or the path of the CA certificates, or False.
+
+        False only if dangerous_no_tls_verify is set and there is no path."""
+        return self._state.get_tls_files()[0]
 
     @verify.setter
     def verify(self, value):
-        self._ca = value
+        self._state.ca_path = value
 
     @property
     def cert(self):
         """The client certificate's path, or a pair with its key's."""
-        key = self._own.cert_key
-        return (self._pem, key) if key and isinstance(self._pem, str) else self._pem
+        return self._state.get_tls_files()[1]
 
     @cert.setter
     def cert(self, value):
-        self._pem = value
+        self._state.pem_path = value
 
     @property
     def _server(self):
         """What was learned about the present endpoint, as the present user."""
-        own = self._own
-        place = (self.endpoint, self.key, own.username, os.getpid())  # locks and sessions are not for a fork's child
-        return own.servers.get(place) or own.servers.setdefault(place, _Server())
-
-    @property
-    def _transport(self):
-        own = self.__dict__.get("_connections")
-        return own or self.__dict__.setdefault("_connections", _Transport(self._own.concurrency))
+        servers = self._state.in_this_process().servers
+        place = (self.endpoint, self.key, self._state.username)
+        return servers.get(place) or servers.setdefault(place, _Server())
 
     def _request(
-        self, command, json=True, opcode_name="command", fetch_list=False, headers=None, fetch_result=None, **params
-    ):
-        """Every command goes through here, which makes it the place for a subclass to step in; pages, polls and log-in
-        are this client's own and do not."""
-        return self._run(self._steps(command, json, opcode_name, fetch_list, headers, fetch_result, params))
+        self, command, json=True, opcode_name="command", fetch_list=False, headers=None,
+        fetch_result=None, **params
+    ):  # fmt: skip
+        """Carry out a command: all of them come through here, so that a subclass can step in.
 
-    def _steps(self, command, json, opcode_name, fetch_list, headers, fetch_result, params):
-        """The protocol generator of a command."""
-        call = _Call(command, flatten(params), json, opcode_name, headers)
-        wait = self.fetch_result if fetch_result is None else _converted("fetch_result", _flag, fetch_result)
-        every = fetch_list if fetch_list is _LAZY else _converted("fetch_list", _flag, fetch_list)
-        return _command(self, call, every, wait)
+        Pages, polls and log-in do not. fetch_list="walk" is iter_list's: it returns the walk."""
+        steps = _run_command(
+            self, command, params, json, opcode_name, fetch_list, headers, fetch_result
+        )
+        return self._drive(steps)
 
     def iter_list(self, command, **params):
-        """The rows of a list command one by one, page after page, with a page or two in memory; what is no list is
-        one row. Takes what the command itself takes."""
-        walk = self._request(command, fetch_list=_LAZY, **params)
+        """Yield the rows of a list command one by one, with a page or two in memory.
+
+        An answer that is not a list is one row. Takes what the command itself takes."""
+        walk = self._request(command, fetch_list=_AS_WALK, **params)
         while True:
-            rows = self._run(walk.next_page())
+            rows = self._drive(walk.next_page())
             if rows is None:
                 break
             yield from rows
@@ -2589,16 +2790,15 @@ class CloudStack:
             yield walk.first
 
     def wait_job(self, jobid):
-        """The result of a job submitted earlier, waited for as fetch_result does."""
-        return self._run(_resume(self, jobid))
+        """Wait for a job that was submitted earlier, as fetch_result does; returns its result."""
+        return self._drive(_resume_wait(self, jobid))
 
     def close(self):
-        """End the session, if one was logged in to, and close the connections. The client may be used again."""
-        CloudStack._run(self, _log_out(self))
-        self._own.servers = {}
-        own = self.__dict__.pop("_connections", None)
-        if own is not None:
-            own.close()
+        """End the session, if there is one, and close the connections.
+
+        The client may be used again."""
+        CloudStack._drive(self, _log_out(self))
+        self._state.close()
 
     def __enter__(self):
         return self
@@ -2607,59 +2807,61 @@ class CloudStack:
         self.close()
 
     def _exchange(self, request):
-        """One request, one answer, wherever it is sent from; both clients and every thread come through here."""
+        """Send one request and return its answer; both clients and every thread come here."""
+        request.prepare()
         trace = self.trace
         if trace:
             _trace_request(request)
         begun = _clock()
         try:
             if self.session is not None:
-                response = _session_exchange(self.session, request)
+                response = _exchange_through(self.session, request)
             else:
-                response = self._transport.exchange(request)
+                response = self._state.in_this_process().transport.send(request)
         except CloudStackException as error:
             if trace:
-                _to_stderr("{} ({:.0f} ms)\n".format(error, (_clock() - begun) * 1000))
+                _write_stderr(f"{error} ({(_clock() - begun) * 1000:.0f} ms)\n")
             raise
         if trace:
             _trace_response(request, response, _clock() - begun)
         return response
 
-    def _run(self, steps):
-        """Drive a protocol generator to its end: do what it yields, send in what came of it, throw what was raised."""
+    def _drive(self, steps):
+        """Drive a protocol generator to its end: do what it yields, in this thread."""
         result = error = None
         try:
             while True:
-                try:
-                    step = steps.send(result) if error is None else steps.throw(error)
-                except StopIteration as end:
-                    return end.value
+                done, step = _advance(steps, result, error)
+                if done:
+                    return step
                 result = error = None
                 try:
                     if isinstance(step, _Request):
                         result = self._exchange(step)
                     elif isinstance(step, list):
-                        result = _in_threads(self._outcome, step)
+                        result = _map_in_threads(self._drive_quietly, step)
                     elif isinstance(step, _Pause):
-                        _wait(step)
+                        _wait_in_thread(step)
                     else:
                         _sleep(step)
                 except BaseException as raised:
                     error = raised
         finally:
-            error = None  # an exception that knows this frame, and this frame it, would keep both alive
+            error = None  # an exception and this frame would keep each other alive
             steps.close()
 
-    def _outcome(self, steps):
+    def _drive_quietly(self, steps):
+        """Drive a generator and return what comes of it, be it an exception."""
         try:
-            return self._run(steps)
+            return self._drive(steps)
         except Exception as error:
             return error
 
 
-class _Own:
-    """What a client keeps beside its attributes: the settings that are none, and what it has learned."""
+class _ClientState:
+    """What a client keeps beside its attributes."""
 
+    # The settings that are not attributes.
     cert_key: "str | None"
     dangerous_no_tls_verify: bool
     username: "str | None"
@@ -2670,19 +2872,63 @@ class _Own:
     recover: bool
 
     def __init__(self):
-        self.servers = {}
+        self.ca_path = self.pem_path = None
         self.checked = None  # the settings that were last found to make sense together
         self.progress = None  # the command line's: ("rows", seen, total), ("job", command, seconds)
+        self._by_process = {}
 
     def copy(self):
         """Return one with the same settings that has learned nothing yet."""
-        fresh = _Own()
-        for name in _NO_ATTRIBUTES:
+        fresh = _ClientState()
+        for name in ("ca_path", "pem_path") + tuple(_HIDDEN):
             setattr(fresh, name, getattr(self, name))
         return fresh
 
+    def get_tls_files(self):
+        """Return the client's verify and cert, see there."""
+        verify = self.ca_path or not self.dangerous_no_tls_verify
+        cert, key = self.pem_path, self.cert_key
+        return verify, (cert, key) if key and isinstance(cert, str) else cert
 
-def _wait(pause):
+    def in_this_process(self):
+        """Return the _Kept of this process; a fork's child starts anew.
+
+        Connections, locks and sessions are not for two processes. (setdefault is atomic: threads
+        get the same one.)"""
+        pid = os.getpid()
+        kept = self._by_process.get(pid)
+        if kept is None:
+            kept = self._by_process.setdefault(pid, _Kept(self.concurrency))
+            for other in set(self._by_process) - {pid}:
+                self._by_process.pop(other, None)
+        return kept
+
+    def close(self):
+        """Close the connections and forget what was learned."""
+        kept = self._by_process.pop(os.getpid(), None)
+        if kept is not None:
+            kept.transport.close()
+            kept.workers.close()
+
+
+class _Kept:
+    """What a client has learned and holds open, in one process."""
+
+    def __init__(self, concurrency):
+        self.servers = {}
+        self.transport = _Transport(concurrency)
+        self.workers = _Workers(concurrency)
+
+
+def _advance(steps, result, error):
+    """Take a generator one step on; returns (False, the step) or (True, what it returned)."""
+    try:
+        return False, steps.send(result) if error is None else steps.throw(error)
+    except StopIteration as end:
+        return True, end.value
+
+
+def _wait_in_thread(pause):
     """Sleep in this thread until the pause is over or its signal was set."""
     woken = threading.Event()
     pause.signal.add(woken.set)
@@ -2693,15 +2939,17 @@ def _wait(pause):
         pause.signal.discard(woken.set)
 
 
-def _in_threads(function, items):
-    """Return [function(item) for item in items], done at once as far as there are threads for it. What gets none (a
-    limit of the system, the interpreter's exit) the caller does itself, one after another."""
+def _map_in_threads(function, items):
+    """Return [function(item) for item in items], done at once as far as there are threads for it.
+
+    An item that gets no thread (a limit of the system, the interpreter's exit) is done by the
+    caller itself, one after another (finding 02)."""
     results = [None] * len(items)
 
     def work(index):
         results[index] = function(items[index])
 
-    threads = []  # type: list
+    threads: list = []
     for index in range(len(items)):
         thread = threading.Thread(target=work, args=(index,), name="cs-page", daemon=True)
         try:
@@ -2718,19 +2966,21 @@ def _in_threads(function, items):
 
 
 class _Workers:
-    """The threads of one AIOCloudStack, started as they are needed and ended when their client is. They are daemons, so
-    that the interpreter's exit waits for none of them. Work that gets no new thread waits for one of those there are;
-    where there is none, who brings it does it: what is refused could not be told from what runs all the same."""
+    """The threads of one AIOCloudStack, started as they are needed and ended with their client.
 
-    _jobs = _idle = ()  # type: ignore[var-annotated]  # for __del__, should an interrupt come before they are made
+    They are daemons, so that the interpreter's exit waits for none of them. Work that gets no new
+    thread waits for one of those there are; if there is none, the caller does it: work that was
+    refused could not be told from work that runs all the same (finding 02)."""
+
+    # For __del__, should an interrupt come before __init__ is done.
+    _jobs: "collections.deque | None" = None
 
     def __init__(self, most):
         self.most = most
-        self.threads = []  # type: list
-        self.pid = os.getpid()  # threads do not survive a fork
+        self.threads = []
         self._starting = threading.Lock()
-        self._jobs = collections.deque()
         self._idle = []  # the locks that workers without work wait for, the last one first
+        self._jobs = collections.deque()
 
     def do(self, job):
         """Have job(), which raises nothing, called by a worker."""
@@ -2744,7 +2994,7 @@ class _Workers:
         job()
 
     def _has_worker(self):
-        """Whether there is a worker to do what there is; starts one, if there may be more."""
+        """Start a worker, if there may be more; tells whether there is any."""
         with self._starting:
             if len(self.threads) < self.most:
                 # It knows nothing of the client or of this object, so that both can end.
@@ -2759,10 +3009,10 @@ class _Workers:
 
     def close(self):
         """End the workers, when what they have been given is done."""
-        if self._jobs != ():
+        if self._jobs is not None:
             self._jobs.append(None)
-        while _wake_one(self._idle):
-            pass
+            while _wake_one(self._idle):
+                pass
 
     __del__ = close
 
@@ -2780,6 +3030,7 @@ def _work(jobs, idle):
                 _wake_one(idle)
             wake.acquire()
             continue
+
         if job is None:
             jobs.append(None)
             _wake_one(idle)
@@ -2789,6 +3040,7 @@ def _work(jobs, idle):
 
 
 def _wake_one(idle):
+    """Wake the worker that became idle last; False if there is none."""
     try:
         idle.pop().release()
     except IndexError:
@@ -2797,53 +3049,71 @@ def _wake_one(idle):
 
 
 class AIOCloudStack(CloudStack):
-    """The same client for asyncio: commands are coroutines, iter_list an asynchronous iterator, and jobs are waited
-    for unless fetch_result=False. Exchanges run in at most `concurrency` threads of its own; waiting holds none. It is
-    tied to no event loop. `async with` or `await aclose()` end a session and close connections; leaving them out is
-    no harm."""
+    """The same client for asyncio: commands are coroutines, iter_list an asynchronous iterator.
+
+    Jobs are waited for unless fetch_result=False. Exchanges run in at most `concurrency` threads
+    of its own; waiting holds none. It is tied to no event loop. `async with` or `await aclose()`
+    end a session and close connections, and may be left out."""
 
     def __init__(
-        self, endpoint, key=None, secret=None, timeout=10, method="get", verify=None, cert=None, cert_key=None,
-        name=None, retry=0, retry_backoff=0.5, job_timeout=None, poll_interval=2.0, expiration=600, trace=False,
-        dangerous_no_tls_verify=False, headers=None, session=None, fetch_result=True,
-        **options
+        self, endpoint, key=None, secret=None, timeout=10, method="get", verify=None, cert=None,
+        cert_key=None, name=None, retry=0, retry_backoff=0.5, job_timeout=None, poll_interval=2.0,
+        expiration=600, trace=False, dangerous_no_tls_verify=False, headers=None, session=None,
+        fetch_result=True, **options
     ):  # fmt: skip
-        given = {name: value for name, value in locals().items() if name not in ("self", "options", "__class__")}
-        given["fetch_result"] = True if fetch_result is None else fetch_result
-        super().__init__(**given, **options)
+        super().__init__(
+            endpoint, key, secret, timeout, method, verify, cert, cert_key, name, retry,
+            retry_backoff, job_timeout, poll_interval, expiration, trace, dangerous_no_tls_verify,
+            headers, session, True if fetch_result is None else fetch_result, **options
+        )  # fmt: skip
 
     async def _request(
-        self, command, json=True, opcode_name="command", fetch_list=False, headers=None, fetch_result=None, **params
-    ):
-        steps = self._steps(command, json, opcode_name, fetch_list, headers, fetch_result, params)
-        return await self._run(steps)
+        self, command, json=True, opcode_name="command", fetch_list=False, headers=None,
+        fetch_result=None, **params
+    ):  # fmt: skip
+        steps = _run_command(
+            self, command, params, json, opcode_name, fetch_list, headers, fetch_result
+        )
+        return await self._drive(steps)
 
     _request.__doc__ = CloudStack._request.__doc__
 
     async def wait_job(self, jobid):
-        return await self._run(_resume(self, jobid))
+        return await self._drive(_resume_wait(self, jobid))
 
     wait_job.__doc__ = CloudStack.wait_job.__doc__
 
-    async def _run(self, steps):
-        """As CloudStack._run, on an event loop."""
+    async def iter_list(self, command, **params):
+        walk = await self._request(command, fetch_list=_AS_WALK, **params)
+        while True:
+            rows = await self._drive(walk.next_page())
+            if rows is None:
+                break
+            for row in rows:
+                yield row
+        if not walk.is_list():
+            yield walk.first
+
+    iter_list.__doc__ = CloudStack.iter_list.__doc__
+
+    async def _drive(self, steps):
+        """Drive a protocol generator to its end, on an event loop."""
         import asyncio
 
         result = error = None
         try:
             while True:
-                try:
-                    step = steps.send(result) if error is None else steps.throw(error)
-                except StopIteration as end:
-                    return end.value
+                done, step = _advance(steps, result, error)
+                if done:
+                    return step
                 result = error = None
                 try:
                     if isinstance(step, _Request):
-                        result = await self._in_worker(step)
+                        result = await self._exchange_in_worker(step)
                     elif isinstance(step, list):
-                        result = await asyncio.gather(*map(self._outcome, step))
+                        result = await asyncio.gather(*map(self._drive_quietly, step))
                     elif isinstance(step, _Pause):
-                        await _wait_async(step)
+                        await _wait_on_loop(step)
                     else:
                         await asyncio.sleep(step)
                 except BaseException as raised:
@@ -2852,19 +3122,22 @@ class AIOCloudStack(CloudStack):
             error = None
             steps.close()
 
-    async def _outcome(self, steps):
+    async def _drive_quietly(self, steps):
         try:
-            return await self._run(steps)
+            return await self._drive(steps)
         except Exception as error:
             return error
 
-    async def _in_worker(self, request):
-        """As asyncio.to_thread has it, but with this client's own threads; the default ones are too few."""
+    async def _exchange_in_worker(self, request):
+        """Send one request as asyncio.to_thread would, but in this client's own threads.
+
+        The event loop's default ones are too few."""
         import asyncio
 
         loop = asyncio.get_event_loop()
         outcome = loop.create_future()
-        self._workers().do(_with_context(_report_outcome, self._exchange, request, loop, outcome))
+        job = _with_context(_report_outcome, self._exchange, request, loop, outcome)
+        self._state.in_this_process().workers.do(job)
         try:
             response, error = await outcome
         except BaseException:  # cancelled, or closed with its event loop
@@ -2877,35 +3150,10 @@ class AIOCloudStack(CloudStack):
             error = None  # it knows this frame
         return response
 
-    def _workers(self):
-        workers = self.__dict__.get("_pool")
-        if workers is None or workers.pid != os.getpid():
-            workers = self.__dict__["_pool"] = _Workers(self._own.concurrency)
-        return workers
-
-    async def iter_list(self, command, **params):
-        walk = await self._request(command, fetch_list=_LAZY, **params)
-        while True:
-            rows = await self._run(walk.next_page())
-            if rows is None:
-                break
-            for row in rows:
-                yield row
-        if not walk.is_list():
-            yield walk.first
-
-    iter_list.__doc__ = CloudStack.iter_list.__doc__
-
-    def close(self):
-        super().close()
-        workers = self.__dict__.pop("_pool", None)
-        if workers is not None:
-            workers.close()
-
     async def aclose(self):
-        """close(), without holding up the event loop."""
-        await self._run(_log_out(self))
-        self.close()
+        """Do what close() does, without holding up the event loop."""
+        await self._drive(_log_out(self))
+        self._state.close()
 
     async def __aenter__(self):
         return self
@@ -2914,8 +3162,8 @@ class AIOCloudStack(CloudStack):
         await self.aclose()
 
 
-async def _wait_async(pause):
-    """Sleep on this event loop until the pause is over or its signal was set, in whatever thread."""
+async def _wait_on_loop(pause):
+    """Sleep on this event loop until the pause is over or a thread has set its signal."""
     import asyncio
 
     loop = asyncio.get_event_loop()
@@ -2955,14 +3203,13 @@ def _report_outcome(exchange, request, loop, outcome):
 
 
 def _set_result(future, result):
+    """Set a future's result, unless its task was cancelled meanwhile."""
     if not future.done():
         future.set_result(result)
 
 
 def _with_context(function, *args):
-    """The call, in a copy of the caller's context variables, as asyncio.to_thread has it (3.6 has none)."""
-    import functools
-
+    """Return the call, in a copy of the caller's context variables (which 3.6 does not have)."""
     try:
         from contextvars import copy_context
     except ImportError:
@@ -2970,160 +3217,211 @@ def _with_context(function, *args):
     return functools.partial(copy_context().run, function, *args)
 
 
-# --- 7 configuration ------------------------------------------------------------------------------------------------
+# --- 8 configuration ------------------------------------------------------------------------------
+# Layers, later ones win:
+#                        usually                         if CLOUDSTACK_ENDPOINT is set, without an
+#                                                        explicit region and CLOUDSTACK_OVERRIDES
+#     1                  defaults                        defaults
+#     2                  environment                     section of the ini files
+#     3                  section of the ini files        environment
+#     4                  what CLOUDSTACK_OVERRIDES names options of the command line
+#                        in the environment
+#     5                  options of the command line
+# The second order is that of 5.2.0: with an endpoint in the environment, files fill only what the
+# environment leaves open, and none is read if key and secret are there, too.
 
 _PREFIX = "CLOUDSTACK_"
+_HEADER = "header_"
 _DEFAULT_REGION = "cloudstack"
-_INI_KEYS = [setting.name for setting in SETTINGS if setting.where == "both"] + ["theme", "output"]
-# Where the request goes, as whom, and whom it trusts: never mixed from two files, else a file that holds nothing but
-# an endpoint, left in a working directory, would be sent another file's key.
+_INI_KEYS = [setting.name for setting in SETTINGS if setting.where == "both"]
+_INI_KEYS += ["theme", "output"]
+
+# Where a request goes, as whom, and whom it trusts: never mixed from two files. Else a file with
+# nothing but an endpoint, left in a working directory, would be sent another file's key.
 _TOGETHER = frozenset(
-    "endpoint key secret username password domain verify cert cert_key dangerous_no_tls_verify headers".split()
+    "endpoint key secret username password domain verify cert cert_key dangerous_no_tls_verify"
+    " headers".split()
 )
+# read_config returns these even if nothing gives them.
 _ALWAYS = (
-    "timeout method retry verify cert cert_key name trace expiration poll_interval dangerous_no_tls_verify".split()
+    "timeout method retry verify cert cert_key name trace expiration poll_interval"
+    " dangerous_no_tls_verify".split()
 )
 
 
-class _Found:
-    """What the ini files say about one region: values {key: text}, and origins {key: path}."""
+class _IniValues:
+    """What the ini files say about one region."""
 
     def __init__(self):
-        self.values = {}
-        self.origins = {}
+        self.values = {}  # {key: text}
+        self.origins = {}  # {key: path}
+        self.unknown = []  # (key, path) of keys that no setting has
+        self.regions = set()  # the sections of all files
         self.tried = []
         self.read = []
         self.has_section = False
 
-    def add(self, path, items):
+    def add_file(self, path, parser, region):
+        """Take in a region's section of a parsed file. Raises ValueError."""
+        self.read.append(path)
+        self.regions.update(parser.sections())
+        if not parser.has_section(region):
+            return
         self.has_section = True
-        for key, value in items:
-            if key in _SETTING and "\n" in value:  # it may hold a secret that was meant for the next line
-                reason = "the value goes on in the next, indented line; each setting stands on a line of its own"
-                raise ValueError("{!a}: {}: {}".format(path, key, reason))
-            if value and (key in _INI_KEYS or key[: len("header_")] == "header_" != key):
+        raw = dict(parser.items(region))
+        for key, value in _expand_values(path, raw, region):
+            is_header = key.startswith(_HEADER) and key != _HEADER
+            if key in _SETTING and "\n" in value:
+                # It may hold a secret that was meant for the next line.
+                reason = "the value continues in the next, indented line; each setting stands on a"
+                raise ValueError(f"{path!a}: {key}: {reason} line of its own")
+            if key not in _INI_KEYS and not is_header:
+                used = any(f"%({key})s" in other for other in raw.values())
+                if not used and key not in parser.defaults():
+                    self.unknown.append((key, path))
+            elif value:
                 self.values[key] = value
                 self.origins[key] = path
 
-    def forget(self, keys):
+    def drop(self, keys):
+        """Forget the values that something else decides."""
         for key in keys:
             self.values.pop(key, None)
 
     def check_origins(self):
-        """Raises ValueError where values that belong together come from two files."""
-        first = {}  # type: dict
+        """Raise ValueError if values that belong together come from two files."""
+        first: dict = {}
         for key in sorted(self.values):
-            if _group(key) in _TOGETHER:
-                first.setdefault(os.path.realpath(self.origins[key]), (key, self.origins[key]))
+            if _group_of(key) in _TOGETHER:
+                path = self.origins[key]
+                first.setdefault(os.path.realpath(path), (key, path))
         if len(first) > 1:
             (key, path), (other, elsewhere) = list(first.values())[:2]
             raise ValueError(
-                "the files {!a} ({}) and {!a} ({}) cannot be combined: endpoint, credentials, certificates and headers "
-                "must all come from one of them".format(path, key, elsewhere, other)
+                f"the files {path!a} ({key}) and {elsewhere!a} ({other}) cannot be combined: "
+                "endpoint, credentials, certificates and headers must all come from one of them"
             )
 
 
-def _group(key):
-    return "headers" if key.startswith("header_") else key
+def _group_of(key):
+    return "headers" if key.startswith(_HEADER) else key
 
 
-def _ini_paths(config=None):
-    """(the files to read, in order; the one among them that was named, or None)"""
+def _list_ini_paths(config=None):
+    """Return the files to read, in order, and the one among them that was named, or None."""
     paths = [os.path.expanduser("~/.cloudstack.ini")]
     try:
         paths.append(os.path.abspath("cloudstack.ini"))
     except OSError:  # the working directory is gone
         pass
     named = config or os.environ.get(_PREFIX + "CONFIG")
-    named = os.path.expanduser(named) if named else None
-    return paths + [named] * bool(named), named
+    if named:
+        named = os.path.expanduser(named)
+        paths.append(named)
+    return paths, named or None
 
 
 def _read_text(path, newline=None):
-    """The text of a file, its line ends as they are where newline is "". Raises ValueError that says what is wrong
-    with it; FileNotFoundError where there is none."""
+    """Return the text of a file; its line ends stay as they are if newline is "".
+
+    Raises ValueError that says what is wrong with it, FileNotFoundError without one."""
     try:
         with open(path, encoding="utf-8-sig", newline=newline) as file:
             return file.read()
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(path) from None
     except UnicodeDecodeError:
-        raise ValueError("cannot read {!a}: it is not UTF-8 text".format(path)) from None
+        raise ValueError(f"cannot read {path!a}: it is not UTF-8 text") from None
     except (OSError, ValueError) as error:
-        raise ValueError("cannot read {!a}: {}".format(path, _reason(error))) from None
+        raise ValueError(f"cannot read {path!a}: {_error_text(error)}") from None
 
 
 def _parse_ini(path, text):
-    """A parser of the file as it stands, `%` and all. configparser's errors quote lines of the file, which may be
-    secrets: the ValueError tells line numbers only."""
+    """Return a parser of the file as it stands, `%` and all.
+
+    configparser's errors quote lines of the file, which may be secrets: the ValueError says line
+    numbers only."""
     import configparser
 
     parser = configparser.RawConfigParser()
     try:
         parser.read_string(text, source=path)
     except configparser.MissingSectionHeaderError as error:
-        reason = "line {} stands before any [section]".format(error.lineno)
+        reason = f"line {error.lineno} stands before any [section]"
     except (configparser.DuplicateOptionError, configparser.DuplicateSectionError) as error:
-        reason = "line {} repeats {!a}".format(error.lineno, getattr(error, "option", None) or error.section)
+        reason = f"line {error.lineno} repeats {getattr(error, 'option', None) or error.section!a}"
     except configparser.ParsingError as error:
-        reason = "line {} is no 'name = value'".format(error.errors[0][0] if error.errors else "?")
+        reason = f"line {error.errors[0][0] if error.errors else '?'} is not 'name = value'"
     except configparser.Error as error:
         reason = type(error).__name__
     else:
         return parser
-    raise ValueError("{!a} is no ini file: {}".format(path, reason))
+    raise ValueError(f"{path!a} is not an ini file: {reason}")
 
 
-def _section_items(path, raw, region):
-    """The (key, text) pairs of a section. `%%` and `%(name)s` mean what they always mean in ini files, any other `%`
-    stands for itself. Raises ValueError for a `%(name)s` that leads nowhere."""
+def _expand_values(path, raw, region):
+    """Yield (key, text) for the raw values of a section.
+
+    `%%` and `%(name)s` mean what they always mean in ini files, any other `%` stands for itself.
+    Raises ValueError for a `%(name)s` that leads nowhere."""
     import configparser
 
-    def doubled(found):
+    def double_single(found):
         return found.group() if len(found.group()) > 1 else "%%"
 
     parser = configparser.ConfigParser()
-    values = {key: re.sub(r"%%|%\([^)]+\)s|%", doubled, value) for key, value in raw.items(region)}
+    pattern = r"%%|%\([^)]+\)s|%"
+    values = {key: re.sub(pattern, double_single, value) for key, value in raw.items()}
     parser.read_dict({"section": values})
     for key in values:
         try:
             yield key, parser.get("section", key)
         except configparser.InterpolationError:
-            reason = "in [{}], {!a} refers to a name that is not there".format(region, key)
-            raise ValueError("{!a}: {}".format(path, reason)) from None
+            reason = f"in [{region}], {key!a} refers to a name that is not there"
+            raise ValueError(f"{path!a}: {reason}") from None
 
 
-def _from_files(region, config=None):
-    """What ~/.cloudstack.ini, ./cloudstack.ini and $CLOUDSTACK_CONFIG say about a region; later files win."""
-    found = _Found()
-    found.tried, named = _ini_paths(config)
+def _read_ini_values(region, config=None):
+    """Return the _IniValues of a region: ~/.cloudstack.ini, ./cloudstack.ini, $CLOUDSTACK_CONFIG.
+
+    Later files win. Raises SystemExit if a file that was named is not there."""
+    found = _IniValues()
+    found.tried, named = _list_ini_paths(config)
     for path in found.tried:
         try:
             parser = _parse_ini(path, _read_text(path))
         except FileNotFoundError:
             continue
-        found.read.append(path)
-        if parser.has_section(region):
-            found.add(path, _section_items(path, parser, region))
+        found.add_file(path, parser, region)
     if named and named not in found.read:
         raise SystemExit("Config file not found. Tried " + named)
     return found
 
 
-def _from_environment():
+def _read_environment():
+    """Return {key: text} of the CLOUDSTACK_* variables.
+
+    Empty ones do not count, but for CLOUDSTACK_KEY: an empty one asks for unsigned requests."""
     values = {key: os.environ.get(_PREFIX + key.upper()) for key in _INI_KEYS}
     for name, value in os.environ.items():
         if name.upper().startswith(_PREFIX + "HEADER_"):
-            values["header_" + name[len(_PREFIX + "HEADER_") :].lower().replace("_", "-")] = value
-    return {key: value for key, value in values.items() if value}
+            header = name[len(_PREFIX + "HEADER_") :].lower().replace("_", "-")
+            values[_HEADER + header] = value
+    if values["key"] == "":
+        values["secret"] = None
+    return {key: value for key, value in values.items() if value or (key == "key" and value == "")}
 
 
-def _as_settings(values):
-    """{key: text} as the constructor takes it: headers gathered, and the two booleans parsed where they can be."""
-    settings = {key: value for key, value in values.items() if not key.startswith("header_")}
-    headers = {key[len("header_") :]: value for key, value in values.items() if key.startswith("header_")}
-    if headers:
-        settings["headers"] = headers
+def _to_settings(values):
+    """Return {key: text} as the constructor takes it.
+
+    Headers are gathered, and the two booleans of read_config are parsed if they can be."""
+    settings: dict = {}
+    for key, value in values.items():
+        if key.startswith(_HEADER):
+            settings.setdefault("headers", {})[key[len(_HEADER) :]] = value
+        else:
+            settings[key] = value
     for key in ("trace", "dangerous_no_tls_verify"):
         try:
             settings[key] = strtobool(settings[key])
@@ -3132,80 +3430,95 @@ def _as_settings(values):
     return settings
 
 
+def _hidden_by(layer):
+    """Return the keys of lower layers that a layer decides about without giving them.
+
+    There is a key or there is a user name; and an empty key means that there is no key."""
+    if "key" in layer:
+        return ["username", "password", "domain"] if layer["key"] else ["secret"]
+    return ["key", "secret"] if "username" in layer else []
+
+
+def _merge_layers(*layers):
+    """Merge layers, lowest first."""
+    merged: dict = {}
+    for layer in layers:
+        for key in _hidden_by(layer):
+            merged.pop(key, None)
+        merged.update(layer)
+    return {key: value for key, value in merged.items() if value}
+
+
 def _load_config(ini_group=None, flags=None, config=None):
-    """(settings, what the files said). See read_config; flags {key: text} beat everything, config stands for
-    CLOUDSTACK_CONFIG."""
-    flags = flags or {}
+    """Return (settings, _IniValues); see read_config.
+
+    flags {key: text} are the command line's; config stands for CLOUDSTACK_CONFIG."""
     region = ini_group or os.environ.get(_PREFIX + "REGION") or _DEFAULT_REGION
-    if ini_group == _DEFAULT_REGION:  # asks for nothing: Ansible's modules up to 2.9 always pass it, whatever there is
-        ini_group = None
-    overrides = [word.strip().lower() for word in os.environ.get(_PREFIX + "OVERRIDES", "").split(",") if word.strip()]
-    env = _from_environment()
-    env_first = "endpoint" in env and not ini_group and not overrides
-    unsigned = os.environ.get(_PREFIX + "KEY") == "" and (env_first or "key" in overrides)
-    complete = ("key" in env and "secret" in env) or ("username" in env and "password" in env)
-    if env_first and (unsigned or complete) and not config:
-        found = _Found()
-    else:
-        found = _from_files(region, config)
-        _check_region(found, ini_group, "endpoint" in env or "endpoint" in flags)
-    winners = dict(env) if env_first else {key: env[key] for key in env if key in overrides or _group(key) in overrides}
-    winners.update(flags)
-    if unsigned:
-        env.pop("secret", None)
-    found.forget(list(winners) + _rivals(winners, unsigned))
+    # The default's own name asks for nothing: Ansible's modules up to 2.9 always pass it.
+    is_explicit = bool(ini_group) and ini_group != _DEFAULT_REGION
+    overrides = os.environ.get(_PREFIX + "OVERRIDES", "").lower().replace(",", " ").split()
+    env = _read_environment()
+    env_first = "endpoint" in env and not is_explicit and not overrides
+    above = {
+        key: value
+        for key, value in env.items()
+        if env_first or key in overrides or _group_of(key) in overrides
+    }
+    above.update(flags or {})
+
+    found = _IniValues()
+    has_user = "username" in env and "password" in env
+    is_complete = env.get("key") == "" or ("key" in env and "secret" in env) or has_user
+    if not env_first or not is_complete or config:
+        found = _read_ini_values(region, config)
+        has_endpoint = "endpoint" in env or "endpoint" in above
+        _check_region(found, region if is_explicit else None, has_endpoint)
+    found.drop(list(above) + _hidden_by(above))
     found.check_origins()
-    for key in _rivals(found.values):
-        env.pop(key, None)
-    values = dict(env, **found.values)
-    values.update(flags)
+
+    values = _merge_layers({} if env_first else env, found.values, above)
     if not values.get("endpoint"):
-        where = "" if found.has_section else " (there is no section [{}] in {})".format(region, ", ".join(found.read))
-        raise ValueError("the configuration is missing the following keys: endpoint" + where)
+        where = ""
+        if not found.has_section:
+            where = f" (there is no section [{region}] in {', '.join(found.read)})"
+        raise ValueError(f"the configuration is missing the following keys: endpoint{where}")
     settings = {key: _SETTING[key].default for key in _ALWAYS}
     settings["trace"] = None
     settings["name"] = region if found.has_section else None
-    settings.update(_as_settings(values))
+    settings.update(_to_settings(values))
     return settings, found
 
 
-def _rivals(winners, unsigned=False):
-    """The credentials that do not go with those that won: there is a key, or there is a user name."""
-    if unsigned:
-        return ["key", "secret"]
-    if "key" in winners:
-        return ["username", "password", "domain"]
-    return ["key", "secret"] if "username" in winners else []
-
-
-def _check_region(found, ini_group, has_endpoint):
+def _check_region(found, region, has_endpoint):
+    """Raise SystemExit without any file, NoSectionError if no file has the region asked for."""
     if not found.read and not has_endpoint:
-        raise SystemExit("Config file not found. Tried {}".format(", ".join(found.tried)))
-    if ini_group and not found.has_section:
+        raise SystemExit(f"Config file not found. Tried {', '.join(found.tried)}")
+    if region and not found.has_section:
         import configparser
 
-        raise configparser.NoSectionError(ini_group)
+        raise configparser.NoSectionError(region)
 
 
 def read_config(ini_group=None):
-    """The settings for `CloudStack(**read_config())`, from the environment and ini files; ini_group is the region.
+    """Return the settings for `CloudStack(**read_config())`, from environment and ini files.
 
-    With CLOUDSTACK_ENDPOINT set, no ini_group and no CLOUDSTACK_OVERRIDES, the environment wins and files fill what it
-    leaves open; with key and secret there too, no file is read. Otherwise the files win, but for the keys that
-    CLOUDSTACK_OVERRIDES names. Raises SystemExit where there is no configuration at all, ValueError where it cannot be
-    used, configparser.NoSectionError where ini_group is in no file."""
+    ini_group is the region, a section of the ini files; the layers are told at the head of this
+    room. Raises SystemExit if there is no configuration at all, ValueError if it cannot be used,
+    configparser.NoSectionError if ini_group is in no file."""
     return _load_config(ini_group)[0]
 
 
 def read_config_from_ini(ini_group=None):
-    """What the section of a region holds in the ini files, plus `name` and `headers`; {"name": None} without it."""
+    """Return what a region's section holds in the ini files, plus `name` and `headers`.
+
+    Without such a section that is {"name": None}."""
     region = ini_group or os.environ.get(_PREFIX + "REGION") or _DEFAULT_REGION
-    found = _from_files(region)
+    found = _read_ini_values(region)
     found.check_origins()
-    return dict(_as_settings(found.values), name=region if found.has_section else None)
+    return dict(_to_settings(found.values), name=region if found.has_section else None)
 
 
-# --- 8 command line -------------------------------------------------------------------------------------------------
+# --- 9 command line -------------------------------------------------------------------------------------------------
 
 FORMATS = ("json", "jsonl", "table", "csv", "text")
 
@@ -3342,7 +3655,7 @@ class _Run:
     def say(self, text):
         if not self.options.quiet:
             self.clear_progress()
-            _to_stderr(text)
+            _write_stderr(text)
 
     def clear_progress(self):
         self.progress.clear()
@@ -3367,7 +3680,7 @@ class _Run:
         self.client = CloudStack(**self.settings)
         _check_client(self.client)
         if not options.quiet and not self.client.trace and _is_terminal(sys.stderr):
-            self.client._own.progress = self.progress
+            self.client._state.progress = self.progress
 
     def _warn_of_readable_files(self, found):
         for path in sorted({found.origins[key] for key in ("secret", "password") if key in found.values}):
@@ -3484,7 +3797,7 @@ def _rows_of(answer):
         return answer
     if not isinstance(answer, dict):
         return [answer]
-    rows = _rows(answer)
+    rows = _find_rows(answer)
     if rows is not None:
         return rows
     inner = list(answer.values())
@@ -3496,7 +3809,7 @@ def _with_rows(answer, rows):
     if isinstance(answer, list):
         return rows
     keys = [key for key, value in answer.items() if isinstance(value, list)] if isinstance(answer, dict) else []
-    if _rows(answer) is not None and keys:
+    if _find_rows(answer) is not None and keys:
         return dict(answer, **{keys[0]: rows})
     if isinstance(answer, dict) and len(answer) == 1 and isinstance(list(answer.values())[0], dict):
         return {list(answer)[0]: rows[0]} if rows else answer
@@ -3625,7 +3938,7 @@ def _print_document(run, answer, plain):
     if answer in ({}, [], None, ""):
         return
     if plain:
-        _write((_printable(answer) if sys.stdout.isatty() else answer).rstrip("\n") + "\n")
+        _write((_escape_unprintable(answer) if sys.stdout.isatty() else answer).rstrip("\n") + "\n")
         return
     rows = _rows_of(answer)
     wanted = _sorted(run, rows)
@@ -3661,7 +3974,7 @@ def _print_csv(rows, columns):
     """RFC 4180: a header, CRLF, quotes where needed. By hand, since the csv module of 3.10 refuses NUL characters."""
     for line in [columns] + list(_cells(rows, columns)):
         text = ",".join(map(_csv_field, line)) or '""'
-        _write((_printable(text) if sys.stdout.isatty() else text) + ("\n" if os.linesep == "\r\n" else "\r\n"))
+        _write((_escape_unprintable(text) if sys.stdout.isatty() else text) + ("\n" if os.linesep == "\r\n" else "\r\n"))
 
 
 def _csv_field(text):
@@ -3674,7 +3987,7 @@ def _print_text(rows, columns):
             cell.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r") for cell in cells
         ]
         line = "\t".join(cells)
-        _write((_printable(line) if sys.stdout.isatty() else line) + "\n")
+        _write((_escape_unprintable(line) if sys.stdout.isatty() else line) + "\n")
 
 
 def _widths(text):
@@ -3713,7 +4026,7 @@ def _cut(text, width):
 
 
 def _one_line(text):
-    return _printable(text.replace("\n", " ").replace("\t", " "))
+    return _escape_unprintable(text.replace("\n", " ").replace("\t", " "))
 
 
 def _print_table(run, rows, chosen):
@@ -3870,12 +4183,12 @@ def _fetch_catalog(run):
     try:
         catalog.keep(_cache_path(run.client))
     except OSError as error:
-        problem = "cannot write the cache {!a}: {}".format(_cache_path(run.client), _reason(error))
+        problem = "cannot write the cache {!a}: {}".format(_cache_path(run.client), _error_text(error))
         if run.options.sync:
             raise ValueError(problem) from None
         run.say("Warning: " + problem)
     else:
-        run.say("{} commands of {} are now known".format(len(specs), _shown(run.client.endpoint)))
+        run.say("{} commands of {} are now known".format(len(specs), _mask_address(run.client.endpoint)))
     return catalog
 
 
@@ -3957,7 +4270,7 @@ def _list_commands(run, words):
     room = max([len(spec.name) for spec in found] or [0])
     width = _terminal_width(None)
     for spec in found:
-        line = _printable("{:{}}  {}".format(spec.name, room, spec.description.strip().replace("\n", " "))).rstrip()
+        line = _escape_unprintable("{:{}}  {}".format(spec.name, room, spec.description.strip().replace("\n", " "))).rstrip()
         _write((_cut(line, width) if width else line) + "\n")
     if not found:
         run.say("No command matches {}".format(" ".join(words)))
@@ -3970,7 +4283,7 @@ def _describe_command(run, name):
     spec = catalog.get(catalog.resolve(name))
     if spec is None:
         raise _Usage(_unknown_command(catalog, name) + "\n    `cs --list WORD` looks for one.")
-    _write(_printable("\n".join(_description_lines(spec, min(_terminal_width(100), 100)))) + "\n")
+    _write(_escape_unprintable("\n".join(_description_lines(spec, min(_terminal_width(100), 100)))) + "\n")
     return 0
 
 
@@ -4109,7 +4422,7 @@ def _complete_option(option, words, current):
 
 def _regions(config):
     found = set()
-    for path in _ini_paths(config)[0]:
+    for path in _list_ini_paths(config)[0]:
         try:
             found.update(_parse_ini(path, _read_text(path)).sections())
         except (OSError, ValueError):
@@ -4214,7 +4527,7 @@ def _ask_ids(client, lister):
     call = _Call(lister.name, params)
     call.total = _PATIENCE_AT_A_KEY
     found = []
-    for row in _dicts(_rows(client._run(_ask(client, call)))):
+    for row in _dicts(_find_rows(client._drive(_send_with_retries(client, call)))):
         ident, text = row.get("id"), row.get("displayname") or row.get("name")
         if isinstance(ident, str):
             found.append((ident, text if isinstance(text, str) else ""))
@@ -4238,7 +4551,7 @@ def _lister(catalog, spec, name):
 def _print_completions(line):
     for word, text in _complete(line):
         if _SAFE_WORD.match(word):
-            text = " ".join(_printable(text).split())
+            text = " ".join(_escape_unprintable(text).split())
             _write(word + ("\t" + _cut(text, 60) if text else "") + "\n")
     return 0
 
@@ -4264,25 +4577,25 @@ def _configure(run):
     try:
         with run.client:
             run.client.listCapabilities()
-        run.say("They work: {} answered.".format(_shown(run.client.endpoint)))
+        run.say("They work: {} answered.".format(_mask_address(run.client.endpoint)))
     except CloudStackException as error:
-        _to_stderr("They do not work: {}".format(_sentence(error)))
+        _write_stderr("They do not work: {}".format(_sentence(error)))
         if _ask_person("Save them all the same? [y/N] ").lower() not in ("y", "yes"):
             run.say("Nothing was written.")
             return 1
     try:
         _write_private(path, text)
     except OSError as error:
-        raise ValueError("cannot write {!a}: {}".format(path, _reason(error))) from None
+        raise ValueError("cannot write {!a}: {}".format(path, _error_text(error))) from None
     run.say("Section [{}] of {} is written.".format(region, path))
     return 0
 
 
 def _client_of_section(path, text, region):
     """The client that a section describes: with what else stands there, such as the certificates of its authority."""
-    found = _Found()
-    found.add(path, _section_items(path, _parse_ini(path, text), region))
-    client = CloudStack(**dict({"endpoint": None}, **_as_settings(found.values)))
+    found = _IniValues()
+    found.add_file(path, _parse_ini(path, text), region)
+    client = CloudStack(**dict({"endpoint": None}, **_to_settings(found.values)))
     _check_client(client)
     return client
 
@@ -4338,14 +4651,15 @@ def _show_plan(run, command, params):
     params = {name: value for name, value in params.items() if name not in ("fetch_list", "fetch_result")}
     call = _Call(command, flatten(params), **control)
     call.complete_page(PAGE_SIZE)
-    request = _build(run.client, call)
-    lines = ["{} {}".format(request.method, _shown(run.client.endpoint, True))]
-    lines += ["{}={}".format(name, text) for name, text in sorted(request.shown_params().items())]
-    _write("\n".join(_printable(line) for line in lines) + "\n")
+    request = _build_request(run.client, call)
+    request.prepare()
+    lines = ["{} {}".format(request.method, _mask_address(run.client.endpoint))]
+    lines += ["{}={}".format(name, text) for name, text in sorted(_mask_params(request.params).items())]
+    _write("\n".join(_escape_unprintable(line) for line in lines) + "\n")
 
 
 def _asked(command, params):
-    shown = ["{}={}".format(name, _cut(str(text), 80)) for name, text in _shown_params(params).items()]
+    shown = ["{}={}".format(name, _cut(str(text), 80)) for name, text in _mask_params(params).items()]
     return _one_line(" ".join([command] + shown))
 
 
@@ -4391,7 +4705,7 @@ def _stream(run, command, params):
 
 
 def _warn_of_missing_rows(run, answer, params):
-    rows = (_rows(answer) if isinstance(answer, dict) else None) or []
+    rows = (_find_rows(answer) if isinstance(answer, dict) else None) or []
     total = answer.get("count") if rows else None
     asked = {name.lower() for name in params}
     if (
@@ -4434,7 +4748,7 @@ def _report(run, error):
     run.clear_progress()
     lines = ["CloudStack error: " + _sentence(error)]
     if run.asked:
-        lines.append("  Asked: {} of {}".format(run.asked, _shown(run.client.endpoint)))
+        lines.append("  Asked: {} of {}".format(run.asked, _mask_address(run.client.endpoint)))
     document = getattr(error, "error", None)
     if isinstance(document, dict):
         codes = ["{} {}".format(name, document[name]) for name in ("errorcode", "cserrorcode") if name in document]
@@ -4442,7 +4756,7 @@ def _report(run, error):
     lines += ["  Try: " + hint for hint in [_hint(run, error)] if hint]
     run.say("\n".join(lines))
     if error.jobid and not isinstance(error, CloudStackApiException):
-        _to_stderr(_how_to_go_on(run, error))  # also with -q: nothing else tells the id
+        _write_stderr(_how_to_go_on(run, error))  # also with -q: nothing else tells the id
     if isinstance(error, CloudStackJobTimeout):
         return 4
     if error.response is not None:
@@ -4452,7 +4766,7 @@ def _report(run, error):
 
 def _hint(run, error):
     document = getattr(error, "error", None)
-    code = document.get("errorcode") if isinstance(document, dict) else _status(error)
+    code = document.get("errorcode") if isinstance(document, dict) else _status_of(error)
     if code == 432 and not run.asked:
         return "Your role may not list the commands; all else works without that."
     if isinstance(error, CloudStackApiException) and isinstance(code, int):
@@ -4564,12 +4878,12 @@ def _report_errors(args):
     except CloudStackException as error:
         code = _report(run, error)
     except (_Usage, ValueError, OSError) as error:
-        text = _reason(error) if isinstance(error, OSError) else str(error)
-        _to_stderr(text if text.startswith("Error: ") else "cs: {}".format(text))
+        text = _error_text(error) if isinstance(error, OSError) else str(error)
+        _write_stderr(text if text.startswith("Error: ") else "cs: {}".format(text))
         code = 2
     except KeyboardInterrupt as error:
         if getattr(error, "jobid", None):
-            _to_stderr("Interrupted. " + _how_to_go_on(run, error))
+            _write_stderr("Interrupted. " + _how_to_go_on(run, error))
         code = 130
     _flush()
     return code
@@ -4585,7 +4899,7 @@ def _output_failed(error):
         pass
     if isinstance(error, BrokenPipeError):
         return 0
-    _to_stderr("cs: cannot write the answer: {}".format(_reason(error)))
+    _write_stderr("cs: cannot write the answer: {}".format(_error_text(error)))
     return 1
 
 
