@@ -70,6 +70,10 @@ __all__ = [
 
 __version__ = "6.0.0"
 
+TYPE_CHECKING = False  # type checkers take it for true; importing typing costs milliseconds
+if TYPE_CHECKING:
+    from typing import Any
+
 # Tests replace these two: the clock that measures every duration, and the sleep between two steps.
 _clock = time.monotonic
 _sleep = time.sleep
@@ -194,7 +198,7 @@ def _parse_ca_path(value):
     """Return a path, or None for the system's CA certificates.
 
     No value turns verification off: an ini file's `verify = false` reads as None, and only
-    dangerous_no_tls_verify does what it seems to say."""
+    dangerous_no_tls_verify does that."""
     if value is None or isinstance(value, bool):
         return None
     value = os.fsdecode(value)
@@ -353,7 +357,9 @@ class CloudStackException(Exception):
     """
 
     # Each has its default here, so that nobody has to ask with getattr.
-    response = error = jobid = None
+    response: "Any" = None
+    error: "Any" = None
+    jobid: "str | None" = None
     outcome_unknown = unsent = stale = False
 
     def __init__(self, *args, response=None):
@@ -366,7 +372,7 @@ class CloudStackException(Exception):
 
 
 class CloudStackApiException(CloudStackException):
-    """The server refused a command, or a job failed: `error` is what the server said about it."""
+    """The server refused a command, or a job failed: `error` holds its own words."""
 
     def __init__(self, *args, error=None, response=None):
         super().__init__(*args, response=response)
@@ -398,8 +404,8 @@ class CloudStackJobTimeout(CloudStackTimeoutError):
 
 _LISTS = (list, tuple, set, frozenset)
 
-# The server answers 431 to control characters but tab, LF and CR (ApiServer.checkCharacterInkParams);
-# lone surrogates have no UTF-8.
+# The server answers 431 to control characters but LF and CR (ApiServer.checkCharacterInkParams; its
+# versions differ about a tab, which is therefore sent). Lone surrogates have no UTF-8.
 _UNSENDABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 _UNRESERVED = re.compile(r"[A-Za-z0-9._*-]*\Z")
 
@@ -540,7 +546,7 @@ _SECRET_FIELD = re.compile(r'(?i)("[\w.\[\]-]*' + _SECRET + r'"\s*:\s*)"(?:[^"\\
 _SECRET_ELEMENT = re.compile(r"(?i)(<[\w.-]*" + _SECRET + r">)[^<]*")
 _SECRET_QUERY = re.compile(r"(?i)([?&;][\w.%\[\]-]*" + _SECRET + r"=)[^\s&;\"'<>]*")
 
-# Control characters but line breaks and tabs, C1 controls, bidirectional overrides, lone surrogates.
+# Control characters but line breaks and tabs, C1 controls, bidirectional overrides, surrogates.
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff"
     "\ud800-\udfff]"
@@ -693,13 +699,14 @@ class _Call:
         self.retries = None  # how often it may be sent again; None: as the client is set
         self.job_id = None  # the id its job gets, if the caller chooses it
         self.total = None  # seconds for one exchange in all, if less than ten times the timeout
-        self.response = None  # the last answer
+        self.response: Any = None  # the last answer
 
         for name, text in params.items():
             found = _UNSENDABLE.search(name) or _UNSENDABLE.search(text)
             if found:
                 character = f"U+{ord(found.group()):04X}"
-                raise ValueError(f"parameter {name!a}: the server refuses the character {character}")
+                problem = f"the server refuses the character {character}"
+                raise ValueError(f"parameter {name!a}: {problem}")
             lower = name.lower()
             if lower == "expires":
                 self.expires = text
@@ -1153,7 +1160,7 @@ class _Signal:
     """What many callers wait for at once, in threads and event loops alike; any thread sets it."""
 
     def __init__(self):
-        self.count = 0  # how often it was set: whoever noted it before looking misses nothing
+        self.count = 0  # how often it was set: a caller who notes it before looking misses nothing
         self._wakers = set()
 
     def add(self, wake):
@@ -1257,7 +1264,7 @@ def _log_in(client):
     key = answer.get("sessionkey") if isinstance(answer, dict) else None
     if not isinstance(key, str) or not key or _UNSENDABLE.search(key):
         raise _unexpected("login gave no session key", call.response)
-    return _Login(key, call.response.cookies())  # type: ignore[union-attr]
+    return _Login(key, call.response.cookies())
 
 
 def _log_out(client):
@@ -1543,7 +1550,7 @@ class _JobList:
         return _Pause(seconds, self.reading.done, self.reading.done.count)
 
     def refresh(self, client, call):
-        """Read the list, or wait for the caller who does; afterwards look whether there are news."""
+        """Read the list, or wait for the caller who does; look for news afterwards."""
         pause = self.make_pause(max(SOONEST_LOOK, client.poll_interval))
         token = self.reading.take()
         if token is None:
@@ -1594,7 +1601,7 @@ class _JobList:
         return found
 
     def note_unlisted(self):
-        """Note a pending job that the list did not show; too many make it not worth its requests."""
+        """Note a pending job that the list did not show; with too many, do without the list."""
         self.in_vain += 1
         if self.in_vain > len(self.waiting):
             self.in_vain = 0
@@ -2016,7 +2023,7 @@ def _parse_proxy(address):
     authorization = None
     if login:
         user, _, password = map(unquote, login.partition(":"))
-        code = b2a_base64(f"{user}:{password}".encode("utf-8"), newline=False)
+        code = b2a_base64(f"{user}:{password}".encode(), newline=False)
         authorization = "Basic " + code.decode("ascii")
     secure = scheme == "https"
     return _Proxy(secure, host.strip("[]"), int(port or _default_port(secure)), authorization)
@@ -2358,7 +2365,7 @@ class _Flight(io.RawIOBase):
     def __init__(self, request):
         self.request = request
         self.deadline = _clock() + request.total
-        self.sock = None
+        self.sock: Any = None
         self.over = False
         self._room = request.limit + (1 << 20)  # the latter for status, headers and chunk sizes
 
@@ -2532,7 +2539,7 @@ class _TooLarge(ValueError):
 
 
 def _is_failure(error):
-    """Tell whether an exception is an exchange's failure, unlike Ctrl-C or a mistake in a program."""
+    """Tell whether an exception is an exchange's failure, unlike Ctrl-C or a program's mistake."""
     import http.client
 
     # ssl.CertificateError is a ValueError on 3.6.
@@ -2969,11 +2976,11 @@ class _Workers:
     """The threads of one AIOCloudStack, started as they are needed and ended with their client.
 
     They are daemons, so that the interpreter's exit waits for none of them. Work that gets no new
-    thread waits for one of those there are; if there is none, the caller does it: work that was
-    refused could not be told from work that runs all the same (finding 02)."""
+    thread waits for one of those there are; if there is none, the caller does it, since nobody can
+    tell work that was refused from work that runs all the same (finding 02)."""
 
     # For __del__, should an interrupt come before __init__ is done.
-    _jobs: "collections.deque | None" = None
+    _jobs: "Any" = None
 
     def __init__(self, most):
         self.most = most
@@ -3502,8 +3509,8 @@ def _check_region(found, region, has_endpoint):
 def read_config(ini_group=None):
     """Return the settings for `CloudStack(**read_config())`, from environment and ini files.
 
-    ini_group is the region, a section of the ini files; the layers are told at the head of this
-    room. Raises SystemExit if there is no configuration at all, ValueError if it cannot be used,
+    ini_group is the region, a section of the ini files; the head of this room shows the layers.
+    Raises SystemExit if there is no configuration at all, ValueError if it cannot be used,
     configparser.NoSectionError if ini_group is in no file."""
     return _load_config(ini_group)[0]
 
