@@ -8812,7 +8812,7 @@ class ProcessTest(TransportCase):
 
     def test_importing_it_imports_nothing_slow(self):
         code = (
-            "import sys\n"
+            "import hmac, sys\n"  # which brings in socket on PyPy
             "before = set(sys.modules)\n"
             "import cs\n"
             "print(' '.join(sorted(set(sys.argv[1].split()) & (set(sys.modules) - before))))\n"
@@ -11216,7 +11216,7 @@ class BadInputTest(CommandLineCase):
             (b"\xff" + PASSWORD.encode(), "UTF-8"),
             (PASSWORD + "\x00", "U+0000"),
             (PASSWORD + "\ud800", "U+D800"),
-            (len, "builtin_function_or_method"),
+            (len, type(len).__name__),
         ):
             with self.subTest(ascii(value)):
                 with self.assertRaises(ValueError) as caught:
@@ -12477,7 +12477,7 @@ class CompletionTest(CompletionCase):
         self.assertEqual(self.words(line), expected)
         self.assertEqual(self.words("cs startVirtualMachine id=" + self.machine()[:6]), expected)
         self.assertEqual(self.asked, ["listVirtualMachines"])
-        for moved, times in ((59, 1), (61, 2)):
+        for moved, times in ((50, 1), (61, 2)):
             with later(moved):
                 self.assertEqual(self.words(line), expected)
             self.assertEqual(self.asked, ["listVirtualMachines"] * times)
