@@ -5085,6 +5085,14 @@ class SessionsAtOnceTest(JumpingCase):
         self.assertEqual(self.all_of(client.listZones() for _ in range(50)), [{"a": 1}] * 50)
         self.assertEqual(self.count("login"), 1)
 
+    def test_who_waits_for_a_log_in_does_not_keep_looking(self):
+        """5,000 calls that looked every 20 ms took a whole CPU."""
+        self.server = lambda params: (2.5, login_answer()) if params["command"] == "login" else one({"a": 1})[0]
+        client = self.client(**self.settings)
+        with mock.patch.object(self.loop.clock, "select", wraps=self.loop.clock.select) as rounds:
+            self.assertEqual(self.all_of(client.listZones() for _ in range(50)), [{"a": 1}] * 50)
+        self.assertLess(rounds.call_count, 20)
+
     def test_a_failed_login_is_shared_by_all_who_waited_for_it(self):
         """Wrong passwords in a row would lock the account."""
         self.server = lambda params: (0.3, api_error(531, "wrong"))
@@ -7214,6 +7222,7 @@ class BodyTest(TransportCase):
 
     def test_every_framing_of_a_whole_answer(self):
         packed = gzip.compress(ZONES)
+        members = gzip.compress(ZONES[:9]) + gzip.compress(b"") + gzip.compress(ZONES[9:])
         names = ("Content-Encoding: gzip",)
         cases = {
             "length": reply(),
@@ -7228,6 +7237,8 @@ class BodyTest(TransportCase):
             "gzip, chunked": chunked(packed, headers=names),
             "gzip until the end": reply(packed, "200 OK", *names, length=False),
             "x-gzip": reply(packed, "200 OK", "Content-Encoding: X-GZIP"),
+            "gzip of several members": reply(members, "200 OK", *names),
+            "gzip of several members, chunks of a byte": chunked(members, size=1, headers=names),
             "identity": reply(ZONES, "200 OK", "Content-Encoding: identity"),
             "bare line feeds": reply().replace(b"\r\n", b"\n"),
             "no reason phrase": reply(ZONES, "200"),
@@ -7354,6 +7365,9 @@ class BodyTest(TransportCase):
             ("checksum", bytes(checksum)),
             ("none at all", ZONES),
             ("html", b"<html>"),
+            ("a second member that ends early", gzip.compress(ZONES[:9]) + gzip.compress(ZONES[9:])[:-9]),
+            ("a second member that is damaged", gzip.compress(ZONES[:9]) + bytes(packed)),
+            ("members without end", gzip.compress(b"") * 20000 + gzip.compress(ZONES)),
         ):
             with self.subTest(name):
                 self.assert_broken(reply(body, "200 OK", *gzipped), "Broken answer")
@@ -7710,6 +7724,15 @@ class ConnectTest(TransportCase):
         self.assert_tells_nothing(str(caught.exception), repr(caught.exception), repr(caught.exception.args))
         self.assertIn("https://cloud.invalid/client/api", str(caught.exception))
         self.assertIn("302 Found", self.traced(self.client(server, trace=True)))
+    def test_a_reason_phrase_that_quotes_the_request_shows_nothing_of_it(self):
+        for kind in BOTH:
+            with self.subTest(kind=kind.__name__):
+                server = self.serve([READ, lambda wire: wire.send(reply(b"", "400 GET " + wire.requests[-1].target))])
+                error = self.fails(self.client(server, kind), cs.CloudStackException)
+                self.assertRegex(error.response.reason, r"\AGET /client/api\?apiKey=\*\*\*&.*&signature=\*\*\*(&|\Z)")
+                self.assert_tells_nothing(*all_texts(error))
+
+
 @needs_openssl
 class TlsTest(TransportCase):
     def setUp(self):
@@ -7861,6 +7884,7 @@ class TlsTest(TransportCase):
                     with self.assertRaises(ValueError) as caught:
                         self.call(self.client(server, kind, verify=self.ca, **settings))
                     self.assertRegex(str(caught.exception), r"\Acert.*{}.*\Z".format(re.escape(settings["cert"])))
+                    self.assertEqual("locked" in str(settings), "key is encrypted" in str(caught.exception))
                     self.assertEqual([], server.wires)
 
     @unittest.skipUnless(hasattr(os, "openpty"), "no pseudo-terminals here")
@@ -8999,7 +9023,7 @@ class ProcessTest(TransportCase):
 
     def test_importing_it_imports_nothing_slow(self):
         code = (
-            "import sys\n"
+            "import hmac, sys\n"  # which brings in socket on PyPy
             "before = set(sys.modules)\n"
             "import cs\n"
             "print(' '.join(sorted(set(sys.argv[1].split()) & (set(sys.modules) - before))))\n"
@@ -11403,7 +11427,7 @@ class BadInputTest(CommandLineCase):
             (b"\xff" + PASSWORD.encode(), "UTF-8"),
             (PASSWORD + "\x00", "U+0000"),
             (PASSWORD + "\ud800", "U+D800"),
-            (len, "builtin_function_or_method"),
+            (len, type(len).__name__),
         ):
             with self.subTest(ascii(value)):
                 with self.assertRaises(ValueError) as caught:
@@ -12352,6 +12376,19 @@ class CatalogChecksTest(CloudCase):
         self.reply("queryAsyncJobResult", {"jobid": "j", "jobstatus": 1, "jobresult": {"ok": True}})
         self.assertIn("ok", self.good("--wait", "j"))
 
+    def test_only_what_may_start_a_job_is_given_an_id_for_it(self):
+        """By it a lost answer is found again; where the list says that there is no job, nothing is added."""
+        cases = [("createSecurityGroup", "name=x", False), ("startVirtualMachine", "id=1", True)]
+        for command, word, given in cases + [("inventThings", "--force", True)]:
+            with self.subTest(command=command):
+                self.reply(command, {"ok": True})
+                self.assertEqual(self.main(command, word, "-q")[0], 0)
+                self.assertEqual("customjobid" in self.cloud.requests[-1].params, given)
+        os.unlink(self.path)
+        self.reply("createSecurityGroup", {"ok": True})
+        self.good("createSecurityGroup", "name=x")
+        self.assertIn("customjobid", self.cloud.requests[-1].params)
+
     def test_names_that_are_patterns(self):
         for word in ("list.ones", "list[Z]ones=1", ".*=1", "(=1", "\\=1"):
             args = ("listZones", word) if "=" in word else (word,)
@@ -12664,7 +12701,7 @@ class CompletionTest(CompletionCase):
         self.assertEqual(self.words(line), expected)
         self.assertEqual(self.words("cs startVirtualMachine id=" + self.machine()[:6]), expected)
         self.assertEqual(self.asked, ["listVirtualMachines"])
-        for moved, times in ((59, 1), (61, 2)):
+        for moved, times in ((50, 1), (61, 2)):
             with later(moved):
                 self.assertEqual(self.words(line), expected)
             self.assertEqual(self.asked, ["listVirtualMachines"] * times)
