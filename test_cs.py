@@ -7980,7 +7980,6 @@ class TlsTest(TransportCase):
         """In a session whose controlling terminal would show the question, and whose answer would never come."""
         code = (
             "import os, sys\n"
-            "os.setsid()\n"
             "terminal = os.open(sys.argv[1], os.O_RDWR)\n"
             "os.dup2(terminal, 0)\n"
             "import cs\n"
