@@ -46,7 +46,6 @@ import hmac
 import io
 import itertools
 import json as jsonlib
-import operator
 import os
 import re
 import sys
@@ -488,16 +487,15 @@ def cs_encode(value):
     return quote(value, safe="*").replace("~", "%7E")
 
 
-# The server sorts names as Java compares strings: by UTF-16 code units, case-sensitive.
-_java_order = operator.methodcaller("encode", "utf-16-be")
-
-
 def sign(params, secret):
     """Return the signature of {name: text}: base64, not yet percent-encoded.
 
     As ApiServer.verifyRequest computes it: sorted by the raw name, values encoded but names not,
     the whole lower-cased, HMAC-SHA1."""
-    names = sorted(params, key=_java_order)
+    names = sorted(params)
+    if max("".join(params), default="") > "\uffff":
+        # Java compares UTF-16 code units, which is Python's order but for such characters.
+        names.sort(key=lambda name: name.encode("utf-16-be"))
     canonical = "&".join([name + "=" + cs_encode(params[name]) for name in names]).lower()
     digest = hmac.new(secret.encode("utf-8"), canonical.encode("utf-8"), "sha1").digest()
     return b2a_base64(digest).decode("ascii").strip()
@@ -942,7 +940,8 @@ def _parse_json(response):
     containers that can hold no cycle, and looking through them again and again took half the time
     of a long list. The decoder is C code that no other thread interrupts; a thread that comes in
     between finds the collector off, as it does where a program has turned it off, and leaves it."""
-    text = response.content.decode("utf-8-sig", "replace")
+    text = response.content.decode("utf-8", "replace")
+    text = text[1:] if text[:1] == "\ufeff" else text  # a byte order mark
     if len(text) < _LONG_ANSWER or not gc.isenabled():
         return _JSON.decode(text)
 
