@@ -914,8 +914,8 @@ def _check_endpoint(endpoint):
         proper = False
     if not proper or re.search(r"[^\x21-\x7e]", endpoint):
         problem = "is not an http:// or https:// address"
-        if re.search(r"[^\x00-\x7f]", endpoint):
-            problem = "holds characters beyond ASCII; write an international name as xn--..."
+        if proper and re.search(r"[^\x00-\x7f]", endpoint):
+            problem = "is to be written in ASCII: an international name as xn--..., the rest as %.."
         raise ValueError(f"endpoint: {_mask_address(endpoint)!a} {problem}")
     if parts.username is not None:
         raise ValueError("endpoint: a user name or password cannot be part of the address")
@@ -928,9 +928,20 @@ def _refuse_constant(name):
     raise ValueError(f"{name} is not JSON")
 
 
+def _parse_short_int(digits):
+    if len(digits) > 4300:
+        raise ValueError("a number of too many digits")
+    return int(digits)
+
+
 # strict=False: the server leaves raw control characters in strings. NaN and Infinity are not JSON.
-_JSON = jsonlib.JSONDecoder(strict=False, parse_constant=_refuse_constant)
-_LONG_ANSWER = 1 << 16  # characters; below, the collector hardly runs
+# Pythons without a limit of their own take minutes for an integer of a million digits.
+_JSON = jsonlib.JSONDecoder(
+    strict=False,
+    parse_constant=_refuse_constant,
+    parse_int=None if hasattr(sys, "get_int_max_str_digits") else _parse_short_int,
+)
+_LONG_ANSWER = 1 << 13  # characters; below, the collector hardly runs
 
 
 def _parse_json(response):
@@ -945,8 +956,8 @@ def _parse_json(response):
     if len(text) < _LONG_ANSWER or not gc.isenabled():
         return _JSON.decode(text)
 
-    gc.disable()
     try:
+        gc.disable()
         return _JSON.decode(text)
     finally:
         gc.enable()
@@ -2301,7 +2312,9 @@ def _make_context(verify, cert):
         why = _error_text(error)
         raise ValueError(f"verify: cannot read CA certificates from {path!a}: {why}") from None
 
-    if sys.version_info < (3, 10):  # later ones have this least version themselves
+    if hasattr(context, "minimum_version"):  # since 3.7; distributions set it as they like
+        context.minimum_version = max(context.minimum_version, ssl.TLSVersion.TLSv1_2)
+    else:
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
     if verify is False:
         context.check_hostname = False
@@ -2554,8 +2567,10 @@ def _is_late(error):
 
 def _error_text(error):
     """Return what went wrong, in words, without a Python class or an [Errno ..] around it."""
-    text = getattr(error, "strerror", None) or str(getattr(error, "reason", "") or error)
-    return text or type(error).__name__
+    text = getattr(error, "strerror", None)
+    if text == "" and error.errno:  # as PyPy's ssl has it
+        text = os.strerror(error.errno)
+    return text or str(getattr(error, "reason", "") or error) or type(error).__name__
 
 
 def _safe_cause(error):
@@ -2850,6 +2865,8 @@ class CloudStack:
                         _wait_in_thread(step)
                     else:
                         _sleep(step)
+                except StopIteration:  # a mock's, which a generator would take for its own end
+                    raise
                 except BaseException as raised:
                     error = raised
         finally:
