@@ -7766,10 +7766,9 @@ class TlsTest(TransportCase):
 
     @unittest.skipUnless(hasattr(os, "openpty"), "no pseudo-terminals here")
     def test_an_encrypted_key_never_asks_on_the_terminal(self):
-        """In a session whose controlling terminal would show the question, and whose answer would never come."""
+        """In a session (every child leads one) whose controlling terminal would show the question, and whose answer would never come."""
         code = (
             "import os, sys\n"
-            "os.setsid()\n"
             "terminal = os.open(sys.argv[1], os.O_RDWR)\n"
             "os.dup2(terminal, 0)\n"
             "import cs\n"
@@ -11828,7 +11827,8 @@ class RunningTest(Case):
         """(exit code, output) of a suite of tests of which most hang."""
         text = HANGING.format(folder=os.path.dirname(CS_PATH), home=self.home, limit=env.pop("limit", 300))
         command = [sys.executable, self.write("hanging.py", text)] + list(args)
-        code, out, err = Child(command, env=dict(os.environ, CS_TEST_LIMIT="2", **env), stderr=subprocess.STDOUT).finish()
+        env = dict(os.environ, CS_TEST_LIMIT="2", **env)
+        code, out, err = Child(command, env=env, stderr=subprocess.STDOUT).finish()
         return code, out.decode("utf-8")
 
     def assert_gone(self):
@@ -11867,7 +11867,7 @@ class RunningTest(Case):
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
             self.addCleanup(child.end)
             path = os.path.join(self.home, "pids")
-            until(lambda: os.path.exists(path) and os.path.getsize(path), "the test's beginning")
+            until(lambda path=path: os.path.exists(path) and os.path.getsize(path), "the test's beginning")
             child.send_signal(number)
             self.assertEqual(child.wait(), 128 + number)
             self.assert_gone()
@@ -14919,8 +14919,8 @@ class NothingLostTest(Case):
 
 
 # === running them ===================================================================================================
-# The tests run in two processes that share them, each watched by this one: a test that hangs is ended from within, by an
-# alarm, so that it cleans up as any failing test does; and where it does not heed that, with its process.
+# The tests run in two processes that share them, each watched by this one: a test that hangs is ended from within, by
+# an alarm, so that it cleans up as any failing test does; and where it does not heed that, with its process.
 
 TEST_LIMIT = float(os.environ.get("CS_TEST_LIMIT") or 180)  # seconds for one test
 START_LIMIT = 120  # seconds until the first one begins
@@ -14935,7 +14935,7 @@ Exit code 0: all passed; 1: some failed; 2: this command line was not understood
   --help           show this help
 
 sandbox: run cs.py against a small simulated cloud; `test_cs.py sandbox --help` says how.
-CS_TEST_LIMIT=SECONDS: how long one test may take (180). CS_ATTACK_RUNS=N: how many broken connections are tried (160)."""
+CS_TEST_LIMIT=SECONDS: how long one test may take (180). CS_ATTACK_RUNS=N: how many broken connections to try (160)."""
 
 _journal = None  # where a process that runs tests writes down what it does, for the one that watches it
 
