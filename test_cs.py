@@ -7404,7 +7404,7 @@ class TimeoutTest(TransportCase):
                 self.assertIsInstance(error.__cause__, OSError)
                 self.assertIn("nothing for 0.03 s (timeout)", str(error))
                 self.assertEqual((True, False), (error.outcome_unknown, error.unsent))
-                until(server.wires[0].ended.is_set, "hanging up")
+                until(lambda: server.wires and server.wires[0].ended.is_set(), "hanging up")  # noqa: B023
                 client.timeout = 5
                 self.assertEqual(RESULT, client.listZones())
                 self.assertEqual(2, len(server.wires))
@@ -7504,7 +7504,7 @@ class TimeoutTest(TransportCase):
     def test_no_time_out_holds_a_read_command_back_from_its_retry(self):
         with mock.patch.object(cs, "_sleep", lambda seconds: None):
             server = self.serve([READ, HOLD], SERVE)
-            self.assertEqual(RESULT, self.client(server, timeout=0.03, retry=1).listZones())
+            self.assertEqual(RESULT, self.client(server, timeout=0.5, retry=1).listZones())
 
 
 class ConnectTest(TransportCase):
@@ -7766,7 +7766,7 @@ class TlsTest(TransportCase):
 
     @unittest.skipUnless(hasattr(os, "openpty"), "no pseudo-terminals here")
     def test_an_encrypted_key_never_asks_on_the_terminal(self):
-        """In a session (every child leads one) whose controlling terminal would show the question, and whose answer would never come."""
+        """In a session, as every child leads one, whose controlling terminal would show the question."""
         code = (
             "import os, sys\n"
             "terminal = os.open(sys.argv[1], os.O_RDWR)\n"
@@ -7850,8 +7850,8 @@ class TlsTest(TransportCase):
 
     def test_silence_over_tls(self):
         server = self.secure(steps=[READ, reply()[:-5], HOLD])
-        client = self.client(server, verify=self.ca, timeout=0.2)
-        self.assertIn("nothing for 0.2 s", str(self.fails(client, cs.CloudStackTimeoutError)))
+        client = self.client(server, verify=self.ca, timeout=1)
+        self.assertIn("nothing for 1 s", str(self.fails(client, cs.CloudStackTimeoutError)))
 
     def test_a_kept_tls_connection_that_was_closed_is_noticed_before_use(self):
         server = self.secure(steps=[READ, reply()])
@@ -8175,7 +8175,7 @@ class ProxyTest(TransportCase):
             error = self.fails(self.client(self.HTTPS, verify=certificates().path("ca.pem")), kind, "updateZone")
             self.assertEqual((True, False), (error.outcome_unknown, error.unsent))
         self.secure_proxy(self.serve([READ, reply()[:-5], HOLD], tls=certificates().server()))
-        client = self.client(self.HTTPS, verify=certificates().path("ca.pem"), timeout=0.3)
+        client = self.client(self.HTTPS, verify=certificates().path("ca.pem"), timeout=1)
         self.fails(client, cs.CloudStackTimeoutError, "updateZone")
 
     def test_a_proxys_reason_that_repeats_its_password_is_masked(self):
@@ -9581,6 +9581,9 @@ class Replies(Simulator):
         return Answer(status, text, {"Content-Type": "application/json" if is_json else "text/html"})
 
 
+test_is_over = threading.Event()
+
+
 class ServerCase(Case):
     """A test with a server whose answers it writes, which the environment does not name yet."""
 
@@ -9597,6 +9600,8 @@ class ServerCase(Case):
     def setUp(self):
         super().setUp()
         self.server.reset()
+        test_is_over.clear()
+        self.addCleanup(test_is_over.set)
 
     def replies(self, **by_command):
         self.server.replies.update(by_command)
@@ -10245,8 +10250,8 @@ def refusal(code, text):
 
 
 def forever(record):
-    """No answer for as long as the test needs."""
-    time.sleep(0.3)
+    """Give no answer while the test runs."""
+    test_is_over.wait(PATIENCE_OF_TESTS)
     return {}
 
 
@@ -10821,7 +10826,7 @@ class CommandLineJobsTest(CommandLineCase):
         self.assertIn("cs --wait job-1", err)
 
     def test_no_answer_while_waiting_tells_how_to_go_on(self):
-        environ(job_timeout="0.03", timeout="0.02")
+        environ(job_timeout="0.03", timeout="1")  # time enough for the answer that names the job
         self.replies(queryAsyncJobResult=forever)
         code, out, err = self.main("deployVirtualMachine")
         self.assertIn(code, (3, 4))
@@ -11394,7 +11399,7 @@ class CommandLineProcessTest(CommandLineCase):
 
         def wait(_):
             asked.set()
-            release.wait(10)
+            release.wait(CHILD_LIMIT)
             return reply
 
         return wait, asked, release
