@@ -2869,6 +2869,9 @@ class CloudStack:
                     raise
                 except BaseException as raised:
                     error = raised
+        except KeyboardInterrupt as interrupt:  # one between two steps is to carry the job's id, too
+            steps.throw(interrupt)
+            raise
         finally:
             error = None  # an exception and this frame would keep each other alive
             steps.close()

@@ -7605,7 +7605,7 @@ class TimeoutTest(TransportCase):
                 self.assertIsInstance(error.__cause__, OSError)
                 self.assertIn("nothing for 0.03 s (timeout)", str(error))
                 self.assertEqual((True, False), (error.outcome_unknown, error.unsent))
-                until(server.wires[0].ended.is_set, "hanging up")
+                until(lambda: server.wires and server.wires[0].ended.is_set(), "hanging up")  # noqa: B023
                 client.timeout = 5
                 self.assertEqual(RESULT, client.listZones())
                 self.assertEqual(2, len(server.wires))
@@ -7705,7 +7705,7 @@ class TimeoutTest(TransportCase):
     def test_no_time_out_holds_a_read_command_back_from_its_retry(self):
         with mock.patch.object(cs, "_sleep", lambda seconds: None):
             server = self.serve([READ, HOLD], SERVE)
-            self.assertEqual(RESULT, self.client(server, timeout=0.03, retry=1).listZones())
+            self.assertEqual(RESULT, self.client(server, timeout=0.5, retry=1).listZones())
 
 
 class ConnectTest(TransportCase):
@@ -7977,7 +7977,7 @@ class TlsTest(TransportCase):
 
     @unittest.skipUnless(hasattr(os, "openpty"), "no pseudo-terminals here")
     def test_an_encrypted_key_never_asks_on_the_terminal(self):
-        """In a session whose controlling terminal would show the question, and whose answer would never come."""
+        """In a session, as every child leads one, whose controlling terminal would show the question."""
         code = (
             "import os, sys\n"
             "terminal = os.open(sys.argv[1], os.O_RDWR)\n"
@@ -8061,8 +8061,8 @@ class TlsTest(TransportCase):
 
     def test_silence_over_tls(self):
         server = self.secure(steps=[READ, reply()[:-5], HOLD])
-        client = self.client(server, verify=self.ca, timeout=0.2)
-        self.assertIn("nothing for 0.2 s", str(self.fails(client, cs.CloudStackTimeoutError)))
+        client = self.client(server, verify=self.ca, timeout=1)
+        self.assertIn("nothing for 1 s", str(self.fails(client, cs.CloudStackTimeoutError)))
 
     def test_a_kept_tls_connection_that_was_closed_is_noticed_before_use(self):
         server = self.secure(steps=[READ, reply()])
@@ -8386,7 +8386,7 @@ class ProxyTest(TransportCase):
             error = self.fails(self.client(self.HTTPS, verify=certificates().path("ca.pem")), kind, "updateZone")
             self.assertEqual((True, False), (error.outcome_unknown, error.unsent))
         self.secure_proxy(self.serve([READ, reply()[:-5], HOLD], tls=certificates().server()))
-        client = self.client(self.HTTPS, verify=certificates().path("ca.pem"), timeout=0.3)
+        client = self.client(self.HTTPS, verify=certificates().path("ca.pem"), timeout=1)
         self.fails(client, cs.CloudStackTimeoutError, "updateZone")
 
     def test_a_proxys_reason_that_repeats_its_password_is_masked(self):
@@ -9796,6 +9796,9 @@ class Replies(Simulator):
         return Answer(status, text, {"Content-Type": "application/json" if is_json else "text/html"})
 
 
+test_is_over = threading.Event()
+
+
 class ServerCase(Case):
     """A test with a server whose answers it writes, which the environment does not name yet."""
 
@@ -9812,6 +9815,8 @@ class ServerCase(Case):
     def setUp(self):
         super().setUp()
         self.server.reset()
+        test_is_over.clear()
+        self.addCleanup(test_is_over.set)
 
     def replies(self, **by_command):
         self.server.replies.update(by_command)
@@ -10460,8 +10465,8 @@ def refusal(code, text):
 
 
 def forever(record):
-    """No answer for as long as the test needs."""
-    time.sleep(0.3)
+    """Give no answer while the test runs."""
+    test_is_over.wait(PATIENCE_OF_TESTS)
     return {}
 
 
@@ -11036,7 +11041,7 @@ class CommandLineJobsTest(CommandLineCase):
         self.assertIn("cs --wait job-1", err)
 
     def test_no_answer_while_waiting_tells_how_to_go_on(self):
-        environ(job_timeout="0.03", timeout="0.02")
+        environ(job_timeout="0.03", timeout="1")  # time enough for the answer that names the job
         self.replies(queryAsyncJobResult=forever)
         code, out, err = self.main("deployVirtualMachine")
         self.assertIn(code, (3, 4))
@@ -11609,7 +11614,7 @@ class CommandLineProcessTest(CommandLineCase):
 
         def wait(_):
             asked.set()
-            release.wait(10)
+            release.wait(CHILD_LIMIT)
             return reply
 
         return wait, asked, release
@@ -12042,7 +12047,8 @@ class RunningTest(Case):
         """(exit code, output) of a suite of tests of which most hang."""
         text = HANGING.format(folder=os.path.dirname(CS_PATH), home=self.home, limit=env.pop("limit", 300))
         command = [sys.executable, self.write("hanging.py", text)] + list(args)
-        code, out, err = Child(command, env=dict(os.environ, CS_TEST_LIMIT="2", **env), stderr=subprocess.STDOUT).finish()
+        env = dict(os.environ, CS_TEST_LIMIT="2", **env)
+        code, out, err = Child(command, env=env, stderr=subprocess.STDOUT).finish()
         return code, out.decode("utf-8")
 
     def assert_gone(self):
@@ -12081,7 +12087,7 @@ class RunningTest(Case):
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
             self.addCleanup(child.end)
             path = os.path.join(self.home, "pids")
-            until(lambda: os.path.exists(path) and os.path.getsize(path), "the test's beginning")
+            until(lambda path=path: os.path.exists(path) and os.path.getsize(path), "the test's beginning")
             child.send_signal(number)
             self.assertEqual(child.wait(), 128 + number)
             self.assert_gone()
@@ -12969,13 +12975,15 @@ class CompletionTest(CompletionCase):
 
     def test_ids_are_remembered_for_a_minute(self):
         line = "cs stopVirtualMachine id=" + self.machine()[:6]
-        expected = self.words(line)
-        self.assertEqual(len(expected), 1)
-        self.assertEqual(self.words(line), expected)
-        self.assertEqual(self.words("cs startVirtualMachine id=" + self.machine()[:6]), expected)
+        now = time.time()
+        with mock.patch("time.time", lambda: now):
+            expected = self.words(line)
+            self.assertEqual(len(expected), 1)
+            self.assertEqual(self.words(line), expected)
+            self.assertEqual(self.words("cs startVirtualMachine id=" + self.machine()[:6]), expected)
         self.assertEqual(self.asked, ["listVirtualMachines"])
-        for moved, times in ((50, 1), (61, 2)):
-            with later(moved):
+        for moved, times in ((59, 1), (61, 2)):
+            with mock.patch("time.time", lambda moved=moved: now + moved):
                 self.assertEqual(self.words(line), expected)
             self.assertEqual(self.asked, ["listVirtualMachines"] * times)
 
@@ -15144,8 +15152,8 @@ class NothingLostTest(Case):
 
 
 # === running them ===================================================================================================
-# The tests run in two processes that share them, each watched by this one: a test that hangs is ended from within, by an
-# alarm, so that it cleans up as any failing test does; and where it does not heed that, with its process.
+# The tests run in two processes that share them, each watched by this one: a test that hangs is ended from within, by
+# an alarm, so that it cleans up as any failing test does; and where it does not heed that, with its process.
 
 TEST_LIMIT = float(os.environ.get("CS_TEST_LIMIT") or 180)  # seconds for one test
 START_LIMIT = 120  # seconds until the first one begins
@@ -15160,7 +15168,7 @@ Exit code 0: all passed; 1: some failed; 2: this command line was not understood
   --help           show this help
 
 sandbox: run cs.py against a small simulated cloud; `test_cs.py sandbox --help` says how.
-CS_TEST_LIMIT=SECONDS: how long one test may take (180). CS_ATTACK_RUNS=N: how many broken connections are tried (160)."""
+CS_TEST_LIMIT=SECONDS: how long one test may take (180). CS_ATTACK_RUNS=N: how many broken connections to try (160)."""
 
 _journal = None  # where a process that runs tests writes down what it does, for the one that watches it
 
