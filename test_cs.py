@@ -2965,11 +2965,8 @@ def clean_environment(**extra):
     """This process's environment without anything that configures a client, plus what is given."""
     proxies = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ftp_proxy")
     drop = ("CLOUDSTACK_", "XDG_CACHE_HOME", "NO_COLOR", "PYTHONWARNINGS", "PYTHONIOENCODING", "PYTHONUNBUFFERED")
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.upper().startswith(drop) and name.lower() not in proxies
-    }
+    env = {name: value for name,
+           value in os.environ.items() if not name.upper().startswith(drop) and name.lower() not in proxies}
     env["PYTHONDONTWRITEBYTECODE"] = "1"
     env.update(extra)
     return env
@@ -3342,27 +3339,21 @@ class FlattenTest(unittest.TestCase):
                 self.assertEqual(cs.flatten({"p": given}), expected)
 
     def test_scalars_become_text(self):
-        self.check([
-            ("text", {"p": "text"}), ("", {"p": ""}), (0, {"p": "0"}), (-7, {"p": "-7"}), (2**70, {"p": str(2**70)}),
-            (1.5, {"p": "1.5"}), (b"bytes \xc3\xbc", {"p": "bytes \xfc"}), (b"", {"p": ""}), (None, {}),
-        ])  # fmt: skip
+        self.check([("text", {"p": "text"}), ("", {"p": ""}), (0, {"p": "0"}), (-7, {"p": "-7"}),
+                   (2**70, {"p": str(2**70)}), (1.5, {"p": "1.5"}), (b"bytes \xc3\xbc", {"p": "bytes \xfc"}),
+                   (b"", {"p": ""}), (None, {})])  # fmt: skip
 
     def test_booleans_are_true_and_false_in_lower_case_since_the_server_knows_only_these(self):
         self.check([(True, {"p": "true"}), (False, {"p": "false"})])
 
     def test_subclasses_are_sent_as_their_base_type(self):
-        self.check([
-            (Tagged("v"), {"p": "v"}), (Number(5), {"p": "5"}), (Fraction(0.5), {"p": "0.5"}),
-            (Octets(b"o"), {"p": "o"}),
-            (State.RUNNING, {"p": "Running"}), (Size.BIG, {"p": "3"}), ([Tagged("a"), Number(2)], {"p": "a,2"}),
-            ({"k": Tagged("v")}, {"p[0].k": "v"}),
-        ])  # fmt: skip
+        self.check([(Tagged("v"), {"p": "v"}), (Number(5), {"p": "5"}), (Fraction(0.5), {"p": "0.5"}),
+                   (Octets(b"o"), {"p": "o"}), (State.RUNNING, {"p": "Running"}), (Size.BIG, {"p": "3"}),
+                   ([Tagged("a"), Number(2)], {"p": "a,2"}), ({"k": Tagged("v")}, {"p[0].k": "v"})])  # fmt: skip
 
     def test_lists_are_joined_by_commas_in_their_order(self):
-        self.check([
-            (["b", "a", "b"], {"p": "b,a,b"}), (("b", "a"), {"p": "b,a"}), ([1, 2.5, b"x"], {"p": "1,2.5,x"}),
-            ([True, None, False], {"p": "true,false"}), ([0], {"p": "0"}), (["only"], {"p": "only"}),
-        ])  # fmt: skip
+        self.check([(["b", "a", "b"], {"p": "b,a,b"}), (("b", "a"), {"p": "b,a"}), ([1, 2.5, b"x"], {"p": "1,2.5,x"}),
+                   ([True, None, False], {"p": "true,false"}), ([0], {"p": "0"}), (["only"], {"p": "only"})])
 
     def test_sets_are_sorted(self):
         self.check([({"b", "c", "a"}, {"p": "a,b,c"}), (frozenset("cab"), {"p": "a,b,c"}), ({10, 9}, {"p": "10,9"})])
@@ -3371,69 +3362,54 @@ class FlattenTest(unittest.TestCase):
         self.check([(empty, {}) for empty in ([], (), set(), frozenset(), {}, [None], [{}], [None, {}], {"k": None})])
 
     def test_a_dict_is_one_entry_of_a_map(self):
-        self.check([
-            ({"cpuNumber": 2, "memory": 1024}, {"p[0].cpuNumber": "2", "p[0].memory": "1024"}),
-            ({"a.b": "dots"}, {"p[0].a.b": "dots"}), ({"k": ""}, {"p[0].k": ""}),
-            (collections.OrderedDict(k="v"), {"p[0].k": "v"}),
-        ])  # fmt: skip
+        self.check([({"cpuNumber": 2, "memory": 1024}, {"p[0].cpuNumber": "2", "p[0].memory": "1024"}),
+                   ({"a.b": "dots"}, {"p[0].a.b": "dots"}), ({"k": ""}, {"p[0].k": ""}),
+                   (collections.OrderedDict(k="v"), {"p[0].k": "v"})])  # fmt: skip
 
     def test_a_list_of_dicts_is_a_map_with_an_index_each(self):
-        self.check([
-            ([{"key": "a", "value": "1"}, {"key": "b", "value": "2"}],
-             {"p[0].key": "a", "p[0].value": "1", "p[1].key": "b", "p[1].value": "2"}),
-            (({"k": 1}, {"k": 2}), {"p[0].k": "1", "p[1].k": "2"}),
-            ([None, {"k": 1}], {"p[0].k": "1"}),
-        ])  # fmt: skip
+        self.check([([{"key": "a", "value": "1"}, {"key": "b", "value": "2"}],
+                   {"p[0].key": "a", "p[0].value": "1", "p[1].key": "b", "p[1].value": "2"}),
+                   (({"k": 1}, {"k": 2}), {"p[0].k": "1", "p[1].k": "2"}), ([None, {"k": 1}], {"p[0].k": "1"})])
 
     def test_within_dicts_values_are_converted_as_outside(self):
         """5.2.0 sends Python's own True, None and [1, 2]."""
-        self.check([
-            ({"k": True, "l": False, "n": None}, {"p[0].k": "true", "p[0].l": "false"}),
-            ({"k": [1, True, None, "x"]}, {"p[0].k": "1,true,x"}), ({"k": {"b", "a"}}, {"p[0].k": "a,b"}),
-            ({"k": b"\xc3\xbc"}, {"p[0].k": "\xfc"}), ([{"k": (1, 2)}], {"p[0].k": "1,2"}), ({"k": []}, {}),
-        ])  # fmt: skip
+        self.check([({"k": True, "l": False, "n": None}, {"p[0].k": "true", "p[0].l": "false"}),
+                   ({"k": [1, True, None, "x"]}, {"p[0].k": "1,true,x"}), ({"k": {"b", "a"}}, {"p[0].k": "a,b"}),
+                   ({"k": b"\xc3\xbc"}, {"p[0].k": "\xfc"}), ([{"k": (1, 2)}], {"p[0].k": "1,2"}), ({"k": []}, {})])
 
     def test_ready_made_keys_pass_through(self):
         params = {"tags[0].key": "a", "tags[0].value": True, "tags[1].key": ["x", "y"]}
         expected = {"tags[0].key": "a", "tags[0].value": "true", "tags[1].key": "x,y"}
         self.assertEqual(cs.flatten(params), expected)
 
-    def test_other_types_are_refused_by_name_and_type_without_the_value(self):
-        cases = [
-            (object(), "object"), (decimal.Decimal("1.5"), "Decimal"), (datetime.date(2026, 1, 1), "date"),
-            (1j, "complex"),
-            (iter("ab"), "iterator"), (bytearray(b"s3cret"), "bytearray"), ([object()], "object"),
-            ({"k": object()}, "object"),
-            ({"k": {"s3cret": "s3cret"}}, "dict"), ([{"k": {"a": 1}}], "dict"), ([["s3cret"]], "list"),
-            ({"k": [["s3cret"]]}, "list"), ({"k": [{"s3cret": 1}]}, "dict"), ([{"k": 1}, "s3cret"], "str"),
-            (b"s3cret\xff", "bytes"), ([b"\xff"], "bytes"),
-        ]  # fmt: skip
-        for value, kind in cases:
-            with self.subTest(kind=kind, value=value):
-                with self.assertRaises(ValueError) as caught:
-                    cs.flatten({"theparam": value})
-                self.assertIn("theparam", str(caught.exception))
-                self.assertIn(kind, str(caught.exception))
-                self.assertNotIn("s3cret", str(caught.exception))
+    @each("value, kind", (object(), "object"), (decimal.Decimal("1.5"), "Decimal"), (datetime.date(2026, 1, 1), "date"),
+          (1j, "complex"), (iter("ab"), "iterator"), (bytearray(b"s3cret"), "bytearray"), ([object()], "object"),
+          ({"k": object()}, "object"), ({"k": {"s3cret": "s3cret"}}, "dict"), ([{"k": {"a": 1}}], "dict"),
+          ([["s3cret"]], "list"), ({"k": [["s3cret"]]}, "list"), ({"k": [{"s3cret": 1}]}, "dict"),
+          ([{"k": 1}, "s3cret"], "str"), (b"s3cret\xff", "bytes"), ([b"\xff"], "bytes"))  # fmt: skip
+    def test_other_types_are_refused_by_name_and_type_without_the_value(self, value, kind):
+        with self.assertRaises(ValueError) as caught:
+            cs.flatten({"theparam": value})
+        self.assertIn("theparam", str(caught.exception))
+        self.assertIn(kind, str(caught.exception))
+        self.assertNotIn("s3cret", str(caught.exception))
 
-    def test_what_is_refused_is_refused_before_anything_is_sent(self):
-        for kind in (cs.CloudStack, cs.AIOCloudStack):
-            with self.subTest(kind=kind.__name__):
-                client = kind(ENDPOINT, "key1", "secret1")
-                object.__setattr__(client, "_exchange", lambda request: self.fail("sent"))
-                for value in (object(), {"a": {"b": 1}}, "\x00", "\x1b[1m", "\x7f", "\ud800"):
-                    with self.assertRaisesRegex(ValueError, "'name"):
-                        outcome = client.listZones(name=value)
-                        run(outcome)
+    @both
+    def test_what_is_refused_is_refused_before_anything_is_sent(self, kind):
+        client = kind(ENDPOINT, "key1", "secret1")
+        object.__setattr__(client, "_exchange", lambda request: self.fail("sent"))
+        for value in (object(), {"a": {"b": 1}}, "\x00", "\x1b[1m", "\x7f", "\ud800"):
+            with self.assertRaisesRegex(ValueError, "'name"):
+                outcome = client.listZones(name=value)
+                run(outcome)
 
-    def test_control_characters_are_refused_but_for_tab_and_line_ends(self):
-        for number in list(range(32)) + [127]:
-            with self.subTest(number=number):
-                if chr(number) in "\t\n\r":
-                    cs._Call("listX", {"p": chr(number)})
-                else:
-                    with self.assertRaisesRegex(ValueError, r"'p'.*U\+00{:02X}".format(number)):
-                        cs._Call("listX", {"p": "a" + chr(number)})
+    @each("number", *list(range(32)) + [127])
+    def test_control_characters_are_refused_but_for_tab_and_line_ends(self, number):
+        if chr(number) in "\t\n\r":
+            cs._Call("listX", {"p": chr(number)})
+        else:
+            with self.assertRaisesRegex(ValueError, r"'p'.*U\+00{:02X}".format(number)):
+                cs._Call("listX", {"p": "a" + chr(number)})
 
 
 class HelpersTest(unittest.TestCase):
@@ -3449,25 +3425,17 @@ class HelpersTest(unittest.TestCase):
     def test_cs_encode_is_java_s_url_encoder_with_percent_twenty(self):
         plain = "ABCXYZabcxyz0189.-_*"
         self.assertEqual(cs.cs_encode(plain), plain)
-        cases = [
-            ("~", "%7E"),
-            (" ", "%20"),
-            ("+", "%2B"),
-            ("/", "%2F"),
-            ("%", "%25"),
-            ("&=", "%26%3D"),
-            ("[0]", "%5B0%5D"),
-        ]
+        cases = [("~", "%7E"), (" ", "%20"), ("+", "%2B"), ("/", "%2F"), ("%", "%25"), ("&=", "%26%3D"),
+                 ("[0]", "%5B0%5D")]  # fmt: skip
         cases += [("\xfc", "%C3%BC"), ("\u20ac", "%E2%82%AC"), ("\U0001f600", "%F0%9F%98%80"), ("\n", "%0A"), ("", "")]
         for text, expected in cases:
             with self.subTest(text=text):
                 self.assertEqual(cs.cs_encode(text), expected)
 
-    def test_check_key_takes_names_and_patterns(self):
+    @each("key, expected", ("key", True), ("header_x", True), ("keys", False), ("Key", False), ("xheader_a", False))
+    def test_check_key_takes_names_and_patterns(self, key, expected):
         allowed = ["key", "header_*"]
-        for key, expected in (("key", True), ("header_x", True), ("keys", False), ("Key", False), ("xheader_a", False)):
-            with self.subTest(key=key):
-                self.assertIs(cs.check_key(key, allowed), expected)
+        self.assertIs(cs.check_key(key, allowed), expected)
 
     def test_strtobool(self):
         for word in ("y", "yes", "t", "true", "on", "1", "TRUE", "Yes"):
@@ -3579,60 +3547,42 @@ class RequestTest(ProtocolCase):
         expected = {"command": "listZones", "response": "json", "apiKey": "key1", "name": "x", "signatureVersion": "3"}
         self.assertEqual(params, dict(expected, expires="2026-01-01T00:10:00+0000"))
 
-    def test_the_expiry_of_a_request(self):
-        cases = [
-            (600, "2026-01-01T00:10:00+0000"), ("60", "2026-01-01T00:01:00+0000"), (0, "2026-01-01T00:00:00+0000"),
-            (datetime.timedelta(days=1), "2026-01-02T00:00:00+0000"), (86400 * 365 * 8500, "9999-12-31T23:59:59+0000"),
-        ]  # fmt: skip
-        for expiration, expected in cases:
-            with self.subTest(expiration=expiration), mock.patch("time.time", return_value=float(REQUESTS_MOMENT)):
-                self.assertEqual(self.sent(asking("listZones"), expiration=expiration)["expires"], expected)
+    @each("expiration, expected", (600, "2026-01-01T00:10:00+0000"), ("60", "2026-01-01T00:01:00+0000"),
+          (0, "2026-01-01T00:00:00+0000"), (datetime.timedelta(days=1), "2026-01-02T00:00:00+0000"),
+          (86400 * 365 * 8500, "9999-12-31T23:59:59+0000"))  # fmt: skip
+    def test_the_expiry_of_a_request(self, expiration, expected):
+        with mock.patch("time.time", return_value=float(REQUESTS_MOMENT)):
+            self.assertEqual(self.sent(asking("listZones"), expiration=expiration)["expires"], expected)
 
-    def test_a_negative_expiration_means_no_expiry(self):
-        for expiration in (-1, "-1", datetime.timedelta(seconds=-1)):
-            with self.subTest(expiration=expiration):
-                params = self.sent(asking("listZones"), expiration=expiration)
-                self.assertEqual(sorted(params), ["apiKey", "command", "response", "signature"])
+    @each("expiration", -1, "-1", datetime.timedelta(seconds=-1))
+    def test_a_negative_expiration_means_no_expiry(self, expiration):
+        params = self.sent(asking("listZones"), expiration=expiration)
+        self.assertEqual(sorted(params), ["apiKey", "command", "response", "signature"])
 
-    def test_a_given_expires_is_kept(self):
-        for name in ("expires", "Expires", "EXPIRES"):
-            for settings in ({}, NEVER):
-                with self.subTest(name=name, settings=settings):
-                    params = self.sent(asking("listZones", **{name: "2030-01-01T00:00:00+0000"}), **settings)
-                    given = {key: text for key, text in params.items() if key.lower() == "expires"}
-                    self.assertEqual(given, {"expires": "2030-01-01T00:00:00+0000"})
-                    self.assertEqual(params["signatureVersion"], "3")
+    @each("name", "expires", "Expires", "EXPIRES")
+    @each("settings", {}, NEVER)
+    def test_a_given_expires_is_kept(self, name, settings):
+        params = self.sent(asking("listZones", **{name: "2030-01-01T00:00:00+0000"}), **settings)
+        given = {key: text for key, text in params.items() if key.lower() == "expires"}
+        self.assertEqual(given, {"expires": "2030-01-01T00:00:00+0000"})
+        self.assertEqual(params["signatureVersion"], "3")
 
-    def test_a_given_signature_is_dropped(self):
-        for name in ("signature", "Signature", "SIGNATURE"):
-            with self.subTest(name=name):
-                params = self.sent(asking("listZones", **{name: "forged"}))
-                self.assertEqual([key for key in params if key.lower() == "signature"], ["signature"])
-                self.assertNotEqual(params["signature"], "forged")
+    @each("name", "signature", "Signature", "SIGNATURE")
+    def test_a_given_signature_is_dropped(self, name):
+        params = self.sent(asking("listZones", **{name: "forged"}))
+        self.assertEqual([key for key in params if key.lower() == "signature"], ["signature"])
+        self.assertNotEqual(params["signature"], "forged")
 
     def test_control_arguments_are_never_sent(self):
-        params = self.sent(
-            asking(
-                "listZones",
-                json=True,
-                opcode_name="command",
-                fetch_list=False,
-                headers={"X-A": "1"},
-                fetch_result=False,
-                id="1",
-            ),
-            **NEVER,
-        )
+        params = self.sent(asking("listZones", json=True, opcode_name="command", fetch_list=False, headers={"X-A": "1"},
+                           fetch_result=False, id="1"), **NEVER)  # fmt: skip
         self.assertEqual(sorted(params), ["apiKey", "command", "id", "response", "signature"])
 
     def test_names_that_look_like_settings_go_on_the_wire(self):
-        given = {
-            "timeout": "1", "mode": "2", "port": "3", "path": "4", "interval": "5", "method": "6", "retry": "7",
-            "key": "8",
-            "name": "9", "endpoint": "10", "params": "11", "call": "12", "client": "13", "value": "14", "verify": "15",
-            "page_size": "16", "url": "17", "domain": "18", "username": "19", "session": "20", "trace": "21",
-            "data": "22",
-        }  # fmt: skip
+        given = {"timeout": "1", "mode": "2", "port": "3", "path": "4", "interval": "5", "method": "6", "retry": "7",
+                 "key": "8", "name": "9", "endpoint": "10", "params": "11", "call": "12", "client": "13", "value": "14",
+                 "verify": "15", "page_size": "16", "url": "17", "domain": "18", "username": "19", "session": "20",
+                 "trace": "21", "data": "22"}  # fmt: skip
         params = self.sent(asking("listZones", **given))
         self.assertEqual({name: params.get(name) for name in given}, given)
 
@@ -3644,31 +3594,27 @@ class RequestTest(ProtocolCase):
         self.assertNotIn("response", self.sent(asking("listZones", json=False)))
         self.assertEqual(self.sent(asking("listZones", json=False, response="xml"))["response"], "xml")
 
-    def test_with_json_a_given_response_gives_way(self):
-        for name in ("response", "Response"):
-            with self.subTest(name=name):
-                params = self.sent(asking("listZones", **{name: "xml"}))
-                self.assertEqual([text for key, text in params.items() if key.lower() == "response"], ["json"])
+    @each("name", "response", "Response")
+    def test_with_json_a_given_response_gives_way(self, name):
+        params = self.sent(asking("listZones", **{name: "xml"}))
+        self.assertEqual([text for key, text in params.items() if key.lower() == "response"], ["json"])
 
-    def test_page_without_pagesize_adds_500(self):
-        for name in ("page", "Page", "PAGE"):
-            with self.subTest(name=name):
-                params = self.sent(asking("listZones", **{name: 2}))
-                self.assertEqual((params[name], params["pagesize"]), ("2", "500"))
+    @each("name", "page", "Page", "PAGE")
+    def test_page_without_pagesize_adds_500(self, name):
+        params = self.sent(asking("listZones", **{name: 2}))
+        self.assertEqual((params[name], params["pagesize"]), ("2", "500"))
 
-    def test_a_pagesize_in_any_case_counts(self):
-        for name in ("pagesize", "pageSize", "PAGESIZE"):
-            with self.subTest(name=name):
-                params = self.sent(asking("listZones", page=1, **{name: 20}))
-                self.assertEqual([text for key, text in params.items() if key.lower() == "pagesize"], ["20"])
+    @each("name", "pagesize", "pageSize", "PAGESIZE")
+    def test_a_pagesize_in_any_case_counts(self, name):
+        params = self.sent(asking("listZones", page=1, **{name: 20}))
+        self.assertEqual([text for key, text in params.items() if key.lower() == "pagesize"], ["20"])
 
     def test_without_page_no_pagesize_is_added(self):
         self.assertFalse({"page", "pagesize"} & set(self.sent(asking("listZones", page=None))))
 
     def test_headers_of_client_and_call_are_sent_and_the_call_s_win(self):
-        played = self.play(
-            one(), asking("listZones", headers={"x-b": "call", "X-C": 3}), headers={"X-A": "client", "X-B": "client"}
-        )
+        played = self.play(one(), asking("listZones", headers={"x-b": "call", "X-C": 3}),
+                           headers={"X-A": "client", "X-B": "client"})  # fmt: skip
         headers = {name.lower(): value for name, value in played.requests[0].headers.items()}
         self.assertEqual((headers["x-a"], headers["x-b"], headers["x-c"]), ("client", "call", "3"))
         self.assertEqual(headers["user-agent"], "cs/" + cs.__version__)
@@ -3677,15 +3623,11 @@ class RequestTest(ProtocolCase):
         played = self.play(one(), asking("listZones", headers={"user-agent": "mine", "accept-encoding": None}))
         self.assertEqual(list(played.requests[0].headers.items()), [("user-agent", "mine")])
 
-    def test_gzip_is_asked_for_but_on_loopback(self):
-        for endpoint, expected in (
-            (ENDPOINT, "gzip"), ("http://127.0.0.1:8080/client/api", "identity"),
-            ("https://localhost/client/api", "identity"),
-            ("http://[::1]:8080/client/api", "identity"),
-        ):  # fmt: skip
-            with self.subTest(endpoint=endpoint):
-                played = self.play(one(), asking("listZones"), endpoint=endpoint)
-                self.assertEqual(played.requests[0].headers["Accept-Encoding"], expected)
+    @each("endpoint, expected", (ENDPOINT, "gzip"), ("http://127.0.0.1:8080/client/api", "identity"),
+          ("https://localhost/client/api", "identity"), ("http://[::1]:8080/client/api", "identity"))  # fmt: skip
+    def test_gzip_is_asked_for_but_on_loopback(self, endpoint, expected):
+        played = self.play(one(), asking("listZones"), endpoint=endpoint)
+        self.assertEqual(played.requests[0].headers["Accept-Encoding"], expected)
 
     def test_an_endpoint_with_a_query_of_its_own(self):
         played = self.play(one(), asking("listZones"), endpoint="https://h/api?tenant=7#part")
@@ -3709,12 +3651,11 @@ class RequestTest(ProtocolCase):
 
 # --- settings and constructor ---
 
-POSITIONAL = [
-    ("endpoint", inspect.Parameter.empty), ("key", None), ("secret", None), ("timeout", 10), ("method", "get"),
-    ("verify", None), ("cert", None), ("cert_key", None), ("name", None), ("retry", 0), ("retry_backoff", 0.5),
-    ("job_timeout", None), ("poll_interval", 2.0), ("expiration", 600), ("trace", False),
-    ("dangerous_no_tls_verify", False), ("headers", None), ("session", None), ("fetch_result", False),
-]  # fmt: skip
+POSITIONAL = [("endpoint", inspect.Parameter.empty), ("key", None), ("secret", None), ("timeout", 10),
+              ("method", "get"), ("verify", None), ("cert", None), ("cert_key", None), ("name", None), ("retry", 0),
+              ("retry_backoff", 0.5), ("job_timeout", None), ("poll_interval", 2.0), ("expiration", 600),
+              ("trace", False), ("dangerous_no_tls_verify", False), ("headers", None), ("session", None),
+              ("fetch_result", False)]  # fmt: skip
 
 
 class Auditing(cs.CloudStack):
@@ -3732,44 +3673,21 @@ class AuditingAsync(cs.AIOCloudStack):
 
 
 class ConstructorTest(unittest.TestCase):
-    def test_the_signature_shows_every_setting_in_the_promised_order(self):
-        for kind in KINDS:
-            with self.subTest(kind=kind.__name__):
-                parameters = list(inspect.signature(kind).parameters.values())[: len(POSITIONAL)]
-                self.assertEqual(
-                    {parameter.kind for parameter in parameters}, {inspect.Parameter.POSITIONAL_OR_KEYWORD}
-                )
-                shown = [(parameter.name, parameter.default) for parameter in parameters]
-                self.assertEqual(shown[:-1], POSITIONAL[:-1])
-                self.assertEqual(shown[-1], ("fetch_result", kind is cs.AIOCloudStack))
+    @both
+    def test_the_signature_shows_every_setting_in_the_promised_order(self, kind):
+        parameters = list(inspect.signature(kind).parameters.values())[: len(POSITIONAL)]
+        self.assertEqual({parameter.kind for parameter in parameters}, {inspect.Parameter.POSITIONAL_OR_KEYWORD})
+        shown = [(parameter.name, parameter.default) for parameter in parameters]
+        self.assertEqual(shown[:-1], POSITIONAL[:-1])
+        self.assertEqual(shown[-1], ("fetch_result", kind is cs.AIOCloudStack))
 
-    def test_later_settings_are_keyword_only(self):
-        positional = (
-            ENDPOINT,
-            "k",
-            "s",
-            1,
-            "get",
-            None,
-            None,
-            None,
-            "n",
-            0,
-            0.5,
-            None,
-            2.0,
-            600,
-            False,
-            False,
-            None,
-            None,
-            False,
-        )
-        for kind in KINDS:
-            with self.subTest(kind=kind.__name__):
-                self.assertEqual(kind(*positional).name, "n")
-                with self.assertRaises(TypeError):
-                    kind(*(positional + ("theme",)))
+    @both
+    def test_later_settings_are_keyword_only(self, kind):
+        positional = (ENDPOINT, "k", "s", 1, "get", None, None, None, "n", 0, 0.5, None, 2.0, 600, False, False, None,
+                      None, False)  # fmt: skip
+        self.assertEqual(kind(*positional).name, "n")
+        with self.assertRaises(TypeError):
+            kind(*(positional + ("theme",)))
 
     def test_every_setting_is_a_keyword_with_the_table_s_default(self):
         """The constructors are written out for inspect; they must not say something else than the table."""
@@ -3780,10 +3698,9 @@ class ConstructorTest(unittest.TestCase):
                     self.assertEqual(parameters[setting.name].default, setting.default)
         self.assertEqual(set(parameters) - {setting.name for setting in cs.SETTINGS}, {"theme", "output"})
 
-    def test_theme_and_output_are_ignored(self):
-        for kind in KINDS:
-            with self.subTest(kind=kind.__name__):
-                self.assertEqual(kind(ENDPOINT, theme="monokai", output="json").endpoint, ENDPOINT)
+    @both
+    def test_theme_and_output_are_ignored(self, kind):
+        self.assertEqual(kind(ENDPOINT, theme="monokai", output="json").endpoint, ENDPOINT)
 
     def test_an_unknown_setting_is_a_type_error(self):
         for kind in KINDS:
@@ -3794,20 +3711,18 @@ class ConstructorTest(unittest.TestCase):
 
     def test_strings_as_an_ini_file_gives_them(self):
         second = datetime.timedelta(seconds=1)
-        cases = [
-            ("timeout", "0.5", 0.5), ("timeout", "10", 10), ("timeout", "1e1", 10.0), ("method", "POST", "post"),
-            ("method", "Get", "get"), ("retry", "3", 3), ("retry_backoff", "0.25", 0.25), ("job_timeout", "60", 60),
-            ("job_timeout", "1.5", 1.5), ("job_timeout", "", None), ("poll_interval", "5", 5),
-            ("poll_interval", ".5", 0.5),
-            ("expiration", "60", 60 * second), ("expiration", "-1", -second), ("expiration", "1.5", 1.5 * second),
-            ("trace", "true", True), ("trace", "off", False), ("dangerous_no_tls_verify", "Yes", True),
-            ("trace", "", False), ("dangerous_no_tls_verify", "", False), ("fetch_result", "", False),
-            ("recover", "", False), ("recover", "on", True),
-            ("dangerous_no_tls_verify", "0", False), ("fetch_result", "true", True), ("fetch_result", "no", False),
-            ("verify", "/ca.pem", "/ca.pem"), ("cert", "/c.pem", "/c.pem"), ("cert_key", "/k.pem", "/k.pem"),
-            ("name", "region", "region"), ("key", "", None), ("secret", "", None), ("concurrency", "4", 4),
-            ("max_response_size", "1024", 1024), ("username", "u", "u"), ("domain", "/a/b", "/a/b"),
-        ]  # fmt: skip
+        cases = [("timeout", "0.5", 0.5), ("timeout", "10", 10), ("timeout", "1e1", 10.0), ("method", "POST", "post"),
+                 ("method", "Get", "get"), ("retry", "3", 3), ("retry_backoff", "0.25", 0.25),
+                 ("job_timeout", "60", 60), ("job_timeout", "1.5", 1.5), ("job_timeout", "", None),
+                 ("poll_interval", "5", 5), ("poll_interval", ".5", 0.5), ("expiration", "60", 60 * second),
+                 ("expiration", "-1", -second), ("expiration", "1.5", 1.5 * second), ("trace", "true", True),
+                 ("trace", "off", False), ("dangerous_no_tls_verify", "Yes", True), ("trace", "", False),
+                 ("dangerous_no_tls_verify", "", False), ("fetch_result", "", False), ("recover", "", False),
+                 ("recover", "on", True), ("dangerous_no_tls_verify", "0", False), ("fetch_result", "true", True),
+                 ("fetch_result", "no", False), ("verify", "/ca.pem", "/ca.pem"), ("cert", "/c.pem", "/c.pem"),
+                 ("cert_key", "/k.pem", "/k.pem"), ("name", "region", "region"), ("key", "", None),
+                 ("secret", "", None), ("concurrency", "4", 4), ("max_response_size", "1024", 1024),
+                 ("username", "u", "u"), ("domain", "/a/b", "/a/b")]  # fmt: skip
         for kind in KINDS:
             for name, text, expected in cases:
                 with self.subTest(kind=kind.__name__, name=name, text=text):
@@ -3822,18 +3737,16 @@ class ConstructorTest(unittest.TestCase):
                     self.assertEqual(client.get_setting(setting.name), setting.convert(setting.default))
 
     def test_what_cannot_be_a_setting_is_refused_by_the_setting_s_name(self):
-        cases = {
-            "timeout": ["abc", "", "nan", "inf", "-1", 0, -1, True, [], float("nan"), float("inf"), 10**400, "1e12"],
-            "method": ["put", "", 1, b"get"], "retry": ["-1", -1, 1.5, "x", True, float("inf"), float("nan"), [], ""],
-            "retry_backoff": ["-1", "x", float("nan")], "job_timeout": [-1, "x", "nan"],
-            "poll_interval": [-0.1, "x", "", "1e300"],
-            "expiration": ["x", "nan", 1e300, "inf", []], "trace": ["maybe", 2, []], "headers": ["x: y", 5],
-            "dangerous_no_tls_verify": ["nope", "False ; comment", 2, 1.5], "fetch_result": ["perhaps", 7],
-            "verify": [5, 1.5, []], "cert": [5, {}], "cert_key": [5], "endpoint": [5, ["http://h/"]],
-            "key": [5, b"\xff"],
-            "secret": [object()], "name": [5], "concurrency": [0, -1, "x", 1.5], "max_response_size": [0, "big"],
-            "username": [1], "password": [1], "domain": [1],
-        }  # fmt: skip
+        cases = {"timeout": ["abc", "", "nan", "inf", "-1", 0, -1, True, [], float("nan"), float("inf"), 10**400,
+                 "1e12"], "method": ["put", "", 1, b"get"],
+                 "retry": ["-1", -1, 1.5, "x", True, float("inf"), float("nan"), [], ""],
+                 "retry_backoff": ["-1", "x", float("nan")], "job_timeout": [-1, "x", "nan"],
+                 "poll_interval": [-0.1, "x", "", "1e300"], "expiration": ["x", "nan", 1e300, "inf", []],
+                 "trace": ["maybe", 2, []], "headers": ["x: y", 5],
+                 "dangerous_no_tls_verify": ["nope", "False ; comment", 2, 1.5], "fetch_result": ["perhaps", 7],
+                 "verify": [5, 1.5, []], "cert": [5, {}], "cert_key": [5], "endpoint": [5, ["http://h/"]],
+                 "key": [5, b"\xff"], "secret": [object()], "name": [5], "concurrency": [0, -1, "x", 1.5],
+                 "max_response_size": [0, "big"], "username": [1], "password": [1], "domain": [1]}  # fmt: skip
         for kind in KINDS:
             for name, values in cases.items():
                 for value in values:
@@ -3845,19 +3758,16 @@ class ConstructorTest(unittest.TestCase):
                         with self.assertRaisesRegex(ValueError, r"\A{}: ".format(name)):
                             client.set_setting(name, value)
 
-    def test_a_refused_secret_is_not_quoted(self):
-        cases = {
-            "key": [b"c4nary\xff", ["c4nary"]], "secret": [b"c4nary\xff", ["c4nary"], {"c4nary": 1}],
-            "password": [b"c4nary\xff", ("c4nary",)],
-            "headers": [{"X": "c4nary\r\nX: y"}, {"X": b"c4nary\n"}, {"X": ["c4nary"]}, {"X": "c4nary\u20ac"}],
-        }  # fmt: skip
-        for name, values in cases.items():
-            for value in values:
-                with self.subTest(name=name, value=value):
-                    with self.assertRaises(ValueError) as caught:
-                        cs.CloudStack(ENDPOINT, **{name: value})
-                    self.assertNotIn("c4nary", str(caught.exception))
-                    self.assertTrue(str(caught.exception).startswith(name), str(caught.exception))
+    @each("name, values", *{"key": [b"c4nary\xff", ["c4nary"]], "secret": [b"c4nary\xff", ["c4nary"], {"c4nary": 1}],
+          "password": [b"c4nary\xff", ("c4nary",)],
+          "headers": [{"X": "c4nary\r\nX: y"}, {"X": b"c4nary\n"}, {"X": ["c4nary"]}, {"X": "c4nary\u20ac"}]}.items())
+    def test_a_refused_secret_is_not_quoted(self, name, values):
+        for value in values:
+            with self.subTest(name=name, value=value):
+                with self.assertRaises(ValueError) as caught:
+                    cs.CloudStack(ENDPOINT, **{name: value})
+                self.assertNotIn("c4nary", str(caught.exception))
+                self.assertTrue(str(caught.exception).startswith(name), str(caught.exception))
 
     def test_credentials_that_have_no_utf_8_are_refused_by_name(self):
         """Undecodable bytes in an environment variable arrive as lone surrogates."""
@@ -3868,20 +3778,16 @@ class ConstructorTest(unittest.TestCase):
                 object.__setattr__(client, "_exchange", lambda request: self.fail("sent"))
                 client.listZones()
 
-    def test_header_names_and_values_that_break_out_are_refused(self):
-        cases = [
-            {"X": "a\nb"}, {"X": "a\rb"}, {"X": "a\x00b"}, {"X Y": "a"}, {"": "a"}, {"X:": "a"}, {"X\n": "a"},
+    @each("headers", {"X": "a\nb"}, {"X": "a\rb"}, {"X": "a\x00b"}, {"X Y": "a"}, {"": "a"}, {"X:": "a"}, {"X\n": "a"},
             {"\xfc": "a"},
-            {5: "a"}, {"X": object()}, {"X": "\u20ac"}, {"Content-Length": "5"}, {"transfer-encoding": "chunked"},
-        ]  # fmt: skip
-        for headers in cases:
-            with self.subTest(headers=headers):
-                with self.assertRaisesRegex(ValueError, r"\Aheaders: "):
-                    cs.CloudStack(ENDPOINT, headers=headers)
-                client = cs.CloudStack(ENDPOINT)
-                object.__setattr__(client, "_exchange", lambda request: self.fail("sent"))
-                with self.assertRaises(ValueError):
-                    client.listZones(headers=headers)
+            {5: "a"}, {"X": object()}, {"X": "\u20ac"}, {"Content-Length": "5"}, {"transfer-encoding": "chunked"})
+    def test_header_names_and_values_that_break_out_are_refused(self, headers):
+        with self.assertRaisesRegex(ValueError, r"\Aheaders: "):
+            cs.CloudStack(ENDPOINT, headers=headers)
+        client = cs.CloudStack(ENDPOINT)
+        object.__setattr__(client, "_exchange", lambda request: self.fail("sent"))
+        with self.assertRaises(ValueError):
+            client.listZones(headers=headers)
 
     def test_a_header_written_into_the_client_s_own_map_is_checked_too(self):
         client = cs.CloudStack(ENDPOINT, headers={"X-A": "1"})
@@ -3903,36 +3809,30 @@ class ConstructorTest(unittest.TestCase):
         self.assertEqual((second.headers, given, cs.CloudStack(ENDPOINT).headers), ({"X": "1"}, {"X": "1"}, {}))
 
     def test_the_constructor_opens_nothing(self):
-        with mock.patch("builtins.open", side_effect=AssertionError), mock.patch(
-            "socket.socket", side_effect=AssertionError
-        ):
+        with mock.patch("builtins.open",
+                        side_effect=AssertionError), mock.patch("socket.socket", side_effect=AssertionError):
             for kind in KINDS:
                 client = kind("https://nowhere.invalid/", verify="/no/ca.pem", cert="/no/c.pem", cert_key="/no/k.pem")
                 self.assertEqual((client.verify, client.cert), ("/no/ca.pem", ("/no/c.pem", "/no/k.pem")))
 
-    def test_an_aiohttp_session_is_refused_in_one_line(self):
+    @both
+    def test_an_aiohttp_session_is_refused_in_one_line(self, kind):
         foreign = type("ClientSession", (), {"__module__": "aiohttp.client"})()
-        for kind in KINDS:
-            with self.subTest(kind=kind.__name__):
-                with self.assertRaisesRegex(ValueError, r"\Asession: .*aiohttp") as caught:
-                    kind(ENDPOINT, session=foreign)
-                self.assertNotIn("\n", str(caught.exception))
+        with self.assertRaisesRegex(ValueError, r"\Asession: .*aiohttp") as caught:
+            kind(ENDPOINT, session=foreign)
+        self.assertNotIn("\n", str(caught.exception))
 
 
 class AttributesTest(ProtocolCase):
-    def test_verify_reads_true_or_a_path_or_false_only_where_that_is_dangerously_said(self):
-        cases = [
-            (None, False, True), (True, False, True), (False, False, True), ("false", False, True),
-            ("true", False, True),
-            ("0", False, True), ("", False, True), ("/ca.pem", False, "/ca.pem"), ("/ca.pem", True, "/ca.pem"),
-            (None, True, False), (True, True, False), (False, True, False), (False, "true", False),
-            (False, "false", True),
-        ]  # fmt: skip
-        for verify, dangerous, expected in cases:
-            with self.subTest(verify=verify, dangerous=dangerous):
-                client = cs.CloudStack(ENDPOINT, verify=verify, dangerous_no_tls_verify=dangerous)
-                self.assertEqual(client.verify, expected)
-                self.assertIs(type(client.verify), type(expected))
+    @each("verify, dangerous, expected", (None, False, True), (True, False, True), (False, False, True),
+          ("false", False, True), ("true", False, True), ("0", False, True), ("", False, True),
+          ("/ca.pem", False, "/ca.pem"), ("/ca.pem", True, "/ca.pem"), (None, True, False), (True, True, False),
+          (False, True, False), (False, "true", False), (False, "false", True))  # fmt: skip
+    def test_verify_reads_true_or_a_path_or_false_only_where_that_is_dangerously_said(
+        self, verify, dangerous, expected):  # fmt: skip
+        client = cs.CloudStack(ENDPOINT, verify=verify, dangerous_no_tls_verify=dangerous)
+        self.assertEqual(client.verify, expected)
+        self.assertIs(type(client.verify), type(expected))
 
     def test_verify_set_to_false_later_does_not_turn_verification_off(self):
         client = cs.CloudStack(ENDPOINT, verify="/ca.pem")
@@ -3949,10 +3849,9 @@ class AttributesTest(ProtocolCase):
         self.assertEqual(cs.CloudStack(ENDPOINT, cert=["/c.pem", "/k.pem"]).cert, ("/c.pem", "/k.pem"))
         self.assertIsNone(cs.CloudStack(ENDPOINT).cert)
 
-    def test_expiration_reads_as_a_timedelta(self):
-        for given in (60, "60", 60.0, datetime.timedelta(minutes=1)):
-            with self.subTest(given=given):
-                self.assertEqual(cs.CloudStack(ENDPOINT, expiration=given).expiration, datetime.timedelta(seconds=60))
+    @each("given", 60, "60", 60.0, datetime.timedelta(minutes=1))
+    def test_expiration_reads_as_a_timedelta(self, given):
+        self.assertEqual(cs.CloudStack(ENDPOINT, expiration=given).expiration, datetime.timedelta(seconds=60))
 
     def test_every_promised_attribute_can_be_read(self):
         names = (
@@ -3971,19 +3870,17 @@ class AttributesTest(ProtocolCase):
         self.assertEqual((client.my_context, copy.copy(client).my_context), ({"a": 1}, {"a": 1}))
 
     def test_settings_are_looked_at_anew_by_each_call(self):
-        changes = [
-            ("endpoint", "http://other.invalid/api", lambda p: "//other.invalid/api?" in p.requests[-1].url),
-            ("key", "key2", lambda p: p.params()["apiKey"] == "key2"),
-            ("method", "post", lambda p: p.requests[-1].method == "POST"),
-            ("secret", "secret2", lambda p: p.params()["signature"] != p.params(0)["signature"]),
-            ("timeout", "0.5", lambda p: (p.requests[-1].timeout, p.requests[-1].total) == (0.5, 5.0)),
-            ("verify", "/ca.pem", lambda p: p.requests[-1].verify == "/ca.pem"),
-            ("dangerous_no_tls_verify", True, lambda p: p.requests[-1].verify is False),
-            ("cert", "/c.pem", lambda p: p.requests[-1].cert == "/c.pem"),
-            ("headers", {"X-A": "1"}, lambda p: p.requests[-1].headers["X-A"] == "1"),
-            ("expiration", 60, lambda p: p.params()["expires"] == "2026-01-01T00:01:00+0000"),
-            ("max_response_size", 9, lambda p: p.requests[-1].limit == 9),
-        ]  # fmt: skip
+        changes = [("endpoint", "http://other.invalid/api", lambda p: "//other.invalid/api?" in p.requests[-1].url),
+                   ("key", "key2", lambda p: p.params()["apiKey"] == "key2"),
+                   ("method", "post", lambda p: p.requests[-1].method == "POST"),
+                   ("secret", "secret2", lambda p: p.params()["signature"] != p.params(0)["signature"]),
+                   ("timeout", "0.5", lambda p: (p.requests[-1].timeout, p.requests[-1].total) == (0.5, 5.0)),
+                   ("verify", "/ca.pem", lambda p: p.requests[-1].verify == "/ca.pem"),
+                   ("dangerous_no_tls_verify", True, lambda p: p.requests[-1].verify is False),
+                   ("cert", "/c.pem", lambda p: p.requests[-1].cert == "/c.pem"),
+                   ("headers", {"X-A": "1"}, lambda p: p.requests[-1].headers["X-A"] == "1"),
+                   ("expiration", 60, lambda p: p.params()["expires"] == "2026-01-01T00:01:00+0000"),
+                   ("max_response_size", 9, lambda p: p.requests[-1].limit == 9)]  # fmt: skip
 
         def call_change_call(name, value):
             def call(client):
@@ -4013,52 +3910,38 @@ class AttributesTest(ProtocolCase):
         script = [answer({"r": {"jobid": "j"}}), answer({"r": {"jobstatus": 1, "jobresult": {"a": 1}}})]
         self.assertEqual(self.play(script, call).value, {"a": 1})
 
-    def test_repr_is_the_name_or_the_endpoint(self):
-        for kind in KINDS:
-            with self.subTest(kind=kind.__name__):
-                self.assertEqual(repr(kind(ENDPOINT, "k", "s")), "<CloudStack: {}>".format(ENDPOINT))
-                self.assertEqual(repr(kind(ENDPOINT, name="zurich")), "<CloudStack: zurich>")
+    @both
+    def test_repr_is_the_name_or_the_endpoint(self, kind):
+        self.assertEqual(repr(kind(ENDPOINT, "k", "s")), "<CloudStack: {}>".format(ENDPOINT))
+        self.assertEqual(repr(kind(ENDPOINT, name="zurich")), "<CloudStack: zurich>")
 
-    def test_repr_never_shows_a_secret_and_never_fails(self):
-        endpoints = [
-            "http://user:c4nary@h/api", "http://h/api?token=c4nary", "user:c4nary@h/api", "http://[c4nary",
-            "http://h:x/",
-            "https://h/#c4nary", "", None, "file:///etc/passwd", "//user:c4nary@h/",
-        ]  # fmt: skip
-        for endpoint in endpoints:
-            with self.subTest(endpoint=endpoint):
-                shown = repr(cs.CloudStack(endpoint, "c4nary-key", "c4nary-secret", password="c4nary"))
-                self.assertTrue(shown.startswith("<CloudStack: "), shown)
-                if endpoint != "http://[c4nary":
-                    self.assertNotIn("c4nary", shown)
+    @each("endpoint", "http://user:c4nary@h/api", "http://h/api?token=c4nary", "user:c4nary@h/api", "http://[c4nary",
+          "http://h:x/", "https://h/#c4nary", "", None, "file:///etc/passwd", "//user:c4nary@h/")  # fmt: skip
+    def test_repr_never_shows_a_secret_and_never_fails(self, endpoint):
+        shown = repr(cs.CloudStack(endpoint, "c4nary-key", "c4nary-secret", password="c4nary"))
+        self.assertTrue(shown.startswith("<CloudStack: "), shown)
+        if endpoint != "http://[c4nary":
+            self.assertNotIn("c4nary", shown)
 
-    def test_an_endpoint_that_cannot_be_one_is_refused_before_anything_is_sent_and_not_with_its_secrets(self):
-        endpoints = [
-            None, "", "cloud.example/client/api", "file:///etc/passwd", "ftp://h/", "http://", "https:///client/api",
-            "http://h:x/",
-            "http://h:99999/", "http://h:0/", "http://[::1/", "http://h/a b", "http://h/\n", "http://h/\xfc",
-            "http://user:c4nary@h/api", "user:c4nary@h/api", "http://user:c4nary@h:x/", "//user:c4nary@h/", "data:,x",
-        ]  # fmt: skip
-        for endpoint in endpoints:
-            with self.subTest(endpoint=endpoint):
-                played = self.play([AssertionError("sent")], asking("listZones"), endpoint=endpoint)
-                self.assertIsInstance(played.error, ValueError)
-                self.assertRegex(str(played.error), r"\Aendpoint: ")
-                self.assertNotIn("c4nary", str(played.error))
+    @each("endpoint", None, "", "cloud.example/client/api", "file:///etc/passwd", "ftp://h/", "http://",
+          "https:///client/api", "http://h:x/", "http://h:99999/", "http://h:0/", "http://[::1/", "http://h/a b",
+          "http://h/\n", "http://h/\xfc", "http://user:c4nary@h/api", "user:c4nary@h/api", "http://user:c4nary@h:x/",
+          "//user:c4nary@h/", "data:,x")  # fmt: skip
+    def test_an_endpoint_that_cannot_be_one_is_refused_before_anything_is_sent_and_not_with_its_secrets(self, endpoint):
+        played = self.play([AssertionError("sent")], asking("listZones"), endpoint=endpoint)
+        self.assertIsInstance(played.error, ValueError)
+        self.assertRegex(str(played.error), r"\Aendpoint: ")
+        self.assertNotIn("c4nary", str(played.error))
 
-    def test_half_a_pair_of_credentials_is_refused_before_anything_is_sent(self):
-        cases = [
-            ({"key": None}, "key", "secret1"), ({"secret": None}, "secret", "key1"), ({"key": ""}, "key", "secret1"),
-            ({"key": None, "secret": None, "username": "admin"}, "password", "admin"),
-            ({"key": None, "secret": None, "password": "c4nary"}, "username", "c4nary"),
-            ({"username": "admin", "password": "c4nary"}, "username", "c4nary"),
-        ]  # fmt: skip
-        for settings, name, value in cases:
-            with self.subTest(settings=settings):
-                played = self.play([AssertionError("sent")], asking("listZones"), **settings)
-                self.assertIsInstance(played.error, ValueError)
-                self.assertRegex(str(played.error), r"\A{}: ".format(name))
-                self.assertNotIn(value, str(played.error))
+    @each("settings, name, value", ({"key": None}, "key", "secret1"), ({"secret": None}, "secret", "key1"),
+          ({"key": ""}, "key", "secret1"), ({"key": None, "secret": None, "username": "admin"}, "password", "admin"),
+          ({"key": None, "secret": None, "password": "c4nary"}, "username", "c4nary"),
+          ({"username": "admin", "password": "c4nary"}, "username", "c4nary"))  # fmt: skip
+    def test_half_a_pair_of_credentials_is_refused_before_anything_is_sent(self, settings, name, value):
+        played = self.play([AssertionError("sent")], asking("listZones"), **settings)
+        self.assertIsInstance(played.error, ValueError)
+        self.assertRegex(str(played.error), r"\A{}: ".format(name))
+        self.assertNotIn(value, str(played.error))
 
 
 class ClientObjectTest(ProtocolCase):
@@ -4066,11 +3949,9 @@ class ClientObjectTest(ProtocolCase):
         copiers = [copy.copy, copy.deepcopy]
         copiers += [lambda c, n=n: pickle.loads(pickle.dumps(c, n)) for n in range(2, pickle.HIGHEST_PROTOCOL + 1)]
         for kind in KINDS + (Auditing,):
-            original = kind(
-                ENDPOINT, "k", "s", timeout=3, verify="/ca.pem", cert="/c.pem", cert_key="/k.pem", retry=2,
-                expiration=60,
-                headers={"X-A": "1"}, name="n", job_timeout=9, dangerous_no_tls_verify=True, fetch_result=True
-            )  # fmt: skip
+            original = kind(ENDPOINT, "k", "s", timeout=3, verify="/ca.pem", cert="/c.pem", cert_key="/k.pem", retry=2,
+                            expiration=60, headers={"X-A": "1"}, name="n", job_timeout=9, dangerous_no_tls_verify=True,
+                            fetch_result=True)  # fmt: skip
             original._server.page_limit = 7
             self.assertIsNotNone(transport_of(original))
             original.own = [1]
@@ -4079,9 +3960,8 @@ class ClientObjectTest(ProtocolCase):
                     twin = copier(original)
                     self.assertIs(type(twin), kind)
                     for setting in cs.SETTINGS:
-                        self.assertEqual(
-                            twin.get_setting(setting.name), original.get_setting(setting.name), setting.name
-                        )
+                        self.assertEqual(twin.get_setting(setting.name), original.get_setting(setting.name),
+                                         setting.name)  # fmt: skip
                     self.assertEqual(twin.own, [1])
                     self.assertIsNot(transport_of(twin), transport_of(original))
                     self.assertEqual(twin._server.page_limit, cs.PAGE_SIZE)
@@ -4160,10 +4040,10 @@ class ClientObjectTest(ProtocolCase):
         client.close()
         self.assertEqual(sent, ["2026-01-01T00:01:00+0000", "2026-01-01T00:02:40+0000"])
 
-    def test_positional_arguments_to_a_command_are_type_errors(self):
-        for kind in KINDS:
-            with self.subTest(kind=kind.__name__), self.assertRaises(TypeError):
-                kind(ENDPOINT).listZones("name")
+    @both
+    def test_positional_arguments_to_a_command_are_type_errors(self, kind):
+        with self.assertRaises(TypeError):
+            kind(ENDPOINT).listZones("name")
 
     def test_any_command_name_is_a_method(self):
         played = self.play(one({"a": 1}), asking("futureCommandOf2030", x=1))
@@ -4217,16 +4097,15 @@ class ClientObjectTest(ProtocolCase):
         list(client.iter_list("listZones", pagesize=2))
         self.assertEqual([params["tenant"] for params in sent], ["7", "7", "7"])
 
-    def test_a_client_can_be_used_again_after_close(self):
-        for kind in KINDS:
-            with self.subTest(kind=kind.__name__):
-                client = kind(ENDPOINT, "k", "s")
-                object.__setattr__(client, "_exchange", lambda request: one({"a": 1})[0])
-                for _ in range(2):
-                    outcome = client.listZones()
-                    self.assertEqual(run(outcome) if kind is cs.AIOCloudStack else outcome, {"a": 1})
-                    client.close()
-                client.close()
+    @both
+    def test_a_client_can_be_used_again_after_close(self, kind):
+        client = kind(ENDPOINT, "k", "s")
+        object.__setattr__(client, "_exchange", lambda request: one({"a": 1})[0])
+        for _ in range(2):
+            outcome = client.listZones()
+            self.assertEqual(run(outcome) if kind is cs.AIOCloudStack else outcome, {"a": 1})
+            client.close()
+        client.close()
 
     def test_with_closes(self):
         with mock.patch.object(cs.CloudStack, "close") as close:
@@ -4249,10 +4128,9 @@ class ErrorsTest(ProtocolCase):
         self.assertTrue(issubclass(cs.AIOCloudStack, cs.CloudStack))
         self.assertTrue(issubclass(cs.CloudStackApiException, cs.CloudStackException))
         self.assertFalse(issubclass(cs.CloudStackException, OSError))
-        for kind, parent in (
-            (cs.CloudStackConnectionError, ConnectionError), (cs.CloudStackTimeoutError, TimeoutError),
-            (cs.CloudStackJobTimeout, TimeoutError), (cs.CloudStackJobTimeout, cs.CloudStackTimeoutError),
-        ):  # fmt: skip
+        for kind, parent in ((cs.CloudStackConnectionError, ConnectionError), (cs.CloudStackTimeoutError, TimeoutError),
+                             (cs.CloudStackJobTimeout, TimeoutError),
+                             (cs.CloudStackJobTimeout, cs.CloudStackTimeoutError)):  # fmt: skip
             with self.subTest(kind=kind.__name__):
                 self.assertTrue(issubclass(kind, cs.CloudStackException) and issubclass(kind, parent))
                 self.assertTrue(issubclass(kind, OSError))
@@ -4272,25 +4150,22 @@ class ErrorsTest(ProtocolCase):
         self.assertEqual(str(error), "HTTP 431 response from CloudStack, error: {'errorcode': 431}")
         self.assertEqual((error.args, error.error), (("HTTP 431 response from CloudStack",), {"errorcode": 431}))
 
-    def test_the_text_of_a_network_error_is_no_errno_text(self):
-        for kind in (cs.CloudStackConnectionError, cs.CloudStackTimeoutError, cs.CloudStackJobTimeout):
-            with self.subTest(kind=kind.__name__):
-                error = kind("Cannot connect to http://h/", "refused")
-                self.assertEqual(error.args, ("Cannot connect to http://h/", "refused"))
-                self.assertEqual(str(error), "Cannot connect to http://h/: refused")
+    @each("kind", cs.CloudStackConnectionError, cs.CloudStackTimeoutError, cs.CloudStackJobTimeout)
+    def test_the_text_of_a_network_error_is_no_errno_text(self, kind):
+        error = kind("Cannot connect to http://h/", "refused")
+        self.assertEqual(error.args, ("Cannot connect to http://h/", "refused"))
+        self.assertEqual(str(error), "Cannot connect to http://h/: refused")
 
-    def test_the_answer_of_an_error_says_whether_it_is_ok_as_requests_has_it(self):
-        for status, ok in ((200, True), (302, True), (399, True), (400, False), (431, False), (599, False)):
-            with self.subTest(status=status):
-                self.assertIs(answer({"x": 1}, status).ok, ok)
+    @each("status, ok", (200, True), (302, True), (399, True), (400, False), (431, False), (599, False))
+    def test_the_answer_of_an_error_says_whether_it_is_ok_as_requests_has_it(self, status, ok):
+        self.assertIs(answer({"x": 1}, status).ok, ok)
 
     def test_errors_survive_pickle_and_copy_with_all_they_know(self):
-        made = [
-            cs.CloudStackException("a", "b", response=answer({"x": 1}, 504, "Gateway Time-out")),
-            cs.CloudStackApiException("m", error={"errorcode": 1}, response=answer({"x": 1}, 431)),
-            cs.CloudStackConnectionError("a", "b"), cs.CloudStackTimeoutError("a", "b"), cs.CloudStackTimeoutError("a"),
-            cs.CloudStackJobTimeout("a", "job", response=answer({"x": 1}, 408)), cs.CloudStackException(),
-        ]  # fmt: skip
+        made = [cs.CloudStackException("a", "b", response=answer({"x": 1}, 504, "Gateway Time-out")),
+                cs.CloudStackApiException("m", error={"errorcode": 1}, response=answer({"x": 1}, 431)),
+                cs.CloudStackConnectionError("a", "b"), cs.CloudStackTimeoutError("a", "b"),
+                cs.CloudStackTimeoutError("a"), cs.CloudStackJobTimeout("a", "job", response=answer({"x": 1}, 408)),
+                cs.CloudStackException()]  # fmt: skip
         copiers = [copy.copy, copy.deepcopy]
         copiers += [lambda e, n=n: pickle.loads(pickle.dumps(e, n)) for n in range(2, pickle.HIGHEST_PROTOCOL + 1)]
         for error in made:
@@ -4309,37 +4184,30 @@ class ErrorsTest(ProtocolCase):
     def test_a_raised_api_error_survives_pickle(self):
         error = self.play([api_error(431, "bad")], asking("listZones")).error
         twin = pickle.loads(pickle.dumps(error))
-        self.assertEqual(
-            (str(twin), twin.error, twin.response.reason), (str(error), error.error, error.response.reason)
-        )
+        self.assertEqual((str(twin), twin.error, twin.response.reason),
+                         (str(error), error.error, error.response.reason))  # fmt: skip
 
-    def test_the_response_of_an_error_for_both_clients(self):
+    @both
+    def test_the_response_of_an_error_for_both_clients(self, kind):
         response = api_error(431, "b\xe4d", headers={"X-Server": "1"})
-        for kind in KINDS:
-            with self.subTest(kind=kind.__name__):
-                client = kind(ENDPOINT, "k", "s")
-                object.__setattr__(client, "_exchange", lambda request: response)
-                with self.assertRaises(cs.CloudStackApiException) as caught:
-                    run(client.listZones()) if kind is cs.AIOCloudStack else client.listZones()
-                client.close()
-                got = caught.exception.response
-                self.assertEqual((got.status_code, got.reason, got.headers["x-server"]), (431, "431", "1"))
-                self.assertEqual(got.json()["errorresponse"]["errortext"], "b\xe4d")
-                self.assertEqual(json.loads(got.text), got.json())
+        client = kind(ENDPOINT, "k", "s")
+        object.__setattr__(client, "_exchange", lambda request: response)
+        with self.assertRaises(cs.CloudStackApiException) as caught:
+            run(client.listZones()) if kind is cs.AIOCloudStack else client.listZones()
+        client.close()
+        got = caught.exception.response
+        self.assertEqual((got.status_code, got.reason, got.headers["x-server"]), (431, "431", "1"))
+        self.assertEqual(got.json()["errorresponse"]["errortext"], "b\xe4d")
+        self.assertEqual(json.loads(got.text), got.json())
 
-    def test_no_error_quotes_key_secret_or_signature(self):
-        scripts = [
-            api_error(401, "unable to verify"), answer("<html>", 504), answer("<html>"), answer(b""), answer([1]),
-            unsent(), lost(),
-            silent(), answer("", 302, headers={"Location": "http://h/?apiKey=c4nary-key"}),
-        ]  # fmt: skip
-        for item in scripts:
-            for command in ("listZones", "deployVirtualMachine"):
-                with self.subTest(item=item, command=command):
-                    played = self.play([item], asking(command), key="c4nary-key", secret="c4nary-secret")
-                    shown = str(played.error) + repr(played.error) + repr(played.error.args)
-                    self.assertNotIn("c4nary", shown)
-                    self.assertNotIn(played.params()["signature"][:8], shown)
+    @each("item", api_error(401, "unable to verify"), answer("<html>", 504), answer("<html>"), answer(b""), answer([1]),
+          unsent(), lost(), silent(), answer("", 302, headers={"Location": "http://h/?apiKey=c4nary-key"}))  # fmt: skip
+    @each("command", "listZones", "deployVirtualMachine")
+    def test_no_error_quotes_key_secret_or_signature(self, item, command):
+        played = self.play([item], asking(command), key="c4nary-key", secret="c4nary-secret")
+        shown = str(played.error) + repr(played.error) + repr(played.error.args)
+        self.assertNotIn("c4nary", shown)
+        self.assertNotIn(played.params()["signature"][:8], shown)
 
 
 # --- decoding ---
@@ -4348,47 +4216,34 @@ class ErrorsTest(ProtocolCase):
 class DecodingTest(ProtocolCase):
     URL = "Make sure endpoint URL '{}' is correct.".format(ENDPOINT)
 
-    def test_the_value_under_the_single_key_whatever_its_name(self):
-        cases = [
-            ({"listzonesresponse": {"count": 1, "zone": [{"id": "1"}]}}, {"count": 1, "zone": [{"id": "1"}]}),
-            ({"restorevmresponse": {"a": 1}}, {"a": 1}), ({"null": {"a": 1}}, {"a": 1}), ({"": {"a": 1}}, {"a": 1}),
-            ({"createSSHKeyPairResponse": {"a": 1}}, {"a": 1}), ({"listzonesresponse": {}}, {}), ({"r": []}, []),
-            ({"r": "text"}, "text"), ({"r": None}, None), ({"r": 5}, 5), ({"r": {"success": False, "errortext": "x"}},
-                                                                          {"success": False, "errortext": "x"}),
-        ]  # fmt: skip
-        for document, expected in cases:
-            with self.subTest(document=document):
-                played = self.play([answer(document)], asking("listZones"))
-                self.assertEqual((played.error, played.value), (None, expected))
+    @each("document, expected",
+          ({"listzonesresponse": {"count": 1, "zone": [{"id": "1"}]}}, {"count": 1, "zone": [{"id": "1"}]}),
+          ({"restorevmresponse": {"a": 1}}, {"a": 1}), ({"null": {"a": 1}}, {"a": 1}), ({"": {"a": 1}}, {"a": 1}),
+          ({"createSSHKeyPairResponse": {"a": 1}}, {"a": 1}), ({"listzonesresponse": {}}, {}), ({"r": []}, []),
+          ({"r": "text"}, "text"), ({"r": None}, None), ({"r": 5}, 5),
+          ({"r": {"success": False, "errortext": "x"}}, {"success": False, "errortext": "x"}))  # fmt: skip
+    def test_the_value_under_the_single_key_whatever_its_name(self, document, expected):
+        played = self.play([answer(document)], asking("listZones"))
+        self.assertEqual((played.error, played.value), (None, expected))
 
-    def test_json_under_any_type_that_says_so_or_none(self):
-        for kind in (
-            "application/json",
-            "text/javascript; charset=UTF-8",
-            "application/JSON",
-            "application/javascript",
-            None,
-        ):
-            with self.subTest(kind=kind):
-                response = answer({"r": {"a": 1}})
-                del response.headers["Content-Type"]
-                if kind:
-                    response.headers["Content-Type"] = kind
-                self.assertEqual(self.play([response], asking("listZones")).value, {"a": 1})
+    @each("kind", "application/json", "text/javascript; charset=UTF-8", "application/JSON", "application/javascript",
+          None)  # fmt: skip
+    def test_json_under_any_type_that_says_so_or_none(self, kind):
+        response = answer({"r": {"a": 1}})
+        del response.headers["Content-Type"]
+        if kind:
+            response.headers["Content-Type"] = kind
+        self.assertEqual(self.play([response], asking("listZones")).value, {"a": 1})
 
-    def test_what_json_parsers_trip_over_but_servers_send(self):
-        cases = [
-            (b'{"r": {"t": "a\x01b\nc\x1bd"}}', {"t": "a\x01b\nc\x1bd"}), (b'\xef\xbb\xbf{"r": {}}', {}),
-            (b'{"r": {"t": "\xff\xfe"}}', {"t": "\ufffd\ufffd"}), (b'{"r": {"t": "\\ud800"}}', {"t": "\ud800"}),
-            (b'{"r": 1, "r": {"b": 2}}', {"b": 2}), (b' \n{"r": {"n": 123456789012345678901234567890}}\n ',
-                                                     {"n": 123456789012345678901234567890}),
-        ]  # fmt: skip
-        for content, expected in cases:
-            with self.subTest(content=content):
-                response = answer({})
-                response.content = content
-                played = self.play([response], asking("listZones"))
-                self.assertEqual((played.error, played.value), (None, expected))
+    @each("content, expected", (b'{"r": {"t": "a\x01b\nc\x1bd"}}', {"t": "a\x01b\nc\x1bd"}),
+          (b'\xef\xbb\xbf{"r": {}}', {}), (b'{"r": {"t": "\xff\xfe"}}', {"t": "\ufffd\ufffd"}),
+          (b'{"r": {"t": "\\ud800"}}', {"t": "\ud800"}), (b'{"r": 1, "r": {"b": 2}}', {"b": 2}),
+          (b' \n{"r": {"n": 123456789012345678901234567890}}\n ', {"n": 123456789012345678901234567890}))  # fmt: skip
+    def test_what_json_parsers_trip_over_but_servers_send(self, content, expected):
+        response = answer({})
+        response.content = content
+        played = self.play([response], asking("listZones"))
+        self.assertEqual((played.error, played.value), (None, expected))
 
     def test_answers_that_are_not_cloudstack_s(self):
         malformed = ("HTTP 200 OK", "Malformed JSON document. " + self.URL)
@@ -4397,7 +4252,7 @@ class DecodingTest(ProtocolCase):
         cases = [
             (answer("<html>login</html>"), ("JSON (application/json) was expected, got 'text/html'",)),
             (answer("<r/>", headers={"Content-Type": "text/xml"}),
-             ("JSON (application/json) was expected, got 'text/xml'",)),
+            ("JSON (application/json) was expected, got 'text/xml'",)),
             (answer("<html>", 504, "Gateway Time-out"), ("HTTP 504 Gateway Time-out", self.URL)),
             (answer("<html>", 404, "Not Found", as_json), ("HTTP 404 Not Found", self.URL)),
             (answer("", 404, "Not Found"), ("HTTP 404 Not Found", self.URL)),
@@ -4406,12 +4261,10 @@ class DecodingTest(ProtocolCase):
             (answer("not json", headers=as_json), malformed), (answer('{"r": NaN}', headers=as_json), malformed),
             (answer('{"r": -Infinity}', headers=as_json), malformed), (answer("[" * 10000, headers=as_json), malformed),
             (answer('{"a":' * 10000, headers=as_json), malformed), (answer('{"r": 1} x', headers=as_json), malformed),
-            (answer('{"r": ' + "9" * 5000 + "x}", headers=as_json), malformed),
-            (answer({}), unexpected), (answer({"a": 1, "b": 2}), unexpected), (answer([1]), unexpected),
-            (answer([]), unexpected),
+            (answer('{"r": ' + "9" * 5000 + "x}", headers=as_json), malformed), (answer({}), unexpected),
+            (answer({"a": 1, "b": 2}), unexpected), (answer([1]), unexpected), (answer([]), unexpected),
             (answer("5", headers=as_json), unexpected), (answer('"text"', headers=as_json), unexpected),
-            (answer("null", headers=as_json), unexpected), (answer({"a": 1, "b": 2}, 500, "500"), unexpected),
-        ]  # fmt: skip
+            (answer("null", headers=as_json), unexpected), (answer({"a": 1, "b": 2}, 500, "500"), unexpected)]
         for response, args in cases:
             with self.subTest(status=response.status_code, content=response.content[:30]):
                 played = self.play([response], asking("listZones"))
@@ -4420,14 +4273,13 @@ class DecodingTest(ProtocolCase):
                 self.assertEqual(played.error.response.status_code, response.status_code)
                 self.assertEqual(played.error.response.text, response.text)
 
-    def test_an_empty_200_is_an_error(self):
-        for kind in ("application/json", "text/html"):
-            with self.subTest(kind=kind):
-                played = self.play([answer(b"", headers={"Content-Type": kind})], asking("deployVirtualMachine"))
-                self.assertIsInstance(played.error, cs.CloudStackException)
-                self.assertEqual(played.error.args[0], "HTTP 200 OK")
-                self.assertIn("empty", str(played.error))
-                self.assertTrue(played.error.outcome_unknown)
+    @each("kind", "application/json", "text/html")
+    def test_an_empty_200_is_an_error(self, kind):
+        played = self.play([answer(b"", headers={"Content-Type": kind})], asking("deployVirtualMachine"))
+        self.assertIsInstance(played.error, cs.CloudStackException)
+        self.assertEqual(played.error.args[0], "HTTP 200 OK")
+        self.assertIn("empty", str(played.error))
+        self.assertTrue(played.error.outcome_unknown)
 
     def test_the_server_s_own_errors(self):
         for code in (400, 401, 405, 429, 430, 431, 432, 503, 530, 531, 532, 533, 534, 535, 536, 537):
@@ -4441,13 +4293,12 @@ class DecodingTest(ProtocolCase):
                     self.assertEqual(str(played.error), "{}, error: {}".format(message, error))
                     self.assertEqual(played.error.response.json(), {key: error})
 
-    def test_an_error_that_is_no_dict_is_what_stood_there(self):
-        for value in ("text", None, [1], 5, {"errortext": None}, {"errortext": ["x"]}, {"errortext": 5}):
-            for code in (400, 429, 431):
-                with self.subTest(value=value, code=code):
-                    played = self.play([answer({"errorresponse": value}, code)], asking("listZones", fetch_list=True))
-                    self.assertIs(type(played.error), cs.CloudStackApiException)
-                    self.assertEqual(played.error.error, value)
+    @each("value", "text", None, [1], 5, {"errortext": None}, {"errortext": ["x"]}, {"errortext": 5})
+    @each("code", 400, 429, 431)
+    def test_an_error_that_is_no_dict_is_what_stood_there(self, value, code):
+        played = self.play([answer({"errorresponse": value}, code)], asking("listZones", fetch_list=True))
+        self.assertIs(type(played.error), cs.CloudStackApiException)
+        self.assertEqual(played.error.error, value)
 
     def test_a_type_of_html_does_not_hide_an_error_in_json(self):
         response = answer(json.dumps({"errorresponse": {"errorcode": 530}}), 530, "530")
@@ -4455,11 +4306,9 @@ class DecodingTest(ProtocolCase):
 
     def test_redirects_are_not_followed_and_named_without_their_query(self):
         """5.2.0 follows them with the signed URL, to other hosts too."""
-        cases = [
-            ("https://other.example/login?apiKey=c4nary#c4nary", "https://other.example/login"),
-            ("/client/?signature=c4nary", "/client/"), ("https://u:c4nary@h/x", "https://h/x"), ("http://[bad", ""),
-            ("https://h/\x1b[2Jx", "h/"),
-        ]  # fmt: skip
+        cases = [("https://other.example/login?apiKey=c4nary#c4nary", "https://other.example/login"),
+                 ("/client/?signature=c4nary", "/client/"), ("https://u:c4nary@h/x", "https://h/x"),
+                 ("http://[bad", ""), ("https://h/\x1b[2Jx", "h/")]  # fmt: skip
         for code, options in ((301, {}), (302, {"json": False}), (303, {}), (307, {}), (308, {})):
             for place, shown in cases[: 5 if code < 303 else 1]:
                 with self.subTest(code=code, place=place, options=options):
@@ -4472,10 +4321,9 @@ class DecodingTest(ProtocolCase):
                     self.assertNotIn("c4nary", str(played.error))
                     self.assertNotIn("\x1b", str(played.error))
 
-    def test_without_json_the_text_is_returned_as_it_is(self):
-        for text in ("<listzonesresponse/>", "", '{"a": 1, "b": 2}'):
-            with self.subTest(text=text):
-                self.assertEqual(self.play([answer(text)], asking("listZones", json=False)).value, text)
+    @each("text", "<listzonesresponse/>", "", '{"a": 1, "b": 2}')
+    def test_without_json_the_text_is_returned_as_it_is(self, text):
+        self.assertEqual(self.play([answer(text)], asking("listZones", json=False)).value, text)
 
     def test_without_json_an_error_holds_the_text(self):
         played = self.play([answer("<errorresponse/>", 431, "431")], asking("listZones", json=False))
@@ -4496,11 +4344,10 @@ class CollectorTest(unittest.TestCase):
         patched.start()
         self.addCleanup(patched.stop)
 
-    def test_only_while_a_long_answer_is_decoded(self):
-        for size, expected in ((10, True), (100000, False)):
-            with self.subTest(size=size):
-                self.assertEqual(answer({"r": "x" * size}).json(), {"r": "x" * size})
-                self.assertEqual((self.seen.pop(), gc.isenabled()), (expected, True))
+    @each("size, expected", (10, True), (100000, False))
+    def test_only_while_a_long_answer_is_decoded(self, size, expected):
+        self.assertEqual(answer({"r": "x" * size}).json(), {"r": "x" * size})
+        self.assertEqual((self.seen.pop(), gc.isenabled()), (expected, True))
 
     def test_where_a_program_has_turned_it_off_it_stays_off(self):
         gc.disable()
@@ -4555,11 +4402,9 @@ class VerbTest(ProtocolCase):
         self.assertNotIn("Content-Type", request.headers)
 
     def test_secrets_go_by_post(self):
-        names = (
-            "password", "Password", "userdata", "userData", "privatekey", "privateKey", "secretkey", "usersecretkey",
-            "passphrase",
-            "details[0].password", "cmkpassword", "sharedsecret", "ipsecpresharedsecret", "oauthtoken",
-        )  # fmt: skip
+        names = ("password", "Password", "userdata", "userData", "privatekey", "privateKey", "secretkey",
+                 "usersecretkey", "passphrase", "details[0].password", "cmkpassword", "sharedsecret",
+                 "ipsecpresharedsecret", "oauthtoken")  # fmt: skip
         for name in names:
             with self.subTest(name=name):
                 self.assertEqual(self.verbs(one(), asking("updateUser", **{name: "x"})), ["POST"])
@@ -4608,16 +4453,13 @@ class VerbTest(ProtocolCase):
         client._server.post_only = True
         requests = []
         object.__setattr__(client, "_exchange", lambda request: requests.append(request) or one()[0])
-        cases = [
-            ("listZones", "GET"), ("getVirtualMachineUserData", "GET"), ("queryAsyncJobResult", "GET"),
-            ("findHostsForMigration", "GET"),
-            ("quotaBalance", "GET"), ("quotaIsEnabled", "GET"), ("readyForShutdown", "GET"),
-            ("verifyOAuthCodeAndGetUser", "GET"),
-            ("isAccountAllowedToCreateOfferingsWithTags", "GET"), ("quotaStatement", "GET"), ("quotaSummary", "GET"),
-            ("quotaTariffList", "GET"), ("cloudianIsEnabled", "GET"), ("quotaUpdate", "POST"),
-            ("deployVirtualMachine", "POST"),
-            ("list", "POST"), ("prepareForShutdown", "POST"), ("relistThings", "POST"),
-        ]  # fmt: skip
+        cases = [("listZones", "GET"), ("getVirtualMachineUserData", "GET"), ("queryAsyncJobResult", "GET"),
+                 ("findHostsForMigration", "GET"), ("quotaBalance", "GET"), ("quotaIsEnabled", "GET"),
+                 ("readyForShutdown", "GET"), ("verifyOAuthCodeAndGetUser", "GET"),
+                 ("isAccountAllowedToCreateOfferingsWithTags", "GET"), ("quotaStatement", "GET"),
+                 ("quotaSummary", "GET"), ("quotaTariffList", "GET"), ("cloudianIsEnabled", "GET"),
+                 ("quotaUpdate", "POST"), ("deployVirtualMachine", "POST"), ("list", "POST"),
+                 ("prepareForShutdown", "POST"), ("relistThings", "POST")]  # fmt: skip
         for command, method in cases:
             with self.subTest(command=command):
                 getattr(client, command)()
@@ -4630,18 +4472,15 @@ class VerbTest(ProtocolCase):
         self.assertEqual(played.error.response.status_code, 400)
         self.assertFalse(played.error.outcome_unknown)
 
-    def test_another_400_is_no_reason_to_send_again(self):
-        for text in ("bad", "", None):
-            with self.subTest(text=text):
-                self.assertEqual(self.verbs([api_error(400, text)], asking("createTags"), retry=3), ["GET"])
+    @each("text", "bad", "", None)
+    def test_another_400_is_no_reason_to_send_again(self, text):
+        self.assertEqual(self.verbs([api_error(400, text)], asking("createTags"), retry=3), ["GET"])
 
     def test_the_integration_port_is_never_posted_to(self):
         """It reads the query string only."""
         unsigned = {"key": None, "secret": None}
-        cases = [
-            (asking("createUser", password="x"), {}), (asking("listZones", name="x" * 9000), {}),
-            (asking("createTags"), {"method": "post"}), (asking("deployVirtualMachine", userdata="eA=="), {}),
-        ]  # fmt: skip
+        cases = [(asking("createUser", password="x"), {}), (asking("listZones", name="x" * 9000), {}),
+                 (asking("createTags"), {"method": "post"}), (asking("deployVirtualMachine", userdata="eA=="), {})]
         for call, settings in cases:
             with self.subTest(settings=settings):
                 self.assertEqual(self.verbs(one(), call, **dict(unsigned, **settings)), ["GET"])
@@ -4652,44 +4491,29 @@ class VerbTest(ProtocolCase):
 # --- retries ---
 
 READS = ("listZones", "getVirtualMachineUserData", "queryAsyncJobResult", "findHostsForMigration", "ListZones")
-CHANGES = (
-    "deployVirtualMachine", "createTags", "getUploadParamsForVolume", "getUploadParamsForTemplate",
-    "getDiagnosticsData",
-    "listAndSwitchSamlAccount", "login", "prepareForShutdown", "assignListeners",
-)  # fmt: skip
+CHANGES = ("deployVirtualMachine", "createTags", "getUploadParamsForVolume", "getUploadParamsForTemplate",
+           "getDiagnosticsData", "listAndSwitchSamlAccount", "login", "prepareForShutdown", "assignListeners")
 
 
 class RetryTest(ProtocolCase):
-    def test_nothing_is_retried_by_default(self):
-        for item in (
-            unsent(),
-            lost(),
-            silent(),
-            answer("<html>", 503),
-            api_error(429),
-            api_error(503),
-            answer("<html>", 502),
-        ):
-            for command in ("listZones", "deployVirtualMachine"):
-                with self.subTest(item=item, command=command):
-                    played = self.play([item, one()[0]], asking(command))
-                    self.assertEqual(len(played.requests), 1)
-                    self.assertIsInstance(played.error, cs.CloudStackException)
+    @each("item", unsent(), lost(), silent(), answer("<html>", 503), api_error(429), api_error(503),
+          answer("<html>", 502))  # fmt: skip
+    @each("command", "listZones", "deployVirtualMachine")
+    def test_nothing_is_retried_by_default(self, item, command):
+        played = self.play([item, one()[0]], asking(command))
+        self.assertEqual(len(played.requests), 1)
+        self.assertIsInstance(played.error, cs.CloudStackException)
 
     def test_what_is_tried_again(self):
         """(what happens, whether a reading command is sent again, whether a changing one is)"""
-        cases = [
-            (unsent(), True, True), (unsent(cs.CloudStackTimeoutError), True, True), (lost(), True, False),
-            (silent(), True, False),
-            (api_error(429, "please retry after [100] ms."), True, True), (answer("<html>", 429), True, True),
-            (api_error(503, "maintenance"), True, True), (answer("<html>", 503), True, False),
-            (answer({"error": "from a proxy"}, 503), True, False),
-            (answer("<html>", 502), True, False), (answer("<html>", 504), True, False),
-            (answer({"a": 1, "b": 2}, 503), True, False),
-            (answer("<html>", 500), False, False), (answer("<html>", 404), False, False),
-            (answer("<html>", 200), False, False),
-            (answer(b"", 200), False, False), (answer("", 302, headers={"Location": "/"}), False, False),
-        ]  # fmt: skip
+        cases = [(unsent(), True, True), (unsent(cs.CloudStackTimeoutError), True, True), (lost(), True, False),
+                 (silent(), True, False), (api_error(429, "please retry after [100] ms."), True, True),
+                 (answer("<html>", 429), True, True), (api_error(503, "maintenance"), True, True),
+                 (answer("<html>", 503), True, False), (answer({"error": "from a proxy"}, 503), True, False),
+                 (answer("<html>", 502), True, False), (answer("<html>", 504), True, False),
+                 (answer({"a": 1, "b": 2}, 503), True, False), (answer("<html>", 500), False, False),
+                 (answer("<html>", 404), False, False), (answer("<html>", 200), False, False),
+                 (answer(b"", 200), False, False), (answer("", 302, headers={"Location": "/"}), False, False)]
         cases += [(api_error(code), False, False) for code in (400, 401, 405, 430, 431, 432, 511, 530, 531, 533, 537)]
         for item, reading, changing in cases:
             for command, expected in (("listZones", reading), ("deployVirtualMachine", changing)):
@@ -4698,19 +4522,17 @@ class RetryTest(ProtocolCase):
                     self.assertEqual(len(played.requests), 2 if expected else 1)
                     self.assertEqual(played.value, {"a": 1} if expected else None)
 
-    def test_what_counts_as_reading(self):
-        for command in READS + CHANGES:
-            with self.subTest(command=command):
-                played = self.play([silent(), one()[0]], asking(command), retry=1)
-                self.assertEqual(len(played.requests), 2 if command in READS else 1)
+    @each("command", *READS + CHANGES)
+    def test_what_counts_as_reading(self, command):
+        played = self.play([silent(), one()[0]], asking(command), retry=1)
+        self.assertEqual(len(played.requests), 2 if command in READS else 1)
 
-    def test_retry_bounds_the_number_of_attempts(self):
-        for retry in (1, "3"):
-            for item in (lost(), unsent(), answer("<html>", 502), api_error(429)):
-                with self.subTest(retry=retry, item=item):
-                    played = self.play([item], asking("listZones"), retry=retry)
-                    self.assertEqual((len(played.requests), len(played.pauses)), (int(retry) + 1, int(retry)))
-                    self.assertIsInstance(played.error, cs.CloudStackException)
+    @each("retry", 1, "3")
+    @each("item", lost(), unsent(), answer("<html>", 502), api_error(429))
+    def test_retry_bounds_the_number_of_attempts(self, retry, item):
+        played = self.play([item], asking("listZones"), retry=retry)
+        self.assertEqual((len(played.requests), len(played.pauses)), (int(retry) + 1, int(retry)))
+        self.assertIsInstance(played.error, cs.CloudStackException)
 
     def test_pauses_grow_exponentially_up_to_30_seconds(self):
         played = self.play([lost()], asking("listZones"), retry=9)
@@ -4734,56 +4556,46 @@ class RetryTest(ProtocolCase):
 
     def test_the_wait_a_server_asks_for(self):
         date = "Thu, 01 Jan 2026 00:00:{:02d} GMT"
-        cases = [
-            (api_error(429, "limit; please retry after [7000] ms."), 7.0),
-            (api_error(429, "please retry after 7500 ms"), 7.5),
-            (api_error(429, headers={"Retry-After": "12"}), 12.0),
-            (answer("<html>", 503, headers={"Retry-After": " 12 "}), 12.0),
-            (answer("<html>", 503, headers={"retry-after": date.format(9)}), 9.0),
-            (answer("<html>", 502, headers={"Retry-After": "30"}), 30.0),
-            (answer("<html>", 503, headers={"Retry-After": "Thu, 01 Jan 2020 00:00:00 GMT"}), 0.5),
-            (answer("<html>", 503, headers={"Retry-After": "0"}), 0.5),
-            (answer("<html>", 503, headers={"Retry-After": "soon"}), 0.5),
-            (answer("<html>", 503, headers={"Retry-After": ""}), 0.5),
-            (api_error(429, "please retry after [1] ms."), 0.5),
-            (api_error(429, "please retry after [8000] ms.", headers={"Retry-After": "3"}), 8.0),
-            (answer({"r": None}, 429), 0.5),
-        ]  # fmt: skip
+        cases = [(api_error(429, "limit; please retry after [7000] ms."), 7.0),
+                 (api_error(429, "please retry after 7500 ms"), 7.5),
+                 (api_error(429, headers={"Retry-After": "12"}), 12.0),
+                 (answer("<html>", 503, headers={"Retry-After": " 12 "}), 12.0),
+                 (answer("<html>", 503, headers={"retry-after": date.format(9)}), 9.0),
+                 (answer("<html>", 502, headers={"Retry-After": "30"}), 30.0),
+                 (answer("<html>", 503, headers={"Retry-After": "Thu, 01 Jan 2020 00:00:00 GMT"}), 0.5),
+                 (answer("<html>", 503, headers={"Retry-After": "0"}), 0.5),
+                 (answer("<html>", 503, headers={"Retry-After": "soon"}), 0.5),
+                 (answer("<html>", 503, headers={"Retry-After": ""}), 0.5),
+                 (api_error(429, "please retry after [1] ms."), 0.5),
+                 (api_error(429, "please retry after [8000] ms.", headers={"Retry-After": "3"}), 8.0),
+                 (answer({"r": None}, 429), 0.5)]  # fmt: skip
         for item, expected in cases:
             with self.subTest(item=item.content, headers=item.headers.items()):
                 with mock.patch("time.time", return_value=float(REQUESTS_MOMENT)):
                     played = self.play([item, one({"a": 1})[0]], asking("listZones"), retry=1)
                 self.assertEqual((played.pauses, played.value), ([expected], {"a": 1}))
 
-    def test_a_wait_of_more_than_30_seconds_is_an_error_not_a_sleep(self):
-        items = [
-            api_error(429, "please retry after [30001] ms."), answer("<html>", 503, headers={"Retry-After": "31"}),
-            answer("<html>", 503, headers={"Retry-After": "Thu, 01 Jan 2026 00:00:31 GMT"}),
-            api_error(503, headers={"Retry-After": "3600"}), answer("<html>", 429, headers={"Retry-After": "9" * 30}),
-        ]  # fmt: skip
-        for item in items:
-            for command in ("listZones", "deployVirtualMachine"):
-                with self.subTest(item=item, command=command), mock.patch(
-                    "time.time", return_value=float(REQUESTS_MOMENT)
-                ):
-                    played = self.play([item, one()[0]], asking(command), retry=3)
-                    self.assertEqual((len(played.requests), played.pauses), (1, []))
-                    self.assertEqual(played.error.response.status_code, item.status_code)
+    @each("item", api_error(429, "please retry after [30001] ms."),
+          answer("<html>", 503, headers={"Retry-After": "31"}),
+          answer("<html>", 503, headers={"Retry-After": "Thu, 01 Jan 2026 00:00:31 GMT"}),
+          api_error(503, headers={"Retry-After": "3600"}), answer("<html>", 429, headers={"Retry-After": "9" * 30}))
+    @each("command", "listZones", "deployVirtualMachine")
+    def test_a_wait_of_more_than_30_seconds_is_an_error_not_a_sleep(self, item, command):
+        with mock.patch("time.time", return_value=float(REQUESTS_MOMENT)):
+            played = self.play([item, one()[0]], asking(command), retry=3)
+            self.assertEqual((len(played.requests), played.pauses), (1, []))
+            self.assertEqual(played.error.response.status_code, item.status_code)
 
     def test_a_wait_that_cannot_be_read_does_no_harm(self):
-        values = [
-            "\xb2", "-5", "1.5", "1e999", "9" * 400, "9" * 5000, "Mon, 01 Jan 99999999 00:00:00 GMT",
-            "Mon, 01 Jan 0000 00:00:00 GMT",
-            "Mon, 99 Foo 2026", "Thu, 01 Jan 2026 00:00:00", "Thu, 01 Jan 2026 99:99:99 +9999", ",", "\xa0",
-            "Thu, 01 Jan 2026 00:00:00 +99999999999999999999",
-        ]  # fmt: skip
+        values = ["\xb2", "-5", "1.5", "1e999", "9" * 400, "9" * 5000, "Mon, 01 Jan 99999999 00:00:00 GMT",
+                  "Mon, 01 Jan 0000 00:00:00 GMT", "Mon, 99 Foo 2026", "Thu, 01 Jan 2026 00:00:00",
+                  "Thu, 01 Jan 2026 99:99:99 +9999", ",", "\xa0", "Thu, 01 Jan 2026 00:00:00 +99999999999999999999"]
         for value in values:
             with self.subTest(value=value[:60]):
                 script = [answer("<html>", 503, headers={"Retry-After": value}), one({"a": 1})[0]]
                 played = self.play(script, asking("listZones"), retry=1)
-                self.assertTrue(
-                    played.value == {"a": 1} or isinstance(played.error, cs.CloudStackException), played.error
-                )
+                self.assertTrue(played.value == {"a": 1} or isinstance(played.error, cs.CloudStackException),
+                                played.error)  # fmt: skip
                 self.assertLessEqual(played.slept, 30.0)
         for digits in ("9" * 400, "9" * 5000):
             with self.subTest(digits=len(digits)):
@@ -4809,49 +4621,41 @@ class RetryTest(ProtocolCase):
         played = self.play([lost(), one()[0]], asking("listZones", expires="2030-01-01T00:00:00+0000"), retry=1)
         self.assertEqual({played.params(index)["expires"] for index in range(2)}, {"2030-01-01T00:00:00+0000"})
 
-    def test_a_kept_connection_that_died_is_replayed_once_for_reading_commands_whatever_retry_is(self):
-        for command in READS:
-            with self.subTest(command=command):
-                call = asking(command)
-                played = self.play([lost(stale=True), one({"a": 1})[0]], call)
-                self.assertEqual((len(played.requests), played.pauses, played.value), (2, [], {"a": 1}))
-                played = self.play([lost(stale=True)], call)
-                self.assertEqual(len(played.requests), 2)
-                self.assertIsInstance(played.error, cs.CloudStackConnectionError)
+    @each("command", *READS)
+    def test_a_kept_connection_that_died_is_replayed_once_for_reading_commands_whatever_retry_is(self, command):
+        call = asking(command)
+        played = self.play([lost(stale=True), one({"a": 1})[0]], call)
+        self.assertEqual((len(played.requests), played.pauses, played.value), (2, [], {"a": 1}))
+        played = self.play([lost(stale=True)], call)
+        self.assertEqual(len(played.requests), 2)
+        self.assertIsInstance(played.error, cs.CloudStackConnectionError)
 
-    def test_a_kept_connection_that_died_is_never_replayed_for_changing_commands(self):
-        for command in CHANGES:
-            for settings in ({"retry": 5}, {"method": "post"}):
-                with self.subTest(command=command, settings=settings):
-                    played = self.play([lost(stale=True), one()[0]], asking(command), **settings)
-                    self.assertEqual(len(played.requests), 1)
-                    self.assertTrue(played.error.outcome_unknown)
-                    self.assertIn("outcome is unknown", str(played.error))
-                    self.assertIn(command, str(played.error))
-                    self.assertEqual(len(played.error.args), 2)
+    @each("command", *CHANGES)
+    @each("settings", {"retry": 5}, {"method": "post"})
+    def test_a_kept_connection_that_died_is_never_replayed_for_changing_commands(self, command, settings):
+        played = self.play([lost(stale=True), one()[0]], asking(command), **settings)
+        self.assertEqual(len(played.requests), 1)
+        self.assertTrue(played.error.outcome_unknown)
+        self.assertIn("outcome is unknown", str(played.error))
+        self.assertIn(command, str(played.error))
+        self.assertEqual(len(played.error.args), 2)
 
-    def test_outcome_unknown_says_whether_a_change_may_have_happened(self):
-        cases = [
-            (lost(), True), (silent(), True), (answer("<html>", 502), True), (answer("<html>", 503), True),
-            (answer("<html>", 504), True),
-            (answer("<html>", 500), True), (answer("<html>", 200), True), (answer(b""), True), (answer([1]), True),
-            (answer("{", headers={"Content-Type": "application/json"}), True), (unsent(), False),
-            (api_error(429), False),
-            (api_error(503), False), (api_error(401), False), (api_error(431), False), (api_error(533), False),
-            (answer("<html>", 404), False), (answer("<html>", 414), False),
-            (answer("", 302, headers={"Location": "/"}), False),
-        ]  # fmt: skip
-        for item, unknown in cases:
-            with self.subTest(item=item):
-                script = [afresh(item)]
-                self.assertIs(self.play(script, asking("deployVirtualMachine")).error.outcome_unknown, unknown)
-                self.assertFalse(self.play(script, asking("listZones")).error.outcome_unknown)
+    @each("item, unknown", (lost(), True), (silent(), True), (answer("<html>", 502), True),
+          (answer("<html>", 503), True), (answer("<html>", 504), True), (answer("<html>", 500), True),
+          (answer("<html>", 200), True), (answer(b""), True), (answer([1]), True),
+          (answer("{", headers={"Content-Type": "application/json"}), True), (unsent(), False), (api_error(429), False),
+          (api_error(503), False), (api_error(401), False), (api_error(431), False), (api_error(533), False),
+          (answer("<html>", 404), False), (answer("<html>", 414), False),
+          (answer("", 302, headers={"Location": "/"}), False))  # fmt: skip
+    def test_outcome_unknown_says_whether_a_change_may_have_happened(self, item, unknown):
+        script = [afresh(item)]
+        self.assertIs(self.play(script, asking("deployVirtualMachine")).error.outcome_unknown, unknown)
+        self.assertFalse(self.play(script, asking("listZones")).error.outcome_unknown)
 
-    def test_outcome_unknown_does_not_depend_on_asking_for_json(self):
-        for code, unknown in ((502, True), (503, True), (504, True), (500, True), (401, False), (431, False)):
-            with self.subTest(code=code):
-                played = self.play([answer("<html>", code)], asking("deployVirtualMachine", json=False))
-                self.assertIs(played.error.outcome_unknown, unknown)
+    @each("code, unknown", (502, True), (503, True), (504, True), (500, True), (401, False), (431, False))
+    def test_outcome_unknown_does_not_depend_on_asking_for_json(self, code, unknown):
+        played = self.play([answer("<html>", code)], asking("deployVirtualMachine", json=False))
+        self.assertIs(played.error.outcome_unknown, unknown)
 
     def test_a_change_that_was_once_unsent_and_then_lost_is_unknown(self):
         played = self.play([unsent(), lost()], asking("deployVirtualMachine"), retry=5)
@@ -4862,12 +4666,11 @@ class RetryTest(ProtocolCase):
         url = "Make sure endpoint URL '{}' is correct.".format(ENDPOINT)
         self.assertEqual(played.error.args, ("HTTP 504 Gateway Time-out", url))
 
-    def test_other_exceptions_pass_untouched(self):
-        for error in (ValueError("verify: no such file"), RuntimeError("x")):
-            with self.subTest(error=error):
-                played = self.play([error, one()[0]], asking("listZones"), retry=3)
-                self.assertIs(type(played.error), type(error))
-                self.assertEqual(len(played.requests), 1)
+    @each("error", ValueError("verify: no such file"), RuntimeError("x"))
+    def test_other_exceptions_pass_untouched(self, error):
+        played = self.play([error, one()[0]], asking("listZones"), retry=3)
+        self.assertIs(type(played.error), type(error))
+        self.assertEqual(len(played.requests), 1)
 
     def test_the_time_allowed_for_an_exchange(self):
         request = self.play(one(), asking("listZones"), timeout="0.5").requests[0]
@@ -4930,11 +4733,8 @@ class JumpingCase(unittest.TestCase):
                 raise copy.copy(outcome)
             return outcome
 
-        for patch in (
-            mock.patch.object(cs.AIOCloudStack, "_exchange_in_worker", in_worker),
-            mock.patch.object(cs, "_clock", self.loop.time),
-            mock.patch.object(cs, "_random", lambda: 1.0),
-        ):  # fmt: skip
+        for patch in (mock.patch.object(cs.AIOCloudStack, "_exchange_in_worker", in_worker),
+                      mock.patch.object(cs, "_clock", self.loop.time), mock.patch.object(cs, "_random", lambda: 1.0)):
             patch.start()
             self.addCleanup(patch.stop)
 
@@ -5063,12 +4863,11 @@ class LoginTest(ProtocolCase):
         self.assertEqual(played.params(3)["sessionkey"], "SK/1+")
         self.assertEqual(played.requests[3].headers["Cookie"], "JSESSIONID=J1; sessionkey=cookie-J1")
 
-    def test_a_given_expires_is_kept_without_a_signature_too(self):
+    @each("script, settings", (one(), {"key": None, "secret": None}), ([login_answer(), one()[0]], USER))
+    def test_a_given_expires_is_kept_without_a_signature_too(self, script, settings):
         moment = "2030-01-01T00:00:00+0000"
-        for script, settings in ((one(), {"key": None, "secret": None}), ([login_answer(), one()[0]], USER)):
-            with self.subTest(settings=settings):
-                played = self.play(script, asking("createThing", expires=moment), **settings)
-                self.assertEqual(played.params().get("expires"), moment)
+        played = self.play(script, asking("createThing", expires=moment), **settings)
+        self.assertEqual(played.params().get("expires"), moment)
 
     def test_close_without_a_session_sends_nothing(self):
         for settings in (USER, {}):
@@ -5078,9 +4877,8 @@ class LoginTest(ProtocolCase):
     def test_logging_out_twice_sends_one_logout(self):
         client = cs.CloudStack(ENDPOINT, username="u", password="p")
         commands = []
-        object.__setattr__(
-            client, "_exchange", lambda request: commands.append(wire(request)["command"]) or login_answer()
-        )
+        object.__setattr__(client, "_exchange",
+                           lambda request: commands.append(wire(request)["command"]) or login_answer())  # fmt: skip
         with client:
             client.listZones()
         client.close()
@@ -5088,25 +4886,23 @@ class LoginTest(ProtocolCase):
         client.listZones()
         self.assertEqual(commands[3:], ["login", "listZones"])
 
-    def test_a_logout_that_fails_is_no_error(self):
-        for item in (lost(), silent(), answer("<html>", 502), api_error(401)):
-            with self.subTest(item=item):
-                client = cs.CloudStack(ENDPOINT, username="u", password="p")
-                script = [login_answer(), one()[0], item]
+    @each("item", lost(), silent(), answer("<html>", 502), api_error(401))
+    def test_a_logout_that_fails_is_no_error(self, item):
+        client = cs.CloudStack(ENDPOINT, username="u", password="p")
+        script = [login_answer(), one()[0], item]
 
-                object.__setattr__(client, "_exchange", scripted(script))
-                client.listZones()
-                client.close()
-                self.assertEqual(script, [])
+        object.__setattr__(client, "_exchange", scripted(script))
+        client.listZones()
+        client.close()
+        self.assertEqual(script, [])
 
-    def test_an_expired_session_is_renewed_once_for_reads_and_changes(self):
-        for command in ("listZones", "deployVirtualMachine"):
-            with self.subTest(command=command):
-                script = [login_answer(), api_error(401), login_answer("SK2", "J2"), one({"a": 1})[0]]
-                played = self.play(script, asking(command), **USER)
-                self.assertEqual((played.value, played.commands), ({"a": 1}, ["login", command] * 2))
-                self.assertEqual(played.params()["sessionkey"], "SK2")
-                self.assertEqual(played.requests[3].headers["Cookie"], "JSESSIONID=J2; sessionkey=cookie-J2")
+    @each("command", "listZones", "deployVirtualMachine")
+    def test_an_expired_session_is_renewed_once_for_reads_and_changes(self, command):
+        script = [login_answer(), api_error(401), login_answer("SK2", "J2"), one({"a": 1})[0]]
+        played = self.play(script, asking(command), **USER)
+        self.assertEqual((played.value, played.commands), ({"a": 1}, ["login", command] * 2))
+        self.assertEqual(played.params()["sessionkey"], "SK2")
+        self.assertEqual(played.requests[3].headers["Cookie"], "JSESSIONID=J2; sessionkey=cookie-J2")
 
     def test_a_second_401_is_an_error(self):
         script = [login_answer(), api_error(401), login_answer("SK2", "J2"), api_error(401, "still")]
@@ -5122,30 +4918,24 @@ class LoginTest(ProtocolCase):
         self.assertEqual(played.error.error["errortext"], "wrong password")
         self.assertFalse(played.error.outcome_unknown)
 
-    def test_login_is_sent_again_only_where_the_server_did_not_run_it(self):
-        cases = [
-            (unsent(), True), (api_error(429), True), (api_error(503), True), (lost(), False), (silent(), False),
-            (lost(stale=True), False), (answer("<html>", 502), False),
-        ]  # fmt: skip
-        for item, again in cases:
-            with self.subTest(item=item):
-                played = self.play([item, login_answer(), one({"a": 1})[0]], asking("listZones"), retry=1, **USER)
-                self.assertEqual(played.commands, ["login", "login", "listZones"] if again else ["login"])
+    @each("item, again", (unsent(), True), (api_error(429), True), (api_error(503), True), (lost(), False),
+          (silent(), False), (lost(stale=True), False), (answer("<html>", 502), False))  # fmt: skip
+    def test_login_is_sent_again_only_where_the_server_did_not_run_it(self, item, again):
+        played = self.play([item, login_answer(), one({"a": 1})[0]], asking("listZones"), retry=1, **USER)
+        self.assertEqual(played.commands, ["login", "login", "listZones"] if again else ["login"])
 
-    def test_a_login_answer_without_a_key_is_an_error(self):
-        for value in ({}, {"sessionkey": 5}, {"sessionkey": None}, [], "text", None, {"sessionkey": "\ud800"}):
-            with self.subTest(value=value):
-                played = self.play([answer({"loginresponse": value}), one()[0]], asking("listZones"), **USER)
-                self.assertIsInstance(played.error, cs.CloudStackException)
-                self.assertEqual(played.commands, ["login"])
+    @each("value", {}, {"sessionkey": 5}, {"sessionkey": None}, [], "text", None, {"sessionkey": "\ud800"})
+    def test_a_login_answer_without_a_key_is_an_error(self, value):
+        played = self.play([answer({"loginresponse": value}), one()[0]], asking("listZones"), **USER)
+        self.assertIsInstance(played.error, cs.CloudStackException)
+        self.assertEqual(played.commands, ["login"])
 
-    def test_two_factor_authentication_says_what_to_do(self):
-        for script in ([login_answer(), api_error(511, "2FA")], [api_error(511, "2FA")]):
-            with self.subTest(length=len(script)):
-                played = self.play(script, asking("listZones"), retry=3, **USER)
-                self.assertIsInstance(played.error, cs.CloudStackApiException)
-                self.assertRegex(str(played.error), "two-factor.*API key")
-                self.assertEqual(len(played.requests), len(script))
+    @each("script", [login_answer(), api_error(511, "2FA")], [api_error(511, "2FA")])
+    def test_two_factor_authentication_says_what_to_do(self, script):
+        played = self.play(script, asking("listZones"), retry=3, **USER)
+        self.assertIsInstance(played.error, cs.CloudStackApiException)
+        self.assertRegex(str(played.error), "two-factor.*API key")
+        self.assertEqual(len(played.requests), len(script))
 
     def test_another_user_is_another_session(self):
         client = cs.CloudStack(ENDPOINT, username="u", password="p")
@@ -5309,6 +5099,9 @@ def iterated(**params):
     return call
 
 
+each_way = each("how", fetched, iterated)
+
+
 class PagesTest(ProtocolCase):
     def both_ways(self, script, expected, requests, settings=None, **params):
         """fetch_list and iter_list give the same rows, in order, in as many requests (a number, or the most)."""
@@ -5329,18 +5122,16 @@ class PagesTest(ProtocolCase):
         self.assertEqual(played.value, {"count": 3, "thing": rows_of(0, 3)})
         self.assertEqual(self.play(list_server(3), asking("listThings", fetch_list="true")).value, rows_of(0, 3))
 
-    def test_every_page_is_fetched_in_order(self):
-        for total, requests in ((0, 1), (1, 1), (499, 1), (501, 2), (1148, 3), (2600, 6)):
-            with self.subTest(total=total):
-                self.both_ways(list_server(total), rows_of(0, total), requests)
+    @each("total, requests", (0, 1), (1, 1), (499, 1), (501, 2), (1148, 3), (2600, 6))
+    def test_every_page_is_fetched_in_order(self, total, requests):
+        self.both_ways(list_server(total), rows_of(0, total), requests)
 
-    def test_a_total_that_is_full_pages_needs_at_most_one_more_request(self):
-        for total in (500, 1000):
-            for how in (fetched, iterated):
-                with self.subTest(total=total, how=how.__name__):
-                    played = self.play(list_server(total), how())
-                    self.assertEqual(played.value, rows_of(0, total))
-                    self.assertLessEqual(len(played.requests), total // 500 + 1)
+    @each("total", 500, 1000)
+    @each_way
+    def test_a_total_that_is_full_pages_needs_at_most_one_more_request(self, total, how):
+        played = self.play(list_server(total), how())
+        self.assertEqual(played.value, rows_of(0, total))
+        self.assertLessEqual(len(played.requests), total // 500 + 1)
 
     def test_pages_are_numbered_from_one_with_500_rows_each(self):
         played = self.play(list_server(1148), iterated())
@@ -5362,37 +5153,33 @@ class PagesTest(ProtocolCase):
         self.both_ways(list_server(1148, count=None), rows_of(0, 1148), 3)
         self.both_ways(list_server(1000, count=None), rows_of(0, 1000), 3)
 
-    def test_counts_that_are_wrong(self):
-        for count in (0, 1, -5, 10**6, "23", 23.0, True):
-            for how in (fetched, iterated):
-                with self.subTest(count=count, how=how.__name__):
-                    played = self.play(list_server(23, count=count), how(pagesize=10))
-                    self.assertEqual(played.value, rows_of(0, 23))
-                    self.assertLessEqual(len(played.requests), 7)
+    @each("count", 0, 1, -5, 10**6, "23", 23.0, True)
+    @each_way
+    def test_counts_that_are_wrong(self, count, how):
+        played = self.play(list_server(23, count=count), how(pagesize=10))
+        self.assertEqual(played.value, rows_of(0, 23))
+        self.assertLessEqual(len(played.requests), 7)
 
-    def test_a_count_that_is_too_low_ends_no_walk_while_pages_are_full(self):
-        for how in (fetched, iterated):
-            with self.subTest(how=how.__name__):
-                self.assertEqual(self.play(list_server(43, count=15), how(pagesize=10)).value, rows_of(0, 43))
+    @each_way
+    def test_a_count_that_is_too_low_ends_no_walk_while_pages_are_full(self, how):
+        self.assertEqual(self.play(list_server(43, count=15), how(pagesize=10)).value, rows_of(0, 43))
 
-    def test_a_count_beyond_all_measure_does_no_harm(self):
-        for how in (fetched, iterated):
-            with self.subTest(how=how.__name__):
-                played = self.play(list_server(43, count=10**18), how(pagesize=10))
-                self.assertEqual(played.value, rows_of(0, 43))
-                self.assertLessEqual(len(played.requests), 9)
+    @each_way
+    def test_a_count_beyond_all_measure_does_no_harm(self, how):
+        played = self.play(list_server(43, count=10**18), how(pagesize=10))
+        self.assertEqual(played.value, rows_of(0, 43))
+        self.assertLessEqual(len(played.requests), 9)
 
-    def test_commands_that_ignore_pages_are_not_gathered_twice(self):
+    @each("total", 1, 9, 10, 11, 16, 20, 23)
+    @each("count", "total", None, 10**6)
+    @each_way
+    def test_commands_that_ignore_pages_are_not_gathered_twice(self, total, count, how):
         """5.2.0 gathers duplicates."""
-        for total in (1, 9, 10, 11, 16, 20, 23):
-            for count in ("total", None, 10**6):
-                for how in (fetched, iterated):
-                    with self.subTest(total=total, count=count, how=how.__name__):
-                        played = self.play(list_server(total, count=count, ignores=True), how(pagesize=10))
-                        self.assertEqual(played.value, rows_of(0, total))
-                        self.assertLessEqual(len(played.requests), 5)
-                        if count != 10**6:
-                            self.assertEqual(len(played.requests), 2 if total == 10 else 1)
+        played = self.play(list_server(total, count=count, ignores=True), how(pagesize=10))
+        self.assertEqual(played.value, rows_of(0, total))
+        self.assertLessEqual(len(played.requests), 5)
+        if count != 10**6:
+            self.assertEqual(len(played.requests), 2 if total == 10 else 1)
 
     def test_rows_are_never_compared_by_id(self):
         """listTemplates has a row for every zone."""
@@ -5401,28 +5188,26 @@ class PagesTest(ProtocolCase):
         same = [{"id": "s"}] * 700
         self.both_ways(list_server(700, rows=same), same, 2)
 
-    def test_a_page_whose_figures_move_is_known_by_its_ids(self):
+    @each_way
+    def test_a_page_whose_figures_move_is_known_by_its_ids(self, how):
         """A command that ignores `page`, and fills its page exactly, would be walked for ever (finding 10)."""
         def hosts(played, request):
             rows = [{"id": number, "name": "h", "cpuused": len(played.requests)} for number in range(10)]
             return answer({"r": {"count": 100, "host": rows}})
 
-        for how in (fetched, iterated):
-            with self.subTest(how=how.__name__):
-                played = self.play(hosts, how(pagesize=10))
-                self.assertEqual([row["id"] for row in played.value], list(range(10)))
-                self.assertLessEqual(len(played.requests), 1 + cs.PAGES_AHEAD)
+        played = self.play(hosts, how(pagesize=10))
+        self.assertEqual([row["id"] for row in played.value], list(range(10)))
+        self.assertLessEqual(len(played.requests), 1 + cs.PAGES_AHEAD)
 
-    def test_a_server_that_begins_anew_after_its_last_page(self):
+    @each_way
+    def test_a_server_that_begins_anew_after_its_last_page(self, how):
         def around(played, request):
             first = (int(wire(request)["page"]) - 1) % 3 * 10
             rows = [{"id": number, "cpuused": len(played.requests)} for number in range(first, first + 10)]
             return answer({"r": {"host": rows}})
 
-        for how in (fetched, iterated):
-            with self.subTest(how=how.__name__):
-                played = self.play(around, how(pagesize=10))
-                self.assertEqual([row["id"] for row in played.value], list(range(30)))
+        played = self.play(around, how(pagesize=10))
+        self.assertEqual([row["id"] for row in played.value], list(range(30)))
 
     def test_the_same_ids_in_another_zone_are_other_rows(self):
         rows = [{"id": str(number % 10), "zoneid": number // 10, "isready": True} for number in range(40)]
@@ -5440,43 +5225,36 @@ class PagesTest(ProtocolCase):
                     self.assertIs(type(error), cs.CloudStackException)
                     self.assertIn("more than 50 pages", str(error))
 
-    def test_an_empty_list(self):
-        for document in ({}, {"count": 0}, {"count": 5}, {"thing": []}, {"count": 0, "thing": []}):
-            with self.subTest(document=document):
-                self.both_ways(one(document), [], 1)
+    @each("document", {}, {"count": 0}, {"count": 5}, {"thing": []}, {"count": 0, "thing": []})
+    def test_an_empty_list(self, document):
+        self.both_ways(one(document), [], 1)
 
     def test_past_the_last_page_there_is_a_count_without_a_list(self):
         script = [answer({"r": {"count": 500, "thing": rows_of(0, 500)}}), answer({"r": {"count": 500}})]
         for how in (fetched, iterated):
             self.assertEqual(self.play(script, how()).value, rows_of(0, 500))
 
-    def test_the_list_s_name_does_not_matter(self):
-        for key in ("asyncjobs", "api", "dataStoreProvider", "LdapConfiguration", "stickinesspolicies"):
-            with self.subTest(key=key):
-                self.both_ways(list_server(3, key=key), rows_of(0, 3), 1)
+    @each("key", "asyncjobs", "api", "dataStoreProvider", "LdapConfiguration", "stickinesspolicies")
+    def test_the_list_s_name_does_not_matter(self, key):
+        self.both_ways(list_server(3, key=key), rows_of(0, 3), 1)
 
-    def test_an_object_is_returned_as_it_is_after_one_request(self):
+    @each("document", {"capability": {"cloudstackversion": "4.23"}},
+          {"templatepermission": {"id": "1", "account": ["a"]}}, {"success": True}, {"count": 1, "thing": {"id": "1"}},
+          {"a": [1], "b": [2]}, "text", None, 5, [1, 2], [])  # fmt: skip
+    def test_an_object_is_returned_as_it_is_after_one_request(self, document):
         """5.2.0 asks 250 pages of it."""
-        objects = [
-            {"capability": {"cloudstackversion": "4.23"}}, {"templatepermission": {"id": "1", "account": ["a"]}},
-            {"success": True},
-            {"count": 1, "thing": {"id": "1"}}, {"a": [1], "b": [2]}, "text", None, 5, [1, 2], [],
-        ]  # fmt: skip
-        for document in objects:
-            with self.subTest(document=document):
-                played = self.play([answer({"r": document})], fetched())
-                self.assertEqual((played.error, played.value, len(played.requests)), (None, document, 1))
-                played = self.play([answer({"r": document})], iterated())
-                self.assertEqual((played.error, played.value, len(played.requests)), (None, [document], 1))
+        played = self.play([answer({"r": document})], fetched())
+        self.assertEqual((played.error, played.value, len(played.requests)), (None, document, 1))
+        played = self.play([answer({"r": document})], iterated())
+        self.assertEqual((played.error, played.value, len(played.requests)), (None, [document], 1))
 
-    def test_a_lower_limit_is_learned_and_remembered(self):
+    @each_way
+    def test_a_lower_limit_is_learned_and_remembered(self, how):
         """5.2.0 fails with the 431."""
-        for how in (fetched, iterated):
-            with self.subTest(how=how.__name__):
-                played = self.play(list_server(450, limit=200), one_after_another(how(), how()))
-                self.assertEqual(played.value, [rows_of(0, 450)] * 2)
-                self.assertEqual(len(played.requests), 1 + 3 + 3)
-                self.assertEqual(sorted(played.params(index)["pagesize"] for index in range(7)), ["200"] * 6 + ["500"])
+        played = self.play(list_server(450, limit=200), one_after_another(how(), how()))
+        self.assertEqual(played.value, [rows_of(0, 450)] * 2)
+        self.assertEqual(len(played.requests), 1 + 3 + 3)
+        self.assertEqual(sorted(played.params(index)["pagesize"] for index in range(7)), ["200"] * 6 + ["500"])
 
     def test_a_learned_limit_is_what_a_bare_page_gets(self):
         call = one_after_another(fetched(), asking("listThings", page=2))
@@ -5519,27 +5297,26 @@ class PagesTest(ProtocolCase):
                     self.assertLessEqual(len(played.requests), 3)
         self.assertEqual(self.play(list_server(1148), fetched(page=2)).value, rows_of(500, 1148))
 
-    def test_a_page_that_is_no_number_is_refused_by_name(self):
-        for name in ("page", "pagesize"):
-            for value in ("x", 0, -1, "1.5"):
-                for how in (fetched, iterated):
-                    with self.subTest(name=name, value=value, how=how.__name__):
-                        played = self.play([AssertionError("sent")], how(**{name: value}))
-                        self.assertIsInstance(played.error, ValueError)
-                        self.assertIn(repr(name), str(played.error))
+    @each("name", "page", "pagesize")
+    @each("value", "x", 0, -1, "1.5")
+    @each_way
+    def test_a_page_that_is_no_number_is_refused_by_name(self, name, value, how):
+        played = self.play([AssertionError("sent")], how(**{name: value}))
+        self.assertIsInstance(played.error, ValueError)
+        self.assertIn(repr(name), str(played.error))
 
-    def test_an_error_in_the_middle_is_raised_and_ends_the_walk(self):
+    @each_way
+    def test_an_error_in_the_middle_is_raised_and_ends_the_walk(self, how):
         def broken(played, request):
             page = wire(request)["page"]
             return api_error(530, "page " + page) if page in "34" else list_server(2600)(played, request)
 
-        for how in (fetched, iterated):
-            with self.subTest(how=how.__name__):
-                played = self.play(broken, how())
-                self.assertEqual(played.error.error["errortext"], "page 3")
-                self.assertLessEqual(len(played.requests), 5)
+        played = self.play(broken, how())
+        self.assertEqual(played.error.error["errortext"], "page 3")
+        self.assertLessEqual(len(played.requests), 5)
 
-    def test_every_page_is_retried_within_retry(self):
+    @each_way
+    def test_every_page_is_retried_within_retry(self, how):
         seen = {}
 
         def flaky(played, request):
@@ -5547,12 +5324,10 @@ class PagesTest(ProtocolCase):
             seen[page] = seen.get(page, 0) + 1
             return lost() if seen[page] == 1 else list_server(2600)(played, request)
 
-        for how in (fetched, iterated):
-            with self.subTest(how=how.__name__):
-                seen.clear()
-                played = self.play(flaky, how(), retry=1, retry_backoff=0)
-                self.assertEqual((played.error, played.value), (None, rows_of(0, 2600)))
-                self.assertEqual(len(played.requests), 12)
+        seen.clear()
+        played = self.play(flaky, how(), retry=1, retry_backoff=0)
+        self.assertEqual((played.error, played.value), (None, rows_of(0, 2600)))
+        self.assertEqual(len(played.requests), 12)
 
     def test_every_page_has_a_fresh_expiry(self):
         """5.2.0 computes it once for the whole list."""
@@ -5569,9 +5344,8 @@ class PagesTest(ProtocolCase):
     def test_iter_list_is_lazy(self):
         client = cs.CloudStack(ENDPOINT, "k", "s")
         requests = []
-        object.__setattr__(
-            client, "_exchange", lambda request: requests.append(request) or list_server(2600)(None, request)
-        )
+        object.__setattr__(client, "_exchange",
+                           lambda request: requests.append(request) or list_server(2600)(None, request))  # fmt: skip
         rows = client.iter_list("listThings")
         self.assertEqual(requests, [])
         next(rows)
@@ -5591,11 +5365,8 @@ class PagesTest(ProtocolCase):
         draw = random.Random(7)
         for _ in range(25):
             total, size = draw.choice([0, 1, 5, 9, 10, 11, 20, 39, 40, 41, 95]), draw.choice([1, 2, 5, 10, 40])
-            habits = {
-                "count": draw.choice(["total", "page", None]),
-                "ignores": draw.random() < 0.3,
-                "limit": draw.choice([7, 50]),
-            }
+            habits = {"count": draw.choice(["total", "page", None]), "ignores": draw.random() < 0.3,
+                      "limit": draw.choice([7, 50])}  # fmt: skip
             how = draw.choice([fetched, iterated])
             with self.subTest(total=total, size=size, how=how.__name__, **habits):
                 played = self.play(list_server(total, **habits), how(pagesize=size))
@@ -5613,8 +5384,7 @@ class PagesAheadTest(JumpingCase):
     def serve(self, params, seconds=1):
         request = mock.Mock(
             body=None,
-            url="?" + "&".join("{}={}".format(*pair) for pair in params.items() if pair[0].startswith("page")),
-        )
+            url="?" + "&".join("{}={}".format(*pair) for pair in params.items() if pair[0].startswith("page")))
         return seconds, self.thing(None, request)
 
     def walk(self, call=None, **settings):
@@ -5638,21 +5408,19 @@ class PagesAheadTest(JumpingCase):
         self.server_used = lambda params: self.serve(params, seconds=5 - int(params["page"]) % 4)
         self.assertEqual(self.walk(), rows_of(0, 5000))
 
-    def test_no_page_is_asked_for_that_the_count_does_not_promise(self):
-        for total, pages in ((400, [1]), (501, [1, 2]), (1148, [1, 2, 3])):
-            with self.subTest(total=total):
-                self.requests.clear()
-                self.thing = list_server(total)
-                self.assertEqual(self.walk(), rows_of(0, total))
-                self.assertEqual(sorted(self.pages()), pages)
+    @each("total, pages", (400, [1]), (501, [1, 2]), (1148, [1, 2, 3]))
+    def test_no_page_is_asked_for_that_the_count_does_not_promise(self, total, pages):
+        self.requests.clear()
+        self.thing = list_server(total)
+        self.assertEqual(self.walk(), rows_of(0, total))
+        self.assertEqual(sorted(self.pages()), pages)
 
-    def test_nothing_overlaps_without_a_full_page_and_a_count_above_it(self):
-        for habits in ({"count": "page"}, {"count": None}, {"count": "5000"}):
-            with self.subTest(habits=habits):
-                self.most_flying = 0
-                self.thing = list_server(2600, **habits)
-                self.assertEqual(self.walk(), rows_of(0, 2600))
-                self.assertEqual(self.most_flying, 1)
+    @each("habits", {"count": "page"}, {"count": None}, {"count": "5000"})
+    def test_nothing_overlaps_without_a_full_page_and_a_count_above_it(self, habits):
+        self.most_flying = 0
+        self.thing = list_server(2600, **habits)
+        self.assertEqual(self.walk(), rows_of(0, 2600))
+        self.assertEqual(self.most_flying, 1)
 
     def test_nothing_overlaps_with_a_session_object(self):
         self.assertEqual(self.walk(session=mock.Mock()), rows_of(0, 5000))
@@ -5752,9 +5520,8 @@ class JobsTest(ProtocolCase):
 
     def test_the_first_look_is_at_once_and_the_next_are_ever_farther_apart(self):
         growing = [0.1, 0.1, 0.1, 0.15, 0.225, 0.3375, 0.50625, 0.759375, 1.139063, 1.708594]
-        cases = {
-            2: growing + [2, 2], "5": growing + [2.562891, 3.844336], 0.2: growing[:4] + [0.2] * 8, 0.05: [0.05] * 12
-        }  # fmt: skip
+        cases = {2: growing + [2, 2], "5": growing + [2.562891, 3.844336], 0.2: growing[:4] + [0.2] * 8,
+                 0.05: [0.05] * 12}  # fmt: skip
         for interval, pauses in cases.items():
             with self.subTest(interval=interval):
                 played = self.play([SUBMITTED] + [PENDING] * 12 + [DONE], started(), poll_interval=interval)
@@ -5766,52 +5533,36 @@ class JobsTest(ProtocolCase):
         played = self.play([SUBMITTED], asking("startVirtualMachine", id="vm"))
         self.assertEqual((played.value, len(played.requests)), ({"jobid": "job-1"}, 1))
 
-    def test_the_async_client_waits_unless_told_not_to_and_the_other_does_not(self):
+    @each("kind, settings, params, waits", (cs.CloudStack, {}, {}, False), (cs.AIOCloudStack, {}, {}, True),
+          (cs.AIOCloudStack, {"fetch_result": False}, {}, False),
+          (cs.AIOCloudStack, {"fetch_result": "false"}, {}, False),
+          (cs.AIOCloudStack, {}, {"fetch_result": False}, False), (cs.AIOCloudStack, {}, {"fetch_result": "no"}, False),
+          (cs.CloudStack, {"fetch_result": True}, {}, True), (cs.CloudStack, {}, {"fetch_result": "true"}, True),
+          (cs.CloudStack, {"fetch_result": True}, {"fetch_result": None}, True))  # fmt: skip
+    def test_the_async_client_waits_unless_told_not_to_and_the_other_does_not(self, kind, settings, params, waits):
         """5.2.0 waits in neither."""
-        cases = [
-            (cs.CloudStack, {}, {}, False), (cs.AIOCloudStack, {}, {}, True),
-            (cs.AIOCloudStack, {"fetch_result": False}, {}, False),
-            (cs.AIOCloudStack, {"fetch_result": "false"}, {}, False),
-            (cs.AIOCloudStack, {}, {"fetch_result": False}, False),
-            (cs.AIOCloudStack, {}, {"fetch_result": "no"}, False), (cs.CloudStack, {"fetch_result": True}, {}, True),
-            (cs.CloudStack, {}, {"fetch_result": "true"}, True),
-            (cs.CloudStack, {"fetch_result": True}, {"fetch_result": None}, True),
-        ]  # fmt: skip
-        for kind, settings, params, waits in cases:
-            with self.subTest(kind=kind.__name__, settings=settings, params=params):
-                client = kind(ENDPOINT, "k", "s", poll_interval=0, **settings)
-                script = [SUBMITTED, DONE]
-                object.__setattr__(client, "_exchange", scripted(script))
-                outcome = client.startVirtualMachine(**params)
-                outcome = run(outcome) if kind is cs.AIOCloudStack else outcome
-                self.assertEqual(outcome, {"virtualmachine": {"id": "vm"}} if waits else {"jobid": "job-1"})
-                client.close()
+        client = kind(ENDPOINT, "k", "s", poll_interval=0, **settings)
+        script = [SUBMITTED, DONE]
+        object.__setattr__(client, "_exchange", scripted(script))
+        outcome = client.startVirtualMachine(**params)
+        outcome = run(outcome) if kind is cs.AIOCloudStack else outcome
+        self.assertEqual(outcome, {"virtualmachine": {"id": "vm"}} if waits else {"jobid": "job-1"})
+        client.close()
 
-    def test_results_of_every_shape(self):
-        cases = [
-            ({"jobresult": {"success": True}}, {"success": True}), ({}, {}), ({"jobresult": None}, {}),
-            ({"jobresult": {}}, {}),
-            ({"jobresult": "text", "jobresulttype": "text"}, "text"), ({"jobresult": [1]}, [1]),
-            ({"jobresult": False}, False),
-        ]  # fmt: skip
-        for more, expected in cases:
-            for status in (1, "1"):
-                with self.subTest(more=more, status=status):
-                    played = self.play([SUBMITTED, looked(status, **more)], started())
-                    self.assertEqual((played.error, played.value), (None, expected))
+    @each("more, expected", ({"jobresult": {"success": True}}, {"success": True}), ({}, {}), ({"jobresult": None}, {}),
+          ({"jobresult": {}}, {}), ({"jobresult": "text", "jobresulttype": "text"}, "text"), ({"jobresult": [1]}, [1]),
+          ({"jobresult": False}, False))  # fmt: skip
+    @each("status", 1, "1")
+    def test_results_of_every_shape(self, more, expected, status):
+        played = self.play([SUBMITTED, looked(status, **more)], started())
+        self.assertEqual((played.error, played.value), (None, expected))
 
     def test_failures_of_every_shape(self):
         """5.2.0 polls for ever where there is no jobresult."""
         failure = {"errorcode": 530, "errortext": "no capacity"}
         for status in (2, 3, "2", 4, -1):
-            for more in (
-                {"jobresult": failure},
-                {},
-                {"jobresult": None},
-                {"jobresult": "text"},
-                {"jobresultcode": 0},
-                {"jobresult": {}},
-            ):
+            for more in ({"jobresult": failure}, {}, {"jobresult": None}, {"jobresult": "text"}, {"jobresultcode": 0},
+                         {"jobresult": {}}):  # fmt: skip
                 with self.subTest(status=status, more=more):
                     response = looked(status, **more)
                     played = self.play([SUBMITTED, PENDING, response], started())
@@ -5825,14 +5576,8 @@ class JobsTest(ProtocolCase):
                     self.assertFalse(played.error.outcome_unknown)
 
     def test_what_is_no_job_is_returned_as_it_is(self):
-        for document in (
-            {"id": "1"},
-            {"count": 1, "vm": [{"id": "1", "jobid": "other"}]},
-            {"jobid": "j", "jobstatus": 0},
-            "text",
-            [],
-            {},
-        ):
+        for document in ({"id": "1"}, {"count": 1, "vm": [{"id": "1", "jobid": "other"}]},
+                         {"jobid": "j", "jobstatus": 0}, "text", [], {}):  # fmt: skip
             with self.subTest(document=document):
                 played = self.play(one(document), started())
                 self.assertEqual((played.value, len(played.requests)), (document, 1))
@@ -5865,11 +5610,10 @@ class JobsTest(ProtocolCase):
         self.assertEqual(error.args, ("Timeout waiting for async job result", "job-1"))
         self.assertEqual((error.response, error.jobid, type(error)), (None, "job-1", cs.CloudStackJobTimeout))
 
-    def test_a_deadline_of_nothing_is_one_look(self):
-        for script, value in (([SUBMITTED, DONE], {"virtualmachine": {"id": "vm"}}), ([SUBMITTED, PENDING], None)):
-            with self.subTest(value=value):
-                played = self.play(script, started(), job_timeout=0)
-                self.assertEqual((played.value, len(played.requests), played.slept), (value, 2, 0))
+    @each("script, value", ([SUBMITTED, DONE], {"virtualmachine": {"id": "vm"}}), ([SUBMITTED, PENDING], None))
+    def test_a_deadline_of_nothing_is_one_look(self, script, value):
+        played = self.play(script, started(), job_timeout=0)
+        self.assertEqual((played.value, len(played.requests), played.slept), (value, 2, 0))
 
     def test_a_look_that_takes_beyond_the_deadline_is_followed_by_the_last(self):
         def slow(played, request):
@@ -5887,17 +5631,13 @@ class JobsTest(ProtocolCase):
 
     def trouble(self):
         as_json = {"Content-Type": "application/json"}
-        return [
-            silent(), lost(), lost(stale=True), unsent(), answer("<html>", 502), answer("<html>", 503),
-            answer("<html>", 504), answer("<html>"),
-            answer("<html>", 404), answer("<html>", 401), answer(b""), answer("{", headers=as_json),
-            answer("[" * 10000, headers=as_json), answer([1]),
-            api_error(429, "please retry after [10] ms."), api_error(503, "maintenance"), answer({"r": {}}),
-            answer({"r": "text"}),
-            answer({"r": {"jobstatus": "x"}}), answer({"r": None}), answer({"r": {"jobstatus": None}}),
-            answer({"r": [0]}),
-            answer('{"r": {"jobstatus": 1e999}}', headers=as_json),
-        ]  # fmt: skip
+        return [silent(), lost(), lost(stale=True), unsent(), answer("<html>", 502), answer("<html>", 503),
+                answer("<html>", 504), answer("<html>"), answer("<html>", 404), answer("<html>", 401), answer(b""),
+                answer("{", headers=as_json), answer("[" * 10000, headers=as_json), answer([1]),
+                api_error(429, "please retry after [10] ms."), api_error(503, "maintenance"), answer({"r": {}}),
+                answer({"r": "text"}), answer({"r": {"jobstatus": "x"}}), answer({"r": None}),
+                answer({"r": {"jobstatus": None}}), answer({"r": [0]}),
+                answer('{"r": {"jobstatus": 1e999}}', headers=as_json)]  # fmt: skip
 
     def test_trouble_on_the_way_is_ridden_out(self):
         """5.2.0 gives up on a 503 or an HTML page."""
@@ -5907,15 +5647,14 @@ class JobsTest(ProtocolCase):
                     played = self.play([SUBMITTED, item, PENDING, item, DONE], started(), **settings)
                     self.assertEqual((played.error, played.value), (None, {"virtualmachine": {"id": "vm"}}))
 
-    def test_without_a_deadline_ten_troubles_in_a_row_end_the_wait(self):
-        for item in (silent(), answer("<html>", 502), api_error(503), answer({"r": {}})):
-            with self.subTest(item=item):
-                played = self.play([SUBMITTED, afresh(item)], started(), retry=3)
-                self.assertEqual(len(played.requests), 11)
-                self.assertEqual(played.pauses, [2, 4, 8, 16, 30, 30, 30, 30, 30])
-                self.assertIsInstance(played.error, cs.CloudStackException)
-                self.assertNotIsInstance(played.error, cs.CloudStackJobTimeout)
-                self.assertEqual(played.error.jobid, "job-1")
+    @each("item", silent(), answer("<html>", 502), api_error(503), answer({"r": {}}))
+    def test_without_a_deadline_ten_troubles_in_a_row_end_the_wait(self, item):
+        played = self.play([SUBMITTED, afresh(item)], started(), retry=3)
+        self.assertEqual(len(played.requests), 11)
+        self.assertEqual(played.pauses, [2, 4, 8, 16, 30, 30, 30, 30, 30])
+        self.assertIsInstance(played.error, cs.CloudStackException)
+        self.assertNotIsInstance(played.error, cs.CloudStackJobTimeout)
+        self.assertEqual(played.error.jobid, "job-1")
 
     def test_a_good_look_begins_the_count_anew(self):
         script = [SUBMITTED] + ([answer("<html>", 502)] * 9 + [PENDING]) * 3 + [DONE]
@@ -5933,38 +5672,33 @@ class JobsTest(ProtocolCase):
         self.assertEqual(self.play([SUBMITTED, throttled, DONE], started()).pauses, [7.0])
         self.assertEqual(self.play([SUBMITTED, throttled, DONE], started(), job_timeout=3).pauses, [3.0])
 
-    def test_no_wait_the_server_asks_for_holds_a_job_for_ever(self):
-        for item in (
-            answer("<html>", 503, headers={"Retry-After": "9" * 30}),
+    @each("item", answer("<html>", 503, headers={"Retry-After": "9" * 30}),
             answer("<html>", 503, headers={"Retry-After": "\xb2"}),
             api_error(429, "please retry after [{}] ms.".format("9" * 400)),
             answer("<html>", 503, headers={"Retry-After": "86400"}),
-            answer("<html>", 503, headers={"Retry-After": "Mon, 01 Jan 99999 00:00:00 GMT"}),
-        ):  # fmt: skip
-            with self.subTest(headers=item.headers.items()):
-                played = self.play([SUBMITTED, item, DONE], started())
-                self.assertTrue(played.value or isinstance(played.error, cs.CloudStackException), played.error)
-                self.assertLessEqual(max(played.pauses), 30.0)
-                played = self.play([SUBMITTED, item, DONE], started(), job_timeout=60)
-                self.assertLessEqual(played.slept, 60)
+            answer("<html>", 503, headers={"Retry-After": "Mon, 01 Jan 99999 00:00:00 GMT"}))
+    def test_no_wait_the_server_asks_for_holds_a_job_for_ever(self, item):
+        played = self.play([SUBMITTED, item, DONE], started())
+        self.assertTrue(played.value or isinstance(played.error, cs.CloudStackException), played.error)
+        self.assertLessEqual(max(played.pauses), 30.0)
+        played = self.play([SUBMITTED, item, DONE], started(), job_timeout=60)
+        self.assertLessEqual(played.slept, 60)
 
-    def test_an_error_the_server_states_in_json_ends_the_wait(self):
-        for code in (401, 431, 432, 530, 531, 532, 533, 534, 535, 536, 537):
-            with self.subTest(code=code):
-                played = self.play([SUBMITTED, PENDING, api_error(code, "text")], started(), retry=5, job_timeout=100)
-                self.assertEqual(len(played.requests), 3)
-                self.assertEqual((played.error.error["errorcode"], played.error.jobid), (code, "job-1"))
-                self.assertFalse(played.error.outcome_unknown)
+    @each("code", 401, 431, 432, 530, 531, 532, 533, 534, 535, 536, 537)
+    def test_an_error_the_server_states_in_json_ends_the_wait(self, code):
+        played = self.play([SUBMITTED, PENDING, api_error(code, "text")], started(), retry=5, job_timeout=100)
+        self.assertEqual(len(played.requests), 3)
+        self.assertEqual((played.error.error["errorcode"], played.error.jobid), (code, "job-1"))
+        self.assertFalse(played.error.outcome_unknown)
 
     def test_an_error_before_there_was_a_job_has_no_id(self):
         for item in (silent(), api_error(533), answer("<html>")):
             self.assertIsNone(self.play([item], started()).error.jobid)
 
-    def test_everything_raised_after_the_submission_carries_the_id(self):
-        for error in (ValueError("x"), RuntimeError("x"), MemoryError(), cs.CloudStackException("x")):
-            with self.subTest(error=error):
-                played = self.play([SUBMITTED, afresh(error)], started(), job_timeout=0)
-                self.assertEqual(played.error.jobid, "job-1")
+    @each("error", ValueError("x"), RuntimeError("x"), MemoryError(), cs.CloudStackException("x"))
+    def test_everything_raised_after_the_submission_carries_the_id(self, error):
+        played = self.play([SUBMITTED, afresh(error)], started(), job_timeout=0)
+        self.assertEqual(played.error.jobid, "job-1")
 
     def test_ctrl_c_carries_the_id(self):
         for script in ([SUBMITTED, KeyboardInterrupt()], [SUBMITTED, SystemExit(3)]):
@@ -5977,9 +5711,8 @@ class JobsTest(ProtocolCase):
 
         client = cs.CloudStack(ENDPOINT, "k", "s")
         object.__setattr__(client, "_exchange", lambda request: SUBMITTED)
-        with mock.patch.object(cs, "_sleep", side_effect=KeyboardInterrupt), self.assertRaises(
-            KeyboardInterrupt
-        ) as caught:
+        with mock.patch.object(cs, "_sleep",
+                               side_effect=KeyboardInterrupt), self.assertRaises(KeyboardInterrupt) as caught:
             client.startVirtualMachine(fetch_result=True)
         self.assertEqual(caught.exception.jobid, "job-1")
 
@@ -6015,17 +5748,8 @@ class JobsTest(ProtocolCase):
         self.assertEqual(played.params(0)["expires"], "2030-01-01T00:00:00+0000")
 
     def test_a_session_that_expires_during_the_wait_is_renewed(self):
-        script = [
-            login_answer(),
-            SUBMITTED,
-            PENDING,
-            api_error(401),
-            login_answer("SK2"),
-            PENDING,
-            api_error(401),
-            login_answer("SK3"),
-            DONE,
-        ]
+        script = [login_answer(), SUBMITTED, PENDING, api_error(401), login_answer("SK2"), PENDING, api_error(401),
+                  login_answer("SK3"), DONE]  # fmt: skip
         played = self.play(script, started(), **USER)
         self.assertEqual((played.value, played.commands.count("login")), ({"virtualmachine": {"id": "vm"}}, 3))
 
@@ -6044,9 +5768,8 @@ class JobsTest(ProtocolCase):
 
     def test_wait_job(self):
         played = self.play([PENDING, DONE], asking("wait_job", jobid="job-1"))
-        self.assertEqual(
-            (played.value, played.commands), ({"virtualmachine": {"id": "vm"}}, ["queryAsyncJobResult"] * 2)
-        )
+        self.assertEqual((played.value, played.commands),
+                         ({"virtualmachine": {"id": "vm"}}, ["queryAsyncJobResult"] * 2))  # fmt: skip
         error = self.play([looked(2)], asking("wait_job", jobid="job-1")).error
         self.assertEqual((error.args, error.jobid), (("Job failure",), "job-1"))
         error = self.play([PENDING], asking("wait_job", jobid="job-1"), job_timeout=5).error
@@ -6110,39 +5833,31 @@ class RecoveryTest(ProtocolCase):
 
     def losses(self):
         page = {"Content-Type": "text/html"}
-        return [
-            afresh(silent()), afresh(lost()), answer("<html>", 502), answer("<html>", 504), answer("<html>", 500),
-            answer("<html>"), answer(b""), answer(b"", headers=page), answer([1]),
-            answer("{", headers={"Content-Type": "json"}),
-        ]  # fmt: skip
+        return [afresh(silent()), afresh(lost()), answer("<html>", 502), answer("<html>", 504), answer("<html>", 500),
+                answer("<html>"), answer(b""), answer(b"", headers=page), answer([1]),
+                answer("{", headers={"Content-Type": "json"})]  # fmt: skip
 
-    def test_what_changes_something_carries_a_fresh_id_for_its_job(self):
-        for command in ("deployVirtualMachine", "getUploadParamsForVolume", "activateProject"):
-            with self.subTest(command=command):
-                call = one_after_another(asking(command), asking(command))
-                played = self.deploy([SUBMITTED], call=call)
-                first, second = (played.params(index)["customjobid"] for index in (0, 1))
-                self.assertTrue(UUID4.match(first) and UUID4.match(second) and first != second, (first, second))
+    @each("command", "deployVirtualMachine", "getUploadParamsForVolume", "activateProject")
+    def test_what_changes_something_carries_a_fresh_id_for_its_job(self, command):
+        call = one_after_another(asking(command), asking(command))
+        played = self.deploy([SUBMITTED], call=call)
+        first, second = (played.params(index)["customjobid"] for index in (0, 1))
+        self.assertTrue(UUID4.match(first) and UUID4.match(second) and first != second, (first, second))
 
-    def test_nothing_else_does(self):
-        cases = [
-            ("listZones", True, {}), ("queryAsyncJobResult", True, {"jobid": "1"}), ("deployVirtualMachine", False, {}),
-            ("deployVirtualMachine", True, {"json": False}), ("logout", True, {}),
-        ]  # fmt: skip
-        for command, recover, params in cases:
-            with self.subTest(command=command, recover=recover):
-                self.assertNotIn("customjobid", self.deploy(one(), recover, asking(command, **params)).params())
+    @each("command, recover, params", ("listZones", True, {}), ("queryAsyncJobResult", True, {"jobid": "1"}),
+          ("deployVirtualMachine", False, {}), ("deployVirtualMachine", True, {"json": False}), ("logout", True, {}))
+    def test_nothing_else_does(self, command, recover, params):
+        self.assertNotIn("customjobid", self.deploy(one(), recover, asking(command, **params)).params())
 
     def test_the_library_sends_it_only_where_it_is_asked_to(self):
         self.assertNotIn("customjobid", self.play(one(), asking("deployVirtualMachine")).params())
 
-    def test_an_id_of_the_caller_s_own_is_kept(self):
-        for name in ("customjobid", "customJobId"):
-            with self.subTest(name=name):
-                script = [lost(), self.known()]
-                played = self.deploy(script, call=asking("deployVirtualMachine", **{name: "mine"}))
-                self.assertEqual((played.params(0)[name], played.params(1)["jobid"]), ("mine", "mine"))
-                self.assertEqual(played.value, {"id": "vm-1", "jobid": "mine"})
+    @each("name", "customjobid", "customJobId")
+    def test_an_id_of_the_caller_s_own_is_kept(self, name):
+        script = [lost(), self.known()]
+        played = self.deploy(script, call=asking("deployVirtualMachine", **{name: "mine"}))
+        self.assertEqual((played.params(0)[name], played.params(1)["jobid"]), ("mine", "mine"))
+        self.assertEqual(played.value, {"id": "vm-1", "jobid": "mine"})
 
     def test_the_job_of_a_lost_answer_is_found(self):
         for item in self.losses():
@@ -6172,21 +5887,18 @@ class RecoveryTest(ProtocolCase):
         played = self.deploy([lost(), UNKNOWN_JOB, UNKNOWN_JOB, UNKNOWN_JOB, self.known()])
         self.assertEqual((played.value["id"], played.pauses), ("vm-1", [0.1, 0.1, 0.1]))
 
-    def test_a_job_that_stays_unknown_is_the_first_error(self):
-        for item, kind in (
-            (afresh(silent()), cs.CloudStackTimeoutError), (afresh(lost()), cs.CloudStackConnectionError),
-            (answer("<html>", 502), cs.CloudStackException), (answer("<html>"), cs.CloudStackException),
-        ):  # fmt: skip
-            with self.subTest(kind=kind.__name__):
-                played = self.deploy([item, UNKNOWN_JOB], timeout=6)
-                job = played.params(0)["customjobid"]
-                error = played.error
-                self.assertIs(type(error), kind)
-                self.assertEqual((error.outcome_unknown, error.jobid), (True, job))
-                self.assertIn("the server knows no job {0}; wait_job() or `cs --wait {0}`".format(job), str(error))
-                self.assertEqual(len(error.args), 2)
-                self.assertTrue(6 <= played.slept <= 8, played.slept)
-                self.assertEqual(played.commands.count("deployVirtualMachine"), 1)
+    @each("item, kind", (afresh(silent()), cs.CloudStackTimeoutError), (afresh(lost()), cs.CloudStackConnectionError),
+            (answer("<html>", 502), cs.CloudStackException), (answer("<html>"), cs.CloudStackException))
+    def test_a_job_that_stays_unknown_is_the_first_error(self, item, kind):
+        played = self.deploy([item, UNKNOWN_JOB], timeout=6)
+        job = played.params(0)["customjobid"]
+        error = played.error
+        self.assertIs(type(error), kind)
+        self.assertEqual((error.outcome_unknown, error.jobid), (True, job))
+        self.assertIn("the server knows no job {0}; wait_job() or `cs --wait {0}`".format(job), str(error))
+        self.assertEqual(len(error.args), 2)
+        self.assertTrue(6 <= played.slept <= 8, played.slept)
+        self.assertEqual(played.commands.count("deployVirtualMachine"), 1)
 
     def _play_one(self, *args):
         """As ever; each client draws the same ids, which the texts of errors name."""
@@ -6195,11 +5907,10 @@ class RecoveryTest(ProtocolCase):
         with mock.patch("uuid.uuid4", drawn):
             return super()._play_one(*args)
 
-    def test_trouble_is_ridden_out_while_the_job_is_looked_for(self):
-        for item in JobsTest.trouble(None):
-            with self.subTest(item=getattr(item, "content", item)):
-                played = self.deploy([lost(), item, item, UNKNOWN_JOB, item, self.known()])
-                self.assertEqual((played.error, played.value["id"]), (None, "vm-1"))
+    @each("item", *JobsTest.trouble(None))
+    def test_trouble_is_ridden_out_while_the_job_is_looked_for(self, item):
+        played = self.deploy([lost(), item, item, UNKNOWN_JOB, item, self.known()])
+        self.assertEqual((played.error, played.value["id"]), (None, "vm-1"))
 
     def test_trouble_breaks_a_row_of_answers_that_know_no_job(self):
         script = [lost()] + [UNKNOWN_JOB] * 9 + [silent()] + [UNKNOWN_JOB] * 3 + [self.known()]
@@ -6213,19 +5924,17 @@ class RecoveryTest(ProtocolCase):
         played = self.deploy([lost(), afresh(answer("<html>", 502))], job_timeout=20)
         self.assertEqual((type(played.error), played.slept), (cs.CloudStackConnectionError, 20))
 
-    def test_an_answer_about_the_caller_ends_it(self):
-        for code in (401, 432, 531):
-            with self.subTest(code=code):
-                played = self.deploy([lost(), api_error(code)])
-                self.assertEqual((type(played.error), len(played.requests)), (cs.CloudStackConnectionError, 2))
-                self.assertTrue(played.error.outcome_unknown)
+    @each("code", 401, 432, 531)
+    def test_an_answer_about_the_caller_ends_it(self, code):
+        played = self.deploy([lost(), api_error(code)])
+        self.assertEqual((type(played.error), len(played.requests)), (cs.CloudStackConnectionError, 2))
+        self.assertTrue(played.error.outcome_unknown)
 
-    def test_what_surely_did_not_run_is_not_looked_for(self):
-        for item in (afresh(unsent()), api_error(530), api_error(431), api_error(401)):
-            with self.subTest(item=item):
-                played = self.deploy([item])
-                self.assertEqual((len(played.requests), played.error.jobid), (1, None))
-                self.assertFalse(played.error.outcome_unknown)
+    @each("item", afresh(unsent()), api_error(530), api_error(431), api_error(401))
+    def test_what_surely_did_not_run_is_not_looked_for(self, item):
+        played = self.deploy([item])
+        self.assertEqual((len(played.requests), played.error.jobid), (1, None))
+        self.assertFalse(played.error.outcome_unknown)
 
     def test_what_may_be_sent_again_has_the_same_id_again(self):
         refused = api_error(400, "State changing command deployVirtualMachine needs to be sent using POST request")
@@ -6287,8 +5996,7 @@ class JobsAtOnceTest(JumpingCase):
 
     def list_pending(self, params):
         pending = self.strangers + sorted(
-            job for job, end in self.ends.items() if self.loop.time() < end and job not in self.hidden
-        )
+            job for job, end in self.ends.items() if self.loop.time() < end and job not in self.hidden)  # fmt: skip
         size, page = int(params.get("pagesize", 500)), int(params.get("page", 1))
         rows = [{"jobid": job, "jobstatus": 0} for job in pending[(page - 1) * size : page * size]]
         document = {"count": len(pending), "asyncjobs": rows} if rows else ({"count": len(pending)} if pending else {})
@@ -6302,10 +6010,9 @@ class JobsAtOnceTest(JumpingCase):
             if self.loop.time() < self.ends[jobid]:
                 return PENDING
             return (
-                looked(2, jobresult={"errorcode": 530, "job": jobid})
-                if jobid in self.fails
-                else looked(jobresult={"job": jobid})
-            )
+                looked(2,
+                jobresult={"errorcode": 530, "job": jobid}) if jobid in self.fails else looked(jobresult={"job": jobid})
+            )  # fmt: skip
         jobid = "job-{:04}".format(int(params["id"]))
         self.ends[jobid] = self.loop.time() + self.lasts * (1 + int(params["id"]) % 5 / 10)
         return answer({"r": {"jobid": jobid}})
@@ -6358,27 +6065,19 @@ class JobsAtOnceTest(JumpingCase):
         self.check(10)
         self.assertEqual(self.count("listAsyncJobs"), 1)
 
-    def test_lists_of_no_use_fall_back_to_single_looks(self):
-        for listed in (
-            answer({"r": {"success": True}}),
-            answer({"r": "x"}),
-            answer("<html>"),
-            api_error(401),
-            api_error(530),
-            answer([1]),
-        ):
-            with self.subTest(listed=listed.content):
-                self.requests.clear()
-                self.listing = lambda params, listed=listed: listed
-                self.check(6)
-                self.assertLessEqual(self.count("listAsyncJobs"), 2)
+    @each("listed", answer({"r": {"success": True}}), answer({"r": "x"}), answer("<html>"), api_error(401),
+          api_error(530), answer([1]))  # fmt: skip
+    def test_lists_of_no_use_fall_back_to_single_looks(self, listed):
+        self.requests.clear()
+        self.listing = lambda params, listed=listed: listed
+        self.check(6)
+        self.assertLessEqual(self.count("listAsyncJobs"), 2)
 
-    def test_rows_of_any_shape_do_no_harm(self):
-        for rows in ([None, 5, "x", []], [{"jobid": None}, {"jobid": ["job-0001"]}, {}], [{"jobid": {"a": 1}}] * 3):
-            with self.subTest(rows=rows):
-                listed = answer({"r": {"count": len(rows), "asyncjobs": rows}})
-                self.listing = lambda params, listed=listed: listed
-                self.check(5)
+    @each("rows", [None, 5, "x", []], [{"jobid": None}, {"jobid": ["job-0001"]}, {}], [{"jobid": {"a": 1}}] * 3)
+    def test_rows_of_any_shape_do_no_harm(self, rows):
+        listed = answer({"r": {"count": len(rows), "asyncjobs": rows}})
+        self.listing = lambda params, listed=listed: listed
+        self.check(5)
 
     def test_passing_trouble_with_the_list_is_no_trouble_for_the_jobs(self):
         troubles = [silent(), lost(), answer("<html>", 502), api_error(503), api_error(429), unsent()]
@@ -6444,12 +6143,10 @@ class JobsAtOnceTest(JumpingCase):
             self.assertIsInstance(outcome, cs.CloudStackJobTimeout)
             self.assertEqual((outcome.jobid, outcome.response.status_code), ("job-{:04}".format(index), 408))
         self.assertLess(self.loop.time() - begun, 7.5)
-        last = {
-            params["jobid"]: moment for moment, params, _ in self.requests if params["command"] == "queryAsyncJobResult"
-        }
-        self.assertEqual(
-            {jobid: 7 <= moment - begun < 7.2 for jobid, moment in last.items()}, dict.fromkeys(self.ends, True)
-        )
+        last = {params["jobid"]: moment for moment, params,
+                _ in self.requests if params["command"] == "queryAsyncJobResult"}  # fmt: skip
+        self.assertEqual({jobid: 7 <= moment - begun < 7.2 for jobid, moment in last.items()},
+                         dict.fromkeys(self.ends, True))  # fmt: skip
 
     def test_a_list_that_does_not_come_makes_nobody_miss_the_deadline(self):
         self.lasts = 1000
@@ -6472,8 +6169,7 @@ class JobsAtOnceTest(JumpingCase):
 
     def test_a_list_that_goes_on_showing_a_job_is_not_believed_for_ever(self):
         self.listing = lambda params: answer(
-            {"r": {"count": len(self.ends), "asyncjobs": [{"jobid": job, "jobstatus": 0} for job in self.ends]}}
-        )
+            {"r": {"count": len(self.ends), "asyncjobs": [{"jobid": job, "jobstatus": 0} for job in self.ends]}})
         self.check(10)
         self.assertLessEqual(self.loop.time() - max(self.ends.values()), cs.OWN_LOOK * 2.0 + 2.5)
 
