@@ -2991,7 +2991,7 @@ def run(coroutine):
 def each(names, *rows):
     """Run a test method once for each row, as a subtest; what is in the row are its arguments of these names.
 
-    One name: a row is its value. Two of these above one method run it with each row of the one and each of the other."""
+    One name: a row is its value. Two of these above one method: each row of the one with each of the other."""
     names = names.split(", ")
 
     def decorate(test):
@@ -3914,14 +3914,14 @@ class HelpersTest(unittest.TestCase):
     def test_check_key_takes_names_and_patterns(self, key, expected):
         self.assertIs(cs.check_key(key, ["key", "header_*"]), expected)
 
-    def test_strtobool(self):
-        for word in ("y", "yes", "t", "true", "on", "1", "TRUE", "Yes"):
-            self.assertIs(cs.strtobool(word), True, word)
-        for word in ("n", "no", "f", "false", "off", "0", "False", "OFF"):
-            self.assertIs(cs.strtobool(word), False, word)
-        for word in ("", "2", "nope", "False ; comment", " true"):
-            with self.subTest(word=word), self.assertRaises(ValueError):
-                cs.strtobool(word)
+    @each("expected, words", (True, "y yes t true on 1 TRUE Yes"), (False, "n no f false off 0 False OFF"))
+    def test_strtobool(self, expected, words):
+        for word in words.split():
+            self.assertIs(cs.strtobool(word), expected, word)
+
+    @each("word", "", "2", "nope", "False ; comment", " true")
+    def test_what_is_no_boolean(self, word):
+        self.assertRaises(ValueError, cs.strtobool, word)
 
     def test_expires_format(self):
         moment = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)
@@ -4195,9 +4195,10 @@ class VerbTest(ProtocolCase):
         requests = []
         client = answered_by(lambda request: requests.append(request) or one()[0])
         client._server.post_only = True
-        reading = ("listZones getVirtualMachineUserData queryAsyncJobResult findHostsForMigration quotaBalance quotaIsEnabled"
-                   " readyForShutdown verifyOAuthCodeAndGetUser isAccountAllowedToCreateOfferingsWithTags quotaStatement"
-                   " quotaSummary quotaTariffList cloudianIsEnabled").split()  # fmt: skip
+        reading = (
+            "listZones getVirtualMachineUserData queryAsyncJobResult findHostsForMigration quotaBalance quotaIsEnabled"
+            " readyForShutdown verifyOAuthCodeAndGetUser isAccountAllowedToCreateOfferingsWithTags quotaStatement"
+            " quotaSummary quotaTariffList cloudianIsEnabled").split()  # fmt: skip
         changing = "quotaUpdate deployVirtualMachine list prepareForShutdown relistThings".split()
         for command in reading + changing:
             with self.subTest(command=command):
@@ -4243,8 +4244,8 @@ class DecodingTest(ProtocolCase):
         played = self.play([answer(document)], asking("listZones"))
         self.assertEqual((None, expected), (played.error, played.value))
 
-    @each("kind", "application/json", "text/javascript; charset=UTF-8", "application/JSON", "application/javascript",
-          None)  # fmt: skip
+    @each("kind", None, "application/json", "text/javascript; charset=UTF-8", "application/JSON",
+          "application/javascript")  # fmt: skip
     def test_json_under_any_type_that_says_so_or_none(self, kind):
         response = answer({"r": {"a": 1}})
         del response.headers["Content-Type"]
@@ -4297,8 +4298,8 @@ class DecodingTest(ProtocolCase):
         self.assertIn("empty", str(played.error))
         self.assertTrue(played.error.outcome_unknown)
 
-    @each("code, key", *[(code, key) for code in (400, 401, 405, 429, 430, 431, 432, 503, *range(530, 538))
-          for key in (("errorresponse", "null") if code in (401, 530) else ("listzonesresponse",))])  # fmt: skip
+    @each("code, key", (401, "errorresponse"), (401, "null"), (530, "errorresponse"), (530, "null"),
+          *[(code, "listzonesresponse") for code in (400, 405, 429, 430, 431, 432, 503, *range(531, 538))])  # fmt: skip
     def test_the_server_s_own_errors(self, code, key):
         played = self.play([api_error(code, "text", key=key)], asking("listZones"))
         error = {"uuidList": [], "errorcode": code, "cserrorcode": 9999, "errortext": "text"}
@@ -5626,10 +5627,9 @@ class JobsAtOnceTest(JumpingCase):
             self.assertIsInstance(outcome, cs.CloudStackJobTimeout)
             self.assertEqual((f"job-{index:04}", 408), (outcome.jobid, outcome.response.status_code))
         self.assertLess(self.loop.time() - begun, 7.5)
-        last = {params["jobid"]: moment for moment, params,
-                _ in self.requests if params["command"] == "queryAsyncJobResult"}  # fmt: skip
-        self.assertEqual(dict.fromkeys(self.ends, True),
-                         {jobid: 7 <= moment - begun < 7.2 for jobid, moment in last.items()})  # fmt: skip
+        looks = [(params, at) for at, params, _ in self.requests if params["command"] == "queryAsyncJobResult"]
+        last = {params["jobid"]: at - begun for params, at in looks}
+        self.assertEqual(dict.fromkeys(self.ends, True), {jobid: 7 <= at < 7.2 for jobid, at in last.items()})
 
     def test_a_list_that_does_not_come_makes_nobody_miss_the_deadline(self):
         self.lasts = 1000
@@ -5651,8 +5651,8 @@ class JobsAtOnceTest(JumpingCase):
         self.assertLessEqual(self.count("queryAsyncJobResult"), 10 * 3)
 
     def test_a_list_that_goes_on_showing_a_job_is_not_believed_for_ever(self):
-        self.listing = lambda params: answer(
-            {"r": {"count": len(self.ends), "asyncjobs": [{"jobid": job, "jobstatus": 0} for job in self.ends]}})
+        rows = lambda: [{"jobid": job, "jobstatus": 0} for job in self.ends]  # noqa: E731
+        self.listing = lambda params: answer({"r": {"count": len(self.ends), "asyncjobs": rows()}})
         self.check(10)
         self.assertLessEqual(self.loop.time() - max(self.ends.values()), cs.OWN_LOOK * 2.0 + 2.5)
 
@@ -6098,7 +6098,7 @@ class StoppedLoopTest(unittest.TestCase):
         self.addCleanup(end)
 
     def test_one_that_logs_in_for_all_holds_nobody_up(self):
-        client = cs.AIOCloudStack(ENDPOINT, username="u", password="p", fetch_result=False)
+        client = cs.AIOCloudStack(ENDPOINT, fetch_result=False, **LOGIN)
         serve = lambda params: login_answer() if params["command"] == "login" else one({"a": 1})[0]  # noqa: E731
         with mock.patch.object(cs, "LEASE", 0.05):
             self.stop_in_the_midst_of("login", client, serve)
@@ -9343,21 +9343,18 @@ class RedactionTest(TransportCase):
 
     QUERY = "?token=" + CANARY_TOKEN
 
-    def test_no_advice_quotes_the_query_of_the_endpoint(self):
-        for body, status in ((b"<html>", "404 Not Found"), (b"{", "200 OK"), (b"[1]", "200 OK"), (b"", "200 OK"),
-                             (b"{}", "500 x")):  # fmt: skip
-            for kind in BOTH:
-                with self.subTest(body=body, kind=kind.__name__):
-                    server = self.serve([READ, reply(body, status), AGAIN])
-                    self.fails(self.client(server.url + self.QUERY, kind), cs.CloudStackException)
+    @each("body, status", (b"<html>", "404 Not Found"), (b"{", "200 OK"), (b"[1]", "200 OK"), (b"", "200 OK"),
+          (b"{}", "500 x"))  # fmt: skip
+    @both
+    def test_no_advice_quotes_the_query_of_the_endpoint(self, body, status, kind):
+        server = self.serve([READ, reply(body, status), AGAIN])
+        self.fails(self.client(server.url + self.QUERY, kind), cs.CloudStackException)
 
-    def test_a_secret_that_an_answer_quotes_is_hidden_in_each_form_and_whole(self):
+    @each("secret", 'CANARY~"quoted"', "CANARY*star(1)", "CANARY/slash ü", "CANARY\\back\n")
+    def test_a_secret_that_an_answer_quotes_is_hidden_in_each_form_and_whole(self, secret):
         """As it is, percent-encoded as the server does and as everybody else does, and escaped in JSON."""
-        for secret in ('CANARY~"quoted"', "CANARY*star(1)", "CANARY/slash ü", "CANARY\\back\n"):
-            texts = (secret, cs.cs_encode(secret), quote(secret), json.dumps(secret)[1:-1])
-            for text in texts:
-                with self.subTest(text=text):
-                    self.assertEqual("<***>", cs._mask_text("<" + text + ">", ["", None, "abc", secret]))
+        for text in (secret, cs.cs_encode(secret), quote(secret), json.dumps(secret)[1:-1]):
+            self.assertEqual("<***>", cs._mask_text("<" + text + ">", ["", None, "abc", secret]), text)
 
     def test_a_secret_that_holds_another_is_hidden_whole(self):
         self.assertEqual("<***>", cs._mask_text("<CANARY-and-more>", ["CANARY", "CANARY-and-more"]))
@@ -9365,26 +9362,24 @@ class RedactionTest(TransportCase):
     def test_secrets_of_four_letters_are_hidden_and_shorter_ones_are_not(self):
         self.assertEqual("*** abc", cs._mask_text("abcd abc", ["abc", "abcd"]))
 
-    def test_what_is_secret_by_its_name(self):
+    @each("name", *(
+        "password passwd passphrase secret secretkey secret_key privatekey private-key userdata user_data"
+        " sessionkey JSESSIONID signature apikey api-key accesskey token credential credentials psk presharedkey"
+        " pre-shared-key bindpass secretcode codefor2fa configdata").split())  # fmt: skip
+    def test_what_is_secret_by_its_name(self, name):
         """Every name that is told apart, on its own and as the end of another, however it is written."""
-        secret = (
-            "password passwd passphrase secret secretkey secret_key privatekey private-key userdata user_data"
-            " sessionkey JSESSIONID signature apikey api-key accesskey token credential credentials psk presharedkey"
-            " pre-shared-key bindpass secretcode codefor2fa configdata"
-        )
-        for name in secret.split():
-            for written in (name, name.upper(), "my" + name, "details[0]." + name):
-                with self.subTest(name=written):
-                    self.assertEqual({written: "***"}, cs._mask_params({written: "CANARY"}))
-                    for escaped in ('"CANARY"', '"a\\"CANARY"', '"CANARY', '"a\\"CANARY'):
-                        shown = cs._mask_text('{"%s" : %s' % (written, escaped), [])
-                        self.assertNotIn("CANARY", shown)
-                        self.assertTrue(shown.startswith('{"%s" : "***"' % written), shown)
-            for written in (name, name.upper(), "my" + name, "vnc." + name):
-                with self.subTest(element=written):
-                    shown = cs._mask_text("<{0}>CANARY</{0}>".format(written), [])
-                    self.assertEqual("<{0}>***</{0}>".format(written), shown)
-            self.assertEqual({name + "s1": "seen"}, cs._mask_params({name + "s1": "seen"}))
+        for written in (name, name.upper(), "my" + name, "details[0]." + name):
+            with self.subTest(name=written):
+                self.assertEqual({written: "***"}, cs._mask_params({written: "CANARY"}))
+                for escaped in ('"CANARY"', '"a\\"CANARY"', '"CANARY', '"a\\"CANARY'):
+                    shown = cs._mask_text('{"%s" : %s' % (written, escaped), [])
+                    self.assertNotIn("CANARY", shown)
+                    self.assertTrue(shown.startswith('{"%s" : "***"' % written), shown)
+        for written in (name, name.upper(), "my" + name, "vnc." + name):
+            with self.subTest(element=written):
+                shown = cs._mask_text(f"<{written}>CANARY</{written}>", [])
+                self.assertEqual(f"<{written}>***</{written}>", shown)
+        self.assertEqual({name + "s1": "seen"}, cs._mask_params({name + "s1": "seen"}))
 
     def test_headers_that_are_secret(self):
         for name in "Authorization Proxy-Authorization Cookie Set-Cookie X-Api-Key X-Auth X-KEY X-Auth-Token".split():
@@ -9392,32 +9387,30 @@ class RedactionTest(TransportCase):
                 self.assertEqual(written + ": ***", cs._mask_header(written, "CANARY"))
         self.assertEqual("X-Tenant: seen", cs._mask_header("X-Tenant", "seen"))
 
-    def test_values_that_are_secret_by_the_name_they_are_given_for(self):
-        for title in ("key", "name"):
-            for front in ("tags[0].", ""):
-                params = {front + title: "my.password", front + "value": "CANARY", "tags[1].value": "seen"}
-                shown = dict(params, **{front + "value": "***"})
-                self.assertEqual(shown, cs._mask_params(params))
+    @each("title", "key", "name")
+    @each("front", "tags[0].", "")
+    def test_values_that_are_secret_by_the_name_they_are_given_for(self, title, front):
+        params = {front + title: "my.password", front + "value": "CANARY", "tags[1].value": "seen"}
+        self.assertEqual(dict(params, **{front + "value": "***"}), cs._mask_params(params))
 
-    def test_a_session_s_secrets_are_hidden_wherever_an_answer_quotes_them(self):
+    @each("quoted", CANARY_PASSWORD, CANARY_SESSION, CANARY_TOKEN)
+    def test_a_session_s_secrets_are_hidden_wherever_an_answer_quotes_them(self, quoted):
         """Password, session key and cookies, one at a time, outside of any field that tells by its name."""
-        for quoted in (CANARY_PASSWORD, CANARY_SESSION, CANARY_TOKEN):
+        def reply_to(wire):
+            if wire.requests[-1].params["command"] == "login":
+                return SecretsTest.login(self, wire)
+            return wire.send(reply(json.dumps({"r": {"echo": quoted}}).encode()))
 
-            def reply_to(wire, quoted=quoted):
-                if wire.requests[-1].params["command"] == "login":
-                    return SecretsTest.login(self, wire)
-                return wire.send(reply(json.dumps({"r": {"echo": quoted}}).encode()))
+        server = self.serve([READ, reply_to, AGAIN])
+        client = cs.CloudStack(server.url, username="me", password=CANARY_PASSWORD, trace=True, timeout=5)
+        self.addCleanup(transport_of(client).close)
+        self.assertIn('"echo": "***"', self.traced(client))
 
-            server = self.serve([READ, reply_to, AGAIN])
-            client = cs.CloudStack(server.url, username="me", password=CANARY_PASSWORD, trace=True, timeout=5)
-            self.addCleanup(transport_of(client).close)
-            self.assertIn('"echo": "***"', self.traced(client))
-
-    def test_a_key_s_secrets_are_hidden_wherever_an_answer_quotes_them(self):
-        for quoted in (CANARY_SECRET, CANARY_KEY, CANARY_PASSWORD):
-            server = self.serve([READ, reply(json.dumps({"r": {"echo": quoted}}).encode()), AGAIN])
-            client = self.client(server, trace=True)
-            self.assertIn('"echo": "***"', self.traced(client, "updateUser", password=CANARY_PASSWORD))
+    @each("quoted", CANARY_SECRET, CANARY_KEY, CANARY_PASSWORD)
+    def test_a_key_s_secrets_are_hidden_wherever_an_answer_quotes_them(self, quoted):
+        server = self.serve([READ, reply(json.dumps({"r": {"echo": quoted}}).encode()), AGAIN])
+        client = self.client(server, trace=True)
+        self.assertIn('"echo": "***"', self.traced(client, "updateUser", password=CANARY_PASSWORD))
 
     def test_what_cannot_be_sent_or_set_is_refused_without_its_value_and_without_a_second_traceback(self):
         """What is raised while another exception is handled would be printed after it, value and all."""
@@ -14662,12 +14655,11 @@ class SecretsOnTheCommandLineTest(TransportCase):
         catalog = {"listapisresponse": {"count": 1, "api": [{"name": "listZones"}]}}
         refused = {"r": {"errorcode": 431, "errortext": "no"}}
         for args, document, status in (
-            (["--sync"], catalog, "200 OK"),
-            (["listZones", "--dry-run"], catalog, "200 OK"),
-            (["listZones"], refused, "431 no"),
-        ):
+            (["--sync"], catalog, "200 OK"), (["listZones", "--dry-run"], catalog, "200 OK"),
+            (["listZones"], refused, "431 no")):  # fmt: skip
             server = self.serve([READ, reply(json.dumps(document).encode(), status), AGAIN])
-            os.environ.update(CLOUDSTACK_ENDPOINT=server.url + RedactionTest.QUERY, CLOUDSTACK_KEY="k", CLOUDSTACK_SECRET="s")
+            os.environ.update(CLOUDSTACK_ENDPOINT=server.url + RedactionTest.QUERY, CLOUDSTACK_KEY="k",
+                              CLOUDSTACK_SECRET="s")  # fmt: skip
             with self.subTest(args=args):
                 code, out, err = self.main(*args)
                 self.assertIn(server.place, out + err)
