@@ -3205,7 +3205,7 @@ def read_config_from_ini(ini_group=None):
     return dict(_as_settings(found.values), name=region if found.has_section else None)
 
 
-# --- 8 command line -------------------------------------------------------------------------------
+# --- 9 command line -------------------------------------------------------------------------------
 # 9.1 options, 9.2 run and report, 9.3 formats, 9.4 the list of commands, 9.5 completion,
 # 9.6 configure. A line of words becomes a checked call (_checked_call), the call is made
 # (_make_call), its answer is printed (_print_answer); _Invocation holds what they share, and may
@@ -3218,32 +3218,19 @@ FORMATS = ("json", "jsonl", "table", "csv", "text")
 # value: None for a flag, the only values there are, or the name under which help shows the value.
 _Option = collections.namedtuple("_Option", "name letter value")
 _OPTIONS = (
-    _Option("output", "o", FORMATS),
-    _Option("columns", "c", "id,name,nic.0.ipaddress"),
-    _Option("sort", "", "[-]COLUMN"),
-    _Option("all", "", None),
-    _Option("region", "r", "NAME"),
-    _Option("config", "", "FILE"),
-    _Option("endpoint", "", "URL"),
-    _Option("async", "", None),
-    _Option("wait", "", "JOBID"),
-    _Option("timeout", "", "SECONDS"),
-    _Option("retry", "", "COUNT"),
-    _Option("post", "", None),
-    _Option("dry-run", "", None),
-    _Option("force", "", None),
-    _Option("quiet", "q", None),
-    _Option("trace", "t", None),
-    _Option("color", "", ("auto", "always", "never")),
-    _Option("theme", "", "STYLE"),
-    _Option("list", "", None),
-    _Option("sync", "", None),
-    _Option("configure", "", None),
-    _Option("completion", "", ("bash", "zsh", "fish")),
-    _Option("complete", "", "LINE"),  # for the scripts of completion; help does not show it
-    _Option("version", "", None),
+    _Option("output", "o", FORMATS), _Option("columns", "c", "id,name,nic.0.ipaddress"),
+    _Option("sort", "", "[-]COLUMN"), _Option("all", "", None),
+    _Option("region", "r", "NAME"), _Option("config", "", "FILE"), _Option("endpoint", "", "URL"),
+    _Option("async", "", None), _Option("wait", "", "JOBID"),
+    _Option("timeout", "", "SECONDS"), _Option("retry", "", "COUNT"), _Option("post", "", None),
+    _Option("dry-run", "", None), _Option("force", "", None),
+    _Option("quiet", "q", None), _Option("trace", "t", None),
+    _Option("color", "", ("auto", "always", "never")), _Option("theme", "", "STYLE"),
+    _Option("list", "", None), _Option("sync", "", None), _Option("configure", "", None),
+    _Option("completion", "", ("bash", "zsh", "fish")), _Option("version", "", None),
     _Option("help", "h", None),
-)
+    _Option("complete", "", "LINE"),  # for the scripts of completion; help does not show it
+)  # fmt: skip
 _FLAGS = {"--" + option.name: option for option in _OPTIONS}
 _FLAGS.update(("-" + option.letter, option) for option in _OPTIONS if option.letter)
 # An empty value of any other is an unset variable of a script: it must not mean the usual region.
@@ -3280,8 +3267,8 @@ class _Usage(Exception):
 def _parse_arguments(args):
     """Take arguments apart into {option: value} and the words that are no options, in any order.
 
-    By hand: argparse completes names, and tomorrow's options would change the meaning of today's
-    abbreviations; before Python 3.8 it cannot be told not to without breaking -qt."""
+    By hand: argparse completes names, so that tomorrow's options would change the meaning of
+    today's abbreviations; before Python 3.8 it cannot do without and still understand -qt."""
     options = dict.fromkeys(option.name for option in _OPTIONS)
     words = []
     waiting = collections.deque(args)
@@ -3338,7 +3325,7 @@ def _value_of(option, value, is_given, waiting):
 def _parse_parameters(words):
     """Make keyword arguments of name=value words; values of a repeated name are joined by commas,
     in the order given."""
-    params = {}
+    params: dict = {}
     for word in words:
         name, equals, value = word.partition("=")
         name = name.strip()
@@ -3398,7 +3385,7 @@ def main(args=None):
     """Run the command line. Returns the exit code: 0 done; 1 an answer that is an error, or a
     failed job; 2 usage or configuration; 3 no answer; 4 job still running at job_timeout; 130
     interrupted."""
-    if sys.stdout is None:  # closed by whoever started this
+    if sys.stdout is None:  # closed by the process that started this one
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     invocation = _Invocation()
     try:
@@ -3501,7 +3488,7 @@ class _Invocation:
         self.settings = {}
         self.client = None
         self.progress = _Progress()
-        self.call = None  # the _CheckedCall that is under way
+        self.under_way = None  # the _CheckedCall that is under way
 
     def say(self, text):
         if not self.options["quiet"]:
@@ -3551,11 +3538,11 @@ class _Invocation:
         unknown = getattr(found, "unknown", ())
         if unknown and not self.options["quiet"]:
             names = [setting.name for setting in SETTINGS if setting.where == "both"]
-            told = []
+            described = []
             for key, path in unknown:
                 near = _near(key, names + ["output", "theme"], most=1)
-                told.append(f"{key!a} in {path}" + (f" ({near[0]}?)" if near else ""))
-            self.say("Warning: not known as settings: " + ", ".join(told))
+                described.append(f"{key!a} in {path}" + (f" ({near[0]}?)" if near else ""))
+            self.say("Warning: not known as settings: " + ", ".join(described))
 
     def format(self):
         """Return the output format: option, environment or ini file, json. Raises ValueError."""
@@ -3624,7 +3611,7 @@ class _Progress:
         with self._lock:
             if self._ended is not None:
                 self._ended.set()
-                self._ended = None
+            self._ended = self.job = None
             if self._shown_at is not None:
                 self._show("", None)
 
@@ -3649,7 +3636,7 @@ def _checked_call(invocation, words):
 
 def _carry_out(invocation, call):
     """Make a call and print the answer. Returns whether it succeeded."""
-    invocation.call = call
+    invocation.under_way = call
     every = call.params.get("fetch_list")
     if every and invocation.format() == "jsonl" and not invocation.options["sort"]:
         _stream(invocation, call)
@@ -3682,7 +3669,8 @@ def _stream(invocation, call):
     control = ("fetch_list", "fetch_result")
     params = {name: value for name, value in call.params.items() if name not in control}
     columns = _chosen_columns(invocation)
-    unseen, sample = set(columns or ()), []
+    unseen = set(columns or ())
+    sample: list = []
     flushed_at = 0.0
     for row in invocation.client.iter_list(call.command, **params):
         invocation.progress.clear()
@@ -3796,10 +3784,10 @@ def _hint(invocation, error):
     if document is not None and _is_failed_login(error):
         return "Check user name, password and domain of this region."
     code = document.get("errorcode") if document else None
-    if code == 432 and invocation.call is None:
+    if code == 432 and invocation.under_way is None:
         return "Your role may not list the commands; all else works without that."
     if isinstance(code, int):
-        command = invocation.call.command if invocation.call else ""
+        command = invocation.under_way.command if invocation.under_way else ""
         return _HINTS.get(code, "").format(command=command)
     if document is None and _status(error) in (200, 404, 405):
         return _NO_API
@@ -3821,7 +3809,7 @@ def _is_failed_login(error):
 def _asked(invocation, error):
     """Return the call that failed as it can be typed again, secrets replaced; "" where it is none
     that was typed."""
-    call = invocation.call
+    call = invocation.under_way
     if _is_failed_login(error) and (call is None or call.command != "login"):
         user, domain = map(invocation.client.get_setting, ("username", "domain"))
         return _one_line(f"login username={user} domain={domain or '/'}")
@@ -3897,9 +3885,10 @@ def _masked_page(invocation, text):
 def _report_unwritten(error):
     """Say that standard output could not be written, but for a reader that has seen enough (head, a
     pager). What is still in its buffer goes nowhere: else the interpreter complains at its end."""
+    out = sys.__stdout__
     try:
-        if sys.stdout is sys.__stdout__:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if out is not None and out is sys.stdout:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
     except (AttributeError, OSError, ValueError):
         pass
     if not isinstance(error, BrokenPipeError):
@@ -4295,7 +4284,7 @@ class _CommandSpec(
         params = [_Param(*param) for param in params]
         return cls(name, description, is_async, since, params, fields)
 
-    def param(self, name):
+    def find_param(self, name):
         """Return the _Param of a name in any case, or None."""
         return next((param for param in self.params if param.name.lower() == name.lower()), None)
 
@@ -4462,8 +4451,9 @@ def _check_against_catalog(invocation, command, params):
         problems, missing = ([] if is_silent else [_unknown_command(catalog, command)]), []
     else:
         command = spec.name
-        if not spec.is_async:  # there is no job that its lost answer could be found by
-            invocation.client.set_setting("recover", False)
+        # Without a job there is nothing by which a lost answer could be found again.
+        may_recover = spec.is_async and invocation.settings["recover"]
+        invocation.client.set_setting("recover", may_recover)
         problems, missing = _unknown_params(spec, params), _missing_params(spec, params)
 
     if invocation.options["force"] or not (problems or missing):
@@ -4646,6 +4636,7 @@ _SHORT_NAMES = {"vm": "virtualmachine", "parentdomain": "domain"}
 
 # pending: the option whose value is being typed, or None; front: `--name=` where the value follows
 # it in the same word; current: the word, or the value, that is being typed.
+_NO_OPTION = _Option("", "", None)
 _Line = collections.namedtuple("_Line", "options pending front command words current")
 
 
@@ -4675,9 +4666,6 @@ def _read_line(text):
             pass
     options["quiet"] = True
     return _Line(options, pending, front, words[0] if words else None, words[1:], current)
-
-
-_NO_OPTION = _Option("", "", None)
 
 
 def _print_completions(text):
@@ -4712,7 +4700,7 @@ def _candidates(line):
         used = {word.partition("=")[0].lower() for word in line.words}
         unused = [param for param in spec.ordered_params() if param.name.lower() not in used]
         return [(param.name + "=", param.description) for param in unused]
-    param = spec.param(name)
+    param = spec.find_param(name)
     if param and param.type == "boolean":
         return [(name + "=true", ""), (name + "=false", "")]
     if not name.lower().endswith(("id", "ids")):
@@ -4797,9 +4785,9 @@ def _remembered(path):
 
 def _ask_ids(client, lister):
     params = {}
-    if lister.param("listall"):
+    if lister.find_param("listall"):
         params["listall"] = "true"
-    if lister.param("templatefilter"):
+    if lister.find_param("templatefilter"):
         params["templatefilter"] = "executable"
     client.timeout, client.retry = _PATIENCE_AT_A_KEY, 0
     call = _Call(lister.name, params)
