@@ -2869,7 +2869,7 @@ class CloudStack:
                     raise
                 except BaseException as raised:
                     error = raised
-        except KeyboardInterrupt as interrupt:  # one between two steps is to carry the job's id, too
+        except KeyboardInterrupt as interrupt:  # between two steps: give it the job's id, too
             steps.throw(interrupt)
             raise
         finally:
@@ -3544,9 +3544,36 @@ def read_config_from_ini(ini_group=None):
     return dict(_to_settings(found.values), name=region if found.has_section else None)
 
 
-# --- 9 command line -------------------------------------------------------------------------------------------------
+# --- 9 command line -------------------------------------------------------------------------------
+# A line of words becomes a checked call (_checked_call), the call is made (_make_call), its answer
+# is printed (_print_answer). _Invocation holds what they share, and may serve one line after
+# another with the same client.
+
+
+# 9.1 Options: the words of a line, taken apart.
 
 FORMATS = ("json", "jsonl", "table", "csv", "text")
+
+# value: None for a flag, the only values there are, or the name under which help shows the value.
+_Option = collections.namedtuple("_Option", "name letter value")
+_OPTIONS = (
+    _Option("output", "o", FORMATS), _Option("columns", "c", "id,name,nic.0.ipaddress"),
+    _Option("sort", "", "[-]COLUMN"), _Option("all", "", None),
+    _Option("region", "r", "NAME"), _Option("config", "", "FILE"), _Option("endpoint", "", "URL"),
+    _Option("async", "", None), _Option("wait", "", "JOBID"),
+    _Option("timeout", "", "SECONDS"), _Option("retry", "", "COUNT"), _Option("post", "", None),
+    _Option("dry-run", "", None), _Option("force", "", None),
+    _Option("quiet", "q", None), _Option("trace", "t", None),
+    _Option("color", "", ("auto", "always", "never")), _Option("theme", "", "STYLE"),
+    _Option("list", "", None), _Option("sync", "", None), _Option("configure", "", None),
+    _Option("completion", "", ("bash", "zsh", "fish")), _Option("version", "", None),
+    _Option("help", "h", None),
+    _Option("complete", "", "LINE"),  # for the scripts of completion; help does not show it
+)  # fmt: skip
+_FLAGS = {"--" + option.name: option for option in _OPTIONS}
+_FLAGS.update(("-" + option.letter, option) for option in _OPTIONS if option.letter)
+# An empty value of any other is an unset variable of a script: it must not mean the usual region.
+_MAY_BE_EMPTY = frozenset(["columns", "sort", "theme", "complete"])
 
 _HELP = """\
 cs [options] COMMAND [name=value ...]  call the CloudStack API, print its answer
@@ -3580,70 +3607,89 @@ def _make_parser():
     import argparse
 
     parser = argparse.ArgumentParser(prog="cs", add_help=False)
-    parser.error = _raise_usage  # type: ignore[method-assign]
-    add = parser.add_argument
-    short = {"help": "-h", "quiet": "-q", "trace": "-t", "region": "-r", "columns": "-c"}
-    for name in "help quiet trace post all dry-run force list sync version configure".split():
-        add(*filter(None, [short.get(name), "--" + name]), action="store_true")
-    for name in "region columns sort theme wait endpoint config timeout retry".split():
-        add(*filter(None, [short.get(name), "--" + name]))
-    add("--async", dest="no_wait", action="store_true")
-    add("-o", "--output", type=str.lower, choices=FORMATS)
-    add("--color", choices=("auto", "always", "never"), default="auto")
-    add("--completion", choices=("bash", "zsh", "fish"))
-    add("--complete", metavar="LINE", help=argparse.SUPPRESS)
+    parser.error = _refuse_arguments  # type: ignore[method-assign]
+    for option in _OPTIONS:
+        flags = ["-" + letter for letter in option.letter] + ["--" + option.name]
+        action = "store_true" if option.value is None else "store"
+        parser.add_argument(*flags, dest=option.name, action=action, default=None)
     return parser
 
 
-def _raise_usage(message):
-    message = re.sub(r"argument (\S+): ignored explicit argument (.*)", r"option \1 takes no value: \2", message)
-    raise _Usage(message + "; see cs --help")
+def _refuse_arguments(message):
+    """Raise argparse's complaint, about an option's value, in the words of this program."""
+    text = re.sub(r"argument (?:-\w/)?(\S+): ", r"option \1 ", message)
+    text = text.replace("expected one argument", "needs a value")
+    raise _Usage(text.replace("ignored explicit argument", "takes no value:") + "; see cs --help")
 
 
 def _parse_arguments(args):
-    """(options, words). Options may stand anywhere; names are never completed, since tomorrow's options would change
-    what an abbreviation means (argparse can be told so only since 3.8: before, that breaks -qt)."""
-    parser = _make_parser()
-    args = list(args)
-    for index, arg in enumerate(args):
-        if arg.startswith("--") and arg.partition("=")[0] not in parser._option_string_actions and arg != "--":
-            raise _Usage("there is no option {!a}; see cs --help".format(arg.partition("=")[0]))
-        if arg == "--sort" and index + 1 < len(args):  # `--sort -name` is no option -n
-            args[index : index + 2] = ["--sort=" + args[index + 1], "--"]
-    options, words = parser.parse_known_args([arg for arg in args if arg != "--"])
-    for name in ("endpoint", "region", "config", "timeout", "retry", "wait"):
-        if getattr(options, name) == "":  # an unset variable of a script, which must not mean the usual region
-            raise _Usage("--{} needs a value".format(name))
+    """Return {option: value} and the words that are not options; they may stand in any order.
+
+    Names are never completed, since tomorrow's options would change the meaning of today's
+    abbreviations. (argparse can be told so since 3.8; before, that breaks -qt.)"""
+    known: list = []
+    waiting = collections.deque(args)
+    while waiting:
+        arg = waiting.popleft()
+        flag = arg.partition("=")[0]
+        if arg.startswith("--") and arg != "--" and flag not in _FLAGS:
+            raise _unknown_option(flag)
+        if arg == "--sort" and waiting:  # `--sort -name` is not an option -n
+            arg += "=" + waiting.popleft()
+        if arg != "--":
+            known.append(arg)
+
+    found, words = _make_parser().parse_known_args(known)
     for word in words:
         if word.startswith("-"):
-            raise _Usage("there is no option {!a}; see cs --help".format(word))
-    return options, words
+            raise _unknown_option(word)
+    values = vars(found)
+    return {option.name: _check_value(option, values[option.name]) for option in _OPTIONS}, words
+
+
+def _unknown_option(flag):
+    return _Usage(f"there is no option {flag!a}; see cs --help")
+
+
+def _check_value(option, value):
+    """Return the value of an option. Raises _Usage for one that it cannot have."""
+    if value == "" and option.name not in _MAY_BE_EMPTY:
+        raise _Usage(f"option --{option.name} needs a value; see cs --help")
+    if value is None or not isinstance(option.value, tuple):
+        return value
+    if value.lower() not in option.value:
+        raise _Usage(f"--{option.name}: {value!a} is none of {', '.join(option.value)}")
+    return value.lower()
 
 
 def _parse_parameters(words):
-    """name=value words -> keyword arguments; a repeated name joins with commas, in the order given."""
-    params = {}  # type: dict
+    """Make keyword arguments of name=value words; values of a repeated name are joined by commas,
+    in the order given."""
+    params: dict = {}
     for word in words:
         name, equals, value = word.partition("=")
         name = name.strip()
         if not equals or not name:
-            raise _Usage("{!a} is not a correctly formatted option; it should be name=value".format(word))
-        if name in ("headers", "self", "command"):
-            hint = "; set header_<name> in the ini file, or CLOUDSTACK_HEADER_<NAME>" if name == "headers" else ""
-            raise _Usage("{!a} cannot be a parameter here{}".format(name, hint))
+            raise _Usage(f"{word!a} is not a correctly formatted option; it should be name=value")
+        if name == "headers":
+            hint = "set header_<name> in the ini file, or CLOUDSTACK_HEADER_<NAME>"
+            raise _Usage(f"'headers' cannot be a parameter here; {hint}")
+        if name in ("self", "command"):
+            raise _Usage(f"{name!a} cannot be a parameter here")
         value = _parse_value(name, value.strip())
         params[name] = params[name] + "," + value if name in params else value
+
     for name in ("json", "fetch_list", "fetch_result"):
         if name in params:
             try:
                 params[name] = strtobool(params[name])
             except ValueError:
-                raise _Usage("{}={!a} is neither true nor false".format(name, params[name])) from None
+                raise _Usage(f"{name}={params[name]!a} is neither true nor false") from None
     return params
 
 
 def _parse_value(name, value):
-    """Quotes around a value are taken off; @file and @- are read, @@ stands for one @."""
+    """Take the quotes off a value; read @file and @-, and take @@ for one @."""
     if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
         return value[1:-1]
     if not value.startswith("@"):
@@ -3651,11 +3697,15 @@ def _parse_value(name, value):
     if value.startswith("@@"):
         return value[1:]
     try:
-        text = _read_stdin() if value == "@-" else _read_text(os.path.expanduser(value[1:]), newline="")
+        if value == "@-":
+            text = _read_stdin()
+        else:
+            text = _read_text(os.path.expanduser(value[1:]), newline="")
     except FileNotFoundError:
-        raise _Usage("{}: there is no file {!a} (@@ stands for a plain @)".format(name, value[1:])) from None
+        hint = "@@ stands for a plain @"
+        raise _Usage(f"{name}: there is no file {value[1:]!a} ({hint})") from None
     except ValueError as error:
-        raise _Usage("{}: {}".format(name, error)) from None
+        raise _Usage(f"{name}: {error}") from None
     return re.sub(r"\r?\n\Z", "", text)
 
 
@@ -3668,90 +3718,228 @@ def _read_stdin():
         raise ValueError("standard input is not UTF-8 text") from None
 
 
-class _Run:
-    """One run of the command line: options, settings, client. Messages go through say(), so that -q has one place."""
+# 9.2 Run and report.
 
-    def __init__(self, options):
-        self.options = options
+
+def main(args=None):
+    """Run the command line. Returns the exit code: 0 done; 1 an answer that is an error, or a
+    failed job; 2 usage or configuration; 3 no answer; 4 job still running at job_timeout; 130
+    interrupted."""
+    if sys.stdout is None:  # closed by the process that started this one
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    invocation = _Invocation()
+    try:
+        try:
+            outcome = _dispatch(invocation, sys.argv[1:] if args is None else args)
+        except (CloudStackException, _Usage, ValueError, OSError, KeyboardInterrupt) as error:
+            outcome = error
+            _report(invocation, error)
+        finally:
+            invocation.progress.clear()
+        _flush()
+    except _OutputFailed as failed:
+        outcome = failed
+        _report_unwritten(failed.args[0])
+    return _exit_code(outcome)
+
+
+def _exit_code(outcome):
+    """Return the exit code for what was raised, or for whether everything succeeded."""
+    if isinstance(outcome, _OutputFailed):  # a reader that has seen enough is no failure
+        return 0 if isinstance(outcome.args[0], BrokenPipeError) else 1
+    if isinstance(outcome, KeyboardInterrupt):
+        return 130
+    if isinstance(outcome, CloudStackJobTimeout):
+        return 4
+    if isinstance(outcome, CloudStackException):
+        return 3 if isinstance(outcome, OSError) else 1
+    if isinstance(outcome, Exception):
+        return 2
+    return 0 if outcome else 1
+
+
+def _dispatch(invocation, args):
+    """Do what the arguments ask for. Returns whether it succeeded."""
+    invocation.options, words = _parse_arguments(map(_as_utf8, args))
+    options = invocation.options
+    if options["version"]:
+        _write(f"cs {__version__}\n")
+    elif options["completion"]:
+        _write(_SCRIPTS[options["completion"]])
+    elif options["complete"] is not None:
+        _print_completions(options["complete"])
+    elif options["configure"]:
+        if words:
+            raise _Usage("--configure stands alone; --region names the section")
+        return _configure(invocation)
+    elif options["help"] and not words:
+        _write(_HELP)
+    else:
+        return _use_server(invocation, words)
+    return True
+
+
+def _as_utf8(arg):
+    """Decode an argument that a C locale has left undecoded (Python 3.6, from cron)."""
+    if re.search("[\ud800-\udfff]", arg):
+        return os.fsencode(arg).decode("utf-8", "surrogateescape")
+    return arg
+
+
+def _use_server(invocation, words):
+    """Do what needs a client. Returns whether it succeeded."""
+    options = invocation.options
+    if options["wait"] and words:
+        raise _Usage("--wait stands alone: it waits for a job that is already running")
+    if not (words or options["wait"] or options["list"] or options["sync"]):
+        raise _Usage("no command given; see cs --help")
+    if words and not options["list"] and not re.match(r"[\w.-]+\Z", words[0], re.ASCII):
+        usage = "cs [options] COMMAND [name=value ...]"
+        raise _Usage(f"{words[0]!a} stands where the command should be: {usage}")
+
+    invocation.connect()
+    invocation.format()  # a wrong one is refused before anything is sent
+    with invocation.client:
+        if options["list"]:
+            return _list_commands(invocation, words)
+        if options["help"]:
+            return _describe_command(invocation, words[0])
+        if options["sync"] and not options["dry-run"]:
+            _fetch_catalog(invocation)
+        if options["wait"]:
+            call = _CheckedCall("queryAsyncJobResult", {"jobid": options["wait"]}, [])
+        elif words:
+            call = _checked_call(invocation, words)
+        else:
+            call = None  # --sync alone
+        if options["dry-run"]:
+            _show_plan(invocation, call or _CheckedCall("listApis", {}, []))
+        elif call is not None:
+            return _carry_out(invocation, call)
+    return True
+
+
+class _Invocation:
+    """What one use of the command line has: options, settings, client, progress. Messages go
+    through say(), so that -q has one place."""
+
+    def __init__(self, options=None):
+        self.options = _parse_arguments([])[0] if options is None else options
         self.settings = {}
         self.client = None
         self.progress = _Progress()
-        self.asked = ""
+        self.under_way = None  # the _CheckedCall that is under way
 
     def say(self, text):
-        if not self.options.quiet:
-            self.clear_progress()
+        if not self.options["quiet"]:
+            self.progress.clear()
             _write_stderr(text)
-
-    def clear_progress(self):
-        self.progress.clear()
 
     def connect(self):
         """Make the client that configuration and options describe. Raises _Usage, ValueError."""
-        import configparser
-
         options = self.options
-        flags = {name: getattr(options, name) for name in ("endpoint", "timeout", "retry") if getattr(options, name)}
-        try:
-            self.settings, found = _load_config(options.region, flags, options.config)
-        except SystemExit as error:
-            raise _Usage(
-                "{}; `cs --configure` makes one, or set CLOUDSTACK_ENDPOINT, _KEY and _SECRET".format(error)
-            ) from None
-        except configparser.NoSectionError:
-            raise _Usage("Error: region {!r} not in config".format(options.region)) from None
+        flags = {name: options[name] for name in ("endpoint", "timeout", "retry") if options[name]}
+        self.settings, found = self._load_settings(flags)
         self._warn_of_readable_files(found)
+        self._warn_of_unknown_keys(found)
+
         self.settings.setdefault("recover", True)
-        self.settings.update({"method": "post"} if options.post else {}, **({"trace": True} if options.trace else {}))
+        if options["post"]:
+            self.settings["method"] = "post"
+        if options["trace"]:
+            self.settings["trace"] = True
         self.client = CloudStack(**self.settings)
         _check_client(self.client)
-        if not options.quiet and not self.client.trace and _is_terminal(sys.stderr):
+        if not options["quiet"] and not self.client.trace and _is_terminal(sys.stderr):
             self.client._state.progress = self.progress
 
-    def _warn_of_readable_files(self, found):
-        for path in sorted({found.origins[key] for key in ("secret", "password") if key in found.values}):
-            if os.name == "posix" and os.stat(path).st_mode & 0o044:
-                self.say("Warning: {0} holds a secret and can be read by others; chmod 600 {0}".format(path))
+    def _load_settings(self, flags):
+        import configparser
 
-    @property
+        region, config = self.options["region"], self.options["config"]
+        try:
+            return _load_config(region, flags, config)
+        except SystemExit as error:
+            hint = "`cs --configure` makes one, or set CLOUDSTACK_ENDPOINT, _KEY and _SECRET"
+            raise _Usage(f"{error}; {hint}") from None
+        except configparser.NoSectionError:
+            regions = _regions(config)
+            there = "; there are " + ", ".join(regions) if regions else ""
+            raise _Usage(f"Error: region {region!a} not in config{there}") from None
+
+    def _warn_of_readable_files(self, found):
+        secrets = [key for key in ("secret", "password") if key in found.values]
+        for path in sorted({found.origins[key] for key in secrets}):
+            if os.name == "posix" and os.stat(path).st_mode & 0o044:
+                hint = f"can be read by others; chmod 600 {path}"
+                self.say(f"Warning: {path} holds a secret and {hint}")
+
+    def _warn_of_unknown_keys(self, found):
+        if found.unknown and not self.options["quiet"]:
+            names = [setting.name for setting in SETTINGS if setting.where == "both"]
+            described = []
+            for key, path in found.unknown:
+                near = _near(key, names + ["output", "theme"], most=1)
+                described.append(f"{key!a} in {path}" + (f" ({near[0]}?)" if near else ""))
+            self.say("Warning: not known as settings: " + ", ".join(described))
+
     def format(self):
-        """The output format: option, environment or ini file, json. Raises ValueError."""
-        name = str(self.options.output or self.settings.get("output") or "json").lower()
+        """Return the output format: option, environment or ini file, json. Raises ValueError."""
+        name = str(self.options["output"] or self.settings.get("output") or "json").lower()
         if name not in FORMATS:
-            raise ValueError("output: {!a} is none of {}".format(name, ", ".join(FORMATS)))
+            raise ValueError(f"output: {name!a} is none of {', '.join(FORMATS)}")
         return name
 
-    @property
-    def colored(self):
-        wish = self.options.color
+    def is_colored(self):
+        wish = self.options["color"] or "auto"
         if wish != "auto":
             return wish == "always"
         return _is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
 
 
 def _is_terminal(stream):
-    """Whether a stream is a terminal that can more than print."""
+    """Return whether a stream is a terminal that can more than print."""
     return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class _Progress:
-    """One line on standard error that is rewritten while pages or a job are waited for, and gone afterwards."""
+    """One line on standard error that is rewritten while pages or a job are waited for, and gone
+    afterwards. The time is shown by a thread, so that it moves while the server is silent."""
 
     def __init__(self):
-        self.shown_at = None
+        self._lock = threading.Lock()  # what is cleared must not be written again by the thread
+        self._shown_at = None
+        self._ended = None  # set when the wait for a job is over
+        self.job = None  # what is waited for, where the command is not known
 
     def __call__(self, kind, what, more):
-        now = _clock()
-        if self.shown_at is not None and now - self.shown_at < 0.1:
-            return
-        self.shown_at = now
         if kind == "rows":
-            text = "{} of {} rows".format(what, more) if more else "{} rows".format(what)
-        else:
-            text = "{}: waiting for the job, {:.0f} s".format(what, more)
-        self._put(text)
+            now = _clock()
+            if self._shown_at is None or now - self._shown_at >= 0.1:
+                self._show(f"{what} of {more} rows" if more else f"{what} rows", now)
+        elif self._ended is None:
+            self._ended = threading.Event()
+            args = (self._ended, self.job or what, _clock() - more)
+            self._show_time(*args)
+            try:
+                threading.Thread(
+                    target=self._tick, args=args, name="cs-progress", daemon=True
+                ).start()
+            except RuntimeError:  # a limit of threads: the time stands still
+                pass
 
-    def _put(self, text):
+    def _tick(self, ended, what, started):
+        while not ended.wait(1.0 - (_clock() - started) % 1.0):
+            self._show_time(ended, what, started)
+
+    def _show_time(self, ended, what, started):
+        with self._lock:
+            if not ended.is_set():
+                now = _clock()
+                self._show(f"{what}: waiting for the job, {int(now - started)} s", now)
+
+    def _show(self, text, now):
+        self._shown_at = now
         try:
             sys.stderr.write("\r\x1b[K" + text)
             sys.stderr.flush()
@@ -3759,12 +3947,305 @@ class _Progress:
             pass
 
     def clear(self):
-        if self.shown_at is not None:
-            self.shown_at = None
-            self._put("")
+        with self._lock:
+            if self._ended is not None:
+                self._ended.set()
+            self._ended = self.job = None
+            if self._shown_at is not None:
+                self._show("", None)
 
 
-# Output.
+# words: the command and its parameters as they were typed.
+_CheckedCall = collections.namedtuple("_CheckedCall", "command params words")
+
+
+def _checked_call(invocation, words):
+    """Turn words into a call that may be made. Raises _Usage for what is wrong with them, by
+    themselves or by the list of commands."""
+    options = invocation.options
+    params = _parse_parameters(words[1:])
+    command = _check_against_catalog(invocation, words[0], params)
+    if options["all"]:
+        params["fetch_list"] = True
+    if not _only_reads(command):  # there is nothing to page through, and no page to ask it for
+        params.pop("fetch_list", None)
+    params.setdefault("fetch_result", not (options["async"] or "async" in command.lower()))
+    return _CheckedCall(command, params, [command] + words[1:])
+
+
+def _carry_out(invocation, call):
+    """Make a call and print the answer. Returns whether it succeeded."""
+    invocation.under_way = call
+    every = call.params.get("fetch_list")
+    if every and invocation.format() == "jsonl" and not invocation.options["sort"]:
+        _stream(invocation, call)
+        return True
+
+    answer = _make_call(invocation, call)
+    invocation.progress.clear()
+    _print_answer(invocation, answer, is_plain=call.params.get("json") is False)
+    _warn_of_missing_rows(invocation, answer, call.params)
+    said = answer if isinstance(answer, dict) else {}  # a 200 may tell of a failure all the same
+    return "errortext" not in said and str(said.get("success")).lower() != "false"
+
+
+def _make_call(invocation, call):
+    """Return the answer: all pages of a list where they are wanted, the result of a job."""
+    jobid = invocation.options["wait"]
+    if jobid:
+        invocation.progress.job = f"job {jobid}"
+        return invocation.client.wait_job(jobid)
+    answer = invocation.client._request(call.command, **call.params)
+    is_plain = call.params.get("json") is False
+    if is_plain and re.match(r"(?i)\s*<(?:!doctype )?html\b", answer):
+        page = _masked_page(invocation, answer)
+        raise CloudStackException("Unexpected response from CloudStack", f"a page of HTML: {page}")
+    return answer
+
+
+def _stream(invocation, call):
+    """Write the rows of a whole list as they arrive, as jsonl."""
+    control = ("fetch_list", "fetch_result")
+    params = {name: value for name, value in call.params.items() if name not in control}
+    columns = _chosen_columns(invocation)
+    unseen = set(columns or ())
+    sample: list = []
+    flushed_at = 0.0
+    for row in invocation.client.iter_list(call.command, **params):
+        invocation.progress.clear()
+        unseen = {name for name in unseen if _pick(row, name) is None}
+        if unseen and len(sample) < 100:
+            sample.append(row)
+        shown = {name: _pick(row, name) for name in columns} if columns else row
+        _write(_json_text(shown, None) + "\n")
+        if _clock() - flushed_at > 0.1:
+            _flush()
+            flushed_at = _clock()
+    _warn_of_columns(invocation, sample, sorted(unseen))
+
+
+def _warn_of_missing_rows(invocation, answer, params):
+    rows = _find_rows(answer) or []
+    total = answer.get("count") if rows else None
+    if params.get("fetch_list") or {name.lower() for name in params} & {"page", "pagesize"}:
+        return
+    if isinstance(total, int) and total > len(rows):
+        invocation.say(f"{len(rows)} of {total} shown; --all for the rest")
+
+
+def _show_plan(invocation, call):
+    """Print what would be sent (--dry-run); nothing is."""
+    params = dict(call.params)
+    control = {name: params.pop(name) for name in ("json", "opcode_name") if name in params}
+    for name in ("fetch_list", "fetch_result"):
+        params.pop(name, None)
+    planned = _Call(call.command, flatten(params), **control)
+    planned.complete_page(PAGE_SIZE)
+    request = _build_request(invocation.client, planned)
+    request.prepare()
+
+    lines = [request.method + " " + request.masked_url().partition("?")[0]]
+    lines += [f"{name}={text}" for name, text in sorted(_mask_params(request.params).items())]
+    _write("".join(_escape_unprintable(line) + "\n" for line in lines))
+
+
+_NO_API = "Check the endpoint: it usually ends in /client/api."
+_HINTS = {
+    401: "Check endpoint, key and secret of this region, and this machine's clock; the server says "
+    "the same where it does not know the command: cs --list.",
+    404: _NO_API,
+    405: _NO_API,
+    429: "Ask less often, or let it be asked again: --retry 3.",
+    430: "See cs {command} --help for what its parameters look like.",
+    431: "See cs {command} --help for what it takes.",
+    432: "Either there is no such command or your role may not use it: cs --sync, then cs --list.",
+    503: "The server is in maintenance; nothing was done. Try again later, or with --retry 3.",
+    530: "The management server's log says more.",
+    531: "Your role or account may not do this.",
+    532: "A limit of the account or project is reached: cs listResourceLimits.",
+    533: "There is no room for it now: another zone, host or a smaller offering may do.",
+    536: "Something else still uses it.",
+}
+
+
+def _report(invocation, error):
+    """Say on standard error what was raised, and what can be done."""
+    invocation.progress.clear()
+    if isinstance(error, KeyboardInterrupt):
+        if getattr(error, "jobid", None):
+            _write_stderr("Interrupted. " + _how_to_go_on(invocation, error))
+    elif isinstance(error, CloudStackException):
+        _report_failure(invocation, error)
+    else:
+        text = _error_text(error) if isinstance(error, OSError) else str(error)
+        _write_stderr(text if text.startswith("Error: ") else "cs: " + text)
+
+
+def _report_failure(invocation, error):
+    """Say what failed: the message, what was asked, codes, a hint; then the server's own words."""
+    lines = ["CloudStack error: " + _sentence(error)]
+    asked = _asked(invocation, error)
+    if asked:
+        lines += ["  Asked: " + asked, "  Server: " + _mask_address(invocation.client.endpoint)]
+    document = _server_error(error) or {}
+    codes = [name for name in ("errorcode", "cserrorcode") if name in document]
+    if codes:
+        lines.append("  Codes: " + ", ".join(f"{name} {document[name]}" for name in codes))
+    hint = _hint(invocation, error)
+    if hint:
+        lines.append("  Try: " + hint)
+    invocation.say("\n".join(lines))
+
+    if error.jobid and not isinstance(error, CloudStackApiException):
+        _write_stderr(_how_to_go_on(invocation, error))  # also with -q: nothing else shows the id
+    if error.response is not None and not isinstance(error, CloudStackJobTimeout):
+        _print_error_answer(invocation, error)
+
+
+def _server_error(error):
+    """Return the document in which CloudStack itself states an error, or None."""
+    document = getattr(error, "error", None)
+    if isinstance(document, dict) and set(document) & {"errortext", "errorcode", "jobstatus"}:
+        return document
+    return None
+
+
+def _sentence(error):
+    """Return an exception in a line: its message, and the text of the server's error."""
+    text = ": ".join(str(arg) for arg in error.args)
+    document = _server_error(error)
+    if document and document.get("errortext"):
+        text += f": {document['errortext']}"
+    return text
+
+
+def _hint(invocation, error):
+    document = _server_error(error)
+    if document is not None and _is_failed_login(error):
+        return "Check user name, password and domain of this region."
+    code = document.get("errorcode") if document else None
+    if code == 432 and invocation.under_way is None:
+        return "Your role may not list the commands; all else works without that."
+    if isinstance(code, int):
+        command = invocation.under_way.command if invocation.under_way else ""
+        return _HINTS.get(code, "").format(command=command)
+    if document is None and _status_of(error) in (200, 404, 405):
+        return _NO_API
+    if error.outcome_unknown:
+        return "Look whether it was done before you send it again."
+    if error.unsent:
+        return "Check the endpoint and the way there: the name, the network, proxies, --timeout."
+    return ""
+
+
+def _is_failed_login(error):
+    """Return whether it is the log-in of a session that the server refused."""
+    try:
+        return "loginresponse" in error.response.json()
+    except (AttributeError, TypeError, ValueError, RecursionError):
+        return False
+
+
+def _asked(invocation, error):
+    """Return the call that failed as it can be typed again, secrets replaced; "" where it is none
+    that was typed."""
+    call = invocation.under_way
+    if _is_failed_login(error) and (call is None or call.command != "login"):
+        user, domain = map(invocation.client.get_setting, ("username", "domain"))
+        return _one_line(f"login username={user} domain={domain or '/'}")
+    if call is None:
+        return ""
+    if invocation.options["wait"]:
+        return _shell_line(invocation, ["--wait", invocation.options["wait"]])
+
+    hidden = {name for name, text in _mask_params(call.params).items() if text == MASK}
+    words = call.words[:1]
+    for word in call.words[1:]:
+        name, _, value = word.partition("=")
+        is_file = re.match(r"\s*@(?!@)", value)
+        words.append(f"{name}={MASK}" if name.strip() in hidden and not is_file else word)
+    return _shell_line(invocation, words)
+
+
+def _shell_line(invocation, words):
+    """Return the line that has these words carried out with the same configuration."""
+    line = ["cs"]
+    for name in ("region", "config", "endpoint"):
+        value = invocation.options[name]
+        if value:
+            line += ["--" + name, _mask_address(value) if name == "endpoint" else value]
+    return " ".join(_cut(_shell_word(word), 500) for word in line + words)
+
+
+def _shell_word(word):
+    """Quote a word for a shell; what a terminal must not see as bash, zsh and ksh write it."""
+    import shlex
+
+    if "\n" not in word and "\t" not in word and not _UNPRINTABLE.search(word):
+        return shlex.quote(word)
+    text = re.sub(r"[\\']", r"\\\g<0>", word).replace("\n", r"\n").replace("\t", r"\t")
+    return "$'" + _UNPRINTABLE.sub(lambda found: f"\\u{ord(found.group()):04x}", text) + "'"
+
+
+def _how_to_go_on(invocation, error):
+    line = _shell_line(invocation, ["--wait", error.jobid])
+    return f"Job {error.jobid} may still be running; to go on waiting for it: {line}"
+
+
+def _print_error_answer(invocation, error):
+    """Print CloudStack's own JSON on standard output, but on a terminal, where its text was shown
+    already; anything else masked on standard error, the beginning of it."""
+    document = _server_error(error)
+    try:
+        text = _json_text(error.response.json())
+    except (ValueError, RecursionError):
+        document = None
+    if document is None:
+        invocation.say(_masked_page(invocation, error.response.text))
+    elif invocation.options["quiet"] or not (document.get("errortext") and sys.stdout.isatty()):
+        _write(text + "\n")
+
+
+def _masked_page(invocation, text):
+    """Return the beginning of what is not CloudStack's: it may repeat the address, key and all."""
+    client = invocation.client
+    secrets = [client.key, client.secret, client.get_setting("password")]
+    text = _mask_text(text[:10000], secrets)  # more than is shown, lest one is cut in two
+
+    def mask(found):
+        name, equals, value = found.groups()
+        return name + equals + _mask_params({name: value})[name]
+
+    for equals, end in (("=", "&"), ("%3D", "%26")):  # as it is, and within another address
+        pattern = rf"([\w.\[\]-]{{1,60}})({equals})((?:(?!{end})[^&\s\"'<>;\\])+)"
+        text = re.sub(pattern, mask, text, flags=re.IGNORECASE)
+    return text[:2000]
+
+
+def _report_unwritten(error):
+    """Say that standard output could not be written, but for a reader that has seen enough (head, a
+    pager). What is still in its buffer goes nowhere: else the interpreter complains at its end."""
+    out = sys.__stdout__
+    try:
+        if out is not None and out is sys.stdout:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+    except (AttributeError, OSError, ValueError):
+        pass
+    if not isinstance(error, BrokenPipeError):
+        _write_stderr(f"cs: cannot write the answer: {_error_text(error)}")
+
+
+# 9.3 Formats.
+
+# The columns of a table, as far as there are such; others come after them.
+_PREFERRED = (
+    "id jobid name state status allocationstate jobstatus type zonename account username"
+    " nic.ipaddress ipaddress cidr hostname cpunumber memory size templatename serviceofferingname"
+    " virtualmachinename vmname key value resourcetypename resourcetype max cmd level success"
+    " displayname displaytext description created".split()
+)
+_MOST_COLUMNS = 8
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?\Z", re.ASCII)
 
 
 class _OutputFailed(Exception):
@@ -3772,7 +4253,7 @@ class _OutputFailed(Exception):
 
 
 def _write(text):
-    """Text on standard output, whatever it can show. Raises _OutputFailed."""
+    """Write text on standard output, whatever it can show. Raises _OutputFailed."""
     out = sys.stdout
     try:
         try:
@@ -3783,6 +4264,11 @@ def _write(text):
         raise _OutputFailed(error) from None
 
 
+def _write_line(text):
+    """Write a line whose characters are data: as they are, but escaped on a terminal."""
+    _write((_escape_unprintable(text) if sys.stdout.isatty() else text) + "\n")
+
+
 def _flush():
     try:
         sys.stdout.flush()
@@ -3791,7 +4277,8 @@ def _flush():
 
 
 def _json_text(document, indent=2):
-    """JSON as it is printed: what a terminal must not see, and what standard output cannot show, as \\uXXXX."""
+    """Return JSON as it is printed: what a terminal must not see, and what standard output cannot
+    show, as \\uXXXX."""
     text = jsonlib.dumps(document, indent=indent, sort_keys=True, ensure_ascii=False)
     text = _UNPRINTABLE.sub(lambda found: jsonlib.dumps(found.group())[1:-1], text)
     try:
@@ -3802,7 +4289,7 @@ def _json_text(document, indent=2):
 
 
 def _highlighted(text, theme):
-    """JSON coloured by Pygments, where it is installed."""
+    """Return JSON coloured by Pygments, where it is installed."""
     try:
         from pygments import highlight
         from pygments.formatters import Terminal256Formatter
@@ -3817,8 +4304,45 @@ def _highlighted(text, theme):
     return highlight(text, JsonLexer(), formatter).rstrip("\n")
 
 
+def _print_answer(invocation, answer, is_plain=False):
+    """Print an answer in the format asked for, or as the text it is (json=false)."""
+    if is_plain:
+        if answer:
+            _write_line(answer.rstrip("\n"))
+        return
+    try:
+        if answer not in ({}, [], None, ""):
+            _print_document(invocation, answer)
+        elif invocation.format() == "csv":
+            _print_csv([], _chosen_columns(invocation))
+    except RecursionError:
+        raise CloudStackException("The answer is nested too deeply to be printed") from None
+
+
+def _print_document(invocation, answer):
+    rows = _rows_of(answer)
+    wanted = _sorted(invocation, rows)
+    columns = _chosen_columns(invocation)
+    _warn_of_columns(invocation, rows, columns)
+
+    shape = invocation.format()
+    if shape == "json":
+        is_changed = columns is not None or invocation.options["sort"]
+        shown = _with_rows(answer, _only(wanted, columns)) if is_changed else answer
+        _print_json(invocation, shown)
+    elif shape == "jsonl":
+        _write("".join(_json_text(row, None) + "\n" for row in _only(wanted, columns)))
+    elif shape == "csv":
+        _print_csv(wanted, columns)
+    elif shape == "text":
+        _print_text(wanted, columns or _default_columns(wanted))
+    elif rows:
+        _print_table(invocation, wanted, columns)
+
+
 def _rows_of(answer):
-    """What a table shows of any answer: the rows of a list, else the one object in it (a job's result), else itself."""
+    """Return what a table shows of an answer: the rows of a list, else the one object in it (the
+    result of a job), else itself."""
     if isinstance(answer, list):
         return answer
     if not isinstance(answer, dict):
@@ -3831,37 +4355,50 @@ def _rows_of(answer):
 
 
 def _with_rows(answer, rows):
-    """The answer with other rows in the place of its own."""
+    """Return the answer with other rows in the place of its own."""
     if isinstance(answer, list):
         return rows
-    keys = [key for key, value in answer.items() if isinstance(value, list)] if isinstance(answer, dict) else []
+    if not isinstance(answer, dict):
+        return rows[0]
+    keys = [key for key, value in answer.items() if isinstance(value, list)]
     if _find_rows(answer) is not None and keys:
         return dict(answer, **{keys[0]: rows})
-    if isinstance(answer, dict) and len(answer) == 1 and isinstance(list(answer.values())[0], dict):
-        return {list(answer)[0]: rows[0]} if rows else answer
-    return rows[0] if rows else answer
+    if not rows:
+        return answer
+    if len(answer) == 1 and isinstance(list(answer.values())[0], dict):
+        return {list(answer)[0]: rows[0]}
+    return rows[0]
 
 
 def _pick(value, path):
-    """What a dotted path leads to; a list without an index gives all of its items. None where there is nothing."""
+    """Return what a dotted path leads to, None where there is nothing; a list without an index
+    gives all of its items."""
     head, _, rest = path.partition(".")
     if isinstance(value, list):
         if re.match("[0-9]{1,9}\\Z", head):
-            value = value[int(head)] if int(head) < len(value) else None
-            return _pick(value, rest) if rest else value
+            inner = value[int(head)] if int(head) < len(value) else None
+            return _pick(inner, rest) if rest else inner
         found = [_pick(item, path) for item in value]
         found = [item for item in found if item is not None]
         return found or None
     if not isinstance(value, dict):
         return None
-    if path in value:
+    if path in value:  # a name with a dot of its own
         return value[path]
     inner = value.get(head)
     return _pick(inner, rest) if rest else inner
 
 
+def _only(rows, columns):
+    """Return rows with nothing but these columns; all of them where none were chosen."""
+    if columns is None:
+        return rows
+    return [{name: _pick(row, name) for name in columns} for row in rows]
+
+
 def _cell(value):
-    """A value as text: lists joined by commas, objects as compact JSON, booleans as the API spells them."""
+    """Return a value as text: lists joined by commas, objects as compact JSON, booleans as the API
+    spells them."""
     if value is None:
         return ""
     if isinstance(value, str):
@@ -3871,136 +4408,105 @@ def _cell(value):
     return jsonlib.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
-_PREFERRED = (
-    "id jobid name state status allocationstate jobstatus type zonename account username ipaddress nic.ipaddress"
-    " cidr hostname cpunumber memory size templatename serviceofferingname virtualmachinename vmname key value"
-    " resourcetypename resourcetype max cmd level success displayname displaytext description created".split()
-)
-_MOST_COLUMNS = 8
-
-
-def _default_columns(rows, everything=False):
-    """Sensible columns first: id, name, state and the like; then, for csv, all that there are."""
-    present = {}  # type: dict
-    for row in rows:
-        if isinstance(row, dict):
-            present.update((key, True) for key in row)
+def _default_columns(rows, is_complete=False):
+    """Return sensible columns, id, name, state and the like first; for csv all that there are."""
+    objects = [row for row in rows if isinstance(row, dict)]
+    present = dict.fromkeys(key for row in objects for key in row)
     columns = [path for path in _PREFERRED if path.partition(".")[0] in present]
     rest = [key for key in present if key not in columns]
-    if everything:
+    if is_complete:
         return [path for path in columns if "." not in path] + rest or ["value"]
-    scalar = [
-        key for key in rest if not any(isinstance(row.get(key), (dict, list)) for row in rows if isinstance(row, dict))
-    ]
-    return (columns + scalar)[:_MOST_COLUMNS] or ["value"]
+
+    unwanted = {"ipaddress"} if "nic" in present else set()  # nic.ipaddress is the same, and all
+    if "jobstatus" in present and "cmd" not in present:  # of the job that made it, no job itself
+        unwanted |= {"jobid", "jobstatus"}
+    columns = [path for path in columns if path not in unwanted]
+    nested = {key for row in objects for key in row if isinstance(row[key], (dict, list))}
+    columns += [key for key in rest if key not in nested]
+    return columns[:_MOST_COLUMNS] or ["value"]
 
 
 def _near(name, names, most=3):
     import difflib
 
     lower = {other.lower(): other for other in names}
-    return [lower[match] for match in difflib.get_close_matches(name.lower(), list(lower), most, 0.6)]
+    found = difflib.get_close_matches(name.lower(), list(lower), most, 0.6)
+    return [lower[match] for match in found]
+
+
+def _did_you_mean(names):
+    return f"; did you mean {' or '.join(names)}?" if names else ""
 
 
 def _field_names(rows):
-    """Every dotted path that leads somewhere in these rows, one level into lists and objects."""
+    """Return every dotted path that leads somewhere in rows, one level into lists and objects."""
     names = {}
     for row in rows[:1000]:
         for key, value in row.items() if isinstance(row, dict) else ():
             names[key] = True
             for inner in value[:1] if isinstance(value, list) else [value]:
                 if isinstance(inner, dict):
-                    names.update(("{}.{}".format(key, field), True) for field in inner)
+                    names.update((f"{key}.{field}", True) for field in inner)
     return list(names)
 
 
-def _chosen_columns(run):
-    """The columns asked for with -c; None where none were."""
-    return [name.strip() for name in (run.options.columns or "").split(",") if name.strip()] or None
+def _chosen_columns(invocation):
+    """Return the columns asked for with -c; None where none were."""
+    names = [name.strip() for name in (invocation.options["columns"] or "").split(",")]
+    return [name for name in names if name] or None
 
 
-def _warn_of_columns(run, rows, columns):
-    """A word about those that no row has."""
+def _warn_of_columns(invocation, rows, columns):
+    """Say which columns no row has."""
     for name in columns or ():
         if rows and all(_pick(row, name) is None for row in rows):
             near = _did_you_mean(_near(name, _field_names(rows)))
-            run.say("Warning: no row has {!a}{}".format(name, near))
+            invocation.say(f"Warning: no row has {name!a}{near}")
+
+
+def _sorted(invocation, rows):
+    column = invocation.options["sort"]
+    if not column:
+        return rows
+    backwards = column.startswith("-")
+    column = column.lstrip("-")
+    _warn_of_columns(invocation, rows, [column])
+    present = [row for row in rows if _pick(row, column) is not None]
+    missing = [row for row in rows if _pick(row, column) is None]
+    present.sort(key=lambda row: _sort_key(_pick(row, column)), reverse=backwards)
+    return present + missing
 
 
 def _sort_key(value):
-    """Numbers as numbers, also where the API gives them as text; what is missing last."""
-    if value is None:
-        return (2, 0, "")
+    """Return a key that puts numbers in their order, also where the API gives them as text."""
     text = _cell(value)
     if _NUMBER.match(text):
         return (0, float(text), text)
     return (1, 0, text.lower())
 
 
-_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?\Z", re.ASCII)
-
-
-def _sorted(run, rows):
-    column = run.options.sort
-    if not column:
-        return rows
-    backwards = column.startswith("-")
-    column = column.lstrip("-")
-    _warn_of_columns(run, rows, [column])
-    present = [row for row in rows if _pick(row, column) is not None]
-    missing = [row for row in rows if _pick(row, column) is None]
-    return sorted(present, key=lambda row: _sort_key(_pick(row, column)), reverse=backwards) + missing
-
-
-def _print_answer(run, answer, plain=False):
-    try:
-        _print_document(run, answer, plain)
-    except RecursionError:
-        raise CloudStackException("The answer is nested too deeply to be printed") from None
-
-
-def _print_document(run, answer, plain):
-    """An answer in the format asked for, or as plain text (json=false); an empty one prints nothing."""
-    if answer in ({}, [], None, ""):
-        return
-    if plain:
-        _write((_escape_unprintable(answer) if sys.stdout.isatty() else answer).rstrip("\n") + "\n")
-        return
-    rows = _rows_of(answer)
-    wanted = _sorted(run, rows)
-    columns = _chosen_columns(run)
-    _warn_of_columns(run, rows, columns)
-    shape = run.format
-    if columns is not None and shape in ("json", "jsonl"):
-        wanted = [{name: _pick(row, name) for name in columns} for row in wanted]
-    if shape == "json":
-        changed = wanted if columns is not None or run.options.sort else None
-        text = _json_text(answer if changed is None else _with_rows(answer, changed))
-        _write((_highlighted(text, run.options.theme or run.settings.get("theme")) if run.colored else text) + "\n")
-    elif shape == "jsonl":
-        _write("".join(_json_text(row, None) + "\n" for row in wanted))
-    elif not rows:
-        return
-    elif shape == "csv":
-        _print_csv(wanted, columns or _default_columns(wanted, everything=True))
-    elif shape == "text":
-        _print_text(wanted, columns or _default_columns(wanted))
-    else:
-        _print_table(run, wanted, columns)
-
-
 def _cells(rows, columns):
     for row in rows:
-        yield [
-            _cell(row if columns == ["value"] and not isinstance(row, dict) else _pick(row, name)) for name in columns
-        ]
+        is_bare = columns == ["value"] and not isinstance(row, dict)
+        yield [_cell(row if is_bare else _pick(row, name)) for name in columns]
+
+
+def _print_json(invocation, document):
+    text = _json_text(document)
+    if invocation.is_colored():
+        text = _highlighted(text, invocation.options["theme"] or invocation.settings.get("theme"))
+    _write(text + "\n")
 
 
 def _print_csv(rows, columns):
-    """RFC 4180: a header, CRLF, quotes where needed. By hand, since the csv module of 3.10 refuses NUL characters."""
-    for line in [columns] + list(_cells(rows, columns)):
-        text = ",".join(map(_csv_field, line)) or '""'
-        _write((_escape_unprintable(text) if sys.stdout.isatty() else text) + ("\n" if os.linesep == "\r\n" else "\r\n"))
+    """Print RFC 4180: a header, CRLF, quotes where they are needed. By hand, since the csv module
+    of 3.10 refuses NUL characters."""
+    end = "" if os.linesep == "\r\n" else "\r"  # there the stream itself makes CRLF of LF
+    if columns is None:
+        columns = _default_columns(rows, is_complete=True) if rows else []
+    for cells in [columns, *_cells(rows, columns)] if columns else ():
+        line = ",".join(map(_csv_field, cells)) or '""'
+        _write_line(line + end)
 
 
 def _csv_field(text):
@@ -4008,21 +4514,25 @@ def _csv_field(text):
 
 
 def _print_text(rows, columns):
+    escapes = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
     for cells in _cells(rows, columns):
-        cells = [
-            cell.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r") for cell in cells
-        ]
-        line = "\t".join(cells)
-        _write((_escape_unprintable(line) if sys.stdout.isatty() else line) + "\n")
+        _write_line("\t".join(cell.translate(escapes) for cell in cells))
 
 
 def _widths(text):
-    """Columns a terminal takes for each character of a text: wide ones two, combining ones none."""
+    """Return how many columns of a terminal each character takes: wide ones two, combining ones
+    none."""
     if len(text.encode("utf-8", "replace")) == len(text):  # ASCII
         return [1] * len(text)
     from unicodedata import category, east_asian_width
 
-    return [0 if category(char) in ("Mn", "Me", "Cf") else 2 if east_asian_width(char) in "WF" else 1 for char in text]
+    widths = []
+    for char in text:
+        if category(char) in ("Mn", "Me", "Cf"):
+            widths.append(0)
+        else:
+            widths.append(2 if east_asian_width(char) in "WF" else 1)
+    return widths
 
 
 def _width(text):
@@ -4030,7 +4540,7 @@ def _width(text):
 
 
 def _terminal_width(otherwise):
-    """Columns of the terminal that standard output is; else what is given."""
+    """Return the columns of the terminal that standard output is, `otherwise` where it is none."""
     if not sys.stdout.isatty():
         return otherwise
     import shutil
@@ -4039,7 +4549,7 @@ def _terminal_width(otherwise):
 
 
 def _cut(text, width):
-    """Text made to fit a width, an ellipsis at its end where something is gone."""
+    """Return text made to fit a width, an ellipsis at its end where something is gone."""
     text = text[: 2 * width + 100]  # combining characters aside, more cannot be seen
     if _width(text) <= width:
         return text
@@ -4055,27 +4565,32 @@ def _one_line(text):
     return _escape_unprintable(text.replace("\n", " ").replace("\t", " "))
 
 
-def _print_table(run, rows, chosen):
-    """Aligned columns under a header. On a terminal it fits: default columns are left out from the end, and only then
-    is anything cut; elsewhere nothing is."""
+def _print_table(invocation, rows, chosen):
+    """Print aligned columns under a header. On a terminal it fits: default columns are left out
+    from the end, and only then is anything cut; elsewhere nothing is."""
     columns = chosen or _default_columns(rows)
-    room = _terminal_width(None)
-    table = [[_one_line(cell) for cell in cells] for cells in [columns] + list(_cells(rows, columns))]
+    table = [list(map(_one_line, cells)) for cells in [columns] + list(_cells(rows, columns))]
     widths = [max(_width(line[index]) for line in table) for index in range(len(columns))]
+    room = _terminal_width(None)
     if room:
-        least = [width if name.endswith("id") else min(width, 20) for name, width in zip(columns, widths)]
-        while not chosen and len(widths) > 2 and sum(least[: len(widths)]) + 2 * len(widths) - 2 > room:
-            widths.pop()
-        widths = _fitted(widths, columns, room - 2 * len(widths) + 2)
+        least = [
+            width if name.endswith("id") else min(width, 20) for name, width in zip(columns, widths)
+        ]
+        while not chosen and len(least) > 2 and sum(least) + 2 * len(least) - 2 > room:
+            least.pop()
+        widths = _fitted(widths[: len(least)], columns, room - 2 * len(least) + 2)
+
     for number, line in enumerate(table):
         cells = [_cut(cell, width) for cell, width in zip(line, widths)]
-        text = "  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(cells, widths)).rstrip()
-        _write(("\x1b[1m" + text + "\x1b[0m" if number == 0 and run.colored else text) + "\n")
+        padded = [cell + " " * (width - _width(cell)) for cell, width in zip(cells, widths)]
+        text = "  ".join(padded).rstrip()
+        is_bold = number == 0 and invocation.is_colored()
+        _write((f"\x1b[1m{text}\x1b[0m" if is_bold else text) + "\n")
 
 
 def _fitted(widths, columns, room):
-    """Widths that add up to the room, if they can: the widest gives way first, down to four columns, and ids, which are
-    whole or useless, last."""
+    """Return widths that add up to the room, if they can: the widest gives way first, down to four
+    columns, and ids, which are whole or useless, last."""
     widths = [min(width, max(room, 4)) for width in widths]
     plain = [index for index, name in enumerate(columns[: len(widths)]) if not name.endswith("id")]
     for some in (plain, list(range(len(widths)))):
@@ -4084,25 +4599,101 @@ def _fitted(widths, columns, room):
     return widths
 
 
-# What the server offers: listApis, reduced and cached.
+# 9.4 The list of commands.
+# What the server offers: listApis, reduced to what help, checks and completion need, and kept.
 
 _CATALOG_VERSION = 1
-_OLD = 30 * 86400  # seconds after which a catalog only warns
+_CATALOG_LIFE = 30 * 86400  # seconds; an older one only warns
 _ALWAYS_KNOWN = frozenset(
-    "response customjobid page pagesize expires signature signatureversion apikey sessionkey ctxuserid ctxaccountid "
-    "ctxstarteventid ctxdetails uuid".split()
+    "response customjobid page pagesize expires signature signatureversion apikey sessionkey"
+    " ctxuserid ctxaccountid ctxstarteventid ctxdetails uuid".split()
 )
+_CONTROL = frozenset(["json", "fetch_list", "fetch_result", "opcode_name"])
+
+_Param = collections.namedtuple("_Param", "name type required description length since")
+
+
+class _CommandSpec(
+    collections.namedtuple("_CommandSpec", "name description is_async since params fields")
+):
+    """What is known of one command. params: a _Param each; fields: dotted names of the answer's."""
+
+    @classmethod
+    def from_json(cls, line):
+        name, description, is_async, since, params, fields = jsonlib.loads(line)
+        params = [_Param(*param) for param in params]
+        return cls(name, description, is_async, since, params, fields)
+
+    def find_param(self, name):
+        """Return the _Param of a name in any case, or None."""
+        return next((param for param in self.params if param.name.lower() == name.lower()), None)
+
+    def ordered_params(self):
+        """Return the required ones first, each by name."""
+        return sorted(self.params, key=lambda param: (not param.required, param.name))
+
+
+class _Catalog:
+    """The commands of one account. On disk: a header line, a line of JSON for each command, a
+    checksum; so that one command can be looked up without parsing all of them, and a damaged file
+    is noticed. Raises ValueError for one."""
+
+    def __init__(self, text):
+        content, _, checksum = text.rpartition("\n")
+        if checksum != _checksum(content):
+            raise ValueError("damaged, or written by another version")
+        head, _, lines = content.partition("\n")
+        self.fetched_at = float(head)
+        self._file = text
+        self._text = "\n" + lines
+
+    @classmethod
+    def of_specs(cls, specs):
+        lines = [str(int(time.time()))] + sorted(jsonlib.dumps(spec) for spec in specs)
+        content = "\n".join(lines)
+        return cls(content + "\n" + _checksum(content))
+
+    def save(self, path):
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        _write_private(path, self._file)
+
+    def is_old(self):
+        return not 0 <= time.time() - self.fetched_at < _CATALOG_LIFE
+
+    def names(self):
+        return re.findall(r'\n\["([^"]+)"', self._text)
+
+    def summaries(self):
+        """Return (name, description) of each command; its parameters are not made for that."""
+        return [tuple(jsonlib.loads(line)[:2]) for line in self._text.split("\n") if line]
+
+    def find(self, name):
+        """Return the _CommandSpec of a name, in any case where only one fits; else None."""
+        if f'\n["{name}",' not in self._text:
+            alike = [other for other in self.names() if other.lower() == name.lower()]
+            if len(alike) != 1:
+                return None
+            name = alike[0]
+        start = self._text.index(f'\n["{name}",') + 1
+        return _CommandSpec.from_json(self._text[start:].partition("\n")[0])
+
+
+def _checksum(text):
+    checksum = crc32(text.encode("utf-8", "replace")) & 0xFFFFFFFF
+    return f"cs-commands {_CATALOG_VERSION} {checksum:08x}"
 
 
 def _cache_path(client, *more):
-    """A file of the cache for this endpoint and account; a hash, so that its name tells nothing."""
+    """Return the path of a file of the cache for this endpoint and account; its name is a hash, so
+    that it says nothing about them."""
     import hashlib
 
     base = os.environ.get("XDG_CACHE_HOME") or ""
-    base = base if os.path.isabs(base) else os.path.join(os.path.expanduser("~"), ".cache")
+    if not os.path.isabs(base):  # the specification has a relative one ignored
+        base = os.path.join(os.path.expanduser("~"), ".cache")
     user = client.key or client.get_setting("username") or ""
-    who = "\0".join([client.endpoint, user, client.get_setting("domain") or ""] + list(more))
-    return os.path.join(base, "cs", hashlib.sha256(who.encode("utf-8")).hexdigest()[:32])
+    account = "\0".join([client.endpoint, user, client.get_setting("domain") or "", *more])
+    return os.path.join(base, "cs", hashlib.sha256(account.encode("utf-8")).hexdigest()[:32])
 
 
 def _write_private(path, text):
@@ -4119,62 +4710,6 @@ def _write_private(path, text):
         raise
 
 
-def _checksum(text):
-    return "cs-commands {} {:08x}".format(_CATALOG_VERSION, crc32(text.encode("utf-8", "replace")) & 0xFFFFFFFF)
-
-
-class _Catalog:
-    """The commands of one account. On disk: a header line, a line of JSON for each command, a checksum; so that one
-    command can be looked up without parsing all of them, and a damaged file is noticed. Raises ValueError for one."""
-
-    def __init__(self, text):
-        content, _, checksum = text.rpartition("\n")
-        if checksum != _checksum(content):
-            raise ValueError("damaged, or written by another version")
-        head, _, lines = content.partition("\n")
-        self.fetched = float(head)
-        self._file = text
-        self._text = "\n" + lines
-
-    @staticmethod
-    def write(specs):
-        lines = [str(int(time.time()))] + sorted(jsonlib.dumps(spec) for spec in specs)
-        return "\n".join(lines) + "\n" + _checksum("\n".join(lines))
-
-    def keep(self, path):
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        _write_private(path, self._file)
-
-    @property
-    def old(self):
-        return not 0 <= time.time() - self.fetched < _OLD
-
-    def names(self):
-        return re.findall(r'\n\["([^"]+)"', self._text)
-
-    def all(self):
-        return [_Command(*jsonlib.loads(line)) for line in self._text.split("\n") if line]
-
-    def get(self, name):
-        """The _Command of a name in its exact case, or None."""
-        start = self._text.find('\n["{}",'.format(name))
-        if start < 0:
-            return None
-        return _Command(*jsonlib.loads(self._text[start + 1 :].partition("\n")[0]))
-
-    def resolve(self, name):
-        """The command's own spelling, where the name's case is all that differs and only one fits; else the name."""
-        alike = [other for other in self.names() if other.lower() == name.lower()]
-        return name if name in alike or len(alike) != 1 else alike[0]
-
-
-class _Command(collections.namedtuple("_Command", "name description isasync since params fields")):
-    """One command. params: [name, type, required, description, length, since]; fields: dotted names of the answer's."""
-
-    def param(self, name):
-        return next((param for param in self.params if param[0].lower() == name.lower()), None)
-
-
 def _text_of(entry, name):
     value = entry.get(name)
     return value if isinstance(value, str) else ""
@@ -4185,48 +4720,58 @@ def _dicts(value):
 
 
 def _reduced(api):
-    """What is kept of one command of listApis, whatever shape it has."""
+    """Return the _CommandSpec of one entry of listApis, whatever shape it has."""
     params = []
     for param in _dicts(api.get("params")):
-        name, kind, meaning, since = (_text_of(param, key) for key in ("name", "type", "description", "since"))
+        name, kind, meaning, since = (
+            _text_of(param, key) for key in ("name", "type", "description", "since")
+        )
         length = param.get("length") if isinstance(param.get("length"), int) else None
-        params.append([name, kind, param.get("required") is True, meaning, length, since])
+        params.append(_Param(name, kind, param.get("required") is True, meaning, length, since))
+
     fields = []
     for field in _dicts(api.get("response")):
         name = _text_of(field, "name")
-        fields += [name] + [name + "." + _text_of(inner, "name") for inner in _dicts(field.get("response"))]
+        inner = [_text_of(entry, "name") for entry in _dicts(field.get("response"))]
+        fields += [name] + [f"{name}.{other}" for other in inner]
+    fields = [field for field in fields if field]
+
     name, description, since = (_text_of(api, key) for key in ("name", "description", "since"))
-    return [name, description, api.get("isasync") is True, since, params, [field for field in fields if field]]
+    return _CommandSpec(name, description, api.get("isasync") is True, since, params, fields)
 
 
-def _fetch_catalog(run):
-    """Ask the server for listApis and keep it. Raises CloudStackException, ValueError where --sync cannot keep it."""
-    specs = [_reduced(row) for row in run.client.listApis(fetch_list=True) if isinstance(row, dict)]
-    specs = [spec for spec in specs if re.match(r"[\w.-]+\Z", spec[0])]
+def _fetch_catalog(invocation):
+    """Ask the server for listApis and keep it. Raises CloudStackException, ValueError where --sync
+    cannot keep it."""
+    client = invocation.client
+    specs = [_reduced(row) for row in client.listApis(fetch_list=True) if isinstance(row, dict)]
+    specs = [spec for spec in specs if re.match(r"[\w.-]+\Z", spec.name)]
     if not specs:
-        raise CloudStackException("Unexpected response from CloudStack", "listApis gave no commands")
-    catalog = _Catalog(_Catalog.write(specs))
+        detail = "listApis gave no commands"
+        raise CloudStackException("Unexpected response from CloudStack", detail)
+    catalog = _Catalog.of_specs(specs)
     try:
-        catalog.keep(_cache_path(run.client))
+        catalog.save(_cache_path(client))
     except OSError as error:
-        problem = "cannot write the cache {!a}: {}".format(_cache_path(run.client), _error_text(error))
-        if run.options.sync:
+        problem = f"cannot write the cache {_cache_path(client)!a}: {_error_text(error)}"
+        if invocation.options["sync"]:
             raise ValueError(problem) from None
-        run.say("Warning: " + problem)
+        invocation.say("Warning: " + problem)
     else:
-        run.say("{} commands of {} are now known".format(len(specs), _mask_address(run.client.endpoint)))
+        invocation.say(f"{len(specs)} commands of {_mask_address(client.endpoint)} are now known")
     return catalog
 
 
 def _cached_catalog(client):
-    """The _Catalog, or None; a damaged one is thrown away."""
+    """Return the _Catalog that is kept, or None. A damaged one is thrown away; one that cannot be
+    read just now (too many open files) may be good."""
     path = _cache_path(client)
     try:
         with open(path, encoding="utf-8") as file:
             return _Catalog(file.read())
-    except FileNotFoundError:
+    except OSError:
         return None
-    except (OSError, ValueError):
+    except ValueError:
         try:
             os.unlink(path)
         except OSError:
@@ -4234,122 +4779,155 @@ def _cached_catalog(client):
         return None
 
 
-def _problems(catalog, command, params):
-    """What the server would ignore in silence, or refuse: a sentence each, all at once."""
-    spec = catalog.get(command)
+def _check_against_catalog(invocation, command, params):
+    """Return the command in its own spelling. Raises _Usage for what the list of commands knows to
+    be wrong, unless --force."""
+    catalog = _cached_catalog(invocation.client)
+    if catalog is None:
+        return command
+    spec = catalog.find(command)
     if spec is None:
-        return [] if command in ("login", "logout") else [_unknown_command(catalog, command)]
-    control = ("json", "fetch_list", "fetch_result", "opcode_name")
-    given = [name for name in params if name not in control]
-    bases = {name: name.partition("[")[0].lower() for name in given}
-    known = {param[0].lower(): param[0] for param in spec.params}
-    problems = [
-        "{} has no parameter {!a}{}".format(command, name, _did_you_mean(_near(bases[name], known.values())))
-        for name in given if bases[name] not in known and bases[name] not in _ALWAYS_KNOWN
-    ]  # fmt: skip
-    missing = [param[0] for param in spec.params if param[2] and param[0].lower() not in bases.values()]
-    if missing:
-        problems.append("{} needs {}".format(command, ", ".join(sorted(missing))))
+        is_silent = command in ("login", "logout")  # which no server lists
+        problems, missing = ([] if is_silent else [_unknown_command(catalog, command)]), []
+    else:
+        command = spec.name
+        # Without a job there is nothing by which a lost answer could be found again.
+        may_recover = spec.is_async and invocation.settings["recover"]
+        invocation.client.set_setting("recover", may_recover)
+        problems, missing = _unknown_params(spec, params), _missing_params(spec, params)
+
+    if invocation.options["force"] or not (problems or missing):
+        return command
+    needs = [f"{command} needs {', '.join(missing)}"] if missing else []
+    text = "\n    ".join(problems + needs)
+    if catalog.is_old():
+        days = (time.time() - catalog.fetched_at) / 86400
+        hint = f"(known from {days:.0f} days ago; `cs --sync` looks again)"
+        invocation.say(f"Warning: {text}\n    {hint}")
+        return command
+    if not problems:  # no newer list, and no --force, would help
+        raise _Usage(f"{text}; see cs {command} --help")
+    hint = "`cs --sync` looks again what the server offers; --force sends it all the same."
+    raise _Usage(f"{text}\n    Nothing was sent. {hint}")
+
+
+def _base_name(name):
+    """Return the name under which the list of commands has a parameter: tags for tags[0].key."""
+    return name.partition("[")[0].lower()
+
+
+def _unknown_params(spec, params):
+    """Return a sentence for each parameter that the server would ignore in silence."""
+    known = {param.name.lower(): param.name for param in spec.params}
+    problems = []
+    for name in params:
+        base = _base_name(name)
+        if name not in _CONTROL and base not in known and base not in _ALWAYS_KNOWN:
+            near = _did_you_mean(_near(base, known.values()))
+            problems.append(f"{spec.name} has no parameter {name!a}{near}")
     return problems
 
 
+def _missing_params(spec, params):
+    """Return the required parameters that have no value, or an empty one."""
+    given = {_base_name(name) for name, value in params.items() if value != ""}
+    names = [param.name for param in spec.params if param.required]
+    return sorted(name for name in names if name.lower() not in given)
+
+
 def _unknown_command(catalog, name):
-    return "the server has no command {!a} for you{}".format(name, _did_you_mean(_near(name, catalog.names())))
+    near = _did_you_mean(_near(name, catalog.names()))
+    return f"the server has no command {name!a} for you{near}"
 
 
-def _did_you_mean(names):
-    return "; did you mean {}?".format(" or ".join(names)) if names else ""
+def _catalog_for_reading(invocation):
+    """Return the catalog, fetched now where there is none: --list and COMMAND --help ask for
+    nothing else."""
+    catalog = None if invocation.options["sync"] else _cached_catalog(invocation.client)
+    return catalog or _fetch_catalog(invocation)
 
 
-def _check_against_catalog(run, command, params):
-    """The command, in its own spelling. Raises _Usage for what the catalog knows to be wrong, unless --force."""
-    catalog = _cached_catalog(run.client)
-    if catalog is None:
-        return command
-    command = catalog.resolve(command)
-    spec = catalog.get(command)
-    if spec is not None and not spec.isasync:  # there is no job that its lost answer could be found by
-        run.client.set_setting("recover", False)
-    problems = _problems(catalog, command, params)
-    if run.options.force or not problems:
-        return command
-    text = "\n    ".join(problems)
-    if catalog.old:
-        run.say("Warning: {}\n    (known from {:.0f} days ago; `cs --sync` looks again)".format(
-            text, (time.time() - catalog.fetched) / 86400))  # fmt: skip
-        return command
-    advice = "Nothing was sent. `cs --sync` looks again what the server offers; --force sends it all the same."
-    raise _Usage("{}\n    {}".format(text, advice))
-
-
-def _catalog_for_reading(run):
-    """The catalog, fetched now where there is none: --list and COMMAND --help ask for nothing else."""
-    return (None if run.options.sync else _cached_catalog(run.client)) or _fetch_catalog(run)
-
-
-def _list_commands(run, words):
-    """--list: the commands in whose name or description all the words stand."""
+def _list_commands(invocation, words):
+    """Print the commands in whose name or description all the words stand (--list). Returns whether
+    there are any."""
     found = []
-    for spec in _catalog_for_reading(run).all():
-        if all(word.lower() in (spec.name + " " + spec.description).lower() for word in words):
-            found.append(spec)
-    room = max([len(spec.name) for spec in found] or [0])
-    width = _terminal_width(None)
-    for spec in found:
-        line = _escape_unprintable("{:{}}  {}".format(spec.name, room, spec.description.strip().replace("\n", " "))).rstrip()
-        _write((_cut(line, width) if width else line) + "\n")
+    for name, description in _catalog_for_reading(invocation).summaries():
+        if all(word.lower() in f"{name} {description}".lower() for word in words):
+            found.append((name, description))
     if not found:
-        run.say("No command matches {}".format(" ".join(words)))
-    return 0 if found else 1
+        invocation.say(f"No command matches {' '.join(words)}")
+
+    longest = max([len(name) for name, _ in found] or [0])
+    width = _terminal_width(None)
+    for name, description in found:
+        line = _one_line(f"{name:{longest}}  {description.strip()}").rstrip()
+        _write((_cut(line, width) if width else line) + "\n")
+    return bool(found)
 
 
-def _describe_command(run, name):
-    """COMMAND --help."""
-    catalog = _catalog_for_reading(run)
-    spec = catalog.get(catalog.resolve(name))
+def _describe_command(invocation, name):
+    """Print what a command takes and returns (COMMAND --help)."""
+    catalog = _catalog_for_reading(invocation)
+    spec = catalog.find(name)
     if spec is None:
         raise _Usage(_unknown_command(catalog, name) + "\n    `cs --list WORD` looks for one.")
-    _write(_escape_unprintable("\n".join(_description_lines(spec, min(_terminal_width(100), 100)))) + "\n")
-    return 0
+    lines = _description_lines(spec, min(_terminal_width(100), 100))
+    _write(_escape_unprintable("\n".join(lines)) + "\n")
+    return True
 
 
 def _description_lines(spec, width):
     import textwrap
 
-    since = " (since {})".format(spec.since) if spec.since else ""
-    yield "{}{}".format(spec.name, since)
-    yield from textwrap.wrap(spec.description, width, initial_indent="  ", subsequent_indent="  ")
-    if spec.isasync:
+    yield spec.name + (f" (since {spec.since})" if spec.since else "")
+    yield from textwrap.wrap(
+        spec.description, width, initial_indent="  ", subsequent_indent="  "
+    )
+    if spec.is_async:
         yield "  It starts a job, which is waited for unless --async."
-    ordered = sorted(spec.params, key=lambda param: (not param[2], param[0]))
-    for heading, required in (("Required", True), ("Optional", False)):
-        group = [param for param in ordered if param[2] is required]
+
+    params = spec.ordered_params()
+    for heading, required in (("Required:", True), ("Optional:", False)):
+        group = [param for param in params if param.required is required]
         if group:
             yield ""
-            yield heading + ":"
-        for name, kind, _, meaning, length, since in group:
-            facts = [kind] + ["at most {}".format(length)] * bool(length and kind == "string" and length != 255)
-            facts += ["since {}".format(since)] * bool(since)
-            left = "  {} ({})".format(name, ", ".join(filter(None, facts)))
-            yield from textwrap.wrap(left + "  " + meaning, width, subsequent_indent=" " * 6)
-    if spec.fields:
-        top = [field for field in spec.fields if "." not in field]
+            yield heading
+        for param in group:
+            text = f"  {param.name} ({_facts(param)})  {param.description}"
+            yield from textwrap.wrap(text, width, subsequent_indent=" " * 6)
+
+    top = ", ".join(field for field in spec.fields if "." not in field)
+    if top:
         yield ""
-        yield from textwrap.wrap("Returns: " + ", ".join(top), width, subsequent_indent="  ")
+        yield from textwrap.wrap("Returns: " + top, width, subsequent_indent="  ")
     yield ""
-    yield "Example: cs {}".format(" ".join([spec.name] + [_example(param) for param in ordered if param[2]]))
+    examples = [_example(param) for param in params if param.required]
+    yield "Example: cs " + " ".join([spec.name] + examples)
+
+
+def _facts(param):
+    facts = [param.type] if param.type else []
+    if param.length and param.type == "string" and param.length != 255:
+        facts.append(f"at most {param.length}")
+    if param.since:
+        facts.append(f"since {param.since}")
+    return ", ".join(facts)
 
 
 def _example(param):
-    if param[1] == "map":
-        return "{0}[0].key=... {0}[0].value=...".format(param[0])
-    kinds = {"boolean": "true", "integer": "1", "long": "1", "uuid": "ID", "date": "2026-01-31", "list": "A,B"}
-    return "{}={}".format(param[0], kinds.get(param[1], "..."))
+    if param.type == "map":
+        return f"{param.name}[0].key=... {param.name}[0].value=..."
+    kinds = {
+        "boolean": "true", "integer": "1", "long": "1", "uuid": "ID", "date": "2026-01-31",
+        "list": "A,B",
+    }  # fmt: skip
+    return f"{param.name}={kinds.get(param.type, '...')}"
 
 
-# Completion. The shells' scripts hand over the line up to the cursor and get lines of `word TAB description`. Words
-# come partly from the server, and names from tenants: only words that no shell would evaluate are given, and the
-# scripts never evaluate any.
+# 9.5 Completion.
+# The shells' scripts hand over the line up to the cursor and get lines of `word TAB description`.
+# Words come partly from the server, and names from tenants: only words that no shell would evaluate
+# are given, and the scripts never evaluate any.
 
 _SCRIPTS = {
     "bash": r"""
@@ -4363,15 +4941,16 @@ _cs_complete() {
         line="${line%%$'\t'*}"
         [[ "$line" == *= || "$line" == *, ]] && compopt -o nospace 2>/dev/null
         COMPREPLY+=("${line#"$cut"}")
-    done < <(CLOUDSTACK_TRACE= command "${COMP_WORDS[0]}" --complete="${COMP_LINE:0:COMP_POINT}" 2>/dev/null)
+    done < <(CLOUDSTACK_TRACE= command "${COMP_WORDS[0]}" \
+        --complete="${COMP_LINE:0:COMP_POINT}" 2>/dev/null)
 }
 complete -F _cs_complete cs
 """,
     "zsh": r"""#compdef cs
 _cs() {
     local line word; local -a plain shown open
-    for line in "${(@f)$(CLOUDSTACK_TRACE= command "${words[1]}" --complete="${(j: :)words[1,CURRENT-1]} ${PREFIX}" \
-        2>/dev/null)}"; do
+    for line in "${(@f)$(CLOUDSTACK_TRACE= command "${words[1]}" \
+        --complete="${(j: :)words[1,CURRENT-1]} ${PREFIX}" 2>/dev/null)}"; do
         [[ -n "$line" ]] || continue
         word="${line%%$'\t'*}"
         if [[ "$word" == *= || "$word" == *, ]]; then open+=("$word"); continue; fi
@@ -4391,32 +4970,45 @@ complete -c cs -f -a '(__cs_complete)'
 """,
 }
 _SAFE_WORD = re.compile(r"[A-Za-z0-9_.,:/@%+=\[\]-]+\Z")
-_OPTION_VALUES = {
-    "--output": FORMATS, "-o": FORMATS, "--color": ("auto", "always", "never"), "--completion": ("bash", "zsh", "fish")
-}  # fmt: skip
 _PATIENCE_AT_A_KEY = 1.0  # seconds to connect and as many for the answer
 _REMEMBERED = 60.0  # seconds for which ids are not asked for again
+_SHORT_NAMES = {"vm": "virtualmachine", "parentdomain": "domain"}
+
+# pending: the option whose value is being typed, or None; front: `--name=` where the value follows
+# it in the same word; current: the word, or the value, that is being typed.
+_NO_OPTION = _Option("", "", None)
+_Line = collections.namedtuple("_Line", "options pending front command words current")
 
 
-def _complete(line):
-    """The (word, description) pairs that may stand where the cursor is, at the end of the line."""
-    parser = _make_parser()
-    words = line.split()[1:] + ([""] if not line or line[-1].isspace() else [])
-    current = words.pop() if words else ""
-    before = words[-1] if words else ""
-    if current.startswith("--") and "=" in current:
-        option, _, part = current.partition("=")
-        return [(option + "=" + word, text) for word, text in _complete_option(option, words, part)]
-    if before in _valued_options(parser):
-        return _complete_option(before, words, current)
-    if current.startswith("-"):
-        names = sorted(set(parser._option_string_actions) - {"--complete"})
-        return _starting([(name, "") for name in names if name.startswith("--")], current)
-    return _starting(_complete_call(words, current), current)
+def _read_line(text):
+    """Take a line apart as far as it is typed; mistakes on it are passed over."""
+    typed = text.split()[1:]
+    current = typed.pop() if typed and not text[-1].isspace() else ""
+    pending, front = _FLAGS.get(typed[-1]) if typed else None, ""
+    if pending is not None and pending.value is not None:
+        typed.pop()
+    elif current.startswith("--") and "=" in current:
+        flag, _, current = current.partition("=")
+        pending, front = _FLAGS.get(flag, _NO_OPTION), flag + "="
+    else:
+        pending = None
+
+    known = [arg for arg in typed if arg[:1] != "-" or arg.partition("=")[0] in _FLAGS]
+    try:
+        options, words = _parse_arguments(known)
+    except _Usage:
+        options, words = _parse_arguments([arg for arg in known if arg[:1] != "-"])
+    options["quiet"] = True
+    return _Line(options, pending, front, words[0] if words else None, words[1:], current)
 
 
-def _valued_options(parser):
-    return {name for action in parser._actions if action.nargs is None for name in action.option_strings}
+def _print_completions(text):
+    """Print the words that may stand where the cursor is, at the end of the text."""
+    line = _read_line(text)
+    for word, description in _starting(_candidates(line), line.current):
+        if _SAFE_WORD.match(line.front + word):
+            description = _cut(" ".join(_escape_unprintable(description).split()), 60)
+            _write(line.front + word + ("\t" + description if description else "") + "\n")
 
 
 def _starting(pairs, prefix):
@@ -4424,29 +5016,59 @@ def _starting(pairs, prefix):
     return fitting or [pair for pair in pairs if pair[0].lower().startswith(prefix.lower())]
 
 
-def _command_among(words):
-    """The command on a line: the first word that is neither an option nor an option's value."""
-    takes = _valued_options(_make_parser())
-    for index, word in enumerate(words):
-        if not word.startswith("-") and not (index and words[index - 1] in takes):
-            return word
-    return None
+def _candidates(line):
+    """Return (word, description) pairs of what may stand there, whatever it begins with."""
+    if line.pending is not None:
+        return [(word, "") for word in _option_values(line)]
+    if line.current.startswith("-"):
+        return [(flag, "") for flag in sorted(_FLAGS) if flag[1] == "-" and flag != "--complete"]
+    invocation, catalog = _known_commands(line)
+    if line.command is None:
+        return catalog.summaries() if catalog else []
+    spec = catalog.find(line.command) if catalog else None
+    if spec is None:
+        return []
+
+    name, equals, value = line.current.partition("=")
+    if not equals:
+        used = {word.partition("=")[0].lower() for word in line.words}
+        unused = [param for param in spec.ordered_params() if param.name.lower() not in used]
+        return [(param.name + "=", param.description) for param in unused]
+    param = spec.find_param(name)
+    if param and param.type == "boolean":
+        return [(name + "=true", ""), (name + "=false", "")]
+    if not name.lower().endswith(("id", "ids")):
+        return []
+    front = name + "=" + value[: value.rfind(",") + 1]
+    return [(front + ident, text) for ident, text in _ids(invocation, catalog, spec, name)]
 
 
-def _complete_option(option, words, current):
-    if option in ("-r", "--region"):
-        found = _regions(_configuring(words).config)
-    elif option in ("-c", "--columns", "--sort"):
-        run = _completion_run(words)
-        spec = run and _spec_of(run, _command_among(words))
-        done = current.rpartition(",")[0]
-        found = [(done + "," if done else "") + field for field in (spec.fields if spec else [])]
-    else:
-        found = _OPTION_VALUES.get(option, ())
-    return _starting([(word, "") for word in found], current)
+def _option_values(line):
+    option = line.pending
+    if isinstance(option.value, tuple):
+        return option.value
+    if option.name == "region":
+        return _regions(line.options["config"])
+    if option.name in ("columns", "sort") and line.command is not None:
+        catalog = _known_commands(line)[1]
+        spec = catalog.find(line.command) if catalog else None
+        front = line.current[: line.current.rfind(",") + 1]
+        return [front + field for field in (spec.fields if spec else ())]
+    return []
+
+
+def _known_commands(line):
+    """Return the invocation that a line describes and its _Catalog; None for what cannot be had."""
+    invocation = _Invocation(line.options)
+    try:
+        invocation.connect()
+    except (_Usage, ValueError):
+        return None, None
+    return invocation, _cached_catalog(invocation.client)
 
 
 def _regions(config):
+    """Return the names of all sections in the ini files that can be read."""
     found = set()
     for path in _list_ini_paths(config)[0]:
         try:
@@ -4456,102 +5078,55 @@ def _regions(config):
     return sorted(found)
 
 
-def _configuring(words):
-    """The options among the words of a line that choose the configuration."""
-    args = []  # type: list
-    for index, word in enumerate(words):
-        if word.partition("=")[0] in ("-r", "--region", "--config", "--endpoint"):
-            args += [word] if "=" in word else words[index : index + 2] if index + 1 < len(words) else []
-    try:
-        options, _ = _parse_arguments(args)
-    except _Usage:
-        options, _ = _parse_arguments([])
-    options.quiet = True
-    return options
-
-
-def _completion_run(words):
-    """A _Run for the configuration that the line chooses, or None where there is none to use."""
-    run = _Run(_configuring(words))
-    try:
-        run.connect()
-    except (_Usage, ValueError):
-        return None
-    return run
-
-
-def _spec_of(run, command):
-    catalog = _cached_catalog(run.client)
-    return catalog.get(catalog.resolve(command)) if catalog and command else None
-
-
-def _complete_call(words, current):
-    run = _completion_run(words)
-    catalog = run and _cached_catalog(run.client)
-    if not catalog:
-        return []
-    command = _command_among(words)
-    if command is None:
-        return [(spec.name, spec.description) for spec in catalog.all()]
-    spec = catalog.get(catalog.resolve(command))
-    if spec is None:
-        return []
-    name, equals, value = current.partition("=")
-    if not equals:
-        used = {word.partition("=")[0].lower() for word in words}
-        ordered = sorted(spec.params, key=lambda param: (not param[2], param[0]))
-        return [(param[0] + "=", param[3]) for param in ordered if param[0].lower() not in used]
-    param = spec.param(name)
-    if param and param[1] == "boolean":
-        return [(name + "=true", ""), (name + "=false", "")]
-    if not name.lower().endswith(("id", "ids")):
-        return []
-    done = value.rpartition(",")[0]
-    front = name + "=" + (done + "," if done else "")
-    return [(front + ident, text) for ident, text in _ids(run, catalog, spec, name)]
-
-
-def _ids(run, catalog, spec, name):
-    """(id, name) of what an ...id parameter may be, asked of the list command that fits; remembered for a minute, as is
-    that it could not be had (a server that hangs is not waited for at every key, nor a wrong password tried)."""
+def _ids(invocation, catalog, spec, name):
+    """Return (id, name) of what an ...id parameter may be, asked of the list command that fits. It
+    is remembered for a minute, as is that it could not be had: a server that hangs is not waited
+    for at every key, nor a wrong password tried."""
     lister = _lister(catalog, spec, name)
     if lister is None:
         return []
-    path, refused = _cache_path(run.client, "ids", lister.name), _cache_path(run.client, "ids")
+    client = invocation.client
+    path, refused = _cache_path(client, "ids", lister.name), _cache_path(client, "ids")
     rows = _remembered(refused)
-    rows = _remembered(path) if rows is None else rows
     if rows is None:
-        try:
-            with run.client:
-                rows = _ask_ids(run.client, lister)
-        except CloudStackException:
-            rows, path = [], refused
-        try:
-            _write_private(path, jsonlib.dumps({"at": int(time.time()), "rows": rows}))
-        except OSError:
-            pass
+        rows = _remembered(path)
+    if rows is not None:
+        return rows
+
+    try:
+        with client:
+            rows = _ask_ids(client, lister)
+    except CloudStackException:
+        rows, path = [], refused
+    try:
+        _write_private(path, jsonlib.dumps({"at": int(time.time()), "rows": rows}))
+    except OSError:
+        pass
     return rows
 
 
 def _remembered(path):
-    """The rows a file of ids holds, if it is less than a minute old."""
+    """Return the rows that a file of ids holds, None unless it is less than a minute old."""
     try:
         with open(path, encoding="utf-8") as file:
             kept = jsonlib.load(file)
         if 0 <= time.time() - kept["at"] < _REMEMBERED:
-            return [(ident + "", text + "") for ident, text in kept["rows"]]  # texts, or it is damaged
+            return [(ident + "", text + "") for ident, text in kept["rows"]]  # else it is damaged
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     return None
 
 
 def _ask_ids(client, lister):
-    params = {"listall": "true"} if lister.param("listall") else {}
-    if lister.param("templatefilter"):
+    params = {}
+    if lister.find_param("listall"):
+        params["listall"] = "true"
+    if lister.find_param("templatefilter"):
         params["templatefilter"] = "executable"
     client.timeout, client.retry = _PATIENCE_AT_A_KEY, 0
     call = _Call(lister.name, params)
     call.total = _PATIENCE_AT_A_KEY
+
     found = []
     for row in _dicts(_find_rows(client._drive(_send_with_retries(client, call)))):
         ident, text = row.get("id"), row.get("displayname") or row.get("name")
@@ -4560,75 +5135,95 @@ def _ask_ids(client, lister):
     return found
 
 
-_SHORT_NAMES = {"vm": "virtualmachine", "parentdomain": "domain"}
-
-
 def _lister(catalog, spec, name):
-    """The list command whose ids a parameter takes: zoneid -> listZones, and plain id by the command's own object."""
+    """Return the list command whose ids a parameter takes: listZones for zoneid; for a plain id the
+    one of the command's own object."""
     thing = re.sub(r"ids?\Z", "", name.lower())
     if not thing:
         thing = re.sub(r"\A[a-z]+", "", spec.name).lower()
     thing = _SHORT_NAMES.get(thing, thing)
-    wanted = ["list" + thing + end for end in ("s", "", "es")] + ["list" + thing[:-1] + "ies"]
+    wanted = [f"list{thing}s", f"list{thing}", f"list{thing}es", f"list{thing[:-1]}ies"]
     spelled = {other.lower(): other for other in catalog.names()}
-    return next((catalog.get(spelled[other]) for other in wanted if other in spelled), None)
+    return next((catalog.find(spelled[other]) for other in wanted if other in spelled), None)
 
 
-def _print_completions(line):
-    for word, text in _complete(line):
-        if _SAFE_WORD.match(word):
-            text = " ".join(_escape_unprintable(text).split())
-            _write(word + ("\t" + _cut(text, 60) if text else "") + "\n")
-    return 0
+# 9.6 Configure.
+
+_QUESTIONS = (
+    ("endpoint", "Endpoint (https://host/client/api): "),
+    ("key", "API key: "),
+    ("secret", "Secret key (not shown): "),
+)
 
 
-# Writing the ini file.
-
-
-def _configure(run):
-    """--configure: ask, try with one call, write the section to ~/.cloudstack.ini."""
-    region = run.options.region or os.environ.get(_PREFIX + "REGION") or _DEFAULT_REGION
+def _configure(invocation):
+    """Ask for a section, try it with one call, add it to ~/.cloudstack.ini (--configure). Returns
+    whether it was written."""
+    options = invocation.options
+    region = options["region"] or os.environ.get(_PREFIX + "REGION") or _DEFAULT_REGION
     if not re.match(r"[^\[\]\s][^\[\]\r\n]*\Z", region) or region == "DEFAULT":
-        raise _Usage("{!a} cannot be the name of a section".format(region))
-    path = os.path.realpath(os.path.expanduser(run.options.config or "~/.cloudstack.ini"))
-    try:
-        text = _read_text(path)
-        _parse_ini(path, text)  # a broken file is not made worse
-    except FileNotFoundError:
-        text = ""
-    answers = {"endpoint": _ask_person("Endpoint (https://host/client/api): "), "key": _ask_person("API key: ")}
-    answers["secret"] = _ask_person("Secret key (not shown): ", hidden=True)
-    text = _with_section(text, region, answers)
-    run.client = _client_of_section(path, text, region)
-    try:
-        with run.client:
-            run.client.listCapabilities()
-        run.say("They work: {} answered.".format(_mask_address(run.client.endpoint)))
-    except CloudStackException as error:
-        _write_stderr("They do not work: {}".format(_sentence(error)))
-        if _ask_person("Save them all the same? [y/N] ").lower() not in ("y", "yes"):
-            run.say("Nothing was written.")
-            return 1
+        raise _Usage(f"{region!a} cannot be the name of a section")
+    path = os.path.realpath(os.path.expanduser(options["config"] or "~/.cloudstack.ini"))
+    text = _text_without_section(path, region)
+
+    answers = {name: _ask_until_usable(name, question) for name, question in _QUESTIONS}
+    text += f"[{region}]\n"
+    for name, answer in answers.items():
+        text += f"{name} = {answer.replace('%', '%%')}\n"
+    if not _works(invocation, path, text, region):
+        answer = _ask_person("Save them all the same? [y/N] ")
+        if answer.lower() not in ("y", "yes"):
+            invocation.say("Nothing was written.")
+            return False
     try:
         _write_private(path, text)
     except OSError as error:
-        raise ValueError("cannot write {!a}: {}".format(path, _error_text(error))) from None
-    run.say("Section [{}] of {} is written.".format(region, path))
-    return 0
+        raise ValueError(f"cannot write {path!a}: {_error_text(error)}") from None
+    invocation.say(f"Section [{region}] of {path} is written.")
+    return True
 
 
-def _client_of_section(path, text, region):
-    """The client that a section describes: with what else stands there, such as the certificates of its authority."""
-    found = _IniValues()
-    found.add_file(path, _parse_ini(path, text), region)
-    client = CloudStack(**dict({"endpoint": None}, **_to_settings(found.values)))
-    _check_client(client)
-    return client
-
-
-def _ask_person(question, hidden=False):
+def _text_without_section(path, region):
+    """Return the text that a section can be added to. Raises _Usage where the file has it: what
+    stands in it is a person's work, and is theirs to edit; ValueError for a broken file."""
     try:
-        if hidden and sys.stdin.isatty():
+        text = _read_text(path)
+    except FileNotFoundError:
+        return ""
+    if _parse_ini(path, text).has_section(region):
+        heads = [line.startswith(f"[{region}]") for line in text.split("\n")]
+        line = heads.index(True) + 1 if True in heads else "?"
+        hint = "edit it there, or give another name with --region"
+        raise _Usage(f"[{region}] stands in {path}, line {line}; {hint}")
+    text = text.rstrip("\n")
+    return text + "\n\n" if text else ""
+
+
+def _ask_until_usable(name, question):
+    """Ask again until an answer makes sense. It is never repeated in a message: pasted a line too
+    early, it is the secret."""
+    while True:
+        answer = _ask_person(question, is_hidden=name == "secret")
+        if not answer:
+            problem = "nothing was typed"
+        elif name == "endpoint" and not _is_endpoint(answer):
+            problem = "that is not an http:// or https:// address without user and password"
+        else:
+            return answer
+        _write_stderr(f"  {problem}; once more, or Ctrl-C to end")
+
+
+def _is_endpoint(text):
+    try:
+        _check_client(CloudStack(text))
+    except ValueError:
+        return False
+    return True
+
+
+def _ask_person(question, is_hidden=False):
+    try:
+        if is_hidden and sys.stdin.isatty():
             from getpass import getpass
 
             return getpass(question, sys.stderr).strip()
@@ -4638,295 +5233,25 @@ def _ask_person(question, hidden=False):
     except (AttributeError, EOFError):  # no standard input, or Ctrl-D
         answer = ""
     if not answer:
-        raise _Usage("no answer to '{}'; nothing was written".format(question.strip()))
+        raise _Usage(f"no answer to '{question.strip()}'; nothing was written")
     return answer.strip()
 
 
-def _with_section(text, region, values):
-    """An ini file's text with these values in a section, instead of what credentials it held; comments, order and
-    everything else stay."""
-    lines = text.rstrip("\n").split("\n") if text else []
-    heads = [index for index, line in enumerate(lines) if re.match(r"\[[^\]]+\]", line)]
-    fresh = ["{} = {}".format(name, value.replace("%", "%%")) for name, value in values.items()]
-    start = next((index for index in heads if lines[index].startswith("[{}]".format(region))), None)
-    if start is None:
-        return "\n".join(lines + ([""] if lines else []) + ["[{}]".format(region)] + fresh) + "\n"
-    end = next((index for index in heads if index > start), len(lines))
-    body = lines[start + 1 : end]
-    first = next((line for line in body if line.strip() and line.strip()[0] not in "#;"), "")
-    indent = first[: len(first) - len(first.lstrip())]  # what stands further in goes on with the value above it
-    gone = set(values) | {"username", "password", "domain"}
-    kept, dropping = [], False
-    for line in body:
-        name = re.match(re.escape(indent) + r"([^\s#;=:][^=:]*?)\s*[=:]", line)
-        if name:
-            dropping = name.group(1).lower() in gone
-        elif not line[len(indent) :][:1].isspace():
-            dropping = False
-        if not dropping:
-            kept.append(line)
-    return "\n".join(lines[: start + 1] + [indent + line for line in fresh] + kept + lines[end:]) + "\n"
-
-
-# Carrying it out.
-
-
-def _show_plan(run, command, params):
-    """--dry-run: what would be sent, and nothing is."""
-    control = {name: params.pop(name) for name in ("json", "opcode_name") if name in params}
-    params = {name: value for name, value in params.items() if name not in ("fetch_list", "fetch_result")}
-    call = _Call(command, flatten(params), **control)
-    call.complete_page(PAGE_SIZE)
-    request = _build_request(run.client, call)
-    request.prepare()
-    lines = ["{} {}".format(request.method, _mask_address(run.client.endpoint))]
-    lines += ["{}={}".format(name, text) for name, text in sorted(_mask_params(request.params).items())]
-    _write("\n".join(_escape_unprintable(line) for line in lines) + "\n")
-
-
-def _asked(command, params):
-    shown = ["{}={}".format(name, _cut(str(text), 80)) for name, text in _mask_params(params).items()]
-    return _one_line(" ".join([command] + shown))
-
-
-def _call(run, command, params):
-    """Make the call and print what comes of it; returns the exit code."""
-    options = run.options
-    run.asked = _asked(command, params)
-    if options.all:
-        params["fetch_list"] = True
-    if not _only_reads(command):  # there is nothing to page through, and no page to ask it for
-        params.pop("fetch_list", None)
-    params.setdefault("fetch_result", not (options.no_wait or "async" in command.lower()))
-    if params.get("fetch_list") and run.format == "jsonl" and not options.sort:
-        return _stream(run, command, dict(params, fetch_list=False))
-    answer = run.client._request(command, **params)
-    run.clear_progress()
-    _print_answer(run, answer, plain=params.get("json") is False)
-    _warn_of_missing_rows(run, answer, params)
-    return int(_says_failed(answer))
-
-
-def _says_failed(answer):
-    """Whether a 200 tells of a failure all the same."""
-    return isinstance(answer, dict) and ("errortext" in answer or str(answer.get("success")).lower() == "false")
-
-
-def _stream(run, command, params):
-    """jsonl of a whole list: each row is written as it arrives."""
-    columns = _chosen_columns(run)
-    unseen, sample = set(columns or ()), []  # type: set, list
-    flushed = 0.0
-    params = {name: value for name, value in params.items() if name not in ("fetch_list", "fetch_result")}
-    for row in run.client.iter_list(command, **params):
-        run.clear_progress()
-        unseen = {name for name in unseen if _pick(row, name) is None}
-        sample += [row] if unseen and len(sample) < 100 else []
-        _write(_json_text({name: _pick(row, name) for name in columns} if columns else row, None) + "\n")
-        if _clock() - flushed > 0.1:
-            _flush()
-            flushed = _clock()
-    _warn_of_columns(run, sample, sorted(unseen))
-    return 0
-
-
-def _warn_of_missing_rows(run, answer, params):
-    rows = (_find_rows(answer) if isinstance(answer, dict) else None) or []
-    total = answer.get("count") if rows else None
-    asked = {name.lower() for name in params}
-    if (
-        isinstance(total, int)
-        and total > len(rows)
-        and not asked & {"page", "pagesize"}
-        and not params.get("fetch_list")
-    ):
-        run.say("{} of {} shown; --all for the rest".format(len(rows), total))
-
-
-_HINTS = {
-    401: "Check endpoint, key and secret of this region, and this machine's clock; the server says the same where it "
-    "does not know the command: cs --list.",
-    405: "Check the endpoint: it usually ends in /client/api.",
-    429: "Ask less often, or let it be asked again: --retry 3.",
-    430: "See cs {command} --help for what its parameters look like.",
-    431: "See cs {command} --help for what it takes.",
-    432: "Either there is no such command or your role may not use it: cs --sync, then cs --list.",
-    503: "The server is in maintenance; nothing was done. Try again later, or with --retry 3.",
-    530: "The management server's log says more.",
-    531: "Your role or account may not do this.",
-    532: "A limit of the account or project is reached: cs listResourceLimits.",
-    533: "There is no room for it now: another zone, host or a smaller offering may do.",
-    536: "Something else still uses it.",
-}
-
-
-def _sentence(error):
-    """An exception in a line: its message, and what the server said."""
-    text = ": ".join(str(arg) for arg in error.args)
-    document = getattr(error, "error", None)
-    if isinstance(document, dict) and document.get("errortext"):
-        text += ": {}".format(document["errortext"])
-    return text
-
-
-def _report(run, error):
-    """Tell of a CloudStackException; returns the exit code."""
-    run.clear_progress()
-    lines = ["CloudStack error: " + _sentence(error)]
-    if run.asked:
-        lines.append("  Asked: {} of {}".format(run.asked, _mask_address(run.client.endpoint)))
-    document = getattr(error, "error", None)
-    if isinstance(document, dict):
-        codes = ["{} {}".format(name, document[name]) for name in ("errorcode", "cserrorcode") if name in document]
-        lines += ["  Codes: " + ", ".join(codes)] if codes else []
-    lines += ["  Try: " + hint for hint in [_hint(run, error)] if hint]
-    run.say("\n".join(lines))
-    if error.jobid and not isinstance(error, CloudStackApiException):
-        _write_stderr(_how_to_go_on(run, error))  # also with -q: nothing else tells the id
-    if isinstance(error, CloudStackJobTimeout):
-        return 4
-    if error.response is not None:
-        _print_error_answer(run, error.response)
-    return 3 if isinstance(error, OSError) else 1
-
-
-def _hint(run, error):
-    document = getattr(error, "error", None)
-    code = document.get("errorcode") if isinstance(document, dict) else _status_of(error)
-    if code == 432 and not run.asked:
-        return "Your role may not list the commands; all else works without that."
-    if isinstance(error, CloudStackApiException) and isinstance(code, int):
-        return _HINTS.get(code, "").format(command=run.asked.partition(" ")[0])
-    if error.outcome_unknown:
-        return "Look whether it was done before you send it again."
-    return "Check the endpoint and the way there: the name, the network, proxies, --timeout." if error.unsent else ""
-
-
-def _how_to_go_on(run, error):
-    import shlex
-
-    words = ["cs"]
-    for name in ("region", "config", "endpoint"):
-        words += ["--" + name, getattr(run.options, name)] if getattr(run.options, name) else []
-    command = " ".join(map(shlex.quote, words + ["--wait", error.jobid]))
-    return "Job {} may still be running; to go on waiting for it: {}".format(error.jobid, command)
-
-
-def _print_error_answer(run, response):
-    """What the server said: JSON on standard output, anything else on standard error, the beginning of it."""
+def _works(invocation, path, text, region):
+    """Try a section with one call, and with what [DEFAULT] adds to it, such as the certificates of
+    an authority. Raises ValueError where it cannot be used."""
+    found = _IniValues()
+    found.add_file(path, _parse_ini(path, text), region)
+    invocation.client = CloudStack(**{"endpoint": None, **_to_settings(found.values)})
+    _check_client(invocation.client)
     try:
-        text = _json_text(response.json()) + "\n"
-    except (ValueError, RecursionError):
-        run.say(response.text[:2000])
-    else:
-        _write(text)
-
-
-def _carry_out(run, words):
-    """Everything after parsing; returns the exit code."""
-    options = run.options
-    if options.version:
-        _write("cs {}\n".format(__version__))
-    elif options.completion:
-        _write(_SCRIPTS[options.completion])
-    elif options.complete is not None:
-        return _print_completions(options.complete)
-    elif options.configure:
-        if words:
-            raise _Usage("--configure stands alone; --region names the section")
-        return _configure(run)
-    elif options.help and not words:
-        _write(_HELP)
-    else:
-        return _use_server(run, words)
-    return 0
-
-
-def _use_server(run, words):
-    options = run.options
-    command = words[0] if words else None
-    params = {} if options.list else _parse_parameters(words[1:])
-    if options.wait and words:
-        raise _Usage("--wait stands alone: it waits for a job that is already running")
-    if command is None and not (options.wait or options.list or options.sync):
-        raise _Usage("no command given; see cs --help")
-    if command is not None and not options.list and not re.match(r"[\w.-]+\Z", command, re.ASCII):
-        raise _Usage("{!a} stands where the command should be: cs [options] COMMAND [name=value ...]".format(command))
-    run.connect()
-    run.format  # noqa: B018  (a wrong format is told before anything is sent)
-    with run.client:
-        if options.list:
-            return _list_commands(run, words)
-        if options.help:
-            return _describe_command(run, command)
-        if options.sync and not options.dry_run:
-            _fetch_catalog(run)
-        if options.wait:
-            command, params = "queryAsyncJobResult", {"jobid": options.wait}
-            run.asked = _asked(command, params)
-        elif command is not None:
-            command = _check_against_catalog(run, command, params)
-        if options.dry_run:
-            _show_plan(run, command or "listApis", params)
-            return 0
-        if options.wait:
-            answer = run.client.wait_job(options.wait)
-            _print_answer(run, answer)
-            return int(_says_failed(answer))
-        return _call(run, command, params) if command is not None else 0
-
-
-def _as_utf8(arg):
-    """An argument that a C locale has left undecoded (Python 3.6, from cron)."""
-    return os.fsencode(arg).decode("utf-8", "surrogateescape") if re.search("[\ud800-\udfff]", arg) else arg
-
-
-def main(args=None):
-    """The command line. Returns the exit code: 0; 1 an answer that is an error, or a failed job; 2 usage or
-    configuration; 3 no answer; 4 job still running at job_timeout; 130 interrupted."""
-    if sys.stdout is None:  # closed by whoever started this
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    try:
-        return _report_errors(map(_as_utf8, sys.argv[1:] if args is None else args))
-    except _OutputFailed as failed:
-        return _output_failed(failed.args[0])
-
-
-def _report_errors(args):
-    run = None
-    try:
-        options, words = _parse_arguments(args)
-        run = _Run(options)
-        try:
-            code = _carry_out(run, words)
-        finally:
-            run.clear_progress()
+        with invocation.client:
+            invocation.client.listCapabilities()
     except CloudStackException as error:
-        code = _report(run, error)
-    except (_Usage, ValueError, OSError) as error:
-        text = _error_text(error) if isinstance(error, OSError) else str(error)
-        _write_stderr(text if text.startswith("Error: ") else "cs: {}".format(text))
-        code = 2
-    except KeyboardInterrupt as error:
-        if getattr(error, "jobid", None):
-            _write_stderr("Interrupted. " + _how_to_go_on(run, error))
-        code = 130
-    _flush()
-    return code
-
-
-def _output_failed(error):
-    """Nobody reads on (head, a pager): that is all right. Anything else is not. What is still in standard output's
-    buffer goes nowhere, else the interpreter would complain at its end."""
-    try:
-        if sys.stdout is sys.__stdout__:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # type: ignore[union-attr]
-    except (AttributeError, OSError, ValueError):
-        pass
-    if isinstance(error, BrokenPipeError):
-        return 0
-    _write_stderr("cs: cannot write the answer: {}".format(_error_text(error)))
-    return 1
+        _write_stderr(f"They do not work: {_sentence(error)}")
+        return False
+    invocation.say(f"They work: {_mask_address(invocation.client.endpoint)} answered.")
+    return True
 
 
 if __name__ == "__main__":

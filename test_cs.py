@@ -10564,11 +10564,12 @@ class ArgumentsTest(CommandLineCase):
         self.assertEqual(self.server.requests[0].headers["x-tenant"], "t")
 
     def test_an_unknown_region(self):
-        for text in ("", "[eu]\nendpoint = http://e/\n"):
+        for text, there in (("", ""), ("[eu]\nendpoint = http://e/\n", "; there are eu")):
             self.write("work/cloudstack.ini", text)
-            self.assertEqual(self.assertUsage("-r", "x", "listZones"), "Error: region 'x' not in config\n")
+            told = "Error: region 'x' not in config{}\n".format(there)
+            self.assertEqual(self.assertUsage("-r", "x", "listZones"), told)
             self.unset("endpoint", "key", "secret")
-            self.assertEqual(self.assertUsage("-q", "listZones", "--region", "x"), "Error: region 'x' not in config\n")
+            self.assertEqual(self.assertUsage("-q", "listZones", "--region", "x"), told)
 
     def test_version(self):
         for args in (["--version"], ["listZones", "--version"], ["-q", "--version"]):
@@ -10699,10 +10700,11 @@ class OutputTest(CommandLineCase):
         self.assertIn("<html>xxxx", err)
         self.assertLess(len(err), 5000)
 
-    def test_json_that_is_no_answer_of_cloudstack_is_shown_on_standard_output(self):
+    def test_json_that_is_no_answer_of_cloudstack_is_shown_on_standard_error(self):
         self.replies(listZones={"a": 1, "b": 2})
         code, out, err = self.main("listZones")
-        self.assertEqual((code, json.loads(out)), (1, {"a": 1, "b": 2}))
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn('{"a": 1, "b": 2}', err)
         self.assertIn("CloudStack error: Unexpected response from CloudStack", err)
 
     def test_broken_json(self):
@@ -11531,6 +11533,18 @@ class CommandLineProcessTest(CommandLineCase):
         self.assertNotIn("Traceback", err)
         self.assertNotIn("--wait", err)
 
+    @posix_only
+    def test_an_interrupt_before_the_answer_shows_the_id_of_the_job(self):
+        wait, asked, release = self.held({"r": {"jobid": "job-1"}})
+        self.replies(deployVirtualMachine=wait)
+        child = self.start("deployVirtualMachine", "--retry", "0")
+        self.assertTrue(asked.wait(10))
+        child.send_signal(signal.SIGINT)
+        code, out, err = self.finish(child)
+        told = "Interrupted. Job {0} may still be running; to go on waiting for it: cs --wait {0}\n"
+        ident = self.server.requests[0].params["customjobid"]
+        self.assertEqual((code, out, err), (130, "", told.format(ident)))
+
     @unittest.skipUnless(os.path.exists("/proc/self/cmdline"), "needs /proc")
     def test_the_process_list_shows_no_secret(self):
         wait, asked, release = self.held({"r": {}})
@@ -11930,12 +11944,14 @@ def is_alive(pid):
 
 import ast  # noqa: E402
 import csv  # noqa: E402
+import errno  # noqa: E402
 import shlex  # noqa: E402
 import unicodedata  # noqa: E402
 
 README_PATH = os.path.join(os.path.dirname(CS_PATH), "README.rst")
 OWN_PARAMETERS = {"command", "response", "apikey", "signature", "signatureversion", "expires", "customjobid"}
 EVIL_TITLE = "\x1b]0;pwned\x07"  # would set the title of the window
+JSON_HEADERS = {"Content-Type": "application/json"}
 
 
 class FakeTerminal(io.StringIO):
@@ -12237,6 +12253,20 @@ class CatalogFileTest(CloudCase):
                 self.assertEqual((code, out, err, self.asked), (0, "", "", ["listZones"]))
                 self.assertFalse(os.path.exists(path), "still there")
 
+    def test_one_that_cannot_be_read_just_now_is_kept(self):
+        path = self.sync()
+        plain = open
+
+        def refuse(name, *args, **options):
+            if name == path:
+                raise OSError(errno.EMFILE, "Too many open files")
+            return plain(name, *args, **options)
+
+        with mock.patch("builtins.open", refuse):
+            self.assertIn("zone", self.good("listZones", "nam=x"))  # not checked
+        self.assertTrue(os.path.exists(path))
+        self.assertIn("'nam'", self.usage("listZones", "nam=x"))
+
     def test_a_damaged_one_is_fetched_anew_for_help(self):
         path = self.sync()
         self.write(path, open_bytes(path).replace(b'"listZones"', b'"listZones'))
@@ -12376,6 +12406,18 @@ class CatalogChecksTest(CloudCase):
         self.good("listZones", "pageSize=5", "PAGE=1")
         self.assertEqual(self.sent(), {"pageSize": "5", "PAGE": "1"})
 
+    def test_one_client_may_make_calls_with_and_without_a_job_in_turn(self):
+        """A command that starts no job takes no id for one; the next line's may."""
+        invocation = cs._Invocation()
+        invocation.connect()
+        self.addCleanup(invocation.client.close)
+        seen = []
+        for command in ("updateVirtualMachine", "stopVirtualMachine", "updateVirtualMachine"):
+            call = cs._checked_call(invocation, [command, "id=1"])
+            seen.append((call.command, invocation.client.get_setting("recover")))
+        self.assertEqual(seen, [("updateVirtualMachine", False), ("stopVirtualMachine", True),
+                                ("updateVirtualMachine", False)])  # fmt: skip
+
     def test_force_sends_it_all_the_same(self):
         self.reply("listZones", {"ok": True})
         self.good("listZones", "nam=x", "--force")
@@ -12413,6 +12455,20 @@ class CatalogChecksTest(CloudCase):
         self.reply("createTags", {"success": True})
         self.good("createTags", "resourceids=1", "resourcetype=UserVm", "tags[0].key=a", "tags[0].value=b")
         self.assertIn("createTags needs tags", self.usage("createTags", "resourceids=1", "resourcetype=UserVm"))
+
+    def test_a_required_parameter_without_a_value_is_missing(self):
+        self.assertIn("stopVirtualMachine needs id", self.usage("stopVirtualMachine", "id="))
+        self.assertIn("stopVirtualMachine needs id", self.usage("stopVirtualMachine", 'ID=""'))
+        self.reply("listZones", {"ok": True})
+        self.good("listZones", "name=")
+        self.assertEqual(self.sent(), {"name": ""})
+
+    def test_what_is_only_missing_is_no_matter_for_sync_or_force(self):
+        err = self.usage("stopVirtualMachine")
+        self.assertEqual(err, "cs: stopVirtualMachine needs id; see cs stopVirtualMachine --help\n")
+        err = self.usage("stopVirtualMachine", "x=1")
+        for part in ("needs id", "'x'", "--sync", "--force"):
+            self.assertIn(part, err)
 
     def test_parameters_of_every_call_are_known(self):
         always = "response customjobid page pagesize expires signature signatureversion apikey sessionkey".split()
@@ -13333,6 +13389,20 @@ class FormatsTest(CloudCase):
         self.reply("queryAsyncJobResult", {"jobid": "j", "jobstatus": 1, "jobresult": {"thing": machine}})
         self.assertEqual(self.good("--wait", "j", "-o", "text", "-c", "name"), "web\n")
 
+    def test_a_table_of_a_job_s_result_shows_the_thing_and_not_the_job(self):
+        machine = {"id": "1", "name": "web", "jobid": "j", "jobstatus": 0, "ipaddress": "10.0.0.1",
+                   "nic": [{"ipaddress": "10.0.0.1"}]}  # fmt: skip
+        self.reply("startThing", {"jobid": "j", "id": "1"})
+        self.reply("queryAsyncJobResult", {"jobid": "j", "jobstatus": 1, "jobresult": {"thing": machine}})
+        self.assertEqual(self.good("startThing", "-o", "table"), "id  name  nic.ipaddress\n1   web   10.0.0.1\n")
+        self.reply("startThing", {"jobid": "j", "id": "1"})
+        self.assertEqual(self.good("startThing", "-o", "table", "--async"), "id  jobid\n1   j\n")
+        job = {"jobid": "j", "jobstatus": 0, "cmd": "x.StartVMCmd"}
+        self.reply("listAsyncJobs", {"count": 1, "asyncjobs": [job]})
+        self.assertEqual(self.good("listAsyncJobs", "-o", "text"), "j\t0\tx.StartVMCmd\n")
+        self.reply("getThing", {"thing": machine})
+        self.assertIn("ipaddress", self.good("getThing", "-o", "csv").split("\r\n")[0].split(","))
+
     def test_an_answer_that_only_says_success(self):
         for document in ({"success": True}, {"success": "true", "displaytext": ""}):
             for shape in ("table", "csv", "text"):
@@ -13358,7 +13428,14 @@ class FormatsTest(CloudCase):
                     self.reply("listThings", document)
                     self.assertEqual(self.shown("-o", shape), "")
                     self.reply("listThings", document)
-                    self.assertEqual(self.shown("-o", shape, "-c", "id", "--sort", "name"), "")
+                    expected = "id\r\n" if shape == "csv" else ""
+                    self.assertEqual(self.shown("-o", shape, "-c", "id", "--sort", "name"), expected)
+
+    def test_csv_of_an_empty_list_keeps_the_header_that_was_asked_for(self):
+        for document in ({}, {"count": 0}, {"count": 0, "thing": []}):
+            for args in ((), ("--all",)):
+                self.reply("listThings", document)
+                self.assertEqual(self.shown("-o", "csv", "-c", "id,nic.0.ip", *args), "id,nic.0.ip\r\n")
 
     def test_odd_rows_do_no_harm(self):
         for rows in (
@@ -13813,6 +13890,31 @@ class ProgressTest(CloudCase):
         self.assertRegex(err, r"startThing: .*\d s")
         self.assertEqual(screen(err), "")
 
+    def test_a_job_that_is_waited_for_by_its_id_shows_the_id_and_is_gone_before_the_answer(self):
+        self.reply("queryAsyncJobResult", {"jobid": "j-1", "jobstatus": 0}, self.DONE)
+        code, text, _ = self.run_on_terminals("--wait", "j-1", "-o", "text", both=True)
+        self.assertEqual(code, 0)
+        self.assertRegex(text, r"job j-1: .*\d s")
+        self.assertNotIn("queryAsyncJobResult", text)
+        self.assertEqual(screen(text), "true\n")
+
+    def test_the_time_moves_every_second_also_while_the_server_is_silent(self):
+        def look_late(record):
+            time.sleep(1.2)
+            return Answer(200, {"r": self.DONE})
+
+        self.reply("startThing", {"jobid": "j-1"})
+        self.cloud.script("queryAsyncJobResult", look_late)
+        code, text, _ = self.run_on_terminals("startThing", "-o", "text", both=True)
+        self.assertEqual(code, 0)
+        self.assertIn("startThing: waiting for the job, 0 s", text)
+        self.assertIn("startThing: waiting for the job, 1 s", text)
+        self.assertEqual(screen(text), "true\n")
+        for thread in threading.enumerate():
+            if thread.name == "cs-progress":
+                thread.join(5)
+                self.assertFalse(thread.is_alive())
+
     def test_pages_show_rows_so_far_of_their_count(self):
         self.option(default_page_size=10)
         code, out, err = self.run_on_terminals("listVirtualMachines", "--all", "pagesize=10")
@@ -13906,7 +14008,7 @@ class ErrorTextsTest(CloudCase):
         self.assertEqual(code, 1)
         told = "CloudStack error: HTTP 431 response from CloudStack: Invalid parameter id value=5\n"
         self.assertTrue(err.startswith(told), err)
-        self.assertIn("  Asked: startVirtualMachine id=5 of {}\n".format(self.cloud.endpoint), err)
+        self.assertIn("  Asked: cs startVirtualMachine id=5\n  Server: {}\n".format(self.cloud.endpoint), err)
         self.assertIn("  Codes: errorcode 431, cserrorcode 4350\n", err)
         self.assertRegex(err, r"  Try: .*cs startVirtualMachine --help")
 
@@ -13926,7 +14028,7 @@ class ErrorTextsTest(CloudCase):
         self.reply("queryAsyncJobResult", {"jobid": "j-1", "jobstatus": 2, "jobresultcode": 533, "jobresult": failed})
         code, err = self.error("startThing", "id=5")
         self.assertEqual((code, err.split("\n")[0]), (1, "CloudStack error: Job failure: no room"))
-        self.assertIn("  Asked: startThing id=5 of ", err)
+        self.assertIn("  Asked: cs startThing id=5\n", err)
         self.assertIn("errorcode 533, cserrorcode 4535", err)
         self.assertIn("  Try: ", err)
 
@@ -13953,15 +14055,106 @@ class ErrorTextsTest(CloudCase):
             code, err = self.error("listZones", "name=x")
         self.assertEqual(code, 3)
         self.assertIn("refused", err)
-        self.assertIn("Asked: listZones name=x of http://127.0.0.1:", err)
+        self.assertIn("  Asked: cs listZones name=x\n  Server: http://127.0.0.1:", err)
 
     def test_a_page_that_is_not_cloudstack_s(self):
         self.cloud.script("listZones", Answer(404, "<html>not here</html>"))
         code, err = self.error("listZones")
         self.assertEqual(code, 1)
-        self.assertIn("Asked: listZones", err)
+        self.assertIn("Asked: cs listZones", err)
         self.assertIn("endpoint", err)
         self.assertIn("not here", err)
+
+    def echo(self, status, kind, form):
+        """An answer by whoever stands before the server, which repeats the address."""
+
+        def repeat(record):
+            text = form.format(record.path + "?" + record.query) + "x" * 5000 + "THE END"
+            return Answer(status, text, {"Content-Type": kind})
+
+        self.cloud.script("listZones", repeat)
+
+    def test_an_answer_that_is_not_cloudstack_s_is_shown_masked_and_only_its_beginning(self):
+        user = self.cloud.users["admin"]
+        for status in (200, 403, 404, 502):
+            for kind, form in (
+                ("text/html", "<p>{}</p>"), ("application/json", '{{"message": "{}", "x": "'), ("text/plain", "{}"),
+            ):  # fmt: skip
+                self.echo(status, kind, form)
+                with self.subTest(status, kind=kind):
+                    code, out, err = self.main("listZones", "name=shown")
+                    self.assertEqual((code, out), (1, ""))
+                    self.assertIn("/client/api?", err)
+                    self.assertIn("name=shown", err)
+                    for secret in (user.key, user.secret):
+                        self.assertNotIn(secret, err)
+                    self.assertNotRegex(err, "(?i)(apikey|signature)=[^*]")
+                    self.assertNotIn("THE END", err)
+
+    def test_json_that_repeats_the_address_is_masked_too(self):
+        def repeat(record):
+            return Answer(502, json.dumps({"message": "/client/api?" + record.query}), JSON_HEADERS)
+
+        self.cloud.script("listZones", repeat)
+        code, out, err = self.main("listZones")
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn('"message": "/client/api?', err)
+        self.assertNotRegex(err, "(?i)(apikey|signature)=[^*]")
+
+    def test_a_page_of_html_is_no_answer_as_text_either(self):
+        self.echo(200, "text/html", "<html>{}</html>")
+        code, out, err = self.main("listZones", "json=false")
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn("<html>/client/api?", err)
+        self.assertNotRegex(err, "(?i)(apikey|signature)=[^*]")
+
+    def test_where_there_is_no_api_the_usual_address_is_told(self):
+        for status in (200, 404, 405):
+            with self.subTest(status):
+                self.cloud.script("listZones", Answer(status, "<html>not here</html>"))
+                code, err = self.error("listZones")
+                self.assertIn("  Try: Check the endpoint: it usually ends in /client/api.", err)
+        self.say_error("listZones", 404)
+        self.assertIn("/client/api.", self.error("listZones")[1].partition("  Try: ")[2])
+        self.cloud.script("listZones", Answer(502, "<html>busy</html>"))
+        self.assertNotIn("/client/api.", self.error("listZones")[1])
+
+    def test_json_is_not_printed_on_a_terminal_where_its_text_was(self):
+        self.say_error("startThing", 431, "the text")
+        code, out, err = self.on_terminal("startThing", "-o", "json")
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn("the text", err)
+        for args, fields in (((), {"errortext": ""}), (("-q",), {})):  # nothing else tells of it
+            self.say_error("startThing", 431, **dict({"text": "the text"}, **fields))
+            code, out, err = self.on_terminal("startThing", "--color", "never", *args)
+            self.assertEqual((code, json.loads(out)["startthingresponse"]["errorcode"]), (1, 431))
+
+    def test_a_log_in_that_fails(self):
+        """It is another command that failed than the one asked for, and no role is to blame."""
+        self.unset("key", "secret")
+        self.configure(username="admin", password="HIDDEN", domain="/")
+        code, err = self.error("listZones", "name=x")
+        self.assertEqual(code, 1)
+        self.assertIn("HTTP 531", err)
+        self.assertIn("  Asked: login username=admin domain=/\n", err)
+        self.assertNotIn("listZones", err)
+        self.assertNotIn("role", err)
+        self.assertNotIn("HIDDEN", err)
+        self.assertRegex(err, "  Try: .*password")
+
+    @unittest.skipUnless(shutil.which("bash"), "bash is not installed")
+    def test_what_was_asked_can_be_pasted_into_a_shell(self):
+        """With the configuration that was chosen, a file that was named, quotes, and what the shell would evaluate."""
+        path = self.write("a file", "content")
+        words = ["name=a b", "x=$(touch pwned)", "y='q'", "z=it's", "n=\n\t\u202e\\'", "u=z\u00fcrich", "f=@" + path]
+        self.say_error("startThing", 431)
+        code, err = self.error("startThing", *(words + ["--timeout", "7", "--endpoint", self.cloud.endpoint]))
+        line = re.search("  Asked: (.*)", err).group(1)
+        env = dict(os.environ, LC_ALL="C.UTF-8")
+        out = subprocess.check_output(["bash", "-c", 'cs() { printf "%s\\0" "$@"; }; ' + line], env=env)
+        shown = out.decode("utf-8").split("\0")[:-1]
+        self.assertEqual(shown, ["--endpoint", self.cloud.endpoint, "startThing"] + words)
+        self.assertIn("\n  Server: {}\n".format(self.cloud.endpoint), err)
 
     def test_what_may_have_run_is_told(self):
         self.cloud.script("startThing", RUN_THEN_DROP)
@@ -13977,7 +14170,7 @@ class ErrorTextsTest(CloudCase):
         code, err = self.error("startThing", "id=5")
         self.assertEqual(code, 4)
         self.assertIn("cs --wait j-1", err)
-        self.assertIn("Asked: startThing id=5", err)
+        self.assertIn("Asked: cs startThing id=5", err)
 
     def test_an_error_while_waiting_for_a_job_by_its_id(self):
         self.say_error("queryAsyncJobResult", 431, "no such job")
@@ -14045,6 +14238,28 @@ class FlagSettingsTest(CloudCase):
         err = self.usage("listZones", "--config", os.path.join(self.home, "nosuch.ini"))
         self.assertIn("nosuch.ini", err)
 
+    def test_an_unknown_region_names_those_there_are(self):
+        self.unset("endpoint", "key", "secret")
+        self.write(".cloudstack.ini", self.section("lab", endpoint="http://lab.invalid/") + self.section("zoo"))
+        self.write("work/cloudstack.ini", self.section("cloudstack"))
+        self.assertEqual(self.usage("listZones", "-r", "labs"),
+                         "Error: region 'labs' not in config; there are cloudstack, lab, zoo\n")  # fmt: skip
+        self.assertIn("'x' not in config; there are cloudstack, lab, lab2, zoo", self.usage(
+            "listZones", "-r", "x", "--config", self.write("other.ini", self.section("lab2"))))  # fmt: skip
+        os.remove(os.path.join(self.home, ".cloudstack.ini"))
+        self.write("work/cloudstack.ini", "")
+        self.assertEqual(self.usage("listZones", "-r", "x"), "Error: region 'x' not in config\n")
+
+    def test_keys_that_are_no_settings_are_named_in_one_line(self):
+        self.unset("endpoint", "key", "secret")
+        section = "\n".join(["[cloudstack]", f"endpoint = {self.cloud.endpoint}", "tiemout = 5", "key = key-of-ini", "zzz = 1",
+                             "secret = s-of-ini", "host = x", "header_x-y = %(host)s", "output = table"])  # fmt: skip
+        path = self.write(".cloudstack.ini", "[DEFAULT]\nbase = x\n" + section + "\n")
+        code, out, err = self.main("listZones", "--dry-run")
+        self.assertEqual((0, f"Warning: not known as settings: 'tiemout' in {path} (timeout?), 'zzz' in {path}\n"), (code, err))
+        self.assertEqual("", self.main("listZones", "--dry-run", "-q")[2])
+        self.assertEqual("", self.main("--complete=cs listZ")[2])
+
     def test_timeout(self):
         release = threading.Event()
         self.addCleanup(release.set)
@@ -14096,9 +14311,8 @@ class FlagSettingsTest(CloudCase):
                         self.assertNotIn("listZones", self.asked)
 
     def test_no_option_takes_a_secret(self):
-        for action in cs._make_parser()._actions:
-            for name in action.option_strings:
-                self.assertNotRegex(name, "key|secret|password|token")
+        for option in cs._OPTIONS:
+            self.assertNotRegex(option.name, "key|secret|password|token")
 
 
 # --- --configure ----------------------------------------------------------------------------------------------------
@@ -14173,7 +14387,7 @@ class ConfigureTest(CloudCase):
         self.asking()
         self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o600)
         os.chmod(self.path, 0o644)
-        self.asking()
+        self.asking("--region", "lab")
         self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o600)
 
     @unittest.skipUnless(hasattr(os, "symlink"), "needs symbolic links")
@@ -14196,53 +14410,26 @@ class ConfigureTest(CloudCase):
         self.assertEqual(self.text(), "[lab]\nendpoint = http://x/\n")
         self.assertEqual([name for name in os.listdir(self.home) if "cloudstack" in name], [".cloudstack.ini"])
 
-    def test_everything_else_in_the_file_stays(self):
-        before = (
-            "# top: comment = not a value\n"
-            "\n"
-            "[cloudstack]\n"
-            "; about the endpoint\n"
-            "endpoint: http://old/\n"
-            "  continued = 1\n"
-            "KEY=old\n"
-            "# between\n"
-            "secret = old%%old\n"
-            "timeout = 7\n"
-            "header_x-a = %(timeout)s%%\n"
-            "\n"
-            "# of the next one\n"
-            "[lab]\n"
-            "endpoint = http://lab/\n"
-            "secret = 100% lab\n"
-            "key =\n"
-        )
-        self.write(".cloudstack.ini", before)
-        self.assertEqual(self.asking()[0], 0)
-        after = self.text()
-        gone = ("endpoint: http://old/", "  continued = 1", "KEY=old", "secret = old%%old")
-        left = [line for line in before.split("\n") if line not in gone]
-        self.assertEqual([line for line in after.split("\n") if line in left], left)
-        self.assertEqual(len(after.split("\n")), len(left) + 3)
-        settings = cs.read_config()
-        self.assertEqual([settings[name] for name in ("endpoint", "key", "secret")], self.answers)
-        self.assertEqual((settings["timeout"], settings["headers"]), ("7", {"x-a": "7%"}))
-        self.assertEqual(cs.read_config("lab")["endpoint"], "http://lab/")
-        again = self.asking()
-        self.assertEqual((again[0], self.text()), (0, after))
+    def test_a_section_that_exists_is_not_edited(self):
+        """It says where it is, before anything is asked."""
+        for region, before, line in (
+            ("cloudstack", "# mine\n[cloudstack]\nkey = old\n", 2),
+            ("lab", "[a]\nx = 1\n[lab] ; the second\nkey = 1\n", 3), ("lab", "[a]\nx = [b]\n [lab]\n[lab]\n", 4),
+        ):  # fmt: skip
+            with self.subTest(before):
+                self.write(".cloudstack.ini", before)
+                code, out, err = self.asking("--region", region)
+                self.assertEqual((code, out, self.asked, self.text()), (2, "", [], before))
+                self.assertNotIn("API key", err)
+                self.assertIn("[{}] stands in {}, line {};".format(region, self.path, line), err)
 
-    def test_files_of_every_shape_stay_files(self):
-        """What could be read before can be read afterwards, and says the same about other regions."""
-        user = "username = ann\npassword = x\ndomain = /lab\n"
+    def test_everything_else_in_the_file_stays(self):
+        """And what could be read before can be read afterwards, and says the same about other regions."""
         for number, before in enumerate((
-            "", "\n\n", "# only a comment", "[cloudstack]", "[cloudstack]\n\n\n", "[lab]\nendpoint = http://x/",
-            "[cloudstack] ; the first\nendpoint = http://old/\n[lab]\nkey = 1\n", "\ufeff[cloudstack]\nkey = old\n",
-            "[cloudstack]\r\nkey = old\r\n\r\n[lab]\r\nkey = 1\r\n",
-            "[lab]\nkey = 1\n\n[cloudstack]\nsecret = a\n  b\n  c\n",
-            "[DEFAULT]\ntimeout = 3\n[lab]\nkey = 1\n", "[cloudstack]\n" + user, "[Cloudstack]\nkey = 1\n",
-            "[lab]\nheader_a = 1\n  [cloudstack]\nkey = 1\n", "# page\x0cbreak = \u2028 x\n[lab]\nkey = a\x85b\x1cc\n",
-            "[lab]\nkey = 1\n[cloudstack]\n# a [lab] there\nkey2 = [x]\n", "[lab]\n#[cloudstack]\nkey = 1\n",
-            "[cloudstack]\n  endpoint = http://old/\n  key = a\n  timeout = 7\n[lab]\n  key = 1\n  secret = 2\n",
-            "[cloudstack]\n\ttimeout = 7\n\t# indented\n\tsecret = b\n", "[lab]\n  key = 1\n",
+            "", "\n\n", "# only a comment", "[lab]\nendpoint = http://x/", "\ufeff[lab]\nkey = old\n",
+            "[lab]\nkey = old\r\n\r\n[a]\r\nkey = 1\r\n", "[DEFAULT]\ntimeout = 3\n[lab]\nkey = 1\n",
+            "[Cloudstack]\nkey = 1\n", "[lab]\nheader_a = 1\n  [cloudstack]\nkey = 1\n", "[lab]\n  key = 1\n",
+            "# page\x0cbreak = \u2028 x\n[lab]\nkey = a\x85b\x1cc\n", "[lab]\nkey = 1\n#[cloudstack]\n; x = 100%\n\n\n",
         )):  # fmt: skip
             with self.subTest(before):
                 self.path = self.write("{}.ini".format(number), before)
@@ -14250,14 +14437,13 @@ class ConfigureTest(CloudCase):
                 code, out, err = self.asking("--config", self.path)
                 self.assertEqual(code, 0, err)
                 self.assertEqual(self.others(), other)
+                kept = before.lstrip("\ufeff").replace("\r\n", "\n").rstrip("\n")
+                self.assertTrue(self.text().startswith(kept))
                 self.assertWorks("--config", self.path)
                 with mock.patch.dict(os.environ, CLOUDSTACK_CONFIG=self.path):
                     settings = cs.read_config("cloudstack")
                 self.assertEqual([settings[name] for name in ("endpoint", "key", "secret")], self.answers)
-                expected = "7" if "timeout = 7" in before else "3" if "timeout = 3" in before else "10"
-                self.assertEqual(str(settings["timeout"]), expected)
-                comments = re.findall("[#;].*", before)
-                self.assertEqual([line for line in comments if line not in self.text()], [])
+                self.assertEqual(str(settings["timeout"]), "3" if "timeout = 3" in before else "10")
 
     def others(self):
         parser = configparser_of(self.path)
@@ -14269,6 +14455,7 @@ class ConfigureTest(CloudCase):
             "\u00e4\u20ac\U0001f680", "a  b", "a\tb", "%s", "$HOME", "key = value", "\\n", "x" * 3000,
         ):  # fmt: skip
             with self.subTest(secret[:30]):
+                self.write(".cloudstack.ini", "")
                 code, out, err = self.asking(answers=[self.cloud.endpoint, "k" + secret, secret, "y"])
                 self.assertEqual(code, 0, err)
                 settings = cs.read_config()
@@ -14298,17 +14485,31 @@ class ConfigureTest(CloudCase):
         self.assertIn("refused", err)
         self.assertFalse(os.path.exists(self.path))
 
-    def test_answers_that_cannot_be_used(self):
-        for answers in (
-            ["", "k", "s"], ["nonsense", "k", "s"], ["file:///x", "k", "s"], [self.cloud.endpoint, "k", ""],
-            [self.cloud.endpoint, "", "s"], ["http://a:b@c/", "k", "s"],
+    def test_an_answer_that_cannot_be_used_is_asked_for_again_before_the_next(self):
+        """And is never repeated: it may be a secret, pasted one line too early."""
+        endpoint, key, secret = self.answers
+        for wrong, question in (
+            (["", "HIDDEN", "HIDDEN.example/client/api", "file:///HIDDEN", "http://HIDDEN:b@c/"], "Endpoint"),
+            (["", "  "], "API key"), ([""], "Secret key"),
         ):  # fmt: skip
-            with self.subTest(answers):
-                del self.cloud.requests[:]
+            with self.subTest(question):
+                place = ("Endpoint", "API key", "Secret key").index(question)
+                answers = self.answers[:place] + wrong + self.answers[place:]
+                self.write(".cloudstack.ini", "")
                 code, out, err = self.asking(answers=answers)
-                self.assertEqual((code, self.asked), (2, []), err)
-                self.assertNotIn("Traceback", err)
-                self.assertFalse(os.path.exists(self.path))
+                self.assertEqual((code, out), (0, ""))
+                self.assertEqual(err.count(question), len(wrong) + 1)
+                self.assertNotIn("HIDDEN", err)
+                self.assertEqual(cs.read_config()["secret"], secret)
+
+    def test_nothing_more_is_asked_for_while_an_answer_cannot_be_used(self):
+        for answers, last in ((["nonsense"], "Endpoint"), ([self.cloud.endpoint, ""], "API key")):
+            code, out, err = self.asking(answers=answers)
+            self.assertEqual((code, self.asked), (2, []))
+            self.assertNotIn("Secret key", err)
+            self.assertEqual("API key" in err, last == "API key")
+            self.assertNotIn("Traceback", err)
+            self.assertFalse(os.path.exists(self.path))
 
     def test_the_end_of_input_leaves_everything_as_it_was(self):
         self.write(".cloudstack.ini", "[lab]\n")
@@ -14334,9 +14535,9 @@ class ConfigureTest(CloudCase):
         self.assertNotIn("Traceback", err)
         self.assertNotIn(self.admin.secret, err)
 
-    def test_certificates_of_the_section_are_used_for_the_trial(self):
+    def test_certificates_of_the_file_are_used_for_the_trial(self):
         """A private authority's, for instance: without them the right answers would seem wrong."""
-        self.write(".cloudstack.ini", "[cloudstack]\nverify = /no/such/authority.pem\nheader_x-tenant = blue\n")
+        self.write(".cloudstack.ini", "[DEFAULT]\nverify = /no/such/authority.pem\nheader_x-tenant = blue\n")
         code, out, err = self.asking(answers=self.answers)
         self.assertEqual(code, 0, err)
         self.assertEqual(self.cloud.requests[0].headers.get("X-Tenant"), "blue")
@@ -14421,8 +14622,15 @@ def grid_rows(text):
     raise AssertionError("the table has no end")
 
 
-def option_actions():
-    return [action for action in cs._make_parser()._actions if "--complete" not in action.option_strings]
+def shown_options():
+    """{spelling: option} of the table of options, without the one that is for scripts only."""
+    shown = {}
+    for option in cs._OPTIONS:
+        if option.name != "complete":
+            shown["--" + option.name] = option
+            if option.letter:
+                shown["-" + option.letter] = option
+    return shown
 
 
 class HelpAndReadmeTest(CloudCase):
@@ -14437,20 +14645,20 @@ class HelpAndReadmeTest(CloudCase):
         self.assertLessEqual(len(lines), 24)
         self.assertLessEqual(max(map(len, lines)), 80)
 
-    def test_help_names_every_option(self):
+    def test_help_names_every_option_and_its_values(self):
         text = self.help()
-        for action in option_actions():
-            for name in action.option_strings:
-                self.assertRegex(text, r"(?<![\w-]){}(?![\w-])".format(re.escape(name)))
-            for choice in action.choices or ():
-                self.assertIn(choice, text)
-            after = re.search(re.escape(name) + r"(?![\w-])(.*)", text).group(1)
-            if action.dest not in ("list", "help"):
-                self.assertEqual(bool(re.match(r" ([A-Z\[]|\w+(\||,\w))", after)), action.nargs is None, after)
+        for name, option in shown_options().items():
+            self.assertRegex(text, r"(?<![\w-]){}(?![\w-])".format(re.escape(name)))
+            if name.startswith("--") and name not in ("--list", "--help"):
+                after = re.search(re.escape(name) + r"(?![\w-])(.*)", text).group(1)
+                value = option.value if isinstance(option.value, (str, type(None))) else "|".join(option.value)
+                if value is None:
+                    self.assertNotRegex(after, r"\A ([A-Z\[]|\w+(\||,\w))")
+                else:
+                    self.assertTrue(after.startswith(" " + value), after)
 
     def test_help_names_no_option_that_does_not_exist(self):
-        known = {name for action in option_actions() for name in action.option_strings}
-        self.assertEqual(set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", self.help())) - known, set())
+        self.assertEqual(set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", self.help())) - set(shown_options()), set())
 
     def test_help_ends_with_where_to_read_more(self):
         self.assertIn("https://", self.help().rstrip("\n").split("\n")[-1])
@@ -14467,12 +14675,12 @@ class HelpAndReadmeTest(CloudCase):
                 for word in words:
                     if word.startswith("-"):
                         documented[word] = [other for other in words if not other.startswith("-")]
-        expected = {name: action for action in option_actions() for name in action.option_strings}
+        expected = shown_options()
         self.assertEqual(set(documented), set(expected))
-        for name, action in expected.items():
-            self.assertEqual(bool(documented[name]), action.nargs is None, name)
-            if action.choices:
-                self.assertEqual(documented[name], ["|".join(action.choices)])
+        for name, option in expected.items():
+            self.assertEqual(bool(documented[name]), option.value is not None, name)
+            if isinstance(option.value, tuple):
+                self.assertEqual(documented[name], ["|".join(option.value)])
 
     def test_readme_documents_every_exit_code(self):
         rows = grid_rows(section_of("Exit codes", "~"))
@@ -14578,6 +14786,7 @@ class HelpAndReadmeTest(CloudCase):
         shown = self.example("startVirtualMachine id=5")
         code, out, err = self.main("startVirtualMachine", "id=5")
         self.assertEqual(code, 1)
+        shown = re.sub(r"Asked: (?!cs )(.*) of (\S+)", r"Asked: cs \1\n  Server: \2", shown)
         told, _, answered = shown.partition("    {\n" if "    {\n" in shown else "{\n")
         told = told.replace("https://cloud.example/client/api", self.cloud.endpoint)
         self.assertEqual(err.split(), told.split())
@@ -14643,7 +14852,7 @@ class SecretsOnTheCommandLineTest(TransportCase):
         nasty = "a\x1b]0;x\x07\x9b2J\u202eb"
         for shape in cs.FORMATS:
             for row in ({"name": nasty}, {nasty: "x"}):
-                job = cs._Run(cs._parse_arguments(["-o", shape, "--color", "never"])[0])
+                job = cs._Invocation(cs._parse_arguments(["-o", shape, "--color", "never"])[0])
                 out = Terminal()
                 with self.subTest(shape=shape, row=row), contextlib.redirect_stdout(out):
                     cs._print_answer(job, {"count": 1, "row": [row]})
