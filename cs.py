@@ -69,9 +69,29 @@ __all__ = [
 
 __version__ = "6.0.0"
 
+# What is public is annotated, and setup.py makes the stub that the wheel carries from it.
 TYPE_CHECKING = False  # type checkers take it for true; importing typing costs milliseconds
 if TYPE_CHECKING:
-    from typing import Any
+    import datetime
+    from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping
+    from os import PathLike
+    from typing import Any, Protocol
+
+    from typing_extensions import Self  # type checkers bring it along
+
+    # What settings may be given as: the string of an ini file, too, and None for the default.
+    _Text = str | bytes | None
+    _Number = float | str | None
+    _Flag = bool | str | None
+    _Path = str | bytes | PathLike[str] | PathLike[bytes]
+    _CaPath = _Path | bool | None
+    _PemPath = _Path | tuple[_Path, _Path] | None
+
+    class _Method(Protocol):
+        def __call__(self, **params: Any) -> Any: ...
+
+    class _AsyncMethod(Protocol):
+        def __call__(self, **params: Any) -> Coroutine[Any, Any, Any]: ...
 
 # Tests replace these two: the clock that measures every duration, and the sleep between two steps.
 _clock = time.monotonic
@@ -84,7 +104,7 @@ _sleep = time.sleep
 # returns what the client works with; it raises ValueError, and never quotes what may be a secret.
 
 
-def strtobool(value):
+def strtobool(value: str) -> bool:
     """Parse a boolean word: y yes t true on 1, n no f false off 0, in any case.
 
     Raises ValueError for any other word, AttributeError for what is not text."""
@@ -271,7 +291,7 @@ _Setting = collections.namedtuple("_Setting", "name default convert where meanin
 # where: "both" is read from the environment (CLOUDSTACK_<NAME>) and from ini files under its name;
 # "code" is an argument of the constructor only.
 # fmt: off
-SETTINGS = (
+SETTINGS: "tuple[Any, ...]" = (
     _Setting("endpoint", None, _parse_text, "both", "URL of the API, http or https"),
     _Setting("key", None, _parse_text, "both",
              "API key; without key and user name requests go out unsigned"),
@@ -361,7 +381,7 @@ class CloudStackException(Exception):
     jobid: "str | None" = None
     outcome_unknown = unsent = stale = False
 
-    def __init__(self, *args, response=None):
+    def __init__(self, *args: object, response: "Any" = None) -> None:
         super().__init__(*args)
         self.response = response
 
@@ -373,7 +393,9 @@ class CloudStackException(Exception):
 class CloudStackApiException(CloudStackException):
     """The server refused a command, or a job failed: `error` holds its own words."""
 
-    def __init__(self, *args, error=None, response=None):
+    def __init__(
+        self, *args: object, error: "Any" = None, response: "Any" = None
+    ) -> None:
         super().__init__(*args, response=response)
         self.error = error
 
@@ -409,7 +431,7 @@ _UNSENDABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 _UNRESERVED = re.compile(r"[A-Za-z0-9._*-]*\Z")
 
 
-def flatten(params):
+def flatten(params: "Mapping[str, Any]") -> "dict[str, str]":
     """Turn keyword arguments into {name: text} as CloudStack wants them.
 
     Dicts and lists of dicts become `name[0].field`, other lists are joined by commas, booleans are
@@ -477,7 +499,7 @@ def _encode_scalar(name, value):
     raise ValueError(f"parameter {name!r}: a value of type {type(value).__name__} cannot be sent")
 
 
-def cs_encode(value):
+def cs_encode(value: "str | bytes") -> str:
     """Percent-encode as the server does before it verifies a signature.
 
     That is Java's URLEncoder, then %20 for +: everything but A-Z a-z 0-9 . - _ * is encoded, `~`
@@ -487,7 +509,7 @@ def cs_encode(value):
     return quote(value, safe="*").replace("~", "%7E")
 
 
-def sign(params, secret):
+def sign(params: "Mapping[str, str]", secret: str) -> str:
     """Return the signature of {name: text}: base64, not yet percent-encoded.
 
     As ApiServer.verifyRequest computes it: sorted by the raw name, values encoded but names not,
@@ -512,7 +534,7 @@ def _join_query(params):
 EXPIRES_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 
 
-def transform(params):
+def transform(params: "dict[str, Any]") -> None:
     """Apply flatten() in place; bytes at the top stay as they are."""
     kept = {name: value for name, value in params.items() if isinstance(value, bytes)}
     flat = flatten({name: value for name, value in params.items() if name not in kept})
@@ -520,7 +542,7 @@ def transform(params):
     params.update(kept, **flat)
 
 
-def check_key(key, allowed):
+def check_key(key: str, allowed: "Iterable[str]") -> bool:
     """Tell whether a key is one of the allowed names, or matches one of them as a shell pattern."""
     import fnmatch
 
@@ -1077,7 +1099,7 @@ def _random():
     return random.random()
 
 
-def backoff(attempt, first):
+def backoff(attempt: int, first: float) -> float:
     """Return the seconds before retry number `attempt`, counted from 0: exponential, half of it
     jitter, at most LONGEST_WAIT."""
     return min(LONGEST_WAIT, first * 2.0 ** min(attempt, 32)) * (0.5 + _random() / 2)
@@ -2697,13 +2719,36 @@ class CloudStack:
     Raises ValueError, before anything is sent, for what cannot be sent; else CloudStackException.
     """
 
+    # The settings that are attributes, as they read; verify and cert are properties.
+    endpoint: str
+    key: "str | None"
+    secret: "str | None"
+    timeout: float
+    method: str
+    name: "str | None"
+    retry: int
+    retry_backoff: float
+    job_timeout: "float | None"
+    poll_interval: float
+    expiration: "datetime.timedelta"
+    trace: bool
+    headers: "dict[str, Any]"
+    session: "Any"
+    fetch_result: bool
+
     def __init__(
-        self, endpoint, key=None, secret=None, timeout=10, method="get", verify=None, cert=None,
-        cert_key=None, name=None, retry=0, retry_backoff=0.5, job_timeout=None, poll_interval=2.0,
-        expiration=600, trace=False, dangerous_no_tls_verify=False, headers=None, session=None,
-        fetch_result=False, *, theme=None, output=None, username=None, password=None, domain=None,
-        concurrency=128, max_response_size=256 * 1024 * 1024, recover=False
-    ):  # fmt: skip
+        self, endpoint: "str | bytes", key: "_Text" = None, secret: "_Text" = None,
+        timeout: "_Number" = 10, method: "str | None" = "get", verify: "_CaPath" = None,
+        cert: "_PemPath" = None, cert_key: "_Path | None" = None, name: "_Text" = None,
+        retry: "_Number" = 0, retry_backoff: "_Number" = 0.5, job_timeout: "_Number" = None,
+        poll_interval: "_Number" = 2.0, expiration: "_Number | datetime.timedelta" = 600,
+        trace: "_Flag" = False, dangerous_no_tls_verify: "_Flag" = False,
+        headers: "Mapping[str, Any] | None" = None, session: "Any" = None,
+        fetch_result: "_Flag" = False, *, theme: object = None, output: object = None,
+        username: "_Text" = None, password: "_Text" = None, domain: "_Text" = None,
+        concurrency: "_Number" = 128, max_response_size: "_Number" = 256 * 1024 * 1024,
+        recover: "_Flag" = False
+    ) -> None:  # fmt: skip
         # theme and output are the command line's: an ini file may hold them.
         self._state = _ClientState()
         self._apply_settings(
@@ -2727,11 +2772,11 @@ class CloudStack:
             value = _convert(name, converter, value)
         object.__setattr__(self, name, value)
 
-    def get_setting(self, name):
+    def get_setting(self, name: str) -> "Any":
         """Return the value of a setting, by its name in SETTINGS. Raises KeyError for another."""
         return getattr(self._state if _SETTING[name].name in _HIDDEN else self, name)
 
-    def set_setting(self, name, value):
+    def set_setting(self, name: str, value: "Any") -> None:
         """Set a setting, by its name in SETTINGS.
 
         It is the only way for those that are not attributes, since subclasses use names such as
@@ -2741,7 +2786,7 @@ class CloudStack:
         else:
             setattr(self, _SETTING[name].name, value)
 
-    def __getattr__(self, command):
+    def __getattr__(self, command: str) -> "_Method":
         if command.startswith("_"):
             raise AttributeError(command)
 
@@ -2759,23 +2804,23 @@ class CloudStack:
         return dict(self.__dict__, _state=self._state.copy())
 
     @property
-    def verify(self):
+    def verify(self) -> "bool | str":
         """True, or the path of the CA certificates, or False.
 
         False only if dangerous_no_tls_verify is set and there is no path."""
         return self._state.get_tls_files()[0]
 
     @verify.setter
-    def verify(self, value):
+    def verify(self, value: "_CaPath") -> None:
         self._state.ca_path = value
 
     @property
-    def cert(self):
+    def cert(self) -> "str | tuple[str, str] | None":
         """The client certificate's path, or a pair with its key's."""
         return self._state.get_tls_files()[1]
 
     @cert.setter
-    def cert(self, value):
+    def cert(self, value: "_PemPath") -> None:
         self._state.pem_path = value
 
     @property
@@ -2786,9 +2831,9 @@ class CloudStack:
         return servers.get(place) or servers.setdefault(place, _Server())
 
     def _request(
-        self, command, json=True, opcode_name="command", fetch_list=False, headers=None,
-        fetch_result=None, **params
-    ):  # fmt: skip
+        self, command: str, json=True, opcode_name="command", fetch_list=False, headers=None,
+        fetch_result=None, **params: "Any"
+    ) -> "Any":  # fmt: skip
         """Carry out a command: all of them come through here, so that a subclass can step in.
 
         Pages, polls and log-in do not. fetch_list="walk" is iter_list's: it returns the walk."""
@@ -2797,7 +2842,7 @@ class CloudStack:
         )
         return self._drive(steps)
 
-    def iter_list(self, command, **params):
+    def iter_list(self, command: str, **params: "Any") -> "Iterator[Any]":
         """Yield the rows of a list command one by one, with a page or two in memory.
 
         An answer that is not a list is one row. Takes what the command itself takes."""
@@ -2810,21 +2855,21 @@ class CloudStack:
         if not walk.is_list():
             yield walk.first
 
-    def wait_job(self, jobid):
+    def wait_job(self, jobid: str) -> "Any":
         """Wait for a job that was submitted earlier, as fetch_result does; returns its result."""
         return self._drive(_resume_wait(self, jobid))
 
-    def close(self):
+    def close(self) -> None:
         """End the session, if there is one, and close the connections.
 
         The client may be used again."""
         CloudStack._drive(self, _log_out(self))
         self._state.close()
 
-    def __enter__(self):
+    def __enter__(self) -> "Self":
         return self
 
-    def __exit__(self, *exc_info):
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def _exchange(self, request):
@@ -3081,6 +3126,10 @@ class AIOCloudStack(CloudStack):
     of its own; waiting holds none. It is tied to no event loop. `async with` or `await aclose()`
     end a session and close connections, and may be left out."""
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, command: str) -> _AsyncMethod: ...
+
     def __init__(
         self, endpoint, key=None, secret=None, timeout=10, method="get", verify=None, cert=None,
         cert_key=None, name=None, retry=0, retry_backoff=0.5, job_timeout=None, poll_interval=2.0,
@@ -3094,9 +3143,9 @@ class AIOCloudStack(CloudStack):
         )  # fmt: skip
 
     async def _request(
-        self, command, json=True, opcode_name="command", fetch_list=False, headers=None,
-        fetch_result=None, **params
-    ):  # fmt: skip
+        self, command: str, json=True, opcode_name="command", fetch_list=False, headers=None,
+        fetch_result=None, **params: "Any"
+    ) -> "Any":  # fmt: skip
         steps = _run_command(
             self, command, params, json, opcode_name, fetch_list, headers, fetch_result
         )
@@ -3104,12 +3153,14 @@ class AIOCloudStack(CloudStack):
 
     _request.__doc__ = CloudStack._request.__doc__
 
-    async def wait_job(self, jobid):
+    async def wait_job(self, jobid: str) -> "Any":
         return await self._drive(_resume_wait(self, jobid))
 
     wait_job.__doc__ = CloudStack.wait_job.__doc__
 
-    async def iter_list(self, command, **params):
+    async def iter_list(  # type: ignore[override]  # the price of being a CloudStack
+        self, command: str, **params: "Any"
+    ) -> "AsyncIterator[Any]":
         walk = await self._request(command, fetch_list=_AS_WALK, **params)
         while True:
             rows = await self._drive(walk.next_page())
@@ -3176,15 +3227,15 @@ class AIOCloudStack(CloudStack):
             error = None  # it knows this frame
         return response
 
-    async def aclose(self):
+    async def aclose(self) -> None:
         """Do what close() does, without holding up the event loop."""
         await self._drive(_log_out(self))
         self._state.close()
 
-    async def __aenter__(self):
+    async def __aenter__(self) -> "Self":
         return self
 
-    async def __aexit__(self, *exc_info):
+    async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
 
 
@@ -3525,7 +3576,7 @@ def _check_region(found, region, has_endpoint):
         raise configparser.NoSectionError(region)
 
 
-def read_config(ini_group=None):
+def read_config(ini_group: "str | None" = None) -> "dict[str, Any]":
     """Return the settings for `CloudStack(**read_config())`, from environment and ini files.
 
     ini_group is the region, a section of the ini files; the head of this room shows the layers.
@@ -3534,7 +3585,7 @@ def read_config(ini_group=None):
     return _load_config(ini_group)[0]
 
 
-def read_config_from_ini(ini_group=None):
+def read_config_from_ini(ini_group: "str | None" = None) -> "dict[str, Any]":
     """Return what a region's section holds in the ini files, plus `name` and `headers`.
 
     Without such a section that is {"name": None}."""
@@ -3721,7 +3772,7 @@ def _read_stdin():
 # 9.2 Run and report.
 
 
-def main(args=None):
+def main(args: "Iterable[str] | None" = None) -> int:
     """Run the command line. Returns the exit code: 0 done; 1 an answer that is an error, or a
     failed job; 2 usage or configuration; 3 no answer; 4 job still running at job_timeout; 130
     interrupted."""

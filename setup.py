@@ -1,7 +1,9 @@
+import ast
 import os
 import re
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -16,6 +18,83 @@ def version():
     return re.search(r'^__version__ = "([^"]+)"', read("cs.py"), re.MULTILINE).group(1)
 
 
+# A definition's text up to the line that ends its signature, and that line's comment.
+HEAD = re.compile(r"(.*?:)(  #[^\n]*)?\n", re.DOTALL)
+
+
+def declarations(lines, body, in_class=False):
+    """Yield the lines of a stub: the public names of a module or a class, without what they do.
+
+    In a class only annotated methods count; a subclass inherits the others. What is under TYPE_CHECKING stands in the
+    stub as it is. The text is the source's own: Python 3.6 cannot write one from a syntax tree."""
+    for node in body:
+        text = lines[node.lineno - 1]
+        if isinstance(node, ast.If) and text.strip() == "if TYPE_CHECKING:":
+            yield from block(lines, node)
+        elif isinstance(node, ast.Assign):
+            yield from constant(node)
+        elif isinstance(node, ast.AnnAssign):
+            if not node.target.id.startswith("_"):
+                yield text.rstrip().partition(" = ")[0] + "\n"
+        elif isinstance(node, ast.ClassDef):
+            if not node.name.startswith("_"):
+                yield "\n" + head(lines, node) + "\n"
+                yield from list(declarations(lines, node.body, in_class=True)) or ["    ...\n"]
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            if node.returns is not None if in_class else not node.name.startswith("_"):
+                yield head(lines, node, " ...") + "\n"
+
+
+def block(lines, node):
+    """Yield the lines below an `if`, as far out as the `if` itself."""
+    margin = " " * (node.col_offset + 4)
+    for line in lines[node.lineno :]:
+        if line.strip() and not line.startswith(margin):
+            break
+        yield line[4:] or "\n"
+
+
+def constant(node):
+    """Yield a line for public names, or a dunder, that stand for something literal."""
+    names = [getattr(target, "id", "_") for target in node.targets]
+    try:
+        value = ast.literal_eval(node.value)
+    except ValueError:
+        return
+    if value is not None and re.match("__|[^_]", names[0]):
+        yield "{}{} = {!r}\n".format(" " * node.col_offset, " = ".join(names), value)
+
+
+def head(lines, node, body=""):
+    """Return a definition, decorators and all, with another body."""
+    first = min([node.lineno] + [decorator.lineno for decorator in node.decorator_list])
+    signature, comment = HEAD.match("".join(lines[first - 1 :])).groups()
+    if any(isinstance(part, ast.Yield) for part in ast.walk(node)):
+        # An asynchronous generator: without its body it would read as a coroutine.
+        signature = signature.replace("async def", "def", 1)
+    # A checker would hold every entry of a call's **dict against their types, and a subclass to naming them all.
+    signature = re.sub(r", json=True.*(?=\*\*params)", ", ", signature, flags=re.DOTALL)
+    return signature + body + (comment or "")
+
+
+class BuildWithStub(build_py):
+    """Build the package cs-stubs, too: a module cannot say that it is annotated, a package beside it can (PEP 561)."""
+
+    def run(self):
+        super().run()
+        if not getattr(self, "editable_mode", False):
+            source = read("cs.py")
+            self.mkpath(os.path.dirname(self.stub_path()))
+            with open(self.stub_path(), "w", encoding="utf-8", newline="\n") as file:
+                file.writelines(declarations(source.splitlines(True), ast.parse(source).body))
+
+    def get_outputs(self, *args, **options):
+        return super().get_outputs(*args, **options) + [self.stub_path()]
+
+    def stub_path(self):
+        return os.path.join(self.build_lib, "cs-stubs", "__init__.pyi")
+
+
 setup(
     name="cs",
     version=version(),
@@ -25,6 +104,7 @@ setup(
     author="The cs authors",
     license="BSD-3-Clause",
     py_modules=["cs"],
+    cmdclass={"build_py": BuildWithStub},
     python_requires=">=3.6",
     # Nothing is needed for AIOCloudStack; the extra stays for those who ask for cs[async].
     extras_require={"highlight": ["pygments"], "async": []},
