@@ -3609,16 +3609,19 @@ FORMATS = ("json", "jsonl", "table", "csv", "text")
 _Option = collections.namedtuple("_Option", "name letter value")
 _OPTIONS = (
     _Option("output", "o", FORMATS), _Option("columns", "c", "id,name,nic.0.ipaddress"),
-    _Option("sort", "", "[-]COLUMN"), _Option("all", "", None),
-    _Option("region", "r", "NAME"), _Option("config", "", "FILE"), _Option("endpoint", "", "URL"),
-    _Option("async", "", None), _Option("wait", "", "JOBID"),
-    _Option("timeout", "", "SECONDS"), _Option("retry", "", "COUNT"), _Option("post", "", None),
+    _Option("where", "", "CONDITION"), _Option("sort", "", "[-]COLUMN"), _Option("all", "", None),
+    _Option("each", "", None), _Option("parallel", "", "COUNT"),
+    _Option("stop-on-error", "", None),
+    _Option("region", "r", "NAME"), _Option("profile", "p", "NAME"), _Option("config", "", "FILE"),
+    _Option("endpoint", "", "URL"), _Option("timeout", "", "SECONDS"),
+    _Option("retry", "", "COUNT"),
+    _Option("async", "", None), _Option("wait", "", "JOBID"), _Option("post", "", None),
     _Option("dry-run", "", None), _Option("force", "", None),
     _Option("quiet", "q", None), _Option("trace", "t", None),
     _Option("color", "", ("auto", "always", "never")), _Option("theme", "", "STYLE"),
-    _Option("list", "", None), _Option("sync", "", None), _Option("configure", "", None),
-    _Option("completion", "", ("bash", "zsh", "fish")), _Option("version", "", None),
-    _Option("help", "h", None),
+    _Option("list", "", None), _Option("sync", "", None), _Option("shell", "", None),
+    _Option("configure", "", None), _Option("completion", "", ("bash", "zsh", "fish")),
+    _Option("version", "", None), _Option("help", "h", None),
     _Option("complete", "", "LINE"),  # for the scripts of completion; help does not show it
 )  # fmt: skip
 _FLAGS = {"--" + option.name: option for option in _OPTIONS}
@@ -3629,21 +3632,24 @@ _MAY_BE_EMPTY = frozenset(["columns", "sort", "theme", "complete"])
 _HELP = """\
 cs [options] COMMAND [name=value ...]  call the CloudStack API, print its answer
 
-  cs listVirtualMachines state=Running  any API command; name=@file reads a file
-  cs COMMAND --help                     what a command takes and returns
-  cs --list [words]                     the commands that match
-  cs --configure                        ask for endpoint, key, secret; save them
+  cs listVirtualMachines state=Running   any API command; name=@file is a file's
+  cs startVirtualMachine id=name:web-01  the id of what has that name
+  cs --list [words], cs COMMAND --help   the commands, and what each takes
+  cs --configure, cs --shell             make the ini file; many lines at once
 
  -o, --output json|jsonl|table|csv|text  -c, --columns id,name,nic.0.ipaddress
-     --sort [-]COLUMN                        --all      every page of a list
- -r, --region NAME   section of ini file     --config FILE    --endpoint URL
-     --async         do not wait for jobs    --wait JOBID  go on waiting for one
-     --timeout SECONDS    --retry COUNT      --post     send by POST
-     --dry-run       show, do not send       --force    send what looks wrong
- -q, --quiet         only usage errors   -t, --trace    show each exchange
-     --color auto|always|never               --theme STYLE  of Pygments
-     --sync          fetch the list of commands for help, checks, completion
-     --completion bash|zsh|fish              --version  -h, --help
+     --where CONDITION  name~^web           --sort [-]COLUMN
+     --all           every page of a list   --sync  refresh the known commands
+     --each          a call for each row of standard input, {name} filled in;
+     --parallel COUNT   of them at once     --stop-on-error
+ -r, --region NAME   section of ini file -p, --profile NAME     the same
+     --config FILE   --endpoint URL         --timeout SECONDS   --retry COUNT
+     --async         do not wait for jobs   --wait JOBID   go on waiting for one
+     --dry-run       show, do not send      --force    send what looks wrong
+ -q, --quiet         only usage errors   -t, --trace   show each exchange
+     --color auto|always|never              --theme STYLE  of Pygments
+     --post          send by POST           --completion bash|zsh|fish
+     --version       -h, --help
 
 exit: 0 done  1 error answer  2 usage  3 no answer  4 job still runs  130 Ctrl-C
 More: README.rst; the API: https://cloudstack.apache.org/api.html
@@ -3662,6 +3668,8 @@ def _make_parser():
     for option in _OPTIONS:
         flags = ["-" + letter for letter in option.letter] + ["--" + option.name]
         action = "store_true" if option.value is None else "store"
+        if option.name == "where":  # each one counts
+            action = "append"
         parser.add_argument(*flags, dest=option.name, action=action, default=None)
     return parser
 
@@ -3695,7 +3703,9 @@ def _parse_arguments(args):
         if word.startswith("-"):
             raise _unknown_option(word)
     values = vars(found)
-    return {option.name: _check_value(option, values[option.name]) for option in _OPTIONS}, words
+    options = {option.name: _check_value(option, values[option.name]) for option in _OPTIONS}
+    options["region"] = options["region"] or options["profile"]
+    return options, words
 
 
 def _unknown_option(flag):
