@@ -18,19 +18,33 @@ that may also sleep before the command runs, DROP, RUN_THEN_DROP); a way to be w
 an attribute of Simulator, named in OPTIONS, that is asked where it applies.
 """
 
+import asyncio
 import base64
 import calendar
 import collections
+import contextlib
 import copy
+import datetime
+import decimal
+import email.message
+import enum
+import faulthandler
+import functools
+import gc
 import hashlib
 import hmac
 import html
 import http.client
+import inspect
+import io
+import itertools
 import json
 import os
 import pickle
 import random
 import re
+import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -39,8 +53,12 @@ import tempfile
 import threading
 import time
 import unittest
+import uuid
 import zlib
-from urllib.parse import unquote, urlencode
+from unittest import mock
+from urllib.parse import parse_qsl, quote, unquote, urlencode
+
+import cs
 
 # --- simulator: wire ------------------------------------------------------------------------------------------------
 # Requests into parameters, the signature, and answers into bytes.
@@ -2938,16 +2956,6 @@ class SandboxTest(unittest.TestCase):
 
 # === what the tests share ===========================================================================================
 
-import asyncio  # noqa: E402  (the simulator above stands on its own; from here on it is tests)
-import contextlib  # noqa: E402
-import faulthandler  # noqa: E402
-import io  # noqa: E402
-import shutil  # noqa: E402
-from unittest import mock  # noqa: E402
-from urllib.parse import parse_qsl  # noqa: E402
-
-import cs  # noqa: E402
-
 TEST_PATH = os.path.abspath(__file__)  # now: before 3.9 it is relative, and tests change the working directory
 CS_PATH = os.path.join(os.path.dirname(TEST_PATH), "cs.py")
 ENDPOINT = "http://cloud.invalid/client/api"
@@ -2976,6 +2984,29 @@ def run(coroutine):
     finally:
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
+
+
+def each(names, *rows):
+    """Run a test method once for each row, as a subtest; what is in the row are its arguments of these names.
+
+    One name: a row is its value. Two of these above one method run it with each row of the one and each of the other."""
+    names = names.split(", ")
+
+    def decorate(test):
+        @functools.wraps(test)
+        def run_each(self, **outer):
+            for number, row in enumerate(rows):
+                given = dict(zip(names, row if len(names) > 1 else [row]))
+                with self.subTest(number, **given):
+                    test(self, **dict(outer, **given))
+
+        return run_each
+
+    return decorate
+
+
+KINDS = (cs.CloudStack, cs.AIOCloudStack)
+both = each("kind", *KINDS)
 
 
 CHILD_LIMIT = 60  # seconds after which a process that a test started hangs
@@ -3071,8 +3102,6 @@ class Case(unittest.TestCase):
 
 def answer(document, status=200, reason="OK", headers=None):
     """An answer as the transport gives it: a document as JSON, bytes and text as HTML."""
-    import email.message
-
     message = email.message.Message()
     is_page = isinstance(document, (bytes, str))
     message["Content-Type"] = "text/html" if is_page else "application/json; charset=UTF-8"
@@ -3210,15 +3239,6 @@ class ProtocolCase(unittest.TestCase):
     async def _gather(rows):
         return [row async for row in rows]
 # === parameters, settings, protocol: no sockets, no waiting ==========================================================
-
-import datetime  # noqa: E402
-import decimal  # noqa: E402
-import enum  # noqa: E402
-import gc  # noqa: E402
-import inspect  # noqa: E402
-import itertools  # noqa: E402
-import selectors  # noqa: E402
-import uuid  # noqa: E402
 
 REQUESTS_MOMENT = 1767225600  # 2026-01-01T00:00:00Z
 NEVER = {"expiration": -1}
@@ -3695,7 +3715,6 @@ POSITIONAL = [
     ("job_timeout", None), ("poll_interval", 2.0), ("expiration", 600), ("trace", False),
     ("dangerous_no_tls_verify", False), ("headers", None), ("session", None), ("fetch_result", False),
 ]  # fmt: skip
-KINDS = (cs.CloudStack, cs.AIOCloudStack)
 
 
 class Auditing(cs.CloudStack):
@@ -6528,7 +6547,6 @@ class JobsAtOnceTest(JumpingCase):
 # script says so; what it has recorded is what the tests judge by.
 
 import atexit  # noqa: E402
-import functools  # noqa: E402
 import gzip  # noqa: E402
 import ssl  # noqa: E402
 import struct  # noqa: E402
@@ -14819,9 +14837,6 @@ sys.stderr.write(" ".join(sorted(imported)))
         needless = self.EXTRAS | set("configparser hashlib ssl socket http email".split())
         self.assertEqual(self.imported(["--help"], ["--version"], ["--completion", "bash"]) & needless, set())
 # === what mutants of cs.py survived ==================================================================================
-from urllib.parse import quote  # noqa: E402
-
-
 class MutationTest(ProtocolCase):
     """Faults put into cs.py on purpose (.ci/mutate.py) that no other test noticed."""
 
