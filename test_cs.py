@@ -19,6 +19,7 @@ an attribute of Simulator, named in OPTIONS, that is asked where it applies.
 """
 
 import asyncio
+import atexit
 import base64
 import calendar
 import collections
@@ -31,6 +32,7 @@ import enum
 import faulthandler
 import functools
 import gc
+import gzip
 import hashlib
 import hmac
 import html
@@ -47,16 +49,19 @@ import selectors
 import shutil
 import signal
 import socket
+import ssl
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import traceback
 import unittest
 import uuid
 import zlib
 from unittest import mock
-from urllib.parse import parse_qsl, quote, unquote, urlencode
+from urllib.parse import parse_qsl, quote, quote_plus, unquote, urlencode
 
 import cs
 
@@ -6546,13 +6551,6 @@ class JobsAtOnceTest(JumpingCase):
 # Real sockets on 127.0.0.1. A scripted server records every byte it is sent, and answers, pauses and breaks where a
 # script says so; what it has recorded is what the tests judge by.
 
-import atexit  # noqa: E402
-import gzip  # noqa: E402
-import ssl  # noqa: E402
-import struct  # noqa: E402
-import traceback  # noqa: E402
-from urllib.parse import quote_plus  # noqa: E402
-
 READ = object()  # take one whole request
 HOLD = object()  # wait until the client has gone away
 RESET = object()  # end the connection with a reset
@@ -6569,7 +6567,7 @@ def until(condition, what="it"):
         if condition():
             return
         time.sleep(0.002)
-    raise AssertionError("{} did not happen".format(what))
+    raise AssertionError(f"{what} did not happen")
 
 
 async def until_async(condition, what="it"):
@@ -6577,7 +6575,7 @@ async def until_async(condition, what="it"):
         if condition():
             return
         await asyncio.sleep(0.002)
-    raise AssertionError("{} did not happen".format(what))
+    raise AssertionError(f"{what} did not happen")
 
 
 class Received:
@@ -6680,7 +6678,7 @@ class ScriptedServer:
 
     @property
     def place(self):
-        return "127.0.0.1:{}".format(self.port)
+        return f"127.0.0.1:{self.port}"
 
     @property
     def url(self):
@@ -6689,6 +6687,11 @@ class ScriptedServer:
     @property
     def requests(self):
         return [request for wire in list(self.wires) for request in list(wire.requests)]
+
+    @property
+    def counts(self):
+        """How many requests came over each connection."""
+        return [len(wire.requests) for wire in list(self.wires)]
 
     @property
     def open_wires(self):
@@ -6787,13 +6790,13 @@ def reply(body=ZONES, status="200 OK", *headers, **options):
     """The bytes of an answer; length=False leaves Content-Length out, version is that of HTTP."""
     lines = ["HTTP/{} {}".format(options.get("version", "1.1"), status), "Content-Type: application/json;charset=UTF-8"]
     if options.get("length", True):
-        lines.append("Content-Length: {}".format(len(body)))
+        lines.append(f"Content-Length: {len(body)}")
     return "\r\n".join(lines + list(headers) + ["", ""]).encode("latin-1") + body
 
 
 def chunked(body=ZONES, size=20, last=b"0\r\n\r\n", headers=()):
     chunks = [body[start : start + size] for start in range(0, len(body), size)]
-    content = b"".join("{:x}\r\n".format(len(chunk)).encode() + chunk + b"\r\n" for chunk in chunks)
+    content = b"".join(f"{len(chunk):x}\r\n".encode() + chunk + b"\r\n" for chunk in chunks)
     return reply(b"", "200 OK", "Transfer-Encoding: chunked", *headers, length=False) + content + last
 
 
@@ -6836,7 +6839,9 @@ def all_texts(error, seen=None):
 
 
 class TransportCase(Case):
-    """A test with scripted servers, and clients whose credentials are canaries."""
+    """A test with scripted servers, and clients (of this kind, if no other is named) whose credentials are canaries."""
+
+    KIND = cs.CloudStack
 
     def setUp(self):
         Case.setUp(self)
@@ -6848,7 +6853,8 @@ class TransportCase(Case):
         self.addCleanup(server.close)
         return server
 
-    def client(self, server=None, kind=cs.CloudStack, **settings):
+    def client(self, server=None, kind=None, **settings):
+        kind = kind or self.KIND
         given = {"key": CANARY_KEY, "secret": CANARY_SECRET, "timeout": 5, "fetch_result": False}
         if isinstance(server, ScriptedServer):
             given["endpoint"] = server.url
@@ -6858,6 +6864,11 @@ class TransportCase(Case):
         client = kind(**given)
         self.addCleanup(client.__exit__) if kind is cs.CloudStack else self.addCleanup(self._close, client)
         return client
+
+    def pair(self, *scripts, kind=None, tls=None, **settings):
+        """A server that plays these scripts, and a client of it."""
+        server = self.serve(*scripts, tls=tls)
+        return server, self.client(server, kind, **settings)
 
     @staticmethod
     def _close(client):
@@ -6878,12 +6889,31 @@ class TransportCase(Case):
         except cs.CloudStackException as raised:
             error = raised
         else:
-            self.fail("no exception, but {!r}".format(value))
+            self.fail(f"no exception, but {value!r}")
         self.assertIs(kind, type(error), repr(error))
         self.assert_tells_nothing(error)
         if error.response is None:
             self.assertNotIn("\n", str(error))
         return error
+
+    def fails_unsent(self, client, kind=cs.CloudStackConnectionError, command="deployVirtualMachine", **params):
+        """fails() for a command that changes something, of which surely nothing was sent."""
+        error = self.fails(client, kind, command, **params)
+        self.assertEqual((False, True), (error.outcome_unknown, error.unsent))
+        return error
+
+    def fails_unknown(self, client, kind=cs.CloudStackConnectionError, command="deployVirtualMachine", **params):
+        """fails() for a command that changes something, which may have been done."""
+        error = self.fails(client, kind, command, **params)
+        self.assertEqual((True, False), (error.outcome_unknown, error.unsent))
+        return error
+
+    def refuses(self, function, *args, kind=ValueError, **options):
+        """The exception, which tells no secret, that a function raises."""
+        with self.assertRaises(kind) as caught:
+            function(*args, **options)
+        self.assert_tells_nothing(*all_texts(caught.exception))
+        return caught.exception
 
     def assert_tells_nothing(self, *told):
         texts = []
@@ -6974,15 +7004,14 @@ class Certificates:
         self._write("index.txt", "")
         self._write("serial", "01\n")
         for name in ("ca", "other_ca", "leaf"):
-            self._openssl("ecparam -name prime256v1 -genkey -noout -out {}.key".format(name))
+            self._openssl(f"ecparam -name prime256v1 -genkey -noout -out {name}.key")
         for name in ("ca", "other_ca"):
             request = (
                 "req -new -x509 -key {0}.key -config config -extensions authority -out {0}.pem -days 30 -subj /CN={0}"
             )
             self._openssl(request.format(name))
         self._openssl(
-            "req -new -x509 -key leaf.key -config config -extensions here -out self_signed.pem -days 30 -subj /CN=me"
-        )
+            "req -new -x509 -key leaf.key -config config -extensions here -out self_signed.pem -days 30 -subj /CN=me")  # fmt: skip
         self._openssl("req -new -key leaf.key -config config -out leaf.csr -subj /CN=leaf")
         self._issue("good", "here", "-days 30")
         self._issue("expired", "here", "-startdate 20200101000000Z -enddate 20200201000000Z")
@@ -6990,9 +7019,8 @@ class Certificates:
         self._openssl("ec -in leaf.key -aes128 -passout pass:letmein -out locked.key")
         self._write("both.pem", self.read("good.pem") + self.read("leaf.key"))
         os.mkdir(self.path("directory"))
-        shutil.copy(
-            self.path("ca.pem"), self.path("directory/" + self._openssl("x509 -hash -noout -in ca.pem").strip() + ".0")
-        )
+        shutil.copy(self.path("ca.pem"),
+            self.path("directory/" + self._openssl("x509 -hash -noout -in ca.pem").strip() + ".0"))  # fmt: skip
 
     def path(self, name):
         return os.path.join(self.directory, name)
@@ -7034,6 +7062,8 @@ def certificates():
 
 
 needs_openssl = unittest.skipUnless(OPENSSL, "the openssl program, which makes the certificates, is not there")
+
+
 class Clock:
     """A clock for cs that is set by hand, or moves a step each time it is looked at."""
 
@@ -7049,17 +7079,14 @@ class Clock:
 class KeptConnectionTest(TransportCase):
     """When a connection is used again, and when it is not."""
 
-    def test_a_connection_is_used_again(self):
-        for kind in BOTH:
-            with self.subTest(kind=kind.__name__):
-                server = self.serve(SERVE)
-                client = self.client(server, kind)
-                self.assertEqual([RESULT] * 3, [self.call(client) for _ in range(3)])
-                self.assertEqual([3], [len(wire.requests) for wire in server.wires])
+    @both
+    def test_a_connection_is_used_again(self, kind):
+        server, client = self.pair(SERVE, kind=kind)
+        self.assertEqual([RESULT] * 3, [self.call(client) for _ in range(3)])
+        self.assertEqual([3], server.counts)
 
     def test_get_and_post_share_a_connection(self):
-        server = self.serve(SERVE)
-        client = self.client(server)
+        server, client = self.pair(SERVE)
         client.listZones()
         client.method = "post"
         client.listZones(name="x")
@@ -7069,42 +7096,34 @@ class KeptConnectionTest(TransportCase):
 
     def test_errors_of_the_server_leave_the_connection_open(self):
         error = json.dumps({"errorresponse": {"errorcode": 431, "errortext": "no"}}).encode()
-        server = self.serve([READ, reply(error, "431 431"), AGAIN])
-        client = self.client(server)
+        server, client = self.pair([READ, reply(error, "431 431"), AGAIN])
         for _ in range(3):
             self.fails(client, cs.CloudStackApiException)
         self.assertEqual(1, len(server.wires))
 
-    def test_whether_it_is_used_again_is_the_servers_to_say(self):
-        cases = [
-            ("HTTP/1.1", reply(), True),
-            ("chunked", chunked(), True),
-            ("chunked with trailers", chunked(last=b"0\r\nX-Sum: 1\r\n\r\n"), True),
-            ("HTTP/1.1, close", reply(ZONES, "200 OK", "Connection: close"), False),
-            ("HTTP/1.1, Close", reply(ZONES, "200 OK", "Connection: Close"), False),
-            ("HTTP/1.0", reply(version="1.0"), False),
-            ("HTTP/1.0, keep-alive", reply(ZONES, "200 OK", "Connection: keep-alive", version="1.0"), True),
-            ("after 100 Continue", b"HTTP/1.1 100 Continue\r\n\r\n" + reply(), True),
-        ]
-        for name, content, kept in cases:
-            with self.subTest(name):
-                server = self.serve([READ, content, AGAIN])
-                client = self.client(server)
-                for _ in range(2):
-                    self.assertEqual(RESULT, client.listZones())
-                self.assertEqual(1 if kept else 2, len(server.wires))
+    @each("name, content, kept",
+        ("HTTP/1.1", reply(), True), ("chunked", chunked(), True),
+        ("chunked with trailers", chunked(last=b"0\r\nX-Sum: 1\r\n\r\n"), True),
+        ("HTTP/1.1, close", reply(ZONES, "200 OK", "Connection: close"), False),
+        ("HTTP/1.1, Close", reply(ZONES, "200 OK", "Connection: Close"), False),
+        ("HTTP/1.0", reply(version="1.0"), False),
+        ("HTTP/1.0, keep-alive", reply(ZONES, "200 OK", "Connection: keep-alive", version="1.0"), True),
+        ("after 100 Continue", b"HTTP/1.1 100 Continue\r\n\r\n" + reply(), True))  # fmt: skip
+    def test_whether_it_is_used_again_is_the_servers_to_say(self, name, content, kept):
+        server, client = self.pair([READ, content, AGAIN])
+        for _ in range(2):
+            self.assertEqual(RESULT, client.listZones())
+        self.assertEqual(1 if kept else 2, len(server.wires))
 
     def test_after_an_answer_that_ends_with_the_connection(self):
-        server = self.serve([READ, reply(length=False)])
-        client = self.client(server)
+        server, client = self.pair([READ, reply(length=False)])
         self.assertEqual([RESULT, RESULT], [client.listZones() for _ in range(2)])
         self.assertEqual(2, len(server.wires))
 
     def test_not_used_again_after_twenty_seconds(self):
         clock = Clock()
         with mock.patch.object(cs, "_clock", clock):
-            server = self.serve(SERVE)
-            client = self.client(server)
+            server, client = self.pair(SERVE)
             client.listZones()
             clock.now += 19.5
             client.listZones()
@@ -7114,64 +7133,55 @@ class KeptConnectionTest(TransportCase):
             self.assertEqual(2, len(server.wires))
             until(server.wires[0].ended.is_set, "closing the old one")
 
-    def test_one_that_the_server_closed_meanwhile_is_noticed_before_use(self):
-        for kind in BOTH:
-            with self.subTest(kind=kind.__name__):
-                server = self.serve([READ, reply()])
-                client = self.client(server, kind)
-                for _ in range(3):
-                    self.assertEqual(RESULT, self.call(client, "updateZone"))
-                    until(server.wires[-1].ended.is_set, "closing")
-                self.assertEqual([1, 1, 1], [len(wire.requests) for wire in server.wires])
+    @both
+    def test_one_that_the_server_closed_meanwhile_is_noticed_before_use(self, kind):
+        server, client = self.pair([READ, reply()], kind=kind)
+        for _ in range(3):
+            self.assertEqual(RESULT, self.call(client, "updateZone"))
+            until(server.wires[-1].ended.is_set, "closing")
+        self.assertEqual([1, 1, 1], server.counts)
 
-    def test_one_that_was_reset_or_that_said_something_unasked_is_noticed_before_use(self):
-        for name, steps in (("reset", [RESET]), ("said something", [b"HTTP/1.1 408 Request Timeout\r\n\r\n", HOLD])):
-            with self.subTest(name):
-                go_on = threading.Event()
-                wait = functools.partial(go_on.wait, PATIENCE_OF_TESTS)
-                server = self.serve([READ, reply(), lambda wire, wait=wait: wait()] + steps, SERVE)
-                client = self.client(server)
-                client.listZones()
-                ((sock, _),) = itertools.chain.from_iterable(transport_of(client)._idle.values())
-                go_on.set()
-                until(functools.partial(cs._has_news, sock), "noticing")
-                self.assertEqual(RESULT, client.updateZone())
-                self.assertEqual([1, 1], [len(wire.requests) for wire in server.wires])
+    @each("name, steps", ("reset", [RESET]), ("said something", [b"HTTP/1.1 408 Request Timeout\r\n\r\n", HOLD]))
+    def test_one_that_was_reset_or_that_said_something_unasked_is_noticed_before_use(self, name, steps):
+        go_on = threading.Event()
+        wait = functools.partial(go_on.wait, PATIENCE_OF_TESTS)
+        server, client = self.pair([READ, reply(), lambda wire, wait=wait: wait()] + steps, SERVE)
+        client.listZones()
+        ((sock, _),) = itertools.chain.from_iterable(transport_of(client)._idle.values())
+        go_on.set()
+        until(functools.partial(cs._has_news, sock), "noticing")
+        self.assertEqual(RESULT, client.updateZone())
+        self.assertEqual([1, 1], server.counts)
 
-    def test_one_that_dies_unnoticed_is_replaced_once_for_a_reading_command(self):
-        for kind in BOTH:
-            with self.subTest(kind=kind.__name__), mock.patch.object(cs, "_has_news", lambda sock: False):
-                server = self.serve([READ, reply(), READ], [READ, reply(), READ], [READ])
-                client = self.client(server, kind)
-                self.call(client)
-                self.assertEqual(RESULT, self.call(client))
-                self.fails(client)  # the replay was on a fresh connection, and that one broke too: enough
+    @both
+    def test_one_that_dies_unnoticed_is_replaced_once_for_a_reading_command(self, kind):
+        with mock.patch.object(cs, "_has_news", lambda sock: False):
+            server, client = self.pair([READ, reply(), READ], [READ, reply(), READ], [READ], kind=kind)
+            self.call(client)
+            self.assertEqual(RESULT, self.call(client))
+            self.fails(client)  # the replay was on a fresh connection, and that one broke too: enough
 
-    def test_one_that_dies_unnoticed_leaves_a_changing_command_unknown(self):
-        for kind in BOTH:
-            with self.subTest(kind=kind.__name__), mock.patch.object(cs, "_has_news", lambda sock: False):
-                server = self.serve([READ, reply(), READ], SERVE)
-                client = self.client(server, kind, retry=3)
-                self.call(client)
-                error = self.fails(client, command="deployVirtualMachine")
-                self.assertTrue(error.outcome_unknown)
-                self.assertFalse(error.unsent)
-                self.assertIn("outcome is unknown", str(error))
-                self.assertEqual(1, len(server.wires))
+    @both
+    def test_one_that_dies_unnoticed_leaves_a_changing_command_unknown(self, kind):
+        with mock.patch.object(cs, "_has_news", lambda sock: False):
+            server, client = self.pair([READ, reply(), READ], SERVE, kind=kind, retry=3)
+            self.call(client)
+            error = self.fails(client, command="deployVirtualMachine")
+            self.assertTrue(error.outcome_unknown)
+            self.assertFalse(error.unsent)
+            self.assertIn("outcome is unknown", str(error))
+            self.assertEqual(1, len(server.wires))
 
     def test_bytes_beyond_an_answer_end_the_connection(self):
         stray = reply(b'{"listzonesresponse": {"count": 1, "zone": [{"id": "smuggled"}]}}')
         cases = [
-            ("Content-Length", reply() + stray, RESULT),
-            ("chunked", chunked() + stray, RESULT),
-            ("one byte", reply() + b"\n", RESULT),
-            ("204", b"HTTP/1.1 204 No Content\r\n\r\n" + stray, None),
+            ("Content-Length", reply() + stray, RESULT), ("chunked", chunked() + stray, RESULT),
+            ("one byte", reply() + b"\n", RESULT), ("204", b"HTTP/1.1 204 No Content\r\n\r\n" + stray, None),
             ("gzip", reply(gzip.compress(ZONES), "200 OK", "Content-Encoding: gzip") + stray, RESULT),
-        ]
+        ]  # fmt: skip
         for name, content, result in cases:
             with self.subTest(name):
-                server = self.serve([READ, content, HOLD], SERVE)
-                client = self.client(server)
+                server, client = self.pair([READ, content, HOLD], SERVE)
                 if result is None:
                     self.fails(client, cs.CloudStackException)
                 else:
@@ -7188,8 +7198,7 @@ class KeptConnectionTest(TransportCase):
             mine.set()
             return events[2 + events.index(mine)].wait(PATIENCE_OF_TESTS)
 
-        server = self.serve([READ, hold_back, reply(), READ, reply(), AGAIN])
-        client = self.client(server)
+        server, client = self.pair([READ, hold_back, reply(), READ, reply(), AGAIN])
         threads = []
         for index in range(2):
             threads.append(threading.Thread(target=client.listZones))
@@ -7199,7 +7208,7 @@ class KeptConnectionTest(TransportCase):
             events[2 + index].set()
             threads[index].join()
         client.listZones()
-        self.assertEqual([2, 1], [len(wire.requests) for wire in server.wires])
+        self.assertEqual([2, 1], server.counts)
 
     def test_at_most_concurrency_connections_are_kept(self):
         together = threading.Barrier(6)
@@ -7208,8 +7217,7 @@ class KeptConnectionTest(TransportCase):
             if len(wire.requests) == 1:
                 together.wait(PATIENCE_OF_TESTS)
 
-        server = self.serve([READ, gather, reply(), AGAIN])
-        client = self.client(server, concurrency=2)
+        server, client = self.pair([READ, gather, reply(), AGAIN], concurrency=2)
         threads = [threading.Thread(target=client.listZones) for _ in range(6)]
         for thread in threads:
             thread.start()
@@ -7226,13 +7234,12 @@ class KeptConnectionTest(TransportCase):
             name = wire.requests[-1].params["name"]
             return wire.send(reply(json.dumps({"r": {"zone": [{"id": name}]}}).encode()))
 
-        server = self.serve([READ, echo, AGAIN])
-        client = self.client(server)
+        server, client = self.pair([READ, echo, AGAIN])
         wrong = []
 
         def work(number):
             for turn in range(10):
-                name = "{}-{}".format(number, turn)
+                name = f"{number}-{turn}"
                 try:
                     got = client.listZones(name=name)
                 except Exception as error:
@@ -7283,25 +7290,22 @@ class KeptConnectionTest(TransportCase):
         self.assertEqual(RESULT, run(work()))
 
     def test_copies_have_connections_of_their_own(self):
-        server = self.serve(SERVE)
-        client = self.client(server)
+        server, client = self.pair(SERVE)
         client.listZones()
         copied = pickle.loads(pickle.dumps(client))
         copied.listZones()
         copied.close()
         client.listZones()
-        self.assertEqual([2, 1], [len(wire.requests) for wire in server.wires])
+        self.assertEqual([2, 1], server.counts)
 
-    def test_an_interrupted_exchange_does_not_leave_its_connection_behind(self):
-        for kind in (KeyboardInterrupt, SystemExit, MemoryError):
-            with self.subTest(kind=kind.__name__):
-                server = self.serve(SERVE)
-                client = self.client(server)
-                with mock.patch.object(cs, "_read_body", side_effect=kind):
-                    self.assertRaises(kind, client.listZones)
-                until(server.wires[0].ended.is_set, "closing")
-                self.assertEqual(RESULT, client.listZones())
-                self.assertEqual(2, len(server.wires))
+    @each("error", KeyboardInterrupt, SystemExit, MemoryError)
+    def test_an_interrupted_exchange_does_not_leave_its_connection_behind(self, error):
+        server, client = self.pair(SERVE)
+        with mock.patch.object(cs, "_read_body", side_effect=error):
+            self.assertRaises(error, client.listZones)
+        until(server.wires[0].ended.is_set, "closing")
+        self.assertEqual(RESULT, client.listZones())
+        self.assertEqual(2, len(server.wires))
 
 
 class BodyTest(TransportCase):
@@ -7316,9 +7320,8 @@ class BodyTest(TransportCase):
     def assert_broken(self, content, detail, kind=cs.CloudStackConnectionError, **settings):
         """Both clients fail with this text, and go on over another connection."""
         for server, client in self.clients(content, **settings):
-            error = self.fails(client, kind, "deployVirtualMachine")
+            error = self.fails_unknown(client, kind)
             self.assertIn(detail, str(error))
-            self.assertEqual((True, False), (error.outcome_unknown, error.unsent))
             self.assertEqual(RESULT, self.call(client))
             self.assertEqual(2, len(server.wires))
 
@@ -7331,26 +7334,21 @@ class BodyTest(TransportCase):
         members = gzip.compress(ZONES[:9]) + gzip.compress(b"") + gzip.compress(ZONES[9:])
         names = ("Content-Encoding: gzip",)
         cases = {
-            "length": reply(),
-            "chunked": chunked(),
-            "one chunk": chunked(size=10000),
+            "length": reply(), "chunked": chunked(), "one chunk": chunked(size=10000),
             "chunks of a byte": chunked(size=1),
             "chunk extensions and trailers": chunked(last=b"0;x=y\r\nX-A: b\r\nX-C: d\r\n\r\n"),
             "chunk sizes with zeros": chunked().replace(b"\r\n14\r\n", b"\r\n0000014\r\n"),
-            "no end but the connection's": reply(length=False),
-            "HTTP/1.0": reply(length=False, version="1.0"),
-            "gzip": reply(packed, "200 OK", *names),
-            "gzip, chunked": chunked(packed, headers=names),
+            "no end but the connection's": reply(length=False), "HTTP/1.0": reply(length=False, version="1.0"),
+            "gzip": reply(packed, "200 OK", *names), "gzip, chunked": chunked(packed, headers=names),
             "gzip until the end": reply(packed, "200 OK", *names, length=False),
             "x-gzip": reply(packed, "200 OK", "Content-Encoding: X-GZIP"),
             "gzip of several members": reply(members, "200 OK", *names),
             "gzip of several members, chunks of a byte": chunked(members, size=1, headers=names),
             "identity": reply(ZONES, "200 OK", "Content-Encoding: identity"),
-            "bare line feeds": reply().replace(b"\r\n", b"\n"),
-            "no reason phrase": reply(ZONES, "200"),
+            "bare line feeds": reply().replace(b"\r\n", b"\n"), "no reason phrase": reply(ZONES, "200"),
             "headers without a space": reply(b"").replace(b": 0", b":%d" % len(ZONES)).replace(b": ", b":") + ZONES,
             "a byte order mark": reply(b"\xef\xbb\xbf" + ZONES),
-        }
+        }  # fmt: skip
         for name, content in cases.items():
             with self.subTest(name):
                 self.assert_result(content)
@@ -7364,8 +7362,7 @@ class BodyTest(TransportCase):
         rows = [{"id": str(number), "name": "x" * 1000} for number in range(2000)]
         body = json.dumps({"listzonesresponse": {"zone": rows}}).encode()
         cases = [reply(body), chunked(body, 100000), reply(gzip.compress(body, 1), "200 OK", "Content-Encoding: gzip")]
-        server = self.serve([READ, cases[0], READ, cases[1], READ, cases[2]])
-        client = self.client(server)
+        server, client = self.pair([READ, cases[0], READ, cases[1], READ, cases[2]])
         for _ in cases:
             self.assertEqual(rows, client.listZones()["zone"])
         self.assertEqual(1, len(server.wires))
@@ -7377,21 +7374,17 @@ class BodyTest(TransportCase):
         packed = gzip.compress(ZONES)
         gzipped = ("Content-Encoding: gzip",)
         cases = {
-            "in the body": reply()[:-10],
-            "before the body": reply()[: -len(ZONES)],
-            "lying length": reply().replace(b"Content-Length: ", b"Content-Length: 9"),
-            "in a chunk": chunked()[:-30],
-            "before a chunk's size": chunked(last=b""),
-            "before the last chunk": chunked(size=10000, last=b""),
-            "in a chunk's size": chunked(last=b""),
-            "no last chunk but garbage": chunked(last=b"zz\r\n"),
+            "in the body": reply()[:-10], "before the body": reply()[: -len(ZONES)],
+            "lying length": reply().replace(b"Content-Length: ", b"Content-Length: 9"), "in a chunk": chunked()[:-30],
+            "before a chunk's size": chunked(last=b""), "before the last chunk": chunked(size=10000, last=b""),
+            "in a chunk's size": chunked(last=b""), "no last chunk but garbage": chunked(last=b"zz\r\n"),
             "gzip in a length": reply(packed, "200 OK", *gzipped)[:-10],
             "gzip until the end": reply(packed[:-10], "200 OK", *gzipped, length=False),
             "gzip, its length kept": reply(packed[:-10], "200 OK", *gzipped),
             "gzip, only its head": reply(packed[:10], "200 OK", *gzipped),
             "gzip, lying length": reply(packed, "200 OK", *gzipped).replace(b"Content-Length: ", b"Content-Length: 9"),
             "gzip in a chunk": chunked(packed, 20, b"", gzipped)[:-20],
-        }
+        }  # fmt: skip
         for name, content in cases.items():
             with self.subTest(name):
                 self.assert_broken(content, "Broken answer")
@@ -7404,45 +7397,37 @@ class BodyTest(TransportCase):
             with self.subTest(cut=cut):
                 self.assert_broken(cut, "not HTTP")
         for cut in (
-            b"HTTP/1.1 200 OK",
-            b"HTTP/1.1 200 OK\r\nContent-Ty",
+            b"HTTP/1.1 200 OK", b"HTTP/1.1 200 OK\r\nContent-Ty",
             b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n",
-        ):
+        ):  # fmt: skip
             with self.subTest(cut=cut):
                 self.assert_broken(cut, "HTTP 200 OK", cs.CloudStackException)
 
-    def test_reset_instead_of_an_answer(self):
-        for name, steps in (("at once", [READ, RESET]), ("in the answer", [READ, reply()[:-5], RESET])):
-            for kind in BOTH:
-                with self.subTest(name, kind=kind.__name__):
-                    server = self.serve(steps, SERVE)
-                    client = self.client(server, kind)
-                    error = self.fails(client, command="deployVirtualMachine")
-                    self.assertIsInstance(error, ConnectionError)
-                    self.assertIsInstance(error.__cause__, ConnectionError)
-                    self.assertTrue(error.outcome_unknown)
-                    self.assertEqual(RESULT, self.call(client))
+    @both
+    @each("name, steps", ("at once", [READ, RESET]), ("in the answer", [READ, reply()[:-5], RESET]))
+    def test_reset_instead_of_an_answer(self, kind, name, steps):
+        server, client = self.pair(steps, SERVE, kind=kind)
+        error = self.fails(client, command="deployVirtualMachine")
+        self.assertIsInstance(error, ConnectionError)
+        self.assertIsInstance(error.__cause__, ConnectionError)
+        self.assertTrue(error.outcome_unknown)
+        self.assertEqual(RESULT, self.call(client))
 
-    def test_bytes_that_are_no_http(self):
-        cases = {
-            "a greeting": b"220 mail.invalid ESMTP\r\n",
-            "garbage": bytes(range(256)) * 4,
-            "zeros": b"\0" * 1000,
-            "another protocol": b"ICY 200 OK\r\n\r\n",
-            "another version": b"HTTP/9.9 200 OK\r\nContent-Length: 2\r\n\r\n{}",
-            "a status that is no number": b"HTTP/1.1 abc OK\r\nContent-Length: 2\r\n\r\n{}",
-            "a status too small": b"HTTP/1.1 99 OK\r\nContent-Length: 2\r\n\r\n{}",
-            "a status too large": b"HTTP/1.1 1000 OK\r\nContent-Length: 2\r\n\r\n{}",
-            "an endless status line": b"HTTP/1.1 200 " + b"x" * 70000,
-            "an endless header line": b"HTTP/1.1 200 OK\r\nX-A: " + b"x" * 70000,
-            "an endless header name": b"HTTP/1.1 200 OK\r\n" + b"x" * 70000,
-            "too many headers": b"HTTP/1.1 200 OK\r\n" + b"X-A: b\r\n" * 200 + b"\r\n",
-            "an endless chunk size": chunked(last=b"0" * 70000),
-            "a TLS alert": b"\x15\x03\x01\x00\x02\x02\x46",
-        }
-        for name, content in cases.items():
-            with self.subTest(name):
-                self.assert_broken(content, "Broken answer")
+    @each("name, content", *{
+        "a greeting": b"220 mail.invalid ESMTP\r\n", "garbage": bytes(range(256)) * 4, "zeros": b"\0" * 1000,
+        "another protocol": b"ICY 200 OK\r\n\r\n",
+        "another version": b"HTTP/9.9 200 OK\r\nContent-Length: 2\r\n\r\n{}",
+        "a status that is no number": b"HTTP/1.1 abc OK\r\nContent-Length: 2\r\n\r\n{}",
+        "a status too small": b"HTTP/1.1 99 OK\r\nContent-Length: 2\r\n\r\n{}",
+        "a status too large": b"HTTP/1.1 1000 OK\r\nContent-Length: 2\r\n\r\n{}",
+        "an endless status line": b"HTTP/1.1 200 " + b"x" * 70000,
+        "an endless header line": b"HTTP/1.1 200 OK\r\nX-A: " + b"x" * 70000,
+        "an endless header name": b"HTTP/1.1 200 OK\r\n" + b"x" * 70000,
+        "too many headers": b"HTTP/1.1 200 OK\r\n" + b"X-A: b\r\n" * 200 + b"\r\n",
+        "an endless chunk size": chunked(last=b"0" * 70000), "a TLS alert": b"\x15\x03\x01\x00\x02\x02\x46",
+    }.items())  # fmt: skip
+    def test_bytes_that_are_no_http(self, name, content):
+        self.assert_broken(content, "Broken answer")
 
     def test_a_line_without_an_end_is_not_read_to_its_end(self):
         sent = []
@@ -7467,35 +7452,28 @@ class BodyTest(TransportCase):
         checksum[-6] ^= 0xFF
         gzipped = ("Content-Encoding: gzip",)
         for name, body in (
-            ("damaged", bytes(packed)),
-            ("checksum", bytes(checksum)),
-            ("none at all", ZONES),
-            ("html", b"<html>"),
+            ("damaged", bytes(packed)), ("checksum", bytes(checksum)), ("none at all", ZONES), ("html", b"<html>"),
             ("a second member that ends early", gzip.compress(ZONES[:9]) + gzip.compress(ZONES[9:])[:-9]),
             ("a second member that is damaged", gzip.compress(ZONES[:9]) + bytes(packed)),
             ("members without end", gzip.compress(b"") * 20000 + gzip.compress(ZONES)),
-        ):
+        ):  # fmt: skip
             with self.subTest(name):
                 self.assert_broken(reply(body, "200 OK", *gzipped), "Broken answer")
 
-    def test_an_encoding_nobody_asked_for_is_an_error(self):
-        for name, body in (("deflate", zlib.compress(ZONES)), ("br", b"\x0b\x02\x80" + ZONES[:9])):
-            with self.subTest(name):
-                content = reply(body, "200 OK", "Content-Encoding: " + name)
-                self.assert_broken(content, "Malformed JSON", cs.CloudStackException)
+    @each("name, body", ("deflate", zlib.compress(ZONES)), ("br", b"\x0b\x02\x80" + ZONES[:9]))
+    def test_an_encoding_nobody_asked_for_is_an_error(self, name, body):
+        content = reply(body, "200 OK", "Content-Encoding: " + name)
+        self.assert_broken(content, "Malformed JSON", cs.CloudStackException)
 
     def test_an_answer_may_not_expand_beyond_max_response_size(self):
         gzipped = ("Content-Encoding: gzip",)
         bomb = gzip.compress(b"[" * 30000000, 9)
         self.assertLess(len(bomb), 100000)
         cases = {
-            "bomb": reply(bomb, "200 OK", *gzipped),
-            "bomb in chunks": chunked(bomb, 1000, headers=gzipped),
-            "bomb until the end": reply(bomb, "200 OK", *gzipped, length=False),
-            "length": reply(b"x" * 100001),
-            "chunks": chunked(b"x" * 100001, 5000),
-            "until the end": reply(b"x" * 100001, length=False),
-        }
+            "bomb": reply(bomb, "200 OK", *gzipped), "bomb in chunks": chunked(bomb, 1000, headers=gzipped),
+            "bomb until the end": reply(bomb, "200 OK", *gzipped, length=False), "length": reply(b"x" * 100001),
+            "chunks": chunked(b"x" * 100001, 5000), "until the end": reply(b"x" * 100001, length=False),
+        }  # fmt: skip
         for name, content in cases.items():
             with self.subTest(name):
                 self.assert_broken(content, "max_response_size", cs.CloudStackException, max_response_size=100000)
@@ -7521,14 +7499,13 @@ class BodyTest(TransportCase):
             self.fails(self.client(server, max_response_size=100000), cs.CloudStackException)
         self.assertLess(sum(unpacked), 200000)
 
-    def test_a_huge_length_is_refused_at_once(self):
+    @each("length", 10**12, 2**63, 10**30)
+    def test_a_huge_length_is_refused_at_once(self, length):
         """Nothing of the body is waited for: the server holds back, and the time-out is far away."""
-        for length in (10**12, 2**63, 10**30):
-            with self.subTest(length=length):
-                head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n".format(length)
-                server = self.serve([READ, head.encode(), HOLD])
-                error = self.fails(self.client(server, timeout=1000), cs.CloudStackException)
-                self.assertIn("max_response_size", str(error))
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+        server = self.serve([READ, head.encode(), HOLD])
+        error = self.fails(self.client(server, timeout=1000), cs.CloudStackException)
+        self.assertIn("max_response_size", str(error))
 
     def test_lengths_that_are_none_cannot_get_past_max_response_size(self):
         pour = b"x" * 3000000
@@ -7542,32 +7519,27 @@ class BodyTest(TransportCase):
         for size in (b"-1", b"-5", b"ffffffffffffffff", b"-ffffffffffffffff", b"1_0", b"+a", b"0x5"):
             with self.subTest(size=size):
                 content = reply(b"", "200 OK", "Transfer-Encoding: chunked", length=False) + size + b"\r\n" + pour
-                server = self.serve([READ, content])
-                client = self.client(server, max_response_size=1000)
+                server, client = self.pair([READ, content], max_response_size=1000)
                 del read[:]
                 with mock.patch.object(cs._Flight, "readinto", counted):
                     with self.assertRaises(cs.CloudStackException):
                         client.listZones()
                 self.assertLess(sum(filter(None, read)), 1500000)
 
-    def test_a_negative_or_unreadable_length_counts_as_none(self):
-        for length in ("-5", "x", ""):
-            with self.subTest(length=length):
-                self.assert_result(reply(ZONES, "200 OK", "Content-Length: " + length, length=False))
+    @each("length", "-5", "x", "")
+    def test_a_negative_or_unreadable_length_counts_as_none(self, length):
+        self.assert_result(reply(ZONES, "200 OK", "Content-Length: " + length, length=False))
 
-    def test_statuses_without_a_body(self):
-        for status in ("204 No Content", "304 Not Modified"):
-            for kind in BOTH:
-                with self.subTest(status, kind=kind.__name__):
-                    server = self.serve(
-                        [READ, "HTTP/1.1 {}\r\nContent-Length: 5\r\n\r\n".format(status).encode(), READ, reply()]
-                    )
-                    client = self.client(server, kind, timeout=2)
-                    error = self.fails(client, cs.CloudStackException)
-                    self.assertEqual("HTTP " + status, error.args[0])
-                    self.assertEqual((int(status[:3]), b""), (error.response.status_code, error.response.content))
-                    self.assertEqual(RESULT, self.call(client))
-                    self.assertEqual(1, len(server.wires))
+    @both
+    @each("status", "204 No Content", "304 Not Modified")
+    def test_statuses_without_a_body(self, kind, status):
+        server = self.serve([READ, f"HTTP/1.1 {status}\r\nContent-Length: 5\r\n\r\n".encode(), READ, reply()])
+        client = self.client(server, kind, timeout=2)
+        error = self.fails(client, cs.CloudStackException)
+        self.assertEqual("HTTP " + status, error.args[0])
+        self.assertEqual((int(status[:3]), b""), (error.response.status_code, error.response.content))
+        self.assertEqual(RESULT, self.call(client))
+        self.assertEqual(1, len(server.wires))
 
     def test_an_interim_answer_is_passed_over(self):
         for interim in (b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 100 Continue\r\nX-A: b\r\n\r\n" * 3):
@@ -7575,9 +7547,8 @@ class BodyTest(TransportCase):
 
     def test_what_the_response_tells(self):
         page = "<h1>M\u00fcll</h1>".encode("utf-8")
-        content = reply(page, "502 Bad Gateway", "X-Node: a7", "Content-Encoding: gzip").replace(
-            b"application/json", b"text/html"
-        )
+        content = reply(page, "502 Bad Gateway", "X-Node: a7",
+            "Content-Encoding: gzip").replace(b"application/json", b"text/html")  # fmt: skip
         content = content.replace(b"Content-Length: %d" % len(page), b"Content-Length: %d" % len(gzip.compress(page)))
         content = content[: -len(page)] + gzip.compress(page)
         for _, client in self.clients(content):
@@ -7603,30 +7574,23 @@ def full_listener(case):
 
 
 class TimeoutTest(TransportCase):
-    def test_silence(self):
-        places = {
-            "no answer": [READ, HOLD],
-            "in the status line": [READ, b"HTTP/1.1 2", HOLD],
-            "in the headers": [READ, b"HTTP/1.1 200 OK\r\nX-A: b\r\n", HOLD],
-            "in the body": [READ, reply()[:-3], HOLD],
-            "in a chunk": [READ, chunked()[:-20], HOLD],
-            "before the last chunk": [READ, chunked(last=b""), HOLD],
-            "in gzip": [READ, reply(gzip.compress(ZONES), "200 OK", "Content-Encoding: gzip")[:-3], HOLD],
-            "before the end of the connection": [READ, reply(length=False), HOLD],
-        }
-        for name, steps in places.items():
-            with self.subTest(name):
-                server = self.serve(steps, SERVE)
-                client = self.client(server, timeout=0.03)
-                error = self.fails(client, cs.CloudStackTimeoutError, "deployVirtualMachine")
-                self.assertIsInstance(error, TimeoutError)
-                self.assertIsInstance(error.__cause__, OSError)
-                self.assertIn("nothing for 0.03 s (timeout)", str(error))
-                self.assertEqual((True, False), (error.outcome_unknown, error.unsent))
-                until(server.wires[0].ended.is_set, "hanging up")
-                client.timeout = 5
-                self.assertEqual(RESULT, client.listZones())
-                self.assertEqual(2, len(server.wires))
+    @each("name, steps", *{
+        "no answer": [READ, HOLD], "in the status line": [READ, b"HTTP/1.1 2", HOLD],
+        "in the headers": [READ, b"HTTP/1.1 200 OK\r\nX-A: b\r\n", HOLD], "in the body": [READ, reply()[:-3], HOLD],
+        "in a chunk": [READ, chunked()[:-20], HOLD], "before the last chunk": [READ, chunked(last=b""), HOLD],
+        "in gzip": [READ, reply(gzip.compress(ZONES), "200 OK", "Content-Encoding: gzip")[:-3], HOLD],
+        "before the end of the connection": [READ, reply(length=False), HOLD],
+    }.items())  # fmt: skip
+    def test_silence(self, name, steps):
+        server, client = self.pair(steps, SERVE, timeout=0.03)
+        error = self.fails_unknown(client, cs.CloudStackTimeoutError)
+        self.assertIsInstance(error, TimeoutError)
+        self.assertIsInstance(error.__cause__, OSError)
+        self.assertIn("nothing for 0.03 s (timeout)", str(error))
+        until(server.wires[0].ended.is_set, "hanging up")
+        client.timeout = 5
+        self.assertEqual(RESULT, client.listZones())
+        self.assertEqual(2, len(server.wires))
 
     def test_silence_towards_the_async_client(self):
         server = self.serve([READ, HOLD])
@@ -7655,19 +7619,17 @@ class TimeoutTest(TransportCase):
             "trailers": [READ, chunked(last=b"0\r\n"), drip(b"X-A: b\r\n" * 9000)],
             "body until the end": [READ, reply(length=False), drip(b"")],
             "gzip": [
-                READ,
-                reply(gzip.compress(bytes(range(256)) * 2000) * 20, "200 OK", "Content-Encoding: gzip")[:300],
+                READ, reply(gzip.compress(bytes(range(256)) * 2000) * 20, "200 OK", "Content-Encoding: gzip")[:300],
                 drip(b""),
             ],
             "interim answers": [READ, drip(b"HTTP/1.1 100 Continue\r\n\r\n" * 100)],
-        }
+        }  # fmt: skip
         for name, steps in places.items():
             with self.subTest(name):
                 server = self.serve(steps)
                 with mock.patch.object(cs, "_clock", Clock(step=0.5)):
-                    error = self.fails(
-                        self.client(server, timeout=2), cs.CloudStackTimeoutError, "deployVirtualMachine"
-                    )
+                    error = self.fails(self.client(server, timeout=2), cs.CloudStackTimeoutError,
+                        "deployVirtualMachine")  # fmt: skip
                 self.assertIn("not whole after 20 s", str(error))
                 self.assertTrue(error.outcome_unknown)
                 until(server.wires[0].ended.is_set, "hanging up")
@@ -7692,29 +7654,25 @@ class TimeoutTest(TransportCase):
     @unittest.skipUnless(
         sys.platform.startswith("linux"), "how a full queue of connections behaves is the system's own"
     )
-    def test_a_connection_that_is_not_made_in_time(self):
+    @both
+    def test_a_connection_that_is_not_made_in_time(self, kind):
         listener = full_listener(self)
-        url = "http://127.0.0.1:{}/client/api".format(listener.getsockname()[1])
-        for kind in BOTH:
-            error = self.fails(self.client(url, kind, timeout=0.05), cs.CloudStackTimeoutError, "deployVirtualMachine")
-            self.assertIn("Cannot connect to {}: no answer within 0.05 s".format(url), str(error))
-            self.assertEqual((False, True), (error.outcome_unknown, error.unsent))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/client/api"
+        error = self.fails_unsent(self.client(url, kind, timeout=0.05), cs.CloudStackTimeoutError)
+        self.assertIn(f"Cannot connect to {url}: no answer within 0.05 s", str(error))
 
-    def test_a_server_that_does_not_read_a_large_body(self):
-        for kind in BOTH:
-            with self.subTest(kind=kind.__name__):
-                stop = threading.Event()
-                self.addCleanup(stop.set)
-                wait = functools.partial(stop.wait, PATIENCE_OF_TESTS)
-                server = self.serve([lambda wire, wait=wait: wait()], receive_buffer=4096)
-                client = self.client(server, kind, timeout=0.1)
-                error = self.fails(client, cs.CloudStackTimeoutError, "deployVirtualMachine", userdata="x" * 6000000)
-                self.assertEqual((True, False), (error.outcome_unknown, error.unsent))
-                stop.set()
+    @both
+    def test_a_server_that_does_not_read_a_large_body(self, kind):
+        stop = threading.Event()
+        self.addCleanup(stop.set)
+        wait = functools.partial(stop.wait, PATIENCE_OF_TESTS)
+        server = self.serve([lambda wire, wait=wait: wait()], receive_buffer=4096)
+        client = self.client(server, kind, timeout=0.1)
+        error = self.fails_unknown(client, cs.CloudStackTimeoutError, userdata="x" * 6000000)
+        stop.set()
 
     def test_a_timeout_set_later_counts_for_kept_connections_too(self):
-        server = self.serve([READ, reply(), READ, HOLD])
-        client = self.client(server, timeout=1000)
+        server, client = self.pair([READ, reply(), READ, HOLD], timeout=1000)
         client.listZones()
         client.timeout = "0.03"
         self.fails(client, cs.CloudStackTimeoutError)
@@ -7729,43 +7687,40 @@ class TimeoutTest(TransportCase):
 class ConnectTest(TransportCase):
     """Requests that surely were not sent."""
 
-    def test_a_refused_connection(self):
+    @both
+    def test_a_refused_connection(self, kind):
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))  # bound but not listening: nobody else gets this port meanwhile
-            url = "http://127.0.0.1:{}/client/api".format(taken.getsockname()[1])
-            for kind in BOTH:
-                error = self.fails(self.client(url, kind), command="deployVirtualMachine")
-                self.assertEqual("Cannot connect to {}: Connection refused".format(url), str(error))
-                self.assertIsInstance(error, ConnectionError)
-                self.assertIsInstance(error.__cause__, ConnectionRefusedError)
-                self.assertEqual((False, True), (error.outcome_unknown, error.unsent))
+            url = f"http://127.0.0.1:{taken.getsockname()[1]}/client/api"
+            error = self.fails_unsent(self.client(url, kind))
+            self.assertEqual(f"Cannot connect to {url}: Connection refused", str(error))
+            self.assertIsInstance(error, ConnectionError)
+            self.assertIsInstance(error.__cause__, ConnectionRefusedError)
 
-    def test_a_name_that_is_not_found(self):
+    @both
+    def test_a_name_that_is_not_found(self, kind):
         failure = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        for kind in BOTH:
-            with mock.patch("socket.getaddrinfo", side_effect=failure):
-                client = self.client("http://cloud.invalid/client/api", kind)
-                error = self.fails(client, command="deployVirtualMachine")
-            self.assertEqual(
-                "Cannot find http://cloud.invalid/client/api: name look-up: Name or service not known", str(error)
-            )
-            self.assertIs(failure, error.__cause__)
-            self.assertEqual((False, True), (error.outcome_unknown, error.unsent))
+        with mock.patch("socket.getaddrinfo", side_effect=failure):
+            client = self.client("http://cloud.invalid/client/api", kind)
+            error = self.fails_unsent(client)
+        self.assertEqual("Cannot find http://cloud.invalid/client/api: name look-up: Name or service not known",
+            str(error))  # fmt: skip
+        self.assertIs(failure, error.__cause__)
 
     def test_a_name_that_cannot_be_one(self):
         for host in ("a" * 70 + ".invalid", "a..invalid"):
-            error = self.fails(self.client("http://{}/client/api".format(host)), command="deployVirtualMachine")
-            self.assertTrue(error.unsent)
+            error = self.fails_unsent(self.client(f"http://{host}/client/api"))
 
-    def test_what_the_standard_library_quotes_of_a_request_is_not_passed_on(self):
+    @both
+    def test_what_the_standard_library_quotes_of_a_request_is_not_passed_on(self, kind):
         def repeat(wire):
             return wire.send(wire.requests[-1].line.encode() + b"\r\n\r\n")
 
-        for kind in BOTH:
-            error = self.fails(self.client(self.serve([READ, repeat]), kind))
-            self.assertNotIn("apiKey", "".join(all_texts(error)))
+        error = self.fails(self.client(self.serve([READ, repeat]), kind))
+        self.assertNotIn("apiKey", "".join(all_texts(error)))
 
-    def test_what_was_not_sent_is_sent_again_within_retry(self):
+    @both
+    def test_what_was_not_sent_is_sent_again_within_retry(self, kind):
         server = self.serve([READ, reply(DEPLOYED), AGAIN])
         refused = []
 
@@ -7776,47 +7731,42 @@ class ConnectTest(TransportCase):
                     raise ConnectionRefusedError(111, "Connection refused")
                 return super().connect(address)
 
-        for kind in BOTH:
-            del refused[:]
-            with mock.patch.object(cs, "_random", lambda: 0.0), mock.patch("socket.socket", Moody):
-                client = self.client(server, kind, retry=2, retry_backoff=0.01)
-                self.assertEqual(JOB, self.call(client, "deployVirtualMachine")["jobid"])
-        self.assertEqual(2, len(server.requests))
+        del refused[:]
+        with mock.patch.object(cs, "_random", lambda: 0.0), mock.patch("socket.socket", Moody):
+            client = self.client(server, kind, retry=2, retry_backoff=0.01)
+            self.assertEqual(JOB, self.call(client, "deployVirtualMachine")["jobid"])
+        self.assertEqual(1, len(server.requests))
 
-    def test_only_http_and_https(self):
+    @both
+    def test_only_http_and_https(self, kind):
         secret = self.write("secret", '{"x": {"read": "a file"}}')
         for endpoint in (
             "file://" + secret, "file:" + secret, "ftp://127.0.0.1/x", "data:application/json,{}", "unix:/x",
             "//127.0.0.1/x", "127.0.0.1:8080/x", "http:///x", "http://127.0.0.1:0/", "http://127.0.0.1:x/", "HTTPS:",
             "ws://127.0.0.1/", "http:127.0.0.1",
         ):  # fmt: skip
-            for kind in BOTH:
-                with self.subTest(endpoint, kind=kind.__name__):
-                    client = self.client(endpoint, kind)
-                    with self.assertRaises(ValueError) as caught:
-                        self.call(client)
-                    self.assertTrue(str(caught.exception).startswith("endpoint: "), caught.exception)
-                    self.assert_tells_nothing(caught.exception)
+            with self.subTest(endpoint):
+                client = self.client(endpoint, kind)
+                with self.assertRaises(ValueError) as caught:
+                    self.call(client)
+                self.assertTrue(str(caught.exception).startswith("endpoint: "), caught.exception)
+                self.assert_tells_nothing(caught.exception)
 
-    def test_redirects_are_not_followed(self):
+    @both
+    def test_redirects_are_not_followed(self, kind):
         other = self.serve(SERVE)
         for status in (
-            "301 Moved Permanently",
-            "302 Found",
-            "303 See Other",
-            "307 Temporary Redirect",
-            "308 Permanent Redirect",
-        ):
+            "301 Moved Permanently", "302 Found", "303 See Other", "307 Temporary Redirect", "308 Permanent Redirect",
+        ):  # fmt: skip
             for place in (other.url + "?command=listZones&token=x", "/elsewhere", "file:///etc/passwd"):
-                for kind in BOTH:
-                    with self.subTest(status, place=place, kind=kind.__name__):
-                        server = self.serve([READ, reply(ZONES, status, "Location: " + place), AGAIN])
-                        client = self.client(server, kind, retry=2)
-                        error = self.fails(client, cs.CloudStackException, "deployVirtualMachine")
-                        self.assertEqual("HTTP " + status, error.args[0])
-                        self.assertIn(place.partition("?")[0], error.args[1])
-                        self.assertNotIn("token", str(error))
-                        self.assertEqual(1, len(server.requests))
+                with self.subTest(status, place=place):
+                    server = self.serve([READ, reply(ZONES, status, "Location: " + place), AGAIN])
+                    client = self.client(server, kind, retry=2)
+                    error = self.fails(client, cs.CloudStackException, "deployVirtualMachine")
+                    self.assertEqual("HTTP " + status, error.args[0])
+                    self.assertIn(place.partition("?")[0], error.args[1])
+                    self.assertNotIn("token", str(error))
+                    self.assertEqual(1, len(server.requests))
         self.assertEqual([], other.wires)
 
     def test_a_redirect_that_quotes_the_request_shows_nothing_of_it(self):
@@ -7830,13 +7780,13 @@ class ConnectTest(TransportCase):
         self.assert_tells_nothing(str(caught.exception), repr(caught.exception), repr(caught.exception.args))
         self.assertIn("https://cloud.invalid/client/api", str(caught.exception))
         self.assertIn("302 Found", self.traced(self.client(server, trace=True)))
-    def test_a_reason_phrase_that_quotes_the_request_shows_nothing_of_it(self):
-        for kind in BOTH:
-            with self.subTest(kind=kind.__name__):
-                server = self.serve([READ, lambda wire: wire.send(reply(b"", "400 GET " + wire.requests[-1].target))])
-                error = self.fails(self.client(server, kind), cs.CloudStackException)
-                self.assertRegex(error.response.reason, r"\AGET /client/api\?apiKey=\*\*\*&.*&signature=\*\*\*(&|\Z)")
-                self.assert_tells_nothing(*all_texts(error))
+
+    @both
+    def test_a_reason_phrase_that_quotes_the_request_shows_nothing_of_it(self, kind):
+        server = self.serve([READ, lambda wire: wire.send(reply(b"", "400 GET " + wire.requests[-1].target))])
+        error = self.fails(self.client(server, kind), cs.CloudStackException)
+        self.assertRegex(error.response.reason, r"\AGET /client/api\?apiKey=\*\*\*&.*&signature=\*\*\*(&|\Z)")
+        self.assert_tells_nothing(*all_texts(error))
 
 
 @needs_openssl
@@ -7853,43 +7803,37 @@ class TlsTest(TransportCase):
         """A TLS failure before anything was sent, by both clients."""
         for client_kind in BOTH:
             client = self.client(server, client_kind, **settings)
-            error = self.fails(client, kind, "deployVirtualMachine")
+            error = self.fails_unsent(client, kind)
             self.assertIn("TLS failure with " + server.url, str(error))
             self.assertIsInstance(error, ConnectionError)
             self.assertIsInstance(error.__cause__, (OSError, ssl.CertificateError))
-            self.assertEqual((False, True), (error.outcome_unknown, error.unsent))
             self.assertEqual([], server.requests)
         return str(error)
 
-    def test_a_ca_file_and_a_ca_directory(self):
-        for path in (self.ca, self.files.path("directory")):
-            for kind in BOTH:
-                with self.subTest(os.path.basename(path), kind=kind.__name__):
-                    server = self.secure()
-                    client = self.client(server, kind, verify=path)
-                    self.assertEqual([RESULT] * 3, [self.call(client) for _ in range(3)])
-                    self.assertEqual(1, len(server.wires))
+    @both
+    @each("name", "ca.pem", "directory")
+    def test_a_ca_file_and_a_ca_directory(self, kind, name):
+        server = self.secure()
+        client = self.client(server, kind, verify=self.files.path(name))
+        self.assertEqual([RESULT] * 3, [self.call(client) for _ in range(3)])
+        self.assertEqual(1, len(server.wires))
 
     def test_a_path_beats_dangerous_no_tls_verify(self):
         server = self.secure()
         self.refused(server, verify=self.files.path("other_ca.pem"), dangerous_no_tls_verify=True)
 
-    def test_certificates_that_are_not_trusted(self):
-        cases = [
-            ("the system's CA certificates", "good", None, "certificate"),
-            ("another CA", "good", "other_ca.pem", "certificate"),
-            ("self-signed", "self_signed", "ca.pem", "certificate"),
-            ("expired", "expired", "ca.pem", "expired"),
-            ("another host's", "elsewhere", "ca.pem", "127.0.0.1"),
-        ]
-        for name, certificate, authority, word in cases:
-            with self.subTest(name):
-                server = self.secure(certificate)
-                text = self.refused(server, verify=authority and self.files.path(authority))
-                if sys.version_info >= (3, 7):  # noqa: UP036  (3.6 does not tell why)
-                    self.assertIn(word, text.lower())
-                if certificate != "elsewhere":
-                    self.assertIn("`verify`", text)
+    @each("name, certificate, authority, word",
+        ("the system's CA certificates", "good", None, "certificate"),
+        ("another CA", "good", "other_ca.pem", "certificate"),
+        ("self-signed", "self_signed", "ca.pem", "certificate"), ("expired", "expired", "ca.pem", "expired"),
+        ("another host's", "elsewhere", "ca.pem", "127.0.0.1"))  # fmt: skip
+    def test_certificates_that_are_not_trusted(self, name, certificate, authority, word):
+        server = self.secure(certificate)
+        text = self.refused(server, verify=authority and self.files.path(authority))
+        if sys.version_info >= (3, 7):  # noqa: UP036  (3.6 does not tell why)
+            self.assertIn(word, text.lower())
+        if certificate != "elsewhere":
+            self.assertIn("`verify`", text)
 
     def test_an_empty_ca_directory_trusts_nobody(self):
         empty = os.path.join(self.home, "empty")
@@ -7903,13 +7847,13 @@ class TlsTest(TransportCase):
         except cs.CloudStackConnectionError as error:  # strict since 3.13: it must name its key, which ours does not
             self.assertGreaterEqual(sys.version_info, (3, 13), error)
 
-    def test_dangerous_no_tls_verify(self):
-        for kind in BOTH:
-            client = self.client("https://x/", kind, dangerous_no_tls_verify="true")
-            for name in ("good", "self_signed", "expired", "elsewhere"):
-                with self.subTest(name, kind=kind.__name__):
-                    client.endpoint = self.secure(name).url
-                    self.assertEqual(RESULT, self.call(client))
+    @both
+    def test_dangerous_no_tls_verify(self, kind):
+        client = self.client("https://x/", kind, dangerous_no_tls_verify="true")
+        for name in ("good", "self_signed", "expired", "elsewhere"):
+            with self.subTest(name, kind=kind.__name__):
+                client.endpoint = self.secure(name).url
+                self.assertEqual(RESULT, self.call(client))
 
     def test_nothing_else_turns_verification_off(self):
         self.share_contexts()
@@ -7935,42 +7879,41 @@ class TlsTest(TransportCase):
         self.fails(client)
         self.assertEqual(2, len(server.requests))
 
-    def test_ca_certificates_that_cannot_be_read(self):
+    @both
+    def test_ca_certificates_that_cannot_be_read(self, kind):
         broken = self.write("broken.pem", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
         empty = self.write("empty.pem", "")
         for path in ("/nonexistent/ca.pem", broken, empty):
-            for kind in BOTH:
-                with self.subTest(path, kind=kind.__name__):
-                    server = self.secure()
-                    with self.assertRaises(ValueError) as caught:
-                        self.call(self.client(server, kind, verify=path))
-                    self.assertRegex(str(caught.exception), r"\Averify: .*{}.*\Z".format(re.escape(path)))
-                    self.assertNotIn("Errno", str(caught.exception))
-                    self.assert_tells_nothing(*all_texts(caught.exception))
-                    self.assertEqual([], server.wires)
+            with self.subTest(path):
+                server = self.secure()
+                with self.assertRaises(ValueError) as caught:
+                    self.call(self.client(server, kind, verify=path))
+                self.assertRegex(str(caught.exception), rf"\Averify: .*{re.escape(path)}.*\Z")
+                self.assertNotIn("Errno", str(caught.exception))
+                self.assert_tells_nothing(*all_texts(caught.exception))
+                self.assertEqual([], server.wires)
 
-    def test_a_client_certificate_that_the_server_demands(self):
+    @both
+    def test_a_client_certificate_that_the_server_demands(self, kind):
         good, key, both = map(self.files.path, ("good.pem", "leaf.key", "both.pem"))
         for settings in ({"cert": both}, {"cert": good, "cert_key": key}, {"cert": (good, key)}):
-            for kind in BOTH:
-                with self.subTest(settings, kind=kind.__name__):
-                    server = self.secure(client_ca="ca")
-                    client = self.client(server, kind, verify=self.ca, **settings)
-                    self.assertEqual([RESULT, RESULT], [self.call(client) for _ in range(2)])
-                    self.assertEqual(1, len(server.wires))
+            with self.subTest(settings):
+                server = self.secure(client_ca="ca")
+                client = self.client(server, kind, verify=self.ca, **settings)
+                self.assertEqual([RESULT, RESULT], [self.call(client) for _ in range(2)])
+                self.assertEqual(1, len(server.wires))
 
-    def test_a_demanded_client_certificate_that_is_missing_or_not_trusted(self):
-        cases = [({}, "ca"), ({"cert": self.files.path("both.pem")}, "other_ca")]
-        for settings, authority in cases:
-            for kind in BOTH:
-                with self.subTest(settings, kind=kind.__name__):
-                    server = self.secure(client_ca=authority)
-                    client = self.client(server, kind, verify=self.ca, **settings)
-                    self.fails(client, command="deployVirtualMachine")
-                    until(server.wires[0].ended.is_set, "refusing")
-                    self.assertEqual([], server.requests)
+    @both
+    @each("name, authority", (None, "ca"), ("both.pem", "other_ca"))
+    def test_a_demanded_client_certificate_that_is_missing_or_not_trusted(self, kind, name, authority):
+        server = self.secure(client_ca=authority)
+        client = self.client(server, kind, verify=self.ca, cert=name and self.files.path(name))
+        self.fails(client, command="deployVirtualMachine")
+        until(server.wires[0].ended.is_set, "refusing")
+        self.assertEqual([], server.requests)
 
-    def test_client_certificates_that_cannot_be_used(self):
+    @both
+    def test_client_certificates_that_cannot_be_used(self, kind):
         good, key, locked = map(self.files.path, ("good.pem", "leaf.key", "locked.key"))
         cases = [
             {"cert": "/nonexistent/own.pem"},
@@ -7984,14 +7927,13 @@ class TlsTest(TransportCase):
         ]
         self.assertTrue(os.path.exists(key))
         for settings in cases:
-            for kind in BOTH:
-                with self.subTest(settings, kind=kind.__name__):
-                    server = self.secure()
-                    with self.assertRaises(ValueError) as caught:
-                        self.call(self.client(server, kind, verify=self.ca, **settings))
-                    self.assertRegex(str(caught.exception), r"\Acert.*{}.*\Z".format(re.escape(settings["cert"])))
-                    self.assertEqual("locked" in str(settings), "key is encrypted" in str(caught.exception))
-                    self.assertEqual([], server.wires)
+            with self.subTest(settings):
+                server = self.secure()
+                with self.assertRaises(ValueError) as caught:
+                    self.call(self.client(server, kind, verify=self.ca, **settings))
+                self.assertRegex(str(caught.exception), r"\Acert.*{}.*\Z".format(re.escape(settings["cert"])))
+                self.assertEqual("locked" in str(settings), "key is encrypted" in str(caught.exception))
+                self.assertEqual([], server.wires)
 
     @unittest.skipUnless(hasattr(os, "openpty"), "no pseudo-terminals here")
     def test_an_encrypted_key_never_asks_on_the_terminal(self):
@@ -8021,7 +7963,8 @@ class TlsTest(TransportCase):
         """Read some of the client's first message. (Before 3.12, ssl leaks a socket that was reset before it.)"""
         wire.more(50)
 
-    def test_a_handshake_cut_in_the_middle(self):
+    @both
+    def test_a_handshake_cut_in_the_middle(self, kind):
         context = self.files.server()
 
         def first_flight(wire):
@@ -8038,44 +7981,37 @@ class TlsTest(TransportCase):
             return lambda wire: wire.send(first_flight(wire)[: int(share * 1000)]) and False
 
         cuts = {"at once": [], "after hello": [self.some_of_it], "reset": [self.some_of_it, RESET]}
-        cuts.update({"answered {}".format(share): [answer_up_to(share)] for share in (0.001, 0.1, 0.6)})
+        cuts.update({f"answered {share}": [answer_up_to(share)] for share in (0.001, 0.1, 0.6)})
         for name, steps in cuts.items():
-            for kind in BOTH:
-                with self.subTest(name, kind=kind.__name__):
-                    server = self.serve(steps, [context, READ, reply(DEPLOYED)])
-                    url = server.url.replace("http:", "https:")
-                    error = self.fails(self.client(url, kind, verify=self.ca), command="deployVirtualMachine")
-                    self.assertEqual((False, True), (error.outcome_unknown, error.unsent))
-                    self.assertEqual([], server.requests)
-                    server.scripts.insert(0, steps)
-                    client = self.client(url, kind, verify=self.ca, retry=1, retry_backoff=0)
-                    self.assertEqual(JOB, self.call(client, "deployVirtualMachine")["jobid"])
+            with self.subTest(name):
+                server = self.serve(steps, [context, READ, reply(DEPLOYED)])
+                url = server.url.replace("http:", "https:")
+                error = self.fails_unsent(self.client(url, kind, verify=self.ca))
+                self.assertEqual([], server.requests)
+                server.scripts.insert(0, steps)
+                client = self.client(url, kind, verify=self.ca, retry=1, retry_backoff=0)
+                self.assertEqual(JOB, self.call(client, "deployVirtualMachine")["jobid"])
 
-    def test_a_handshake_that_hangs(self):
-        for kind in BOTH:
-            server = self.serve([HOLD])
-            url = server.url.replace("http:", "https:")
-            client = self.client(url, kind, verify=self.ca, timeout=0.05)
-            error = self.fails(client, cs.CloudStackTimeoutError, "deployVirtualMachine")
-            self.assertEqual((False, True), (error.outcome_unknown, error.unsent))
+    @both
+    def test_a_handshake_that_hangs(self, kind):
+        server = self.serve([HOLD])
+        url = server.url.replace("http:", "https:")
+        client = self.client(url, kind, verify=self.ca, timeout=0.05)
+        error = self.fails_unsent(client, cs.CloudStackTimeoutError)
 
     def test_a_plain_http_server_behind_https_and_the_reverse(self):
         plain = self.serve([lambda wire: wire.more(), reply()])
-        error = self.fails(self.client(plain.url.replace("http:", "https:")))
+        error = self.fails_unsent(self.client(plain.url.replace("http:", "https:")))
         self.assertIn("TLS failure", str(error))
-        self.assertTrue(error.unsent)
         secure = self.secure()
         error = self.fails(self.client(secure.url.replace("https:", "http:")))
         self.assertEqual([], secure.requests)
 
-    def test_an_answer_cut_off_over_tls(self):
-        for name, content in (("length", reply()[:-10]), ("chunked", chunked()[:-10]), ("nothing", b"")):
-            with self.subTest(name):
-                server = self.serve([READ, content], SERVE, tls=self.files.server())
-                client = self.client(server, verify=self.ca)
-                error = self.fails(client, command="deployVirtualMachine")
-                self.assertEqual((True, False), (error.outcome_unknown, error.unsent))
-                self.assertEqual(RESULT, client.listZones())
+    @each("name, content", ("length", reply()[:-10]), ("chunked", chunked()[:-10]), ("nothing", b""))
+    def test_an_answer_cut_off_over_tls(self, name, content):
+        server, client = self.pair([READ, content], SERVE, tls=self.files.server(), verify=self.ca)
+        error = self.fails_unknown(client)
+        self.assertEqual(RESULT, client.listZones())
 
     def test_silence_over_tls(self):
         server = self.secure(steps=[READ, reply()[:-5], HOLD])
@@ -8088,7 +8024,7 @@ class TlsTest(TransportCase):
         for _ in range(3):
             self.assertEqual(RESULT, client.updateZone())
             until(server.wires[-1].ended.is_set, "closing")
-        self.assertEqual([1, 1, 1], [len(wire.requests) for wire in server.wires])
+        self.assertEqual([1, 1, 1], server.counts)
 
     def test_one_context_serves_all_connections(self):
         made = []
@@ -8116,8 +8052,8 @@ class ProxyTest(TransportCase):
 
     HTTP = "http://cloud.invalid/client/api"
     HTTPS = "https://cloud.invalid/client/api"
-    LOGIN = "me:{}@".format(CANARY_PROXY)
-    BASIC = "Basic " + base64.b64encode("me:{}".format(CANARY_PROXY).encode()).decode()
+    LOGIN = f"me:{CANARY_PROXY}@"
+    BASIC = "Basic " + base64.b64encode(f"me:{CANARY_PROXY}".encode()).decode()
 
     def setUp(self):
         TransportCase.setUp(self)
@@ -8125,57 +8061,54 @@ class ProxyTest(TransportCase):
 
     def proxy(self, *scripts, login="", name="http_proxy"):
         server = self.serve(*scripts)
-        os.environ[name] = "http://{}{}".format(login, server.place)
+        os.environ[name] = f"http://{login}{server.place}"
         return server
 
-    def test_plain_http_goes_through_in_absolute_form(self):
-        for kind in BOTH:
-            with self.subTest(kind=kind.__name__):
-                proxy = self.proxy(SERVE)
-                client = self.client(self.HTTP, kind)
-                self.call(client)
-                client.method = "post"
-                self.call(client)
-                get, post = proxy.requests
-                self.assertTrue(get.target.startswith("http://cloud.invalid/client/api?apiKey="), get.line)
-                self.assertEqual("POST http://cloud.invalid/client/api HTTP/1.1", post.line)
-                self.assertEqual(["cloud.invalid"] * 2, [get.header("Host"), post.header("Host")])
-                self.assertEqual([None] * 2, [get.header("Proxy-Authorization"), post.header("Proxy-Authorization")])
-                self.assertEqual(1, len(proxy.wires))
+    @both
+    def test_plain_http_goes_through_in_absolute_form(self, kind):
+        proxy = self.proxy(SERVE)
+        client = self.client(self.HTTP, kind)
+        self.call(client)
+        client.method = "post"
+        self.call(client)
+        get, post = proxy.requests
+        self.assertTrue(get.target.startswith("http://cloud.invalid/client/api?apiKey="), get.line)
+        self.assertEqual("POST http://cloud.invalid/client/api HTTP/1.1", post.line)
+        self.assertEqual(["cloud.invalid"] * 2, [get.header("Host"), post.header("Host")])
+        self.assertEqual([None] * 2, [get.header("Proxy-Authorization"), post.header("Proxy-Authorization")])
+        self.assertEqual(1, len(proxy.wires))
 
-    def test_plain_http_with_proxy_authentication(self):
-        for kind in BOTH:
-            proxy = self.proxy(SERVE, login=self.LOGIN)
-            self.call(self.client(self.HTTP, kind))
-            self.assertEqual([self.BASIC], proxy.requests[0].all("Proxy-Authorization"))
+    @both
+    def test_plain_http_with_proxy_authentication(self, kind):
+        proxy = self.proxy(SERVE, login=self.LOGIN)
+        self.call(self.client(self.HTTP, kind))
+        self.assertEqual([self.BASIC], proxy.requests[0].all("Proxy-Authorization"))
 
     def test_a_proxy_password_is_percent_decoded(self):
         proxy = self.proxy(SERVE, login="m%40e:p%3Aw%2F@")
         self.client(self.HTTP).listZones()
-        self.assertEqual(
-            ["Basic " + base64.b64encode(b"m@e:p:w/").decode()], proxy.requests[0].all("Proxy-Authorization")
-        )
+        self.assertEqual(["Basic " + base64.b64encode(b"m@e:p:w/").decode()],
+            proxy.requests[0].all("Proxy-Authorization"))  # fmt: skip
 
     @needs_openssl
-    def test_https_goes_through_a_tunnel(self):
+    @both
+    def test_https_goes_through_a_tunnel(self, kind):
         tunnel = [READ, b"HTTP/1.1 200 Connection established\r\n\r\n", certificates().server() if OPENSSL else None]
         for login in ("", self.LOGIN):
-            for kind in BOTH:
-                with self.subTest(login=bool(login), kind=kind.__name__):
-                    proxy = self.proxy(
-                        tunnel + [self.fresh, READ, reply(), READ, reply(), HOLD], login=login, name="https_proxy"
-                    )
-                    client = self.client(self.HTTPS, kind, verify=certificates().path("ca.pem"))
-                    self.assertEqual([RESULT] * 2, [self.call(client) for _ in range(2)])
-                    connect, first, second = proxy.requests
-                    self.assertEqual(("CONNECT", "cloud.invalid:443"), (connect.method, connect.target))
-                    self.assertEqual([self.BASIC] * bool(login), connect.all("Proxy-Authorization"))
-                    self.assertNotIn("apiKey", connect.line)
-                    for request in (first, second):
-                        self.assertTrue(request.target.startswith("/client/api?apiKey="), request.line)
-                        self.assertEqual("cloud.invalid", request.header("Host"))
-                        self.assertEqual([], request.all("Proxy-Authorization"))
-                    self.assertEqual(1, len(proxy.wires))
+            with self.subTest(login=bool(login)):
+                proxy = self.proxy(tunnel + [self.fresh, READ, reply(), READ, reply(), HOLD], login=login,
+                    name="https_proxy")  # fmt: skip
+                client = self.client(self.HTTPS, kind, verify=certificates().path("ca.pem"))
+                self.assertEqual([RESULT] * 2, [self.call(client) for _ in range(2)])
+                connect, first, second = proxy.requests
+                self.assertEqual(("CONNECT", "cloud.invalid:443"), (connect.method, connect.target))
+                self.assertEqual([self.BASIC] * bool(login), connect.all("Proxy-Authorization"))
+                self.assertNotIn("apiKey", connect.line)
+                for request in (first, second):
+                    self.assertTrue(request.target.startswith("/client/api?apiKey="), request.line)
+                    self.assertEqual("cloud.invalid", request.header("Host"))
+                    self.assertEqual([], request.all("Proxy-Authorization"))
+                self.assertEqual(1, len(proxy.wires))
 
     @staticmethod
     def fresh(wire):
@@ -8186,39 +8119,31 @@ class ProxyTest(TransportCase):
     def test_the_certificate_in_the_tunnel_is_that_of_the_origin(self):
         tls = certificates().server("elsewhere")
         proxy = self.proxy([READ, b"HTTP/1.1 200 ok\r\n\r\n", tls, READ, reply()], name="https_proxy")
-        error = self.fails(self.client(self.HTTPS, verify=certificates().path("ca.pem")))
+        error = self.fails_unsent(self.client(self.HTTPS, verify=certificates().path("ca.pem")))
         self.assertIn("TLS failure", str(error))
-        self.assertTrue(error.unsent)
         self.assertEqual(["CONNECT"], [request.method for request in proxy.requests])
 
-    def test_a_tunnel_that_is_not_made(self):
+    @both
+    def test_a_tunnel_that_is_not_made(self, kind):
         answers = {
             "407": (
-                b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n",
-                "407 Proxy Authentication",
+                b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n", "407 Proxy Authentication",
             ),
             "403": (b"HTTP/1.1 403 Forbidden\r\n\r\nno", "403 Forbidden"),
             "502": (b"HTTP/1.0 502 Bad Gateway\r\n\r\n", "502 Bad Gateway"),
-            "302": (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1/\r\n\r\n", "302 Found"),
-            "nothing": (b"", ""),
-            "garbage": (b"no such thing\r\n\r\n", ""),
-            "half": (b"HTTP/1.1 2", ""),
+            "302": (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1/\r\n\r\n", "302 Found"), "nothing": (b"", ""),
+            "garbage": (b"no such thing\r\n\r\n", ""), "half": (b"HTTP/1.1 2", ""),
             "an endless line": (b"HTTP/1.1 200 " + b"x" * 70000, ""),
-        }
+        }  # fmt: skip
         for name, (content, text) in answers.items():
-            for kind in BOTH:
-                with self.subTest(name, kind=kind.__name__):
-                    proxy = self.proxy(
-                        [READ, content, AGAIN] if name == "407" else [READ, content],
-                        login=self.LOGIN,
-                        name="https_proxy",
-                    )
-                    error = self.fails(self.client(self.HTTPS, kind), command="deployVirtualMachine")
-                    self.assertIn("Cannot connect to " + self.HTTPS, str(error))
-                    self.assertIn(text, str(error))
-                    self.assertEqual((False, True), (error.outcome_unknown, error.unsent))
-                    self.assertEqual(["CONNECT"], [request.method for request in proxy.requests])
-                    until(proxy.wires[0].ended.is_set, "hanging up")
+            with self.subTest(name):
+                proxy = self.proxy([READ, content, AGAIN] if name == "407" else [READ, content], login=self.LOGIN,
+                    name="https_proxy")  # fmt: skip
+                error = self.fails_unsent(self.client(self.HTTPS, kind))
+                self.assertIn("Cannot connect to " + self.HTTPS, str(error))
+                self.assertIn(text, str(error))
+                self.assertEqual(["CONNECT"], [request.method for request in proxy.requests])
+                until(proxy.wires[0].ended.is_set, "hanging up")
 
     def test_a_tunnel_that_hangs_or_drips(self):
         def drip(wire):
@@ -8230,12 +8155,10 @@ class ProxyTest(TransportCase):
             wire.sent = b""
 
         self.proxy([READ, HOLD], name="https_proxy")
-        error = self.fails(self.client(self.HTTPS, timeout=0.05), cs.CloudStackTimeoutError, "deployVirtualMachine")
-        self.assertTrue(error.unsent)
+        error = self.fails_unsent(self.client(self.HTTPS, timeout=0.05), cs.CloudStackTimeoutError)
         self.proxy([READ, begin, drip], name="https_proxy")
         with mock.patch.object(cs, "_clock", Clock(step=0.5)):
-            error = self.fails(self.client(self.HTTPS, timeout=2), cs.CloudStackTimeoutError, "deployVirtualMachine")
-        self.assertTrue(error.unsent)
+            error = self.fails_unsent(self.client(self.HTTPS, timeout=2), cs.CloudStackTimeoutError)
 
     def test_a_407_for_plain_http_is_the_proxys_answer(self):
         page = reply(b"<html>", "407 Proxy Authentication Required").replace(b"application/json", b"text/html")
@@ -8243,15 +8166,14 @@ class ProxyTest(TransportCase):
         error = self.fails(self.client(self.HTTP), cs.CloudStackException, "deployVirtualMachine")
         self.assertEqual("HTTP 407 Proxy Authentication Required", error.args[0])
 
-    def test_no_proxy(self):
-        for names in ("127.0.0.1", "*", "x.invalid, 127.0.0.1"):
-            with self.subTest(names):
-                proxy = self.proxy(SERVE)
-                origin = self.serve(SERVE)
-                os.environ["no_proxy"] = names
-                self.assertEqual(RESULT, self.client(origin).listZones())
-                self.assertEqual([], proxy.wires)
-                self.assertTrue(origin.requests[0].target.startswith("/client/api?"))
+    @each("names", "127.0.0.1", "*", "x.invalid, 127.0.0.1")
+    def test_no_proxy(self, names):
+        proxy = self.proxy(SERVE)
+        origin = self.serve(SERVE)
+        os.environ["no_proxy"] = names
+        self.assertEqual(RESULT, self.client(origin).listZones())
+        self.assertEqual([], proxy.wires)
+        self.assertTrue(origin.requests[0].target.startswith("/client/api?"))
 
     def test_upper_case_names_count_too(self):
         proxy = self.proxy(SERVE, name="HTTPS_PROXY")
@@ -8265,20 +8187,17 @@ class ProxyTest(TransportCase):
             self.fails(self.client(self.HTTPS))
         self.assertEqual([], proxy.wires)
 
-    def test_addresses_and_ranges_that_no_proxy_excludes(self):
+    @each("excluded, direct",
+        ("127.0.0.0/8", True), ("10.0.0.0/8, 127.0.0.1/32", True), ("127.0.0.1/255.0.0.0", True),
+        ("127.0.0.5/8", True), ("localhost,127.0.0.0/8,x", True), ("a.invalid,*", True), ("{place}", True),
+        ("10.0.0.0/8", False), ("::1,fd00::/8", False), ("127.0.0.1:1", False), ("nonsense/8,/,300.1.1.1", False),
+        ("", False), (" , ", False))  # fmt: skip
+    def test_addresses_and_ranges_that_no_proxy_excludes(self, excluded, direct):
         """Finding 06: a signed request went through a proxy that was excluded by its range."""
-        cases = [
-            ("127.0.0.0/8", True), ("10.0.0.0/8, 127.0.0.1/32", True), ("127.0.0.1/255.0.0.0", True),
-            ("127.0.0.5/8", True), ("localhost,127.0.0.0/8,x", True), ("a.invalid,*", True), ("{place}", True),
-            ("10.0.0.0/8", False), ("::1,fd00::/8", False), ("127.0.0.1:1", False), ("nonsense/8,/,300.1.1.1", False),
-            ("", False), (" , ", False),
-        ]  # fmt: skip
-        for excluded, direct in cases:
-            with self.subTest(excluded):
-                proxy, origin = self.proxy(SERVE), self.serve(SERVE)
-                os.environ["no_proxy"] = excluded.format(place=origin.place)
-                self.assertEqual(RESULT, self.client(origin).listZones())
-                self.assertEqual((0, 1) if direct else (1, 0), (len(proxy.requests), len(origin.requests)))
+        proxy, origin = self.proxy(SERVE), self.serve(SERVE)
+        os.environ["no_proxy"] = excluded.format(place=origin.place)
+        self.assertEqual(RESULT, self.client(origin).listZones())
+        self.assertEqual((0, 1) if direct else (1, 0), (len(proxy.requests), len(origin.requests)))
 
     def test_hosts_that_no_proxy_excludes(self):
         """By name, with a port, by the end of the name, and IPv6 addresses with and without brackets."""
@@ -8317,9 +8236,7 @@ class ProxyTest(TransportCase):
 
     def test_no_proxy_alone_imports_nothing(self):
         code = (
-            "import sys, cs\n"
-            "cs.CloudStack(sys.argv[1], 'k', 's').listZones()\n"
-            "print('urllib.request' in sys.modules)\n"
+            "import sys, cs\ncs.CloudStack(sys.argv[1], 'k', 's').listZones()\nprint('urllib.request' in sys.modules)\n"
         )
         out = self.assert_child(code, self.serve(SERVE).url, env={"NO_PROXY": "10.0.0.0/8"}, flags=("-S",))
         self.assertEqual("False\n", out)
@@ -8345,29 +8262,29 @@ class ProxyTest(TransportCase):
 
         steps = [READ, b"HTTP/1.1 200 ok\r\n\r\n", relay] if origin else SERVE
         proxy = self.serve(steps, tls=certificates().server())
-        os.environ[name] = "https://{}{}".format(login, proxy.place)
+        os.environ[name] = f"https://{login}{proxy.place}"
         return proxy
 
     @needs_openssl
-    def test_an_https_proxy_is_spoken_to_over_tls(self):
+    @both
+    def test_an_https_proxy_is_spoken_to_over_tls(self, kind):
         """Finding 07: it got its password in plain text. For https, TLS to the origin runs inside that to the proxy."""
         big = {"listzonesresponse": {"count": 1, "zone": [ZONE], "padding": "x" * 300000}}
         origin = self.serve([READ, reply(), READ, reply(json.dumps(big).encode()), AGAIN], tls=certificates().server())
-        for kind in BOTH:
-            for endpoint, proxy in (
-                (self.HTTP, self.secure_proxy(login=self.LOGIN, name="http_proxy")),
-                (self.HTTPS, self.secure_proxy(origin, login=self.LOGIN)),
-            ):
-                with self.subTest(endpoint, kind=kind.__name__):
-                    client = self.client(endpoint, kind, verify=certificates().path("ca.pem"))
-                    self.assertEqual(RESULT, self.call(client))
-                    self.call(client, userdata="x" * 100000)
-                    self.assertEqual(1, len(proxy.wires))
-                    self.assertEqual([self.BASIC], proxy.requests[0].all("Proxy-Authorization"))
-                    if endpoint == self.HTTPS:
-                        (connect,) = proxy.requests
-                        self.assertEqual("CONNECT cloud.invalid:443 HTTP/1.1", connect.line)
-                        self.assertEqual([RESULT["zone"]] * 2, [self.call(client)["zone"] for _ in range(2)])
+        for endpoint, proxy in (
+            (self.HTTP, self.secure_proxy(login=self.LOGIN, name="http_proxy")),
+            (self.HTTPS, self.secure_proxy(origin, login=self.LOGIN)),
+        ):
+            with self.subTest(endpoint, kind=kind.__name__):
+                client = self.client(endpoint, kind, verify=certificates().path("ca.pem"))
+                self.assertEqual(RESULT, self.call(client))
+                self.call(client, userdata="x" * 100000)
+                self.assertEqual(1, len(proxy.wires))
+                self.assertEqual([self.BASIC], proxy.requests[0].all("Proxy-Authorization"))
+                if endpoint == self.HTTPS:
+                    (connect,) = proxy.requests
+                    self.assertEqual("CONNECT cloud.invalid:443 HTTP/1.1", connect.line)
+                    self.assertEqual([RESULT["zone"]] * 2, [self.call(client)["zone"] for _ in range(2)])
         self.assertEqual([100000], [len(request.params["userdata"]) for request in origin.requests[1:2]])
         self.assertEqual({4}, {len(wire.requests) for wire in origin.wires})
 
@@ -8376,24 +8293,21 @@ class ProxyTest(TransportCase):
         for endpoint, name in ((self.HTTP, "http_proxy"), (self.HTTPS, "https_proxy")):
             plain = self.proxy([lambda wire: wire.more(), b"HTTP/1.1 400 no\r\n\r\n"], login=self.LOGIN, name=name)
             os.environ[name] = os.environ[name].replace("http:", "https:")
-            error = self.fails(self.client(endpoint), command="deployVirtualMachine")
+            error = self.fails_unsent(self.client(endpoint))
             self.assertIn("TLS failure with " + endpoint, str(error))
-            self.assertIn("(proxy {})".format(plain.place), str(error))
-            self.assertTrue(error.unsent)
+            self.assertIn(f"(proxy {plain.place})", str(error))
             self.assertEqual(b"\x16\x03", plain.wires[0].raw[:2])  # a TLS handshake, and nothing else
             unknown = self.secure_proxy(login=self.LOGIN, name=name)
-            error = self.fails(self.client(endpoint), command="deployVirtualMachine")
+            error = self.fails_unsent(self.client(endpoint))
             self.assertIn("certificate", str(error))
-            self.assertTrue(error.unsent)
             self.assertEqual([], unknown.requests)
 
     @needs_openssl
     def test_the_certificate_inside_of_an_https_proxy_is_that_of_the_origin(self):
         origin = self.serve(SERVE, tls=certificates().server("elsewhere"))
         self.secure_proxy(origin)
-        error = self.fails(self.client(self.HTTPS, verify=certificates().path("ca.pem")), command="updateZone")
+        error = self.fails_unsent(self.client(self.HTTPS, verify=certificates().path("ca.pem")), command="updateZone")
         self.assertIn("TLS failure", str(error))
-        self.assertTrue(error.unsent)
         self.assertEqual([], origin.requests)
 
     @needs_openssl
@@ -8401,8 +8315,7 @@ class ProxyTest(TransportCase):
         for content, kind in ((reply()[:-5], cs.CloudStackConnectionError), (b"", cs.CloudStackConnectionError)):
             origin = self.serve([READ, content], tls=certificates().server())
             self.secure_proxy(origin)
-            error = self.fails(self.client(self.HTTPS, verify=certificates().path("ca.pem")), kind, "updateZone")
-            self.assertEqual((True, False), (error.outcome_unknown, error.unsent))
+            error = self.fails_unknown(self.client(self.HTTPS, verify=certificates().path("ca.pem")), kind, "updateZone")
         self.secure_proxy(self.serve([READ, reply()[:-5], HOLD], tls=certificates().server()))
         client = self.client(self.HTTPS, verify=certificates().path("ca.pem"), timeout=0.3)
         self.fails(client, cs.CloudStackTimeoutError, "updateZone")
@@ -8410,27 +8323,26 @@ class ProxyTest(TransportCase):
     def test_a_proxys_reason_that_repeats_its_password_is_masked(self):
         def repeat(wire):
             code = wire.requests[-1].header("Proxy-Authorization")
-            return wire.send("HTTP/1.1 407 {}\r\n\r\n".format(code).encode())
+            return wire.send(f"HTTP/1.1 407 {code}\r\n\r\n".encode())
 
         self.proxy([READ, repeat], login=self.LOGIN, name="https_proxy")
         self.assertIn("407", str(self.fails(self.client(self.HTTPS))))
 
-    def test_a_socks_proxy_is_refused_in_one_line(self):
+    @both
+    def test_a_socks_proxy_is_refused_in_one_line(self, kind):
         for scheme in ("socks5", "socks5h", "socks4", "socks", "ftp"):
             for endpoint, name in (
                 (self.HTTP, "http_proxy"), (self.HTTPS, "https_proxy"),
                 (self.HTTP, "all_proxy"), (self.HTTPS, "ALL_PROXY"),
             ):  # fmt: skip
-                for kind in BOTH:
-                    with self.subTest(scheme, endpoint=endpoint, kind=kind.__name__):
-                        server = self.serve([HOLD])
-                        for other in [other for other in os.environ if other.lower().endswith("_proxy")]:
-                            del os.environ[other]
-                        os.environ[name] = "{}://{}{}".format(scheme, self.LOGIN, server.place)
-                        error = self.fails(self.client(endpoint, kind, timeout=0.1), command="deployVirtualMachine")
-                        self.assertIn(scheme, str(error))
-                        self.assertEqual((False, True), (error.outcome_unknown, error.unsent))
-                        self.assertEqual([], server.wires)
+                with self.subTest(scheme, endpoint=endpoint):
+                    server = self.serve([HOLD])
+                    for other in [other for other in os.environ if other.lower().endswith("_proxy")]:
+                        del os.environ[other]
+                    os.environ[name] = f"{scheme}://{self.LOGIN}{server.place}"
+                    error = self.fails_unsent(self.client(endpoint, kind, timeout=0.1))
+                    self.assertIn(scheme, str(error))
+                    self.assertEqual([], server.wires)
 
     def test_a_proxys_scheme_may_be_missing_or_in_capitals(self):
         for prefix in ("", "HTTP://", "Http://"):
@@ -8443,28 +8355,27 @@ class ProxyTest(TransportCase):
                     self.assertIn("403 Forbidden", str(caught.exception))
                     self.assertEqual(1, len(proxy.requests))
 
-    def test_a_proxy_that_is_written_wrongly_tells_no_password(self):
+    @both
+    def test_a_proxy_that_is_written_wrongly_tells_no_password(self, kind):
         port = "@127.0.0.1:1"
         for wrong in ("http://me:{0}://x" + port, "http:/me:{0}" + port, "http://me:{0}" + port + "x", "me:{0}@://"):
             for endpoint, name in ((self.HTTP, "http_proxy"), (self.HTTPS, "https_proxy")):
-                for kind in BOTH:
-                    with self.subTest(wrong, endpoint=endpoint, kind=kind.__name__):
-                        os.environ[name] = wrong.format(CANARY_PROXY)
-                        with self.assertRaises((cs.CloudStackException, ValueError)) as caught:
-                            with mock.patch("socket.getaddrinfo", side_effect=socket.gaierror(-2, "unknown")):
-                                self.call(self.client(endpoint, kind))
-                        self.assert_tells_nothing(*all_texts(caught.exception))
+                with self.subTest(wrong, endpoint=endpoint):
+                    os.environ[name] = wrong.format(CANARY_PROXY)
+                    with self.assertRaises((cs.CloudStackException, ValueError)) as caught:
+                        with mock.patch("socket.getaddrinfo", side_effect=socket.gaierror(-2, "unknown")):
+                            self.call(self.client(endpoint, kind))
+                    self.assert_tells_nothing(*all_texts(caught.exception))
 
-    def test_a_proxy_that_refuses_connections(self):
+    @both
+    def test_a_proxy_that_refuses_connections(self, kind):
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             for name, endpoint in (("http_proxy", self.HTTP), ("https_proxy", self.HTTPS)):
-                os.environ[name] = "http://{}127.0.0.1:{}".format(self.LOGIN, taken.getsockname()[1])
-                for kind in BOTH:
-                    with self.subTest(name, kind=kind.__name__):
-                        error = self.fails(self.client(endpoint, kind), command="deployVirtualMachine")
-                        self.assertIn("Connection refused", str(error))
-                        self.assertEqual((False, True), (error.outcome_unknown, error.unsent))
+                os.environ[name] = f"http://{self.LOGIN}127.0.0.1:{taken.getsockname()[1]}"
+                with self.subTest(name):
+                    error = self.fails_unsent(self.client(endpoint, kind))
+                    self.assertIn("Connection refused", str(error))
 
     def test_a_kept_connection_through_a_proxy_belongs_to_its_credentials(self):
         proxy = self.proxy(SERVE, login=self.LOGIN)
@@ -8479,7 +8390,7 @@ class ProxyTest(TransportCase):
         self.assertEqual(RESULT, client.listZones())
         self.assertEqual(["gzip"], proxy.requests[0].all("Accept-Encoding"))
         for host in ("127.0.0.1:1", "127.8.8.8", "localhost:1", "localhost"):
-            client.endpoint = "http://{}/client/api".format(host)
+            client.endpoint = f"http://{host}/client/api"
             self.assertEqual(RESULT, client.listZones())
             self.assertEqual(["identity"], proxy.requests[-1].all("Accept-Encoding"), host)
 
@@ -8492,23 +8403,20 @@ class HeaderTest(TransportCase):
         (request,) = server.requests
         return request
 
-    def test_what_every_request_carries(self):
-        for kind in BOTH:
-            server = self.serve(SERVE)
-            client = self.client(server, kind)
-            self.call(client)
-            client.method = "post"
-            self.call(client)
-            get, post = server.requests
-            expected = {"Host": server.place, "User-Agent": "cs/" + cs.__version__, "Accept-Encoding": "identity"}
-            self.assertEqual(expected, dict(get.headers))
-            expected.update(
-                {"Content-Type": "application/x-www-form-urlencoded", "Content-Length": str(len(post.body))}
-            )
-            self.assertEqual(expected, dict(post.headers))
-            self.assertEqual(len(expected), len(post.headers))
-            self.assertEqual(("GET", "POST", "/client/api"), (get.method, post.method, post.target))
-            self.assertEqual(b"", get.body)
+    @both
+    def test_what_every_request_carries(self, kind):
+        server, client = self.pair(SERVE, kind=kind)
+        self.call(client)
+        client.method = "post"
+        self.call(client)
+        get, post = server.requests
+        expected = {"Host": server.place, "User-Agent": "cs/" + cs.__version__, "Accept-Encoding": "identity"}
+        self.assertEqual(expected, dict(get.headers))
+        expected.update({"Content-Type": "application/x-www-form-urlencoded", "Content-Length": str(len(post.body))})
+        self.assertEqual(expected, dict(post.headers))
+        self.assertEqual(len(expected), len(post.headers))
+        self.assertEqual(("GET", "POST", "/client/api"), (get.method, post.method, post.target))
+        self.assertEqual(b"", get.body)
 
     def test_headers_of_the_client_and_of_the_call(self):
         settings = {"headers": {"X-One": "client", "x-two": "client", "User-Agent": "mine/1"}}
@@ -8519,9 +8427,8 @@ class HeaderTest(TransportCase):
         self.assertEqual(["mine/1"], request.all("user-agent"))
 
     def test_names_compare_without_regard_to_case_and_keep_their_spelling(self):
-        request = self.sent(
-            settings={"headers": {"user-AGENT": "mine", "hOST": "other.invalid"}}, headers={"ACCEPT-encoding": "gzip"}
-        )
+        request = self.sent(settings={"headers": {"user-AGENT": "mine", "hOST": "other.invalid"}},
+            headers={"ACCEPT-encoding": "gzip"})  # fmt: skip
         self.assertIn(("user-AGENT", "mine"), request.headers)
         self.assertIn(("ACCEPT-encoding", "gzip"), request.headers)
         self.assertEqual(["other.invalid"], request.all("host"))
@@ -8559,8 +8466,7 @@ class HeaderTest(TransportCase):
         self.assertEqual([], server.wires)
 
     def test_headers_put_in_behind_the_clients_back_are_refused_too(self):
-        server = self.serve(SERVE)
-        client = self.client(server, headers={"X-A": "b"})
+        server, client = self.pair(SERVE, headers={"X-A": "b"})
         client.headers["X-A"] = "b\r\nX-C: " + CANARY_TOKEN
         with self.assertRaises(ValueError) as caught:
             client.listZones()
@@ -8593,85 +8499,76 @@ class FakeSession:
 class SessionTest(TransportCase):
     ENDPOINT = "http://cloud.invalid/client/api"
 
-    def test_it_is_called_as_the_contract_says(self):
-        for kind in BOTH:
-            with self.subTest(kind=kind.__name__):
-                session = FakeSession()
-                client = self.client(self.ENDPOINT, kind, session=session, timeout=3)
-                self.assertEqual(RESULT, self.call(client))
-                client.method = "post"
-                self.assertEqual(RESULT, self.call(client, headers={"X-A": "b"}))
-                ((get_args, get), (post_args, post)) = session.calls
-                self.assertEqual(("GET", 2), (get_args[0], len(get_args)))
-                self.assertTrue(get_args[1].startswith(self.ENDPOINT + "?apiKey="))
-                self.assertEqual(("POST", self.ENDPOINT), post_args)
-                self.assertEqual({"data", "headers", "timeout", "allow_redirects"}, set(get))
-                self.assertEqual((None, 3, False), (get["data"], get["timeout"], get["allow_redirects"]))
-                self.assertEqual("cs/" + cs.__version__, get["headers"]["User-Agent"])
-                self.assertIn(b"signature=", post["data"])
-                self.assertEqual("b", post["headers"]["X-A"])
-                self.assertEqual("application/x-www-form-urlencoded", post["headers"]["Content-Type"])
+    @both
+    def test_it_is_called_as_the_contract_says(self, kind):
+        session = FakeSession()
+        client = self.client(self.ENDPOINT, kind, session=session, timeout=3)
+        self.assertEqual(RESULT, self.call(client))
+        client.method = "post"
+        self.assertEqual(RESULT, self.call(client, headers={"X-A": "b"}))
+        ((get_args, get), (post_args, post)) = session.calls
+        self.assertEqual(("GET", 2), (get_args[0], len(get_args)))
+        self.assertTrue(get_args[1].startswith(self.ENDPOINT + "?apiKey="))
+        self.assertEqual(("POST", self.ENDPOINT), post_args)
+        self.assertEqual({"data", "headers", "timeout", "allow_redirects"}, set(get))
+        self.assertEqual((None, 3, False), (get["data"], get["timeout"], get["allow_redirects"]))
+        self.assertEqual("cs/" + cs.__version__, get["headers"]["User-Agent"])
+        self.assertIn(b"signature=", post["data"])
+        self.assertEqual("b", post["headers"]["X-A"])
+        self.assertEqual("application/x-www-form-urlencoded", post["headers"]["Content-Type"])
 
-    def test_verify_and_cert_only_where_set(self):
-        cases = [
-            ({}, {}),
-            ({"verify": True}, {}),
-            ({"verify": "/x/ca.pem"}, {"verify": "/x/ca.pem"}),
-            ({"dangerous_no_tls_verify": True}, {"verify": False}),
-            ({"verify": "/x/ca.pem", "dangerous_no_tls_verify": True}, {"verify": "/x/ca.pem"}),
-            ({"cert": "/x/own.pem"}, {"cert": "/x/own.pem"}),
-            ({"cert": "/x/own.pem", "cert_key": "/x/own.key"}, {"cert": ("/x/own.pem", "/x/own.key")}),
-        ]
-        for settings, expected in cases:
-            with self.subTest(settings):
-                session = FakeSession()
-                self.client(self.ENDPOINT, session=session, **settings).listZones()
-                options = session.calls[0][1]
-                self.assertEqual(expected, {name: options[name] for name in ("verify", "cert") if name in options})
+    @each("settings, expected",
+        ({}, {}), ({"verify": True}, {}), ({"verify": "/x/ca.pem"}, {"verify": "/x/ca.pem"}),
+        ({"dangerous_no_tls_verify": True}, {"verify": False}),
+        ({"verify": "/x/ca.pem", "dangerous_no_tls_verify": True}, {"verify": "/x/ca.pem"}),
+        ({"cert": "/x/own.pem"}, {"cert": "/x/own.pem"}),
+        ({"cert": "/x/own.pem", "cert_key": "/x/own.key"}, {"cert": ("/x/own.pem", "/x/own.key")}))  # fmt: skip
+    def test_verify_and_cert_only_where_set(self, settings, expected):
+        session = FakeSession()
+        self.client(self.ENDPOINT, session=session, **settings).listZones()
+        options = session.calls[0][1]
+        self.assertEqual(expected, {name: options[name] for name in ("verify", "cert") if name in options})
 
-    def test_its_answers_are_read_as_any(self):
+    @both
+    def test_its_answers_are_read_as_any(self, kind):
         html = FakeSession.Answer(504, "Gateway Time-out", "<html>", {"Content-Type": "text/html"})
         refusal = FakeSession.Answer(431, "431", '{"errorresponse": {"errorcode": 431, "errortext": "no"}}')
         moved = FakeSession.Answer(302, "Found", "", {"Location": "http://other.invalid/?signature=x"})
-        for kind in BOTH:
-            client = self.client(self.ENDPOINT, kind, session=FakeSession(html))
-            error = self.fails(client, cs.CloudStackException)
-            self.assertEqual(("HTTP 504 Gateway Time-out", 504), (error.args[0], error.response.status_code))
-            client.session = FakeSession(refusal)
-            self.assertEqual(431, self.fails(client, cs.CloudStackApiException).error["errorcode"])
-            client.session = FakeSession(moved)
-            self.assertIn("http://other.invalid/", str(self.fails(client, cs.CloudStackException)))
+        client = self.client(self.ENDPOINT, kind, session=FakeSession(html))
+        error = self.fails(client, cs.CloudStackException)
+        self.assertEqual(("HTTP 504 Gateway Time-out", 504), (error.args[0], error.response.status_code))
+        client.session = FakeSession(refusal)
+        self.assertEqual(431, self.fails(client, cs.CloudStackApiException).error["errorcode"])
+        client.session = FakeSession(moved)
+        self.assertIn("http://other.invalid/", str(self.fails(client, cs.CloudStackException)))
 
-    def test_its_exceptions_are_wrapped_and_not_quoted(self):
+    @both
+    def test_its_exceptions_are_wrapped_and_not_quoted(self, kind):
         class ReadTimeout(OSError):
             pass
 
-        url = "http://cloud.invalid/?apiKey={}&signature=abc".format(CANARY_KEY)
+        url = f"http://cloud.invalid/?apiKey={CANARY_KEY}&signature=abc"
         cases = [
             (ConnectionError("refused: " + url), cs.CloudStackConnectionError),
-            (OSError(5, url), cs.CloudStackConnectionError),
-            (TimeoutError(url), cs.CloudStackTimeoutError),
+            (OSError(5, url), cs.CloudStackConnectionError), (TimeoutError(url), cs.CloudStackTimeoutError),
             (ReadTimeout(url), cs.CloudStackTimeoutError),
-        ]
+        ]  # fmt: skip
         for raised, expected in cases:
-            for kind in BOTH:
-                with self.subTest(type(raised).__name__, kind=kind.__name__):
-                    client = self.client(self.ENDPOINT, kind, session=FakeSession(raised))
-                    error = self.fails(client, expected, "deployVirtualMachine")
-                    self.assertIn(type(raised).__name__, str(error))
-                    self.assertEqual((True, False), (error.outcome_unknown, error.unsent))
-                    self.assertNotIn("signature=", "".join(all_texts(error)))
+            with self.subTest(type(raised).__name__):
+                client = self.client(self.ENDPOINT, kind, session=FakeSession(raised))
+                error = self.fails_unknown(client, expected)
+                self.assertIn(type(raised).__name__, str(error))
+                self.assertNotIn("signature=", "".join(all_texts(error)))
 
-    def test_what_it_raises_of_its_own_is_passed_on_as_it_is(self):
+    @both
+    @each("raised", AssertionError("not called so"), ValueError("its own"), RuntimeError())
+    def test_what_it_raises_of_its_own_is_passed_on_as_it_is(self, kind, raised):
         """A mock's AssertionError, and what may be a mistake in the session; only OSErrors are told as ours."""
-        for raised in (AssertionError("not called so"), ValueError("its own"), RuntimeError()):
-            for kind in BOTH:
-                with self.subTest(type(raised).__name__, kind=kind.__name__):
-                    client = self.client(self.ENDPOINT, kind, session=FakeSession(raised), retry=2, retry_backoff=0)
-                    with self.assertRaises(type(raised)) as caught:
-                        self.call(client, "deployVirtualMachine")
-                    self.assertIs(raised, caught.exception)
-                    self.assertEqual(1, len(client.session.calls))
+        client = self.client(self.ENDPOINT, kind, session=FakeSession(raised), retry=2, retry_backoff=0)
+        with self.assertRaises(type(raised)) as caught:
+            self.call(client, "deployVirtualMachine")
+        self.assertIs(raised, caught.exception)
+        self.assertEqual(1, len(client.session.calls))
 
     def test_a_mock_without_a_further_answer_does_not_hang_the_event_loop(self):
         """No future takes a StopIteration, which is what a mock raises then."""
@@ -8714,11 +8611,12 @@ class SessionTest(TransportCase):
                 self.fails(client, cs.CloudStackException)
                 client.timeout = 0.05
                 self.fails(client, cs.CloudStackTimeoutError)
-                self.assertEqual(
-                    ["cs/" + cs.__version__] * 4, [request.header("User-Agent") for request in server.requests]
-                )
+                self.assertEqual(["cs/" + cs.__version__] * 4,
+                    [request.header("User-Agent") for request in server.requests])  # fmt: skip
                 server.close()
                 self.fails(client)
+
+
 def echo(wire):
     """Answer with the name that was asked for."""
     name = wire.requests[-1].params.get("name")
@@ -8728,8 +8626,7 @@ def echo(wire):
 class AsyncTransportTest(TransportCase):
     """What is AIOCloudStack's own: event loops, threads, cancelling."""
 
-    def aio(self, server, **settings):
-        return self.client(server, cs.AIOCloudStack, **settings)
+    KIND = cs.AIOCloudStack
 
     async def cancelled(self, task):
         task.cancel()
@@ -8737,8 +8634,7 @@ class AsyncTransportTest(TransportCase):
             await task
 
     def test_several_event_loops_one_after_another(self):
-        server = self.serve(SERVE)
-        client = self.aio(server)
+        server, client = self.pair(SERVE)
 
         async def with_it():
             async with client:
@@ -8753,12 +8649,11 @@ class AsyncTransportTest(TransportCase):
             self.assertEqual(RESULT, run(with_it()))
 
     def test_two_event_loops_at_once(self):
-        server = self.serve([READ, echo, AGAIN])
-        client = self.aio(server)
+        server, client = self.pair([READ, echo, AGAIN])
         got = {}
 
         async def work(number):
-            calls = [client.listZones(name="{}-{}".format(number, turn)) for turn in range(8)]
+            calls = [client.listZones(name=f"{number}-{turn}") for turn in range(8)]
             got[number] = [answer["zone"][0]["id"] for answer in await asyncio.gather(*calls)]
 
         threads = [threading.Thread(target=lambda number=number: run(work(number))) for number in range(3)]
@@ -8766,7 +8661,7 @@ class AsyncTransportTest(TransportCase):
             thread.start()
         for thread in threads:
             thread.join()
-        self.assertEqual({number: ["{}-{}".format(number, turn) for turn in range(8)] for number in range(3)}, got)
+        self.assertEqual({number: [f"{number}-{turn}" for turn in range(8)] for number in range(3)}, got)
 
     def test_concurrency_bounds_its_threads(self):
         under_way, most = [], []
@@ -8777,8 +8672,7 @@ class AsyncTransportTest(TransportCase):
             time.sleep(0.002)
             under_way.remove(wire)
 
-        server = self.serve([READ, count, reply(), AGAIN])
-        client = self.aio(server, concurrency=3)
+        server, client = self.pair([READ, count, reply(), AGAIN], concurrency=3)
 
         async def work():
             names = {thread.name for thread in threading.enumerate()}
@@ -8794,8 +8688,7 @@ class AsyncTransportTest(TransportCase):
 
     def test_as_many_as_concurrency_run_at_once(self):
         together = threading.Barrier(40)
-        server = self.serve([READ, lambda wire: together.wait(PATIENCE_OF_TESTS) and None, reply(), AGAIN])
-        client = self.aio(server)
+        server, client = self.pair([READ, lambda wire: together.wait(PATIENCE_OF_TESTS) and None, reply(), AGAIN])
 
         async def work():
             return await asyncio.gather(*[client.listZones() for _ in range(40)])
@@ -8817,20 +8710,19 @@ class AsyncTransportTest(TransportCase):
 
         return mock.patch.object(threading.Thread, "start", start)
 
-    def test_under_a_limit_of_threads_every_call_is_answered(self):
+    @each("threads", 0, 1, 3)
+    def test_under_a_limit_of_threads_every_call_is_answered(self, threads):
         """Finding 02: commands ran although the caller got a RuntimeError."""
-        for threads in (0, 1, 3):
-            with self.subTest(threads=threads), self.at_most(threads):
-                server = self.serve([READ, echo, AGAIN])
-                client = self.aio(server)
+        with self.at_most(threads):
+            server, client = self.pair([READ, echo, AGAIN])
 
-                async def work(client=client):
-                    calls = [client.updateZone(name=str(number)) for number in range(20)]
-                    return [answer["zone"][0]["id"] for answer in await asyncio.gather(*calls)]
+            async def work(client=client):
+                calls = [client.updateZone(name=str(number)) for number in range(20)]
+                return [answer["zone"][0]["id"] for answer in await asyncio.gather(*calls)]
 
-                self.assertEqual([str(number) for number in range(20)], run(work()))
-                self.assertEqual(20, len(server.requests))
-                self.assertEqual(threads, len(workers_of(client).threads))
+            self.assertEqual([str(number) for number in range(20)], run(work()))
+            self.assertEqual(20, len(server.requests))
+            self.assertEqual(threads, len(workers_of(client).threads))
 
     def test_under_a_limit_of_threads_a_list_is_whole(self):
         """Finding 02: the pages that no thread is to be had for are asked for one after another."""
@@ -8843,7 +8735,7 @@ class AsyncTransportTest(TransportCase):
         for threads in range(4):
             server = self.serve([READ, page, AGAIN])
             with self.subTest(threads=threads), self.at_most(threads):
-                rows = self.client(server).listZones(fetch_list=True, pagesize=5)
+                rows = self.client(server, cs.CloudStack).listZones(fetch_list=True, pagesize=5)
                 self.assertEqual([str(number) for number in range(5, 40)], [row["id"] for row in rows])
 
     @unittest.skipUnless(hasattr(os, "fork"), "RLIMIT_NPROC is Unix's own")
@@ -8900,8 +8792,7 @@ class AsyncTransportTest(TransportCase):
     def test_an_event_loop_that_was_closed_meanwhile_is_no_harm(self):
         go_on = threading.Event()
         self.addCleanup(go_on.set)
-        server = self.serve([READ, lambda wire: go_on.wait(PATIENCE_OF_TESTS), reply(), AGAIN])
-        client = self.aio(server, concurrency=1)
+        server, client = self.pair([READ, lambda wire: go_on.wait(PATIENCE_OF_TESTS), reply(), AGAIN], concurrency=1)
         loop = asyncio.new_event_loop()
         task = loop.create_task(client.listZones())
         loop.run_until_complete(until_async(lambda: server.requests, "asking"))
@@ -8931,7 +8822,7 @@ class AsyncTransportTest(TransportCase):
                     if tls and not OPENSSL:
                         continue
                     server = self.serve([READ, content, HOLD], tls=certificates().server() if tls else None)
-                    client = self.aio(server, timeout=1000, verify=certificates().path("ca.pem") if tls else None)
+                    client = self.client(server, timeout=1000, verify=certificates().path("ca.pem") if tls else None)
 
                     async def work(client=client, server=server):
                         task = asyncio.ensure_future(client.deployVirtualMachine())
@@ -8947,19 +8838,18 @@ class AsyncTransportTest(TransportCase):
     def test_cancelling_wakes_a_thread_that_connects_or_shakes_hands(self):
         """Finding 05; long before the time-out, and no descriptor is left."""
         listener = full_listener(self)
-        full = "127.0.0.1:{}".format(listener.getsockname()[1])
+        full = f"127.0.0.1:{listener.getsockname()[1]}"
         silent, proxy = self.serve([HOLD]), self.serve([READ, HOLD])
         self.share_contexts()
         for endpoint, proxied, begun in (
-            ("http://" + full, None, lambda: True),
-            ("https://" + full, None, lambda: True),
+            ("http://" + full, None, lambda: True), ("https://" + full, None, lambda: True),
             ("https://" + silent.place, None, lambda: any(wire.raw for wire in silent.wires)),
-            ("https://cloud.invalid", proxy.url, lambda: proxy.requests),
-        ):
+            ("https://cloud.invalid", proxy.url, lambda: proxy.requests)
+        ):  # fmt: skip
             with self.subTest(endpoint, proxied=proxied):
                 if proxied:
                     os.environ["https_proxy"] = proxied
-                client = self.aio(endpoint, timeout=1000, concurrency=1)
+                client = self.client(endpoint, timeout=1000, concurrency=1)
                 before = len(os.listdir("/proc/self/fd"))
 
                 async def work(client=client, begun=begun):
@@ -9006,7 +8896,7 @@ class AsyncTransportTest(TransportCase):
         steps = [tls, READ, reply(), READ, reply(), HOLD]
         server = self.serve(waiting + steps, steps)
         url = server.url.replace("http:", "https:")
-        client = self.aio(url, verify=certificates().path("ca.pem"), concurrency=1)
+        client = self.client(url, verify=certificates().path("ca.pem"), concurrency=1)
 
         async def work():
             task = asyncio.ensure_future(client.deployVirtualMachine())
@@ -9022,7 +8912,7 @@ class AsyncTransportTest(TransportCase):
         server = self.serve([READ, lambda wire: go_on.wait(PATIENCE_OF_TESTS), reply(), READ, reply(), HOLD])
         go_on = threading.Event()
         self.addCleanup(go_on.set)
-        client = self.aio(server, concurrency=1)
+        client = self.client(server, concurrency=1)
 
         async def work():
             first = asyncio.ensure_future(client.listZones(name="first"))
@@ -9038,8 +8928,7 @@ class AsyncTransportTest(TransportCase):
         self.assertEqual(["listZones", "listZones"], [request.params["command"] for request in server.requests])
 
     def test_cancelling_between_two_tries_starts_no_other(self):
-        server = self.serve([READ, RESET])
-        client = self.aio(server, retry=50)
+        server, client = self.pair([READ, RESET], retry=50)
 
         async def work():
             pausing, over = asyncio.Event(), asyncio.Event()
@@ -9061,8 +8950,7 @@ class AsyncTransportTest(TransportCase):
 
     def test_cancelling_a_walk_cuts_off_all_its_pages(self):
         page = json.dumps({"r": {"count": 50, "zone": [{"id": str(number)} for number in range(5)]}}).encode()
-        server = self.serve([READ, reply(page), READ, HOLD], [READ, HOLD])
-        client = self.aio(server, timeout=1000)
+        server, client = self.pair([READ, reply(page), READ, HOLD], [READ, HOLD], timeout=1000)
 
         async def work():
             task = asyncio.ensure_future(client.listZones(fetch_list=True, pagesize=5))
@@ -9074,8 +8962,7 @@ class AsyncTransportTest(TransportCase):
         self.assertEqual(1 + cs.PAGES_AHEAD, len(server.requests))
 
     def test_wait_for(self):
-        server = self.serve([READ, HOLD], SERVE)
-        client = self.aio(server, timeout=1000)
+        server, client = self.pair([READ, HOLD], SERVE, timeout=1000)
 
         async def work():
             with self.assertRaises(asyncio.TimeoutError):
@@ -9097,7 +8984,7 @@ class AsyncTransportTest(TransportCase):
                 seen.append((variable.get(), threading.current_thread() is threading.main_thread()))
                 return FakeSession.request(self, *args, **options)
 
-        client = self.aio("http://cloud.invalid/client/api", session=Session())
+        client = self.client("http://cloud.invalid/client/api", session=Session())
 
         async def work(value):
             variable.set(value)
@@ -9113,7 +9000,7 @@ class AsyncTransportTest(TransportCase):
         """While the server is silent, other tasks go on."""
         server = self.serve([READ, lambda wire: ticks.wait(PATIENCE_OF_TESTS), reply()])
         ticks = threading.Event()
-        client = self.aio(server)
+        client = self.client(server)
 
         async def work():
             task = asyncio.ensure_future(client.listZones())
@@ -9177,7 +9064,7 @@ class ProcessTest(TransportCase):
         )
         server = self.serve([READ, echo, READ, echo], SERVE[:1] + [echo])
         self.assertEqual("a\nb\nc\n", self.assert_child(code, server.url))
-        self.assertEqual([2, 1], [len(wire.requests) for wire in server.wires])
+        self.assertEqual([2, 1], server.counts)
 
     def test_under_another_name_and_inside_a_package(self):
         os.mkdir(os.path.join(self.home, "package"))
@@ -9197,7 +9084,7 @@ class ProcessTest(TransportCase):
             )
             with self.subTest(name):
                 out = self.assert_child(code, name, self.serve([READ, echo, AGAIN]).url, path=self.home)
-                self.assertEqual("x\n{0} {0}\n".format(name), out)
+                self.assertEqual(f"x\n{name} {name}\n", out)
 
     def test_dropping_a_client_gives_no_warning(self):
         """Sync and async, at once, with a walk under way, after errors, and at the end of the interpreter."""
@@ -9282,15 +9169,15 @@ class ProcessTest(TransportCase):
                 names = sorted([request.params["name"] for request in wire.requests] for wire in server.wires)
                 self.assertEqual([["child"] * 2, ["parent"] * 3], names)
 
-    def test_an_unpickled_or_copied_client_starts_no_thread_and_opens_nothing(self):
+    @both
+    def test_an_unpickled_or_copied_client_starts_no_thread_and_opens_nothing(self, kind):
         import copy
 
-        for kind in BOTH:
-            threads = threading.active_count()
-            client = kind("http://127.0.0.1:1/", "k", "s")
-            for other in (client, copy.copy(client), copy.deepcopy(client), pickle.loads(pickle.dumps(client))):
-                self.assertFalse(other._state._by_process)
-            self.assertEqual(threads, threading.active_count())
+        threads = threading.active_count()
+        client = kind("http://127.0.0.1:1/", "k", "s")
+        for other in (client, copy.copy(client), copy.deepcopy(client), pickle.loads(pickle.dumps(client))):
+            self.assertFalse(other._state._by_process)
+        self.assertEqual(threads, threading.active_count())
 
 
 class LeakTest(TransportCase):
@@ -9323,28 +9210,25 @@ class LeakTest(TransportCase):
         self.assertEqual((before, threads), (self.descriptors(), threading.active_count()))
 
     @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc here")
-    def test_every_way_to_break(self):
+    @both
+    def test_every_way_to_break(self, kind):
         ways = itertools.cycle(self.BREAKS)
 
         def break_somehow(wire):
             return all(server._do(wire, step) for step in next(ways))
 
-        server = self.serve([break_somehow])
-        for kind in BOTH:
-            with self.subTest(kind=kind.__name__):
-                client = self.client(server, kind, max_response_size=4000, concurrency=1)
+        server, client = self.pair([break_somehow], kind=kind, max_response_size=4000, concurrency=1)
 
-                def work(client=client):
-                    for _ in self.BREAKS:
-                        with contextlib.suppress(cs.CloudStackException):
-                            self.call(client)
+        def work(client=client):
+            for _ in self.BREAKS:
+                with contextlib.suppress(cs.CloudStackException):
+                    self.call(client)
 
-                self.assert_no_leak(work, max(8, ATTACK_RUNS // 20), server)
+        self.assert_no_leak(work, max(8, ATTACK_RUNS // 20), server)
 
     @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc here")
     def test_time_outs(self):
-        server = self.serve([READ, HOLD])
-        client = self.client(server, timeout=0.002)
+        server, client = self.pair([READ, HOLD], timeout=0.002)
 
         def work():
             with contextlib.suppress(cs.CloudStackTimeoutError):
@@ -9480,10 +9364,9 @@ class AtMostOnceTest(TransportCase):
         """Every plan: side and position, framing, and whether it ends with a reset."""
         requests = [("request", position, "length") for position in range(480)]
         answers = [
-            ("answer", position, name)
-            for name, framed in self.FRAMINGS.items()
-            for position in range(len(framed(DEPLOYED)) + 1)
-        ]
+            ("answer", position, name) for name,
+            framed in self.FRAMINGS.items() for position in range(len(framed(DEPLOYED)) + 1)
+        ]  # fmt: skip
         return [plan + (reset,) for plan in requests + answers for reset in (False, True)]
 
     def test_wherever_the_connection_breaks(self):
@@ -9549,10 +9432,7 @@ class AtMostOnceTest(TransportCase):
 
         client = self.client(server, retry=2, retry_backoff=0)
         work = lambda number: [  # noqa: E731
-            note(
-                "{}-{}".format(number, turn),
-                lambda turn=turn: client.deployVirtualMachine(name="{}-{}".format(number, turn)),
-            )
+            note(f"{number}-{turn}", lambda turn=turn: client.deployVirtualMachine(name=f"{number}-{turn}"))
             for turn in range(10)
         ]
         threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
@@ -9563,10 +9443,9 @@ class AtMostOnceTest(TransportCase):
         aio = self.client(server, cs.AIOCloudStack, retry=2, retry_backoff=0)
 
         async def tasks():
-            names = ["task-{}".format(number) for number in range(40)]
-            results = await asyncio.gather(
-                *[aio.deployVirtualMachine(name=name) for name in names], return_exceptions=True
-            )
+            names = [f"task-{number}" for number in range(40)]
+            results = await asyncio.gather(*[aio.deployVirtualMachine(name=name) for name in names],
+                return_exceptions=True)  # fmt: skip
             outcomes.update(zip(names, results))
 
         run(tasks())
@@ -9601,41 +9480,31 @@ class SecretsTest(TransportCase):
             return wire.send(reply(self.SECRET_ANSWER.replace(self.ECHO, (CANARY_SESSION + CANARY_TOKEN).encode())))
         body = json.dumps({"loginresponse": {"sessionkey": CANARY_SESSION, "username": "me"}}).encode()
         cookies = [
-            "Set-Cookie: JSESSIONID={}; Path=/client; HttpOnly".format(CANARY_TOKEN),
+            f"Set-Cookie: JSESSIONID={CANARY_TOKEN}; Path=/client; HttpOnly",
             "Set-Cookie: sessionkey=" + CANARY_SESSION,
         ]
         return wire.send(reply(body, "200 OK", *cookies))
 
-    def test_the_trace_of_signed_requests(self):
+    @both
+    def test_the_trace_of_signed_requests(self, kind):
         headers = {
-            "Authorization": "Bearer " + CANARY_TOKEN,
-            "X-Api-Key": CANARY_TOKEN,
-            "X-Auth-Token": CANARY_TOKEN,
+            "Authorization": "Bearer " + CANARY_TOKEN, "X-Api-Key": CANARY_TOKEN, "X-Auth-Token": CANARY_TOKEN,
             "X-Tenant": "t1",
-        }
+        }  # fmt: skip
         headers.update({"Cookie": "a=" + CANARY_TOKEN, "Proxy-Authorization": CANARY_TOKEN})
-        for kind in BOTH:
-            for method in ("get", "post"):
-                with self.subTest(kind=kind.__name__, method=method):
-                    server = self.serve(
-                        [READ, reply(self.SECRET_ANSWER, "200 OK", "Set-Cookie: a=" + CANARY_TOKEN), AGAIN]
-                    )
-                    client = self.client(server, kind, method=method, trace=True, headers=headers)
-                    text = self.traced(
-                        client, "updateUser", password=CANARY_PASSWORD, userdata=CANARY_SECRET, name="visible"
-                    )
-                    self.assertEqual("POST", server.requests[0].method)
-                    self.assertEqual(CANARY_PASSWORD, server.requests[0].params["password"])
-                    for shown in (
-                        "name=visible",
-                        "X-Tenant: t1",
-                        "200 OK",
-                        "password=***",
-                        "signature=***",
-                        '"username": "me"',
-                    ):
-                        self.assertIn(shown, text)
-                    self.traced(client, "listZones", json=False)
+        for method in ("get", "post"):
+            with self.subTest(kind=kind.__name__, method=method):
+                server = self.serve([READ, reply(self.SECRET_ANSWER, "200 OK", "Set-Cookie: a=" + CANARY_TOKEN), AGAIN])
+                client = self.client(server, kind, method=method, trace=True, headers=headers)
+                text = self.traced(client, "updateUser", password=CANARY_PASSWORD, userdata=CANARY_SECRET,
+                    name="visible")  # fmt: skip
+                self.assertEqual("POST", server.requests[0].method)
+                self.assertEqual(CANARY_PASSWORD, server.requests[0].params["password"])
+                for shown in (
+                    "name=visible", "X-Tenant: t1", "200 OK", "password=***", "signature=***", '"username": "me"',
+                ):  # fmt: skip
+                    self.assertIn(shown, text)
+                self.traced(client, "listZones", json=False)
 
     def test_the_trace_of_xml(self):
         body = "<r><password>{}</password><sessionkey>{}</sessionkey><userdata>{}</userdata><name>visible</name></r>"
@@ -9652,72 +9521,64 @@ class SecretsTest(TransportCase):
         server = self.serve([READ, quote_back, AGAIN])
         self.assertIn("visible: /client/api?", self.traced(self.client(server, trace=True)))
 
-    def test_the_trace_of_a_session(self):
-        for kind in BOTH:
-            with self.subTest(kind=kind.__name__):
-                server = self.serve([READ, self.login, AGAIN])
-                client = kind(server.url, username="me", password=CANARY_PASSWORD, trace=True, timeout=5)
-                text = self.traced(client)
-                self.assertIn("command=login", text)
-                self.assertIn("username=me", text)
-                self.assertEqual(CANARY_SESSION, server.requests[1].params["sessionkey"])
-                self.assertIn("JSESSIONID=" + CANARY_TOKEN, server.requests[1].header("Cookie"))
-                err = io.StringIO()
-                with contextlib.redirect_stderr(err):
-                    client.close()
-                self.assert_tells_nothing(err.getvalue())
+    @both
+    def test_the_trace_of_a_session(self, kind):
+        server = self.serve([READ, self.login, AGAIN])
+        client = kind(server.url, username="me", password=CANARY_PASSWORD, trace=True, timeout=5)
+        text = self.traced(client)
+        self.assertIn("command=login", text)
+        self.assertIn("username=me", text)
+        self.assertEqual(CANARY_SESSION, server.requests[1].params["sessionkey"])
+        self.assertIn("JSESSIONID=" + CANARY_TOKEN, server.requests[1].header("Cookie"))
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err):
+            client.close()
+        self.assert_tells_nothing(err.getvalue())
 
-    def test_the_trace_of_exchanges_that_fail(self):
+    @both
+    def test_the_trace_of_exchanges_that_fail(self, kind):
         breaks = [
-            [],
-            [READ],
-            [READ, reply()[:-5]],
-            [READ, b"garbage\r\n"],
+            [], [READ], [READ, reply()[:-5]], [READ, b"garbage\r\n"],
             [READ, reply(b"<html>" + CANARY_KEY.encode(), "500 x")],
-        ]
+        ]  # fmt: skip
         for steps in breaks:
-            for kind in BOTH:
-                client = self.client(self.serve(steps), kind, trace=True)
-                self.assertIn("command=deployVirtualMachine", self.traced(client, "deployVirtualMachine"))
+            client = self.client(self.serve(steps), kind, trace=True)
+            self.assertIn("command=deployVirtualMachine", self.traced(client, "deployVirtualMachine"))
 
     def test_the_trace_through_a_proxy(self):
         server = self.serve(SERVE[:2] + [READ, reply()], [READ, b"HTTP/1.1 407 no\r\n\r\n"])
-        os.environ["http_proxy"] = os.environ["https_proxy"] = "http://me:{}@{}".format(CANARY_PROXY, server.place)
+        os.environ["http_proxy"] = os.environ["https_proxy"] = f"http://me:{CANARY_PROXY}@{server.place}"
         for endpoint in ("http://cloud.invalid/client/api", "https://cloud.invalid/client/api"):
             self.assertIn("cloud.invalid", self.traced(self.client(endpoint, trace=True)))
         self.assertEqual(2, len([request for request in server.requests if request.all("Proxy-Authorization")]))
 
-    def test_errors_of_a_session(self):
+    @both
+    def test_errors_of_a_session(self, kind):
         refusal = json.dumps({"loginresponse": {"errorcode": 531, "errortext": "Failed to authenticate"}}).encode()
         for steps in (
-            [READ, reply(refusal, "531 531")],
-            [READ],
-            [READ, b"garbage\r\n"],
-            [READ, reply(b"<html>", "502 x")],
-        ):
-            for kind in BOTH:
-                server = self.serve(steps)
-                client = kind(server.url, username="me", password=CANARY_PASSWORD, timeout=5)
-                with self.assertRaises(cs.CloudStackException) as caught:
-                    self.call(client)
-                self.assert_tells_nothing(caught.exception)
-                transport_of(client).close()
+            [READ, reply(refusal, "531 531")], [READ], [READ, b"garbage\r\n"], [READ, reply(b"<html>", "502 x")],
+        ):  # fmt: skip
+            server = self.serve(steps)
+            client = kind(server.url, username="me", password=CANARY_PASSWORD, timeout=5)
+            with self.assertRaises(cs.CloudStackException) as caught:
+                self.call(client)
+            self.assert_tells_nothing(caught.exception)
+            transport_of(client).close()
 
-    def test_reprs(self):
+    @both
+    def test_reprs(self, kind):
         settings = {"headers": {"X-Token": CANARY_TOKEN}}
-        for kind in BOTH:
-            one = kind("http://cloud.invalid/client/api?token=" + CANARY_TOKEN, CANARY_KEY, CANARY_SECRET, **settings)
-            other = kind("http://cloud.invalid/", username="me", password=CANARY_PASSWORD, name="region")
-            self.assert_tells_nothing(repr(one), str(one), repr(other), repr(transport_of(one)), repr(one.listZones))
-            self.assertIn("http://cloud.invalid/client/api", repr(one))
+        one = kind("http://cloud.invalid/client/api?token=" + CANARY_TOKEN, CANARY_KEY, CANARY_SECRET, **settings)
+        other = kind("http://cloud.invalid/", username="me", password=CANARY_PASSWORD, name="region")
+        self.assert_tells_nothing(repr(one), str(one), repr(other), repr(transport_of(one)), repr(one.listZones))
+        self.assertIn("http://cloud.invalid/client/api", repr(one))
 
     def test_requests_are_no_open_book_either(self):
         """A debugger or a log that shows what the protocol yields must not show secrets."""
         seen = []
         client = self.client("http://cloud.invalid/")
-        with mock.patch.object(
-            cs.CloudStack, "_exchange", lambda self, request: seen.append(repr(request)) or answer({"r": {}})
-        ):
+        with mock.patch.object(cs.CloudStack, "_exchange",
+            lambda self, request: seen.append(repr(request)) or answer({"r": {}})):  # fmt: skip
             client.listZones()
         self.assert_tells_nothing(*seen)
 
@@ -9728,11 +9589,8 @@ class SecretsTest(TransportCase):
 
     def test_a_user_in_the_endpoint_is_refused_and_not_quoted(self):
         for endpoint in (
-            "http://me:{}@127.0.0.1/",
-            "http://{}@127.0.0.1/",
-            "http://me:{}@127.0.0.1:x/",
-            "ftp://me:{}@127.0.0.1/",
-        ):
+            "http://me:{}@127.0.0.1/", "http://{}@127.0.0.1/", "http://me:{}@127.0.0.1:x/", "ftp://me:{}@127.0.0.1/",
+        ):  # fmt: skip
             with self.subTest(endpoint), self.assertRaises(ValueError) as caught:
                 self.client(endpoint.format(CANARY_TOKEN)).listZones()
             self.assert_tells_nothing(*all_texts(caught.exception))
