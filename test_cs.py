@@ -6654,19 +6654,20 @@ class Wire:
     def reset(self):
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.sock.close()
+        return False
 
 
 class ScriptedServer:
     """Plays a list of steps to each connection: the first list to the first one, and the last to all that follow.
 
-    A step is bytes to send, a number of seconds to pause, READ, HOLD, RESET, AGAIN, an SSLContext to start TLS with,
-    or a function of the Wire (which ends the script by returning False). A connection is closed after its last step."""
+    A step is bytes to send, a number of seconds to pause, an Event to wait for, READ, HOLD, RESET, AGAIN, an SSLContext
+    to start TLS with, or a function of the Wire (which ends the script by returning False). A connection is closed
+    after its last step."""
 
     def __init__(self, *scripts, tls=None, receive_buffer=None):
         self.scripts = list(scripts)
         self.tls = tls
-        self.wires = []
-        self.threads = []
+        self.wires, self.threads, self.gates = [], [], []
         self.stopping = threading.Event()
         self.listener = socket.socket()
         if receive_buffer:
@@ -6737,14 +6738,16 @@ class ScriptedServer:
                 pass
             return False
         if step is RESET:
-            wire.reset()
-            return False
+            return wire.reset()
         if step is AGAIN:
             return True
         if isinstance(step, ssl.SSLContext):
             return self._start_tls(wire, step)
         if isinstance(step, bytes):
             return wire.send(step)
+        if isinstance(step, threading.Event):
+            self.gates.append(step)
+            return not self.stopping.is_set() and step.wait(PATIENCE_OF_TESTS)
         if callable(step):
             return step(wire) is not False
         return not self.stopping.wait(step)
@@ -6763,6 +6766,8 @@ class ScriptedServer:
 
     def close(self):
         self.stopping.set()
+        for gate in self.gates:
+            gate.set()
         with contextlib.suppress(OSError):
             socket.create_connection(("127.0.0.1", self.port), 1).close()  # wakes accept()
         for wire in list(self.wires):
@@ -6774,8 +6779,10 @@ class ScriptedServer:
 
 
 ZONE = {"id": "1", "name": "z\u00fcrich"}
-ZONES = json.dumps({"listzonesresponse": {"count": 1, "zone": [ZONE]}}).encode("utf-8")
 RESULT = {"count": 1, "zone": [ZONE]}
+ZONES = json.dumps({"listzonesresponse": RESULT}).encode("utf-8")
+PACKED = gzip.compress(ZONES)
+GZIP = "Content-Encoding: gzip"
 JOB = "00000000-0000-4000-8000-000000000001"
 
 
@@ -6787,11 +6794,18 @@ DEPLOYED = deployment()
 
 
 def reply(body=ZONES, status="200 OK", *headers, **options):
-    """The bytes of an answer; length=False leaves Content-Length out, version is that of HTTP."""
-    lines = ["HTTP/{} {}".format(options.get("version", "1.1"), status), "Content-Type: application/json;charset=UTF-8"]
+    """The bytes of an answer, whose body is bytes, or a document to send as JSON; length=False leaves Content-Length
+    out, version is that of HTTP."""
+    body = json.dumps(body).encode("utf-8") if isinstance(body, dict) else body
+    lines = [f"HTTP/{options.get('version', '1.1')} {status}", "Content-Type: application/json;charset=UTF-8"]
     if options.get("length", True):
         lines.append(f"Content-Length: {len(body)}")
     return "\r\n".join(lines + list(headers) + ["", ""]).encode("latin-1") + body
+
+
+def gzipped(body=PACKED, **options):
+    """An answer whose body is, or claims to be, packed already."""
+    return reply(body, "200 OK", GZIP, **options)
 
 
 def chunked(body=ZONES, size=20, last=b"0\r\n\r\n", headers=()):
@@ -6801,7 +6815,34 @@ def chunked(body=ZONES, size=20, last=b"0\r\n\r\n", headers=()):
 
 
 SERVE = [READ, reply(), AGAIN]
-BOTH = (cs.CloudStack, cs.AIOCloudStack)
+
+
+def echo(wire):
+    """Answer with the name that was asked for."""
+    return wire.send(reply({"listzonesresponse": {"zone": [{"id": wire.requests[-1].params.get("name")}]}}))
+
+
+def paged(count):
+    """A step that answers with the page that was asked for of so many rows."""
+
+    def page(wire):
+        size = int(wire.requests[-1].params.get("pagesize", 1))
+        first = size * (int(wire.requests[-1].params.get("page", 1)) - 1)
+        rows = [{"id": str(number)} for number in range(first, min(first + size, count))]
+        return wire.send(reply({"r": {"count": count, "zone": rows}}))
+
+    return page
+
+
+def in_threads(work, count):
+    """Run a function, which is given a number, in so many threads at once; all have ended."""
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_OF_TESTS)
+        assert not thread.is_alive(), "a thread hangs"
+
 
 # What must never be seen but on the wire, in any of the forms that it may have there.
 CANARY_KEY = "CANARYkey-4f9a"
@@ -7005,13 +7046,9 @@ class Certificates:
         self._write("serial", "01\n")
         for name in ("ca", "other_ca", "leaf"):
             self._openssl(f"ecparam -name prime256v1 -genkey -noout -out {name}.key")
-        for name in ("ca", "other_ca"):
-            request = (
-                "req -new -x509 -key {0}.key -config config -extensions authority -out {0}.pem -days 30 -subj /CN={0}"
-            )
-            self._openssl(request.format(name))
-        self._openssl(
-            "req -new -x509 -key leaf.key -config config -extensions here -out self_signed.pem -days 30 -subj /CN=me")  # fmt: skip
+        self._sign("ca", "ca", "authority")
+        self._sign("other_ca", "other_ca", "authority")
+        self._sign("self_signed", "leaf", "here")
         self._openssl("req -new -key leaf.key -config config -out leaf.csr -subj /CN=leaf")
         self._issue("good", "here", "-days 30")
         self._issue("expired", "here", "-startdate 20200101000000Z -enddate 20200201000000Z")
@@ -7019,8 +7056,8 @@ class Certificates:
         self._openssl("ec -in leaf.key -aes128 -passout pass:letmein -out locked.key")
         self._write("both.pem", self.read("good.pem") + self.read("leaf.key"))
         os.mkdir(self.path("directory"))
-        shutil.copy(self.path("ca.pem"),
-            self.path("directory/" + self._openssl("x509 -hash -noout -in ca.pem").strip() + ".0"))  # fmt: skip
+        hash_of_ca = self._openssl("x509 -hash -noout -in ca.pem").strip()
+        shutil.copy(self.path("ca.pem"), self.path(f"directory/{hash_of_ca}.0"))
 
     def path(self, name):
         return os.path.join(self.directory, name)
@@ -7039,11 +7076,14 @@ class Certificates:
             raise RuntimeError(err.decode())
         return out.decode()
 
+    def _sign(self, name, key, extensions):
+        """Make a certificate that is signed by its own key."""
+        options = f"-key {key}.key -extensions {extensions} -out {name}.pem -subj /CN={name}"
+        self._openssl("req -new -x509 -config config -days 30 " + options)
+
     def _issue(self, name, extensions, dates):
-        command = (
-            "ca -batch -notext -config config -in leaf.csr -out {}.pem -cert ca.pem -keyfile ca.key -extensions {} {}"
-        )
-        self._openssl(command.format(name, extensions, dates))
+        options = f"-in leaf.csr -out {name}.pem -extensions {extensions} {dates}"
+        self._openssl("ca -batch -notext -config config -cert ca.pem -keyfile ca.key " + options)
 
     def server(self, name="good", client_ca=None):
         """The context of a server that shows this certificate, and may demand one of its clients."""
@@ -7079,6 +7119,8 @@ class Clock:
 class KeptConnectionTest(TransportCase):
     """When a connection is used again, and when it is not."""
 
+    SURPLUS = reply({"listzonesresponse": {"count": 1, "zone": [{"id": "smuggled"}]}})
+
     @both
     def test_a_connection_is_used_again(self, kind):
         server, client = self.pair(SERVE, kind=kind)
@@ -7095,8 +7137,8 @@ class KeptConnectionTest(TransportCase):
         self.assertEqual([["GET", "POST", "GET"]], [[r.method for r in wire.requests] for wire in server.wires])
 
     def test_errors_of_the_server_leave_the_connection_open(self):
-        error = json.dumps({"errorresponse": {"errorcode": 431, "errortext": "no"}}).encode()
-        server, client = self.pair([READ, reply(error, "431 431"), AGAIN])
+        error = reply({"errorresponse": {"errorcode": 431, "errortext": "no"}}, "431 431")
+        server, client = self.pair([READ, error, AGAIN])
         for _ in range(3):
             self.fails(client, cs.CloudStackApiException)
         self.assertEqual(1, len(server.wires))
@@ -7144,8 +7186,7 @@ class KeptConnectionTest(TransportCase):
     @each("name, steps", ("reset", [RESET]), ("said something", [b"HTTP/1.1 408 Request Timeout\r\n\r\n", HOLD]))
     def test_one_that_was_reset_or_that_said_something_unasked_is_noticed_before_use(self, name, steps):
         go_on = threading.Event()
-        wait = functools.partial(go_on.wait, PATIENCE_OF_TESTS)
-        server, client = self.pair([READ, reply(), lambda wire, wait=wait: wait()] + steps, SERVE)
+        server, client = self.pair([READ, reply(), go_on] + steps, SERVE)
         client.listZones()
         ((sock, _),) = itertools.chain.from_iterable(transport_of(client)._idle.values())
         go_on.set()
@@ -7166,28 +7207,20 @@ class KeptConnectionTest(TransportCase):
         with mock.patch.object(cs, "_has_news", lambda sock: False):
             server, client = self.pair([READ, reply(), READ], SERVE, kind=kind, retry=3)
             self.call(client)
-            error = self.fails(client, command="deployVirtualMachine")
-            self.assertTrue(error.outcome_unknown)
-            self.assertFalse(error.unsent)
-            self.assertIn("outcome is unknown", str(error))
+            self.assertIn("outcome is unknown", str(self.fails_unknown(client)))
             self.assertEqual(1, len(server.wires))
 
-    def test_bytes_beyond_an_answer_end_the_connection(self):
-        stray = reply(b'{"listzonesresponse": {"count": 1, "zone": [{"id": "smuggled"}]}}')
-        cases = [
-            ("Content-Length", reply() + stray, RESULT), ("chunked", chunked() + stray, RESULT),
-            ("one byte", reply() + b"\n", RESULT), ("204", b"HTTP/1.1 204 No Content\r\n\r\n" + stray, None),
-            ("gzip", reply(gzip.compress(ZONES), "200 OK", "Content-Encoding: gzip") + stray, RESULT),
-        ]  # fmt: skip
-        for name, content, result in cases:
-            with self.subTest(name):
-                server, client = self.pair([READ, content, HOLD], SERVE)
-                if result is None:
-                    self.fails(client, cs.CloudStackException)
-                else:
-                    self.assertEqual(result, client.listZones())
-                self.assertEqual(RESULT, client.listZones())
-                self.assertEqual(2, len(server.wires))
+    @each("name, content, result", ("Content-Length", reply() + SURPLUS, RESULT),
+          ("chunked", chunked() + SURPLUS, RESULT), ("one byte", reply() + b"\n", RESULT),
+          ("204", b"HTTP/1.1 204 No Content\r\n\r\n" + SURPLUS, None), ("gzip", gzipped() + SURPLUS, RESULT))  # fmt: skip
+    def test_bytes_beyond_an_answer_end_the_connection(self, name, content, result):
+        server, client = self.pair([READ, content, HOLD], SERVE)
+        if result is None:
+            self.fails(client, cs.CloudStackException)
+        else:
+            self.assertEqual(result, client.listZones())
+        self.assertEqual(RESULT, client.listZones())
+        self.assertEqual(2, len(server.wires))
 
     def test_the_one_used_last_is_used_next(self):
         events = [threading.Event() for _ in range(4)]
@@ -7218,22 +7251,13 @@ class KeptConnectionTest(TransportCase):
                 together.wait(PATIENCE_OF_TESTS)
 
         server, client = self.pair([READ, gather, reply(), AGAIN], concurrency=2)
-        threads = [threading.Thread(target=client.listZones) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(lambda number: client.listZones(), 6)
         until(lambda: len(server.open_wires) <= 2, "closing those that are too many")
         client.listZones()
         self.assertEqual(6, len(server.wires))
 
     def test_threads_share_a_client(self):
         """Each thread gets the answer to its own request, and there are no more connections than threads."""
-
-        def echo(wire):
-            name = wire.requests[-1].params["name"]
-            return wire.send(reply(json.dumps({"r": {"zone": [{"id": name}]}}).encode()))
-
         server, client = self.pair([READ, echo, AGAIN])
         wrong = []
 
@@ -7247,11 +7271,7 @@ class KeptConnectionTest(TransportCase):
                 if got != {"zone": [{"id": name}]}:
                     wrong.append((name, got))
 
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(12)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(work, 12)
         self.assertEqual([], wrong)
         self.assertEqual(120, len(server.requests))
         self.assertLessEqual(len(server.wires), 12)
@@ -7311,11 +7331,12 @@ class KeptConnectionTest(TransportCase):
 class BodyTest(TransportCase):
     """Answers, whole and broken."""
 
+    MEMBERS = gzip.compress(ZONES[:9]) + gzip.compress(b"") + gzip.compress(ZONES[9:])
+
     def clients(self, content, **settings):
         """A client of each kind, each with a server that gives this answer once and closes, and then serves."""
-        for kind in BOTH:
-            server = self.serve([READ, content], SERVE)
-            yield server, self.client(server, kind, **settings)
+        for kind in KINDS:
+            yield self.pair([READ, content], SERVE, kind=kind, **settings)
 
     def assert_broken(self, content, detail, kind=cs.CloudStackConnectionError, **settings):
         """Both clients fail with this text, and go on over another connection."""
@@ -7329,39 +7350,34 @@ class BodyTest(TransportCase):
         for _, client in self.clients(content, **settings):
             self.assertEqual(RESULT, self.call(client))
 
-    def test_every_framing_of_a_whole_answer(self):
-        packed = gzip.compress(ZONES)
-        members = gzip.compress(ZONES[:9]) + gzip.compress(b"") + gzip.compress(ZONES[9:])
-        names = ("Content-Encoding: gzip",)
-        cases = {
-            "length": reply(), "chunked": chunked(), "one chunk": chunked(size=10000),
-            "chunks of a byte": chunked(size=1),
-            "chunk extensions and trailers": chunked(last=b"0;x=y\r\nX-A: b\r\nX-C: d\r\n\r\n"),
-            "chunk sizes with zeros": chunked().replace(b"\r\n14\r\n", b"\r\n0000014\r\n"),
-            "no end but the connection's": reply(length=False), "HTTP/1.0": reply(length=False, version="1.0"),
-            "gzip": reply(packed, "200 OK", *names), "gzip, chunked": chunked(packed, headers=names),
-            "gzip until the end": reply(packed, "200 OK", *names, length=False),
-            "x-gzip": reply(packed, "200 OK", "Content-Encoding: X-GZIP"),
-            "gzip of several members": reply(members, "200 OK", *names),
-            "gzip of several members, chunks of a byte": chunked(members, size=1, headers=names),
-            "identity": reply(ZONES, "200 OK", "Content-Encoding: identity"),
-            "bare line feeds": reply().replace(b"\r\n", b"\n"), "no reason phrase": reply(ZONES, "200"),
-            "headers without a space": reply(b"").replace(b": 0", b":%d" % len(ZONES)).replace(b": ", b":") + ZONES,
-            "a byte order mark": reply(b"\xef\xbb\xbf" + ZONES),
-        }  # fmt: skip
-        for name, content in cases.items():
-            with self.subTest(name):
-                self.assert_result(content)
+    @each("name, content", *{
+        "length": reply(), "chunked": chunked(), "one chunk": chunked(size=10000),
+        "chunks of a byte": chunked(size=1),
+        "chunk extensions and trailers": chunked(last=b"0;x=y\r\nX-A: b\r\nX-C: d\r\n\r\n"),
+        "chunk sizes with zeros": chunked().replace(b"\r\n14\r\n", b"\r\n0000014\r\n"),
+        "no end but the connection's": reply(length=False), "HTTP/1.0": reply(length=False, version="1.0"),
+        "gzip": gzipped(), "gzip, chunked": chunked(PACKED, headers=[GZIP]),
+        "gzip until the end": gzipped(length=False),
+        "x-gzip": reply(PACKED, "200 OK", "Content-Encoding: X-GZIP"),
+        "gzip of several members": gzipped(MEMBERS),
+        "gzip of several members, chunks of a byte": chunked(MEMBERS, size=1, headers=[GZIP]),
+        "identity": reply(ZONES, "200 OK", "Content-Encoding: identity"),
+        "bare line feeds": reply().replace(b"\r\n", b"\n"), "no reason phrase": reply(ZONES, "200"),
+        "headers without a space": reply(b"").replace(b": 0", b":%d" % len(ZONES)).replace(b": ", b":") + ZONES,
+        "a byte order mark": reply(b"\xef\xbb\xbf" + ZONES),
+    }.items())  # fmt: skip
+    def test_every_framing_of_a_whole_answer(self, name, content):
+        self.assert_result(content)
 
     def test_an_answer_in_drops(self):
-        content = chunked(gzip.compress(ZONES), size=7, headers=("Content-Encoding: gzip",))
+        content = chunked(gzip.compress(ZONES), size=7, headers=[GZIP])
         server = self.serve([READ] + [content[index : index + 1] for index in range(len(content))])
         self.assertEqual(RESULT, self.client(server).listZones())
 
     def test_a_large_answer(self):
         rows = [{"id": str(number), "name": "x" * 1000} for number in range(2000)]
         body = json.dumps({"listzonesresponse": {"zone": rows}}).encode()
-        cases = [reply(body), chunked(body, 100000), reply(gzip.compress(body, 1), "200 OK", "Content-Encoding: gzip")]
+        cases = [reply(body), chunked(body, 100000), gzipped(gzip.compress(body, 1))]
         server, client = self.pair([READ, cases[0], READ, cases[1], READ, cases[2]])
         for _ in cases:
             self.assertEqual(rows, client.listZones()["zone"])
@@ -7370,47 +7386,38 @@ class BodyTest(TransportCase):
     def test_closed_before_any_answer(self):
         self.assert_broken(b"", "closed without an answer")
 
-    def test_closed_before_the_body_is_whole(self):
-        packed = gzip.compress(ZONES)
-        gzipped = ("Content-Encoding: gzip",)
-        cases = {
-            "in the body": reply()[:-10], "before the body": reply()[: -len(ZONES)],
-            "lying length": reply().replace(b"Content-Length: ", b"Content-Length: 9"), "in a chunk": chunked()[:-30],
-            "before a chunk's size": chunked(last=b""), "before the last chunk": chunked(size=10000, last=b""),
-            "in a chunk's size": chunked(last=b""), "no last chunk but garbage": chunked(last=b"zz\r\n"),
-            "gzip in a length": reply(packed, "200 OK", *gzipped)[:-10],
-            "gzip until the end": reply(packed[:-10], "200 OK", *gzipped, length=False),
-            "gzip, its length kept": reply(packed[:-10], "200 OK", *gzipped),
-            "gzip, only its head": reply(packed[:10], "200 OK", *gzipped),
-            "gzip, lying length": reply(packed, "200 OK", *gzipped).replace(b"Content-Length: ", b"Content-Length: 9"),
-            "gzip in a chunk": chunked(packed, 20, b"", gzipped)[:-20],
-        }  # fmt: skip
-        for name, content in cases.items():
-            with self.subTest(name):
-                self.assert_broken(content, "Broken answer")
+    @each("name, content", *{
+        "in the body": reply()[:-10], "before the body": reply()[: -len(ZONES)],
+        "lying length": reply().replace(b"Content-Length: ", b"Content-Length: 9"), "in a chunk": chunked()[:-30],
+        "before a chunk's size": chunked(last=b""), "before the last chunk": chunked(size=10000, last=b""),
+        "in a chunk's size": chunked(last=b""), "no last chunk but garbage": chunked(last=b"zz\r\n"),
+        "gzip in a length": gzipped()[:-10],
+        "gzip until the end": gzipped(PACKED[:-10], length=False),
+        "gzip, its length kept": gzipped(PACKED[:-10]),
+        "gzip, only its head": gzipped(PACKED[:10]),
+        "gzip, lying length": gzipped().replace(b"Content-Length: ", b"Content-Length: 9"),
+        "gzip in a chunk": chunked(PACKED, 20, b"", [GZIP])[:-20],
+    }.items())  # fmt: skip
+    def test_closed_before_the_body_is_whole(self, name, content):
+        self.assert_broken(content, "Broken answer")
 
     def test_what_ends_with_the_connection_is_told_broken_by_its_json(self):
         self.assert_broken(reply(length=False)[:-10], "Malformed JSON", cs.CloudStackException)
 
-    def test_closed_in_the_head(self):
-        for cut in (b"H", b"HTTP/1.1", b"HTTP/1.1 20", b"\r\n"):
-            with self.subTest(cut=cut):
-                self.assert_broken(cut, "not HTTP")
-        for cut in (
-            b"HTTP/1.1 200 OK", b"HTTP/1.1 200 OK\r\nContent-Ty",
-            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n",
-        ):  # fmt: skip
-            with self.subTest(cut=cut):
-                self.assert_broken(cut, "HTTP 200 OK", cs.CloudStackException)
+    @each("cut", b"H", b"HTTP/1.1", b"HTTP/1.1 20", b"\r\n")
+    def test_closed_in_the_status_line(self, cut):
+        self.assert_broken(cut, "not HTTP")
+
+    @each("cut", b"", b"\r\nContent-Ty", b"\r\nContent-Type: application/json\r\n")
+    def test_closed_in_the_headers(self, cut):
+        self.assert_broken(b"HTTP/1.1 200 OK" + cut, "HTTP 200 OK", cs.CloudStackException)
 
     @both
     @each("name, steps", ("at once", [READ, RESET]), ("in the answer", [READ, reply()[:-5], RESET]))
     def test_reset_instead_of_an_answer(self, kind, name, steps):
         server, client = self.pair(steps, SERVE, kind=kind)
-        error = self.fails(client, command="deployVirtualMachine")
-        self.assertIsInstance(error, ConnectionError)
-        self.assertIsInstance(error.__cause__, ConnectionError)
-        self.assertTrue(error.outcome_unknown)
+        error = self.fails_unknown(client)
+        self.assertEqual([True] * 2, [isinstance(one, ConnectionError) for one in (error, error.__cause__)])
         self.assertEqual(RESULT, self.call(client))
 
     @each("name, content", *{
@@ -7446,11 +7453,9 @@ class BodyTest(TransportCase):
                 self.assertLess(len(sent), 1000)
 
     def test_bad_gzip(self):
-        packed = bytearray(gzip.compress(ZONES))
+        packed, checksum = bytearray(PACKED), bytearray(PACKED)
         packed[len(packed) // 2] ^= 0xFF
-        checksum = bytearray(gzip.compress(ZONES))
         checksum[-6] ^= 0xFF
-        gzipped = ("Content-Encoding: gzip",)
         for name, body in (
             ("damaged", bytes(packed)), ("checksum", bytes(checksum)), ("none at all", ZONES), ("html", b"<html>"),
             ("a second member that ends early", gzip.compress(ZONES[:9]) + gzip.compress(ZONES[9:])[:-9]),
@@ -7458,7 +7463,7 @@ class BodyTest(TransportCase):
             ("members without end", gzip.compress(b"") * 20000 + gzip.compress(ZONES)),
         ):  # fmt: skip
             with self.subTest(name):
-                self.assert_broken(reply(body, "200 OK", *gzipped), "Broken answer")
+                self.assert_broken(gzipped(body), "Broken answer")
 
     @each("name, body", ("deflate", zlib.compress(ZONES)), ("br", b"\x0b\x02\x80" + ZONES[:9]))
     def test_an_encoding_nobody_asked_for_is_an_error(self, name, body):
@@ -7466,12 +7471,11 @@ class BodyTest(TransportCase):
         self.assert_broken(content, "Malformed JSON", cs.CloudStackException)
 
     def test_an_answer_may_not_expand_beyond_max_response_size(self):
-        gzipped = ("Content-Encoding: gzip",)
         bomb = gzip.compress(b"[" * 30000000, 9)
         self.assertLess(len(bomb), 100000)
         cases = {
-            "bomb": reply(bomb, "200 OK", *gzipped), "bomb in chunks": chunked(bomb, 1000, headers=gzipped),
-            "bomb until the end": reply(bomb, "200 OK", *gzipped, length=False), "length": reply(b"x" * 100001),
+            "bomb": gzipped(bomb), "bomb in chunks": chunked(bomb, 1000, headers=[GZIP]),
+            "bomb until the end": gzipped(bomb, length=False), "length": reply(b"x" * 100001),
             "chunks": chunked(b"x" * 100001, 5000), "until the end": reply(b"x" * 100001, length=False),
         }  # fmt: skip
         for name, content in cases.items():
@@ -7480,8 +7484,7 @@ class BodyTest(TransportCase):
 
     def test_an_answer_of_just_max_response_size_is_fine(self):
         body = ZONES + b" " * 1000
-        packed = reply(gzip.compress(body), "200 OK", "Content-Encoding: gzip")
-        for content in (reply(body), chunked(body), packed, reply(body, length=False)):
+        for content in (reply(body), chunked(body), gzipped(gzip.compress(body)), reply(body, length=False)):
             self.assert_result(content, max_response_size=len(body))
 
     def test_a_bomb_is_not_unpacked_far_beyond_the_limit(self):
@@ -7494,7 +7497,7 @@ class BodyTest(TransportCase):
             return part
 
         bomb = gzip.compress(b"[" * 30000000, 9)
-        server = self.serve([READ, reply(bomb, "200 OK", "Content-Encoding: gzip")])
+        server = self.serve([READ, reply(bomb, "200 OK", GZIP)])
         with mock.patch.object(cs._Gunzip, "unpack", watched):
             self.fails(self.client(server, max_response_size=100000), cs.CloudStackException)
         self.assertLess(sum(unpacked), 200000)
@@ -7507,8 +7510,8 @@ class BodyTest(TransportCase):
         error = self.fails(self.client(server, timeout=1000), cs.CloudStackException)
         self.assertIn("max_response_size", str(error))
 
-    def test_lengths_that_are_none_cannot_get_past_max_response_size(self):
-        pour = b"x" * 3000000
+    @each("size", b"-1", b"-5", b"ffffffffffffffff", b"-ffffffffffffffff", b"1_0", b"+a", b"0x5")
+    def test_lengths_that_are_none_cannot_get_past_max_response_size(self, size):
         read = []
         really = cs._Flight.readinto
 
@@ -7516,15 +7519,11 @@ class BodyTest(TransportCase):
             read.append(really(self, buffer))
             return read[-1]
 
-        for size in (b"-1", b"-5", b"ffffffffffffffff", b"-ffffffffffffffff", b"1_0", b"+a", b"0x5"):
-            with self.subTest(size=size):
-                content = reply(b"", "200 OK", "Transfer-Encoding: chunked", length=False) + size + b"\r\n" + pour
-                server, client = self.pair([READ, content], max_response_size=1000)
-                del read[:]
-                with mock.patch.object(cs._Flight, "readinto", counted):
-                    with self.assertRaises(cs.CloudStackException):
-                        client.listZones()
-                self.assertLess(sum(filter(None, read)), 1500000)
+        content = chunked(b"", last=size + b"\r\n" + b"x" * 3000000)
+        server, client = self.pair([READ, content], max_response_size=1000)
+        with mock.patch.object(cs._Flight, "readinto", counted):
+            self.assertRaises(cs.CloudStackException, client.listZones)
+        self.assertLess(sum(filter(None, read)), 1500000)
 
     @each("length", "-5", "x", "")
     def test_a_negative_or_unreadable_length_counts_as_none(self, length):
@@ -7533,25 +7532,22 @@ class BodyTest(TransportCase):
     @both
     @each("status", "204 No Content", "304 Not Modified")
     def test_statuses_without_a_body(self, kind, status):
-        server = self.serve([READ, f"HTTP/1.1 {status}\r\nContent-Length: 5\r\n\r\n".encode(), READ, reply()])
-        client = self.client(server, kind, timeout=2)
+        content = f"HTTP/1.1 {status}\r\nContent-Length: 5\r\n\r\n".encode()
+        server, client = self.pair([READ, content, READ, reply()], kind=kind, timeout=2)
         error = self.fails(client, cs.CloudStackException)
         self.assertEqual("HTTP " + status, error.args[0])
         self.assertEqual((int(status[:3]), b""), (error.response.status_code, error.response.content))
         self.assertEqual(RESULT, self.call(client))
         self.assertEqual(1, len(server.wires))
 
-    def test_an_interim_answer_is_passed_over(self):
-        for interim in (b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 100 Continue\r\nX-A: b\r\n\r\n" * 3):
-            self.assert_result(interim + reply())
+    @each("interim", b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 100 Continue\r\nX-A: b\r\n\r\n" * 3)
+    def test_an_interim_answer_is_passed_over(self, interim):
+        self.assert_result(interim + reply())
 
     def test_what_the_response_tells(self):
         page = "<h1>M\u00fcll</h1>".encode("utf-8")
-        content = reply(page, "502 Bad Gateway", "X-Node: a7",
-            "Content-Encoding: gzip").replace(b"application/json", b"text/html")  # fmt: skip
-        content = content.replace(b"Content-Length: %d" % len(page), b"Content-Length: %d" % len(gzip.compress(page)))
-        content = content[: -len(page)] + gzip.compress(page)
-        for _, client in self.clients(content):
+        content = reply(gzip.compress(page), "502 Bad Gateway", "X-Node: a7", GZIP)
+        for _, client in self.clients(content.replace(b"application/json", b"text/html")):
             response = self.fails(client, cs.CloudStackException).response
             self.assertEqual((502, "Bad Gateway"), (response.status_code, response.reason))
             self.assertEqual(("a7", "a7"), (response.headers["x-node"], response.headers.get("X-NODE")))
@@ -7578,7 +7574,7 @@ class TimeoutTest(TransportCase):
         "no answer": [READ, HOLD], "in the status line": [READ, b"HTTP/1.1 2", HOLD],
         "in the headers": [READ, b"HTTP/1.1 200 OK\r\nX-A: b\r\n", HOLD], "in the body": [READ, reply()[:-3], HOLD],
         "in a chunk": [READ, chunked()[:-20], HOLD], "before the last chunk": [READ, chunked(last=b""), HOLD],
-        "in gzip": [READ, reply(gzip.compress(ZONES), "200 OK", "Content-Encoding: gzip")[:-3], HOLD],
+        "in gzip": [READ, gzipped()[:-3], HOLD],
         "before the end of the connection": [READ, reply(length=False), HOLD],
     }.items())  # fmt: skip
     def test_silence(self, name, steps):
@@ -7593,8 +7589,8 @@ class TimeoutTest(TransportCase):
         self.assertEqual(2, len(server.wires))
 
     def test_silence_towards_the_async_client(self):
-        server = self.serve([READ, HOLD])
-        error = self.fails(self.client(server, cs.AIOCloudStack, timeout=0.03), cs.CloudStackTimeoutError)
+        server, client = self.pair([READ, HOLD], kind=cs.AIOCloudStack, timeout=0.03)
+        error = self.fails(client, cs.CloudStackTimeoutError)
         self.assertIn("nothing for 0.03 s (timeout)", str(error))
 
     def test_an_exchange_ends_after_ten_times_the_timeout_in_all(self):
@@ -7618,20 +7614,15 @@ class TimeoutTest(TransportCase):
             "chunk size": [READ, chunked(last=b""), drip(b"0" * 60000)],
             "trailers": [READ, chunked(last=b"0\r\n"), drip(b"X-A: b\r\n" * 9000)],
             "body until the end": [READ, reply(length=False), drip(b"")],
-            "gzip": [
-                READ, reply(gzip.compress(bytes(range(256)) * 2000) * 20, "200 OK", "Content-Encoding: gzip")[:300],
-                drip(b""),
-            ],
+            "gzip": [READ, gzipped(gzip.compress(bytes(range(256)) * 2000) * 20)[:300], drip(b"")],
             "interim answers": [READ, drip(b"HTTP/1.1 100 Continue\r\n\r\n" * 100)],
         }  # fmt: skip
         for name, steps in places.items():
             with self.subTest(name):
-                server = self.serve(steps)
+                server, client = self.pair(steps, timeout=2)
                 with mock.patch.object(cs, "_clock", Clock(step=0.5)):
-                    error = self.fails(self.client(server, timeout=2), cs.CloudStackTimeoutError,
-                        "deployVirtualMachine")  # fmt: skip
+                    error = self.fails_unknown(client, cs.CloudStackTimeoutError)
                 self.assertIn("not whole after 20 s", str(error))
-                self.assertTrue(error.outcome_unknown)
                 until(server.wires[0].ended.is_set, "hanging up")
 
     def test_what_is_left_of_that_bounds_a_silence_too(self):
@@ -7651,9 +7642,7 @@ class TimeoutTest(TransportCase):
         with mock.patch.object(cs, "_clock", Clock(step=0.1)):
             self.assertEqual(RESULT, self.client(server, timeout=2).listZones())
 
-    @unittest.skipUnless(
-        sys.platform.startswith("linux"), "how a full queue of connections behaves is the system's own"
-    )
+    @unittest.skipUnless(sys.platform.startswith("linux"), "how a full queue of connections behaves differs")
     @both
     def test_a_connection_that_is_not_made_in_time(self, kind):
         listener = full_listener(self)
@@ -7663,13 +7652,8 @@ class TimeoutTest(TransportCase):
 
     @both
     def test_a_server_that_does_not_read_a_large_body(self, kind):
-        stop = threading.Event()
-        self.addCleanup(stop.set)
-        wait = functools.partial(stop.wait, PATIENCE_OF_TESTS)
-        server = self.serve([lambda wire, wait=wait: wait()], receive_buffer=4096)
-        client = self.client(server, kind, timeout=0.1)
-        error = self.fails_unknown(client, cs.CloudStackTimeoutError, userdata="x" * 6000000)
-        stop.set()
+        server = self.serve([threading.Event()], receive_buffer=4096)
+        self.fails_unknown(self.client(server, kind, timeout=0.1), cs.CloudStackTimeoutError, userdata="x" * 6000000)
 
     def test_a_timeout_set_later_counts_for_kept_connections_too(self):
         server, client = self.pair([READ, reply(), READ, HOLD], timeout=1000)
@@ -7701,15 +7685,13 @@ class ConnectTest(TransportCase):
     def test_a_name_that_is_not_found(self, kind):
         failure = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         with mock.patch("socket.getaddrinfo", side_effect=failure):
-            client = self.client("http://cloud.invalid/client/api", kind)
-            error = self.fails_unsent(client)
-        self.assertEqual("Cannot find http://cloud.invalid/client/api: name look-up: Name or service not known",
-            str(error))  # fmt: skip
+            error = self.fails_unsent(self.client(ENDPOINT, kind))
+        self.assertEqual(f"Cannot find {ENDPOINT}: name look-up: Name or service not known", str(error))
         self.assertIs(failure, error.__cause__)
 
-    def test_a_name_that_cannot_be_one(self):
-        for host in ("a" * 70 + ".invalid", "a..invalid"):
-            error = self.fails_unsent(self.client(f"http://{host}/client/api"))
+    @each("host", "a" * 70 + ".invalid", "a..invalid")
+    def test_a_name_that_cannot_be_one(self, host):
+        self.fails_unsent(self.client(f"http://{host}/client/api"))
 
     @both
     def test_what_the_standard_library_quotes_of_a_request_is_not_passed_on(self, kind):
@@ -7731,7 +7713,6 @@ class ConnectTest(TransportCase):
                     raise ConnectionRefusedError(111, "Connection refused")
                 return super().connect(address)
 
-        del refused[:]
         with mock.patch.object(cs, "_random", lambda: 0.0), mock.patch("socket.socket", Moody):
             client = self.client(server, kind, retry=2, retry_backoff=0.01)
             self.assertEqual(JOB, self.call(client, "deployVirtualMachine")["jobid"])
@@ -7746,27 +7727,23 @@ class ConnectTest(TransportCase):
             "ws://127.0.0.1/", "http:127.0.0.1",
         ):  # fmt: skip
             with self.subTest(endpoint):
-                client = self.client(endpoint, kind)
-                with self.assertRaises(ValueError) as caught:
-                    self.call(client)
-                self.assertTrue(str(caught.exception).startswith("endpoint: "), caught.exception)
-                self.assert_tells_nothing(caught.exception)
+                error = self.refuses(self.call, self.client(endpoint, kind))
+                self.assertTrue(str(error).startswith("endpoint: "), error)
+                self.assert_tells_nothing(error)
 
     @both
-    def test_redirects_are_not_followed(self, kind):
+    @each("status", "301 Moved Permanently", "302 Found", "303 See Other", "307 Temporary Redirect",
+          "308 Permanent Redirect")  # fmt: skip
+    def test_redirects_are_not_followed(self, kind, status):
         other = self.serve(SERVE)
-        for status in (
-            "301 Moved Permanently", "302 Found", "303 See Other", "307 Temporary Redirect", "308 Permanent Redirect",
-        ):  # fmt: skip
-            for place in (other.url + "?command=listZones&token=x", "/elsewhere", "file:///etc/passwd"):
-                with self.subTest(status, place=place):
-                    server = self.serve([READ, reply(ZONES, status, "Location: " + place), AGAIN])
-                    client = self.client(server, kind, retry=2)
-                    error = self.fails(client, cs.CloudStackException, "deployVirtualMachine")
-                    self.assertEqual("HTTP " + status, error.args[0])
-                    self.assertIn(place.partition("?")[0], error.args[1])
-                    self.assertNotIn("token", str(error))
-                    self.assertEqual(1, len(server.requests))
+        for place in (other.url + "?command=listZones&token=x", "/elsewhere", "file:///etc/passwd"):
+            with self.subTest(place):
+                server, client = self.pair([READ, reply(ZONES, status, "Location: " + place), AGAIN], kind=kind, retry=2)
+                error = self.fails(client, cs.CloudStackException, "deployVirtualMachine")
+                self.assertEqual("HTTP " + status, error.args[0])
+                self.assertIn(place.partition("?")[0], error.args[1])
+                self.assertNotIn("token", str(error))
+                self.assertEqual(1, len(server.requests))
         self.assertEqual([], other.wires)
 
     def test_a_redirect_that_quotes_the_request_shows_nothing_of_it(self):
@@ -7799,9 +7776,13 @@ class TlsTest(TransportCase):
     def secure(self, name="good", steps=SERVE, client_ca=None):
         return self.serve(steps, tls=self.files.server(name, client_ca))
 
+    def secure_pair(self, kind=None, steps=SERVE, client_ca=None, **settings):
+        server = self.secure("good", steps, client_ca)
+        return server, self.client(server, kind, **dict({"verify": self.ca}, **settings))
+
     def refused(self, server, kind=cs.CloudStackConnectionError, **settings):
         """A TLS failure before anything was sent, by both clients."""
-        for client_kind in BOTH:
+        for client_kind in KINDS:
             client = self.client(server, client_kind, **settings)
             error = self.fails_unsent(client, kind)
             self.assertIn("TLS failure with " + server.url, str(error))
@@ -7813,8 +7794,7 @@ class TlsTest(TransportCase):
     @both
     @each("name", "ca.pem", "directory")
     def test_a_ca_file_and_a_ca_directory(self, kind, name):
-        server = self.secure()
-        client = self.client(server, kind, verify=self.files.path(name))
+        server, client = self.secure_pair(kind, verify=self.files.path(name))
         self.assertEqual([RESULT] * 3, [self.call(client) for _ in range(3)])
         self.assertEqual(1, len(server.wires))
 
@@ -7851,9 +7831,8 @@ class TlsTest(TransportCase):
     def test_dangerous_no_tls_verify(self, kind):
         client = self.client("https://x/", kind, dangerous_no_tls_verify="true")
         for name in ("good", "self_signed", "expired", "elsewhere"):
-            with self.subTest(name, kind=kind.__name__):
-                client.endpoint = self.secure(name).url
-                self.assertEqual(RESULT, self.call(client))
+            client.endpoint = self.secure(name).url
+            self.assertEqual(RESULT, self.call(client), name)
 
     def test_nothing_else_turns_verification_off(self):
         self.share_contexts()
@@ -7885,12 +7864,10 @@ class TlsTest(TransportCase):
         empty = self.write("empty.pem", "")
         for path in ("/nonexistent/ca.pem", broken, empty):
             with self.subTest(path):
-                server = self.secure()
-                with self.assertRaises(ValueError) as caught:
-                    self.call(self.client(server, kind, verify=path))
-                self.assertRegex(str(caught.exception), rf"\Averify: .*{re.escape(path)}.*\Z")
-                self.assertNotIn("Errno", str(caught.exception))
-                self.assert_tells_nothing(*all_texts(caught.exception))
+                server, client = self.secure_pair(kind, verify=path)
+                error = self.refuses(self.call, client)
+                self.assertRegex(str(error), rf"\Averify: .*{re.escape(path)}.*\Z")
+                self.assertNotIn("Errno", str(error))
                 self.assertEqual([], server.wires)
 
     @both
@@ -7898,41 +7875,32 @@ class TlsTest(TransportCase):
         good, key, both = map(self.files.path, ("good.pem", "leaf.key", "both.pem"))
         for settings in ({"cert": both}, {"cert": good, "cert_key": key}, {"cert": (good, key)}):
             with self.subTest(settings):
-                server = self.secure(client_ca="ca")
-                client = self.client(server, kind, verify=self.ca, **settings)
+                server, client = self.secure_pair(kind, client_ca="ca", **settings)
                 self.assertEqual([RESULT, RESULT], [self.call(client) for _ in range(2)])
                 self.assertEqual(1, len(server.wires))
 
     @both
     @each("name, authority", (None, "ca"), ("both.pem", "other_ca"))
     def test_a_demanded_client_certificate_that_is_missing_or_not_trusted(self, kind, name, authority):
-        server = self.secure(client_ca=authority)
-        client = self.client(server, kind, verify=self.ca, cert=name and self.files.path(name))
+        server, client = self.secure_pair(kind, client_ca=authority, cert=name and self.files.path(name))
         self.fails(client, command="deployVirtualMachine")
         until(server.wires[0].ended.is_set, "refusing")
         self.assertEqual([], server.requests)
 
     @both
     def test_client_certificates_that_cannot_be_used(self, kind):
-        good, key, locked = map(self.files.path, ("good.pem", "leaf.key", "locked.key"))
-        cases = [
-            {"cert": "/nonexistent/own.pem"},
-            {"cert": good},  # there is no key in it
-            {"cert": good, "cert_key": "/nonexistent/own.key"},
-            {"cert": good, "cert_key": self.files.path("ca.key")},  # another's
-            {"cert": good, "cert_key": self.write("broken.key", "nonsense")},
-            {"cert": self.home},
-            {"cert": good, "cert_key": locked},
-            {"cert": self.write("both_locked.pem", self.files.read("good.pem") + self.files.read("locked.key"))},
-        ]
-        self.assertTrue(os.path.exists(key))
-        for settings in cases:
-            with self.subTest(settings):
-                server = self.secure()
-                with self.assertRaises(ValueError) as caught:
-                    self.call(self.client(server, kind, verify=self.ca, **settings))
-                self.assertRegex(str(caught.exception), r"\Acert.*{}.*\Z".format(re.escape(settings["cert"])))
-                self.assertEqual("locked" in str(settings), "key is encrypted" in str(caught.exception))
+        good, others, locked = map(self.files.path, ("good.pem", "ca.key", "locked.key"))
+        both_locked = self.write("both_locked.pem", self.files.read("good.pem") + self.files.read("locked.key"))
+        broken = self.write("broken.key", "nonsense")
+        for cert, key in (
+            ("/nonexistent/own.pem", None), (good, None), (good, "/nonexistent/own.key"), (good, others), (good, broken),
+            (self.home, None), (good, locked), (both_locked, None),
+        ):  # fmt: skip
+            with self.subTest(cert=cert, key=key):
+                server, client = self.secure_pair(kind, cert=cert, cert_key=key)
+                error = self.refuses(self.call, client)
+                self.assertRegex(str(error), rf"\Acert.*{re.escape(cert)}.*\Z")
+                self.assertEqual("locked" in f"{cert} {key}", "key is encrypted" in str(error))
                 self.assertEqual([], server.wires)
 
     @unittest.skipUnless(hasattr(os, "openpty"), "no pseudo-terminals here")
@@ -7947,16 +7915,14 @@ class TlsTest(TransportCase):
             "except ValueError as error: print(error)\n"
         )
         ours, theirs = os.openpty()
-        self.addCleanup(os.close, ours)
-        self.addCleanup(os.close, theirs)
+        for end in (ours, theirs):
+            self.addCleanup(os.close, end)
         os.write(ours, b"wrong\n")
         out = self.assert_child(code, os.ttyname(theirs), self.files.path("good.pem"), self.files.path("locked.key"))
         self.assertIn("cert: ", out)
         os.set_blocking(ours, False)
-        shown = b""
         with contextlib.suppress(OSError):
-            shown = os.read(ours, 10000)
-        self.assertNotIn(b"pass phrase", shown)
+            self.assertNotIn(b"pass phrase", os.read(ours, 10000))
 
     @staticmethod
     def some_of_it(wire):
@@ -7986,7 +7952,7 @@ class TlsTest(TransportCase):
             with self.subTest(name):
                 server = self.serve(steps, [context, READ, reply(DEPLOYED)])
                 url = server.url.replace("http:", "https:")
-                error = self.fails_unsent(self.client(url, kind, verify=self.ca))
+                self.fails_unsent(self.client(url, kind, verify=self.ca))
                 self.assertEqual([], server.requests)
                 server.scripts.insert(0, steps)
                 client = self.client(url, kind, verify=self.ca, retry=1, retry_backoff=0)
@@ -7994,33 +7960,29 @@ class TlsTest(TransportCase):
 
     @both
     def test_a_handshake_that_hangs(self, kind):
-        server = self.serve([HOLD])
-        url = server.url.replace("http:", "https:")
-        client = self.client(url, kind, verify=self.ca, timeout=0.05)
-        error = self.fails_unsent(client, cs.CloudStackTimeoutError)
+        url = self.serve([HOLD]).url.replace("http:", "https:")
+        self.fails_unsent(self.client(url, kind, verify=self.ca, timeout=0.05), cs.CloudStackTimeoutError)
 
     def test_a_plain_http_server_behind_https_and_the_reverse(self):
         plain = self.serve([lambda wire: wire.more(), reply()])
         error = self.fails_unsent(self.client(plain.url.replace("http:", "https:")))
         self.assertIn("TLS failure", str(error))
         secure = self.secure()
-        error = self.fails(self.client(secure.url.replace("https:", "http:")))
+        self.fails(self.client(secure.url.replace("https:", "http:")))
         self.assertEqual([], secure.requests)
 
     @each("name, content", ("length", reply()[:-10]), ("chunked", chunked()[:-10]), ("nothing", b""))
     def test_an_answer_cut_off_over_tls(self, name, content):
         server, client = self.pair([READ, content], SERVE, tls=self.files.server(), verify=self.ca)
-        error = self.fails_unknown(client)
+        self.fails_unknown(client)
         self.assertEqual(RESULT, client.listZones())
 
     def test_silence_over_tls(self):
-        server = self.secure(steps=[READ, reply()[:-5], HOLD])
-        client = self.client(server, verify=self.ca, timeout=0.2)
+        server, client = self.secure_pair(steps=[READ, reply()[:-5], HOLD], timeout=0.2)
         self.assertIn("nothing for 0.2 s", str(self.fails(client, cs.CloudStackTimeoutError)))
 
     def test_a_kept_tls_connection_that_was_closed_is_noticed_before_use(self):
-        server = self.secure(steps=[READ, reply()])
-        client = self.client(server, verify=self.ca)
+        server, client = self.secure_pair(steps=[READ, reply()])
         for _ in range(3):
             self.assertEqual(RESULT, client.updateZone())
             until(server.wires[-1].ended.is_set, "closing")
@@ -8385,7 +8347,7 @@ class ProxyTest(TransportCase):
         self.assertEqual(2, len({request.header("Proxy-Authorization") for request in proxy.requests}))
 
     def test_gzip_is_asked_for_where_the_host_is_not_loopback(self):
-        proxy = self.proxy([READ, reply(gzip.compress(ZONES), "200 OK", "Content-Encoding: gzip"), AGAIN])
+        proxy = self.proxy([READ, gzipped(), AGAIN])
         client = self.client(self.HTTP)
         self.assertEqual(RESULT, client.listZones())
         self.assertEqual(["gzip"], proxy.requests[0].all("Accept-Encoding"))
@@ -8587,7 +8549,7 @@ class SessionTest(TransportCase):
     def test_an_aiohttp_session_is_refused_in_one_line(self):
         module = type(sys)("aiohttp.client")
         kind = type("ClientSession", (), {"__module__": module.__name__})
-        for client_kind in BOTH:
+        for client_kind in KINDS:
             with self.assertRaises(ValueError) as caught:
                 client_kind(self.ENDPOINT, session=kind())
             self.assertRegex(str(caught.exception), r"\Asession: .*aiohttp.*\Z")
@@ -8601,7 +8563,7 @@ class SessionTest(TransportCase):
         except ImportError:
             self.skipTest("requests is not installed")
         server = self.serve([READ, reply(), READ, chunked(), READ, reply(b"", "302 Found", "Location: /x"), READ, HOLD])
-        for kind in BOTH[:1]:
+        for kind in KINDS[:1]:
             with requests.Session() as session:
                 client = self.client(server, kind, session=session)
                 self.assertEqual(RESULT, client.listZones(name="a b~*\u00fc"))
@@ -8615,12 +8577,6 @@ class SessionTest(TransportCase):
                     [request.header("User-Agent") for request in server.requests])  # fmt: skip
                 server.close()
                 self.fails(client)
-
-
-def echo(wire):
-    """Answer with the name that was asked for."""
-    name = wire.requests[-1].params.get("name")
-    return wire.send(reply(json.dumps({"listzonesresponse": {"zone": [{"id": name}]}}).encode()))
 
 
 class AsyncTransportTest(TransportCase):
@@ -9185,7 +9141,7 @@ class LeakTest(TransportCase):
 
     BREAKS = [
         [], [RESET], [READ], [READ, RESET], [READ, b"garbage\r\n\r\n"], [READ, b"HTTP/1.1 2"], [READ, reply()[:-5]],
-        [READ, chunked()[:-5]], [READ, reply(b"xx", "200 OK", "Content-Encoding: gzip")],
+        [READ, chunked()[:-5]], [READ, reply(b"xx", "200 OK", GZIP)],
         [READ, reply(b"", "302 Found", "Location: /")], [READ, reply(b"x" * 5000)], [READ, reply(b"<html>", "503 x")],
         [READ, b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n"], [READ, reply() + b"surplus"],
         [READ, reply(b"", "204 No Content")], [READ, reply(length=False)], [READ, b"x" * 70000],
@@ -9316,10 +9272,10 @@ class AtMostOnceTest(TransportCase):
         elif command == "queryAsyncJobResult":
             content = self.job(request.params["jobid"])
         if side == "request" or request is None:
-            return wire.reset() if reset else False
+            return reset and wire.reset()
         if side == "answer":
             wire.send(content[:position])
-            return wire.reset() if reset else False
+            return reset and wire.reset()
         return wire.send(content) and framing != "until the end"
 
     def job(self, jobid):
@@ -9370,7 +9326,7 @@ class AtMostOnceTest(TransportCase):
         return [plan + (reset,) for plan in requests + answers for reset in (False, True)]
 
     def test_wherever_the_connection_breaks(self):
-        runs = list(itertools.product(BOTH, ("get", "post"), (False, True), self.positions()))
+        runs = list(itertools.product(KINDS, ("get", "post"), (False, True), self.positions()))
         chosen = random.Random(ATTACK_SEED).sample(runs, min(ATTACK_RUNS, len(runs)))
         unknown = 0
         for kind, method, kept, plan in chosen:
@@ -9381,7 +9337,7 @@ class AtMostOnceTest(TransportCase):
 
     def test_wherever_it_breaks_the_job_of_what_was_accepted_is_found(self):
         """With recover, and while the server is up, no accepted deployment ends in an unknown outcome."""
-        runs = list(itertools.product(BOTH, ("get", "post"), (False, True), self.positions()))
+        runs = list(itertools.product(KINDS, ("get", "post"), (False, True), self.positions()))
         chosen = random.Random(ATTACK_SEED + 1).sample(runs, min(ATTACK_RUNS, len(runs)))
         found = 0
         with hurried():
@@ -9399,7 +9355,7 @@ class AtMostOnceTest(TransportCase):
             end = 4 if framing == "chunked" else 0  # what follows the last chunk's 0 says nothing
             whole = len(framed(DEPLOYED)) - end
             plans = ends + [("answer", whole - 1), ("answer", whole)]
-            for (side, position), kind in itertools.product(plans, BOTH):
+            for (side, position), kind in itertools.product(plans, KINDS):
                 with self.subTest(side=side, position=position, framing=framing, kind=kind.__name__):
                     error = self.break_one(kind, "get", False, (side, position, framing, False))
                     self.assertEqual((side, position) == ("answer", whole), error is None)
@@ -14735,7 +14691,7 @@ class MutatedRedactionTest(TransportCase):
             (b"", "200 OK"),
             (b"{}", "500 x"),
         ):
-            for kind in BOTH:
+            for kind in KINDS:
                 with self.subTest(body=body, kind=kind.__name__):
                     server = self.serve([READ, reply(body, status), AGAIN])
                     self.fails(self.client(server.url + self.QUERY, kind), cs.CloudStackException)
