@@ -6548,7 +6548,7 @@ class JobsAtOnceTest(JumpingCase):
             with mock.patch.object(cs, "_clock", self.loop.time):
                 client._server.jobs.asked_at = float("-inf")  # each of these loops has a clock of its own
                 self.assertEqual(len([outcome for outcome in self.start(6, client) if isinstance(outcome, dict)]), 6)
-# === the transport ==================================================================================================
+# === [6] transport ==================================================================================================
 # Real sockets on 127.0.0.1. A scripted server records every byte it is sent, and answers, pauses and breaks where a
 # script says so; what it has recorded is what the tests judge by.
 
@@ -6610,9 +6610,7 @@ class Wire:
         self.raw = b""  # all that came, as the TLS layer gave it
         self.taken = 0  # how much of it was read as requests
         self.requests = []
-        self.error = None
         self.ended = threading.Event()
-        self.client_left = threading.Event()
 
     def more(self, most=65536):
         """Receive at most so many bytes; False where the client has gone away."""
@@ -6621,8 +6619,6 @@ class Wire:
         except OSError:
             part = b""
         self.raw += part
-        if not part:
-            self.client_left.set()
         return bool(part)
 
     def take(self):
@@ -6653,7 +6649,6 @@ class Wire:
             self.sock.sendall(content)
             return True
         except OSError:
-            self.client_left.set()
             return False
 
     def reset(self):
@@ -6688,7 +6683,7 @@ class ScriptedServer:
 
     @property
     def url(self):
-        return "{}://{}/client/api".format("https" if self.tls else "http", self.place)
+        return f"{'https' if self.tls else 'http'}://{self.place}/client/api"
 
     @property
     def requests(self):
@@ -6728,8 +6723,8 @@ class ScriptedServer:
             index = 0
             while index < len(steps) and self._do(wire, steps[index]):
                 index = bool(self.tls) if steps[index] is AGAIN else index + 1
-        except (OSError, ValueError) as error:
-            wire.error = error
+        except (OSError, ValueError):
+            pass  # what became of it shows in what the client says
         finally:
             wire.sock.close()
             wire.ended.set()
@@ -6762,12 +6757,10 @@ class ScriptedServer:
         plain = wire.sock
         try:
             wire.sock = context.wrap_socket(plain, server_side=True)
-        except (OSError, ValueError) as error:
-            # wrap_socket has taken the descriptor over, and closed it where the handshake failed.
-            wire.error = error
+            return True
+        except (OSError, ValueError):  # wrap_socket has taken the descriptor over, and closed it
             plain.close()
             return False
-        return True
 
     def close(self):
         self.stopping.set()
@@ -6913,13 +6906,9 @@ class TransportCase(Case):
 
     def client(self, server=None, kind=None, **settings):
         kind = kind or self.KIND
+        endpoint = server.url if isinstance(server, ScriptedServer) else server
         given = {"key": CANARY_KEY, "secret": CANARY_SECRET, "timeout": 5, "fetch_result": False}
-        if isinstance(server, ScriptedServer):
-            given["endpoint"] = server.url
-        elif server:
-            given["endpoint"] = server
-        given.update(settings)
-        client = kind(**given)
+        client = kind(endpoint, **dict(given, **settings))
         self.addCleanup(client.__exit__) if kind is cs.CloudStack else self.addCleanup(self._close, client)
         return client
 
@@ -6943,11 +6932,9 @@ class TransportCase(Case):
     def fails(self, client, kind=cs.CloudStackConnectionError, command="listZones", **params):
         """Call, and return the exception, which is of that very class, can be pickled, and tells no secret."""
         try:
-            value = self.call(client, command, **params)
+            self.fail(f"no exception, but {self.call(client, command, **params)!r}")
         except cs.CloudStackException as raised:
             error = raised
-        else:
-            self.fail(f"no exception, but {value!r}")
         self.assertIs(kind, type(error), repr(error))
         self.assert_tells_nothing(error)
         if error.response is None:
@@ -6955,13 +6942,13 @@ class TransportCase(Case):
         return error
 
     def fails_unsent(self, client, kind=cs.CloudStackConnectionError, command="deployVirtualMachine", **params):
-        """fails() for a command that changes something, of which surely nothing was sent."""
+        """Call a command that changes something, and return the exception, which says that nothing was sent."""
         error = self.fails(client, kind, command, **params)
         self.assertEqual((False, True), (error.outcome_unknown, error.unsent))
         return error
 
     def fails_unknown(self, client, kind=cs.CloudStackConnectionError, command="deployVirtualMachine", **params):
-        """fails() for a command that changes something, which may have been done."""
+        """Call a command that changes something, and return the exception, which says that it may have been done."""
         error = self.fails(client, kind, command, **params)
         self.assertEqual((True, False), (error.outcome_unknown, error.unsent))
         return error
@@ -6990,18 +6977,12 @@ class TransportCase(Case):
         for form in itertools.chain.from_iterable(map(forms_of, secrets)):
             self.assertNotIn(form, told)
 
-    def child(self, code, *args, **options):
-        """Run Python code in a process of its own, in the directory of cs.py: (exit code, output, errors)."""
-        command = [sys.executable] + list(options.get("flags", ())) + ["-c", code] + [str(arg) for arg in args]
-        env = dict(os.environ, PYTHONPATH=options.get("path", os.path.dirname(CS_PATH)), **options.get("env", {}))
-        status, out, err = Child(command, env=env).finish()
-        return status, out.decode("utf-8"), err.decode("utf-8")
-
-    def assert_child(self, code, *args, **options):
-        """A child that ends well and says nothing on standard error; its standard output."""
-        status, out, err = self.child(code, *args, **options)
-        self.assertEqual((0, ""), (status, err), out)
-        return out
+    def assert_child(self, code, *args, flags=(), path=None, env=()):
+        """Run Python code in a process of its own, which ends well and says nothing on standard error; its output."""
+        env = dict(os.environ, PYTHONPATH=path or os.path.dirname(CS_PATH), **dict(env))
+        status, out, err = Child([sys.executable, *flags, "-c", code, *map(str, args)], env=env).finish()
+        self.assertEqual((0, b""), (status, err), out)
+        return out.decode("utf-8")
 
     def share_contexts(self):
         """Read the system's CA certificates once for all clients of this test, which takes 30 ms each time."""
@@ -7012,9 +6993,8 @@ class TransportCase(Case):
     def traced(self, client, command="listZones", **params):
         """What a call that may fail writes to standard error, which must tell no secret."""
         err = io.StringIO()
-        with contextlib.redirect_stderr(err):
-            with contextlib.suppress(cs.CloudStackException):
-                self.call(client, command, **params)
+        with contextlib.redirect_stderr(err), contextlib.suppress(cs.CloudStackException):
+            self.call(client, command, **params)
         self.assert_tells_nothing(err.getvalue())
         return err.getvalue()
 
@@ -7123,6 +7103,7 @@ def tls_and_ca(tls):
     return (certificates().server(), certificates().path("ca.pem")) if tls else (None, None)
 
 
+with_and_without_tls = each("tls", *[False, True][: 2 if OPENSSL else 1])
 needs_openssl = unittest.skipUnless(OPENSSL, "the openssl program, which makes the certificates, is not there")
 
 
@@ -7165,14 +7146,13 @@ class KeptConnectionTest(TransportCase):
             self.fails(client, cs.CloudStackApiException)
         self.assertEqual(1, len(server.wires))
 
-    @each("name, content, kept",
-        ("HTTP/1.1", reply(), True), ("chunked", chunked(), True),
-        ("chunked with trailers", chunked(last=b"0\r\nX-Sum: 1\r\n\r\n"), True),
-        ("HTTP/1.1, close", reply(ZONES, "200 OK", "Connection: close"), False),
-        ("HTTP/1.1, Close", reply(ZONES, "200 OK", "Connection: Close"), False),
-        ("HTTP/1.0", reply(version="1.0"), False),
-        ("HTTP/1.0, keep-alive", reply(ZONES, "200 OK", "Connection: keep-alive", version="1.0"), True),
-        ("after 100 Continue", b"HTTP/1.1 100 Continue\r\n\r\n" + reply(), True))  # fmt: skip
+    @each("name, content, kept", ("HTTP/1.1", reply(), True), ("chunked", chunked(), True),
+          ("chunked with trailers", chunked(last=b"0\r\nX-Sum: 1\r\n\r\n"), True),
+          ("HTTP/1.1, close", reply(ZONES, "200 OK", "Connection: close"), False),
+          ("HTTP/1.1, Close", reply(ZONES, "200 OK", "Connection: Close"), False),
+          ("HTTP/1.0", reply(version="1.0"), False),
+          ("HTTP/1.0, keep-alive", reply(ZONES, "200 OK", "Connection: keep-alive", version="1.0"), True),
+          ("after 100 Continue", b"HTTP/1.1 100 Continue\r\n\r\n" + reply(), True))  # fmt: skip
     def test_whether_it_is_used_again_is_the_servers_to_say(self, name, content, kept):
         server, client = self.pair([READ, content, AGAIN])
         for _ in range(2):
@@ -7198,8 +7178,10 @@ class KeptConnectionTest(TransportCase):
             until(server.wires[0].ended.is_set, "closing the old one")
 
     @both
-    def test_one_that_the_server_closed_meanwhile_is_noticed_before_use(self, kind):
-        server, client = self.pair([READ, reply()], kind=kind)
+    @with_and_without_tls
+    def test_one_that_the_server_closed_meanwhile_is_noticed_before_use(self, kind, tls):
+        context, ca = tls_and_ca(tls)
+        server, client = self.pair([READ, reply()], kind=kind, tls=context, verify=ca)
         for _ in range(3):
             self.assertEqual(RESULT, self.call(client, "updateZone"))
             until(server.wires[-1].ended.is_set, "closing")
@@ -7372,22 +7354,19 @@ class BodyTest(TransportCase):
         for _, client in self.clients(content, **settings):
             self.assertEqual(RESULT, self.call(client))
 
-    @each("name, content", *{
-        "length": reply(), "chunked": chunked(), "one chunk": chunked(size=10000),
-        "chunks of a byte": chunked(size=1),
-        "chunk extensions and trailers": chunked(last=b"0;x=y\r\nX-A: b\r\nX-C: d\r\n\r\n"),
-        "chunk sizes with zeros": chunked().replace(b"\r\n14\r\n", b"\r\n0000014\r\n"),
-        "no end but the connection's": reply(length=False), "HTTP/1.0": reply(length=False, version="1.0"),
-        "gzip": gzipped(), "gzip, chunked": chunked(PACKED, headers=[GZIP]),
-        "gzip until the end": gzipped(length=False),
-        "x-gzip": reply(PACKED, "200 OK", "Content-Encoding: X-GZIP"),
-        "gzip of several members": gzipped(MEMBERS),
-        "gzip of several members, chunks of a byte": chunked(MEMBERS, size=1, headers=[GZIP]),
-        "identity": reply(ZONES, "200 OK", "Content-Encoding: identity"),
-        "bare line feeds": reply().replace(b"\r\n", b"\n"), "no reason phrase": reply(ZONES, "200"),
-        "headers without a space": reply(b"").replace(b": 0", b":%d" % len(ZONES)).replace(b": ", b":") + ZONES,
-        "a byte order mark": reply(b"\xef\xbb\xbf" + ZONES),
-    }.items())  # fmt: skip
+    @each("name, content", *{"length": reply(), "chunked": chunked(), "one chunk": chunked(size=10000),
+          "chunks of a byte": chunked(size=1),
+          "chunk extensions and trailers": chunked(last=b"0;x=y\r\nX-A: b\r\nX-C: d\r\n\r\n"),
+          "chunk sizes with zeros": chunked().replace(b"\r\n14\r\n", b"\r\n0000014\r\n"),
+          "no end but the connection's": reply(length=False), "HTTP/1.0": reply(length=False, version="1.0"),
+          "gzip": gzipped(), "gzip, chunked": chunked(PACKED, headers=[GZIP]),
+          "gzip until the end": gzipped(length=False), "x-gzip": reply(PACKED, "200 OK", "Content-Encoding: X-GZIP"),
+          "gzip of several members": gzipped(MEMBERS),
+          "gzip of several members, chunks of a byte": chunked(MEMBERS, size=1, headers=[GZIP]),
+          "identity": reply(ZONES, "200 OK", "Content-Encoding: identity"),
+          "bare line feeds": reply().replace(b"\r\n", b"\n"), "no reason phrase": reply(ZONES, "200"),
+          "headers without a space": reply(b"").replace(b": 0", b":%d" % len(ZONES)).replace(b": ", b":") + ZONES,
+          "a byte order mark": reply(b"\xef\xbb\xbf" + ZONES)}.items())  # fmt: skip
     def test_every_framing_of_a_whole_answer(self, name, content):
         self.assert_result(content)
 
@@ -7408,18 +7387,14 @@ class BodyTest(TransportCase):
     def test_closed_before_any_answer(self):
         self.assert_broken(b"", "closed without an answer")
 
-    @each("name, content", *{
-        "in the body": reply()[:-10], "before the body": reply()[: -len(ZONES)],
-        "lying length": reply().replace(b"Content-Length: ", b"Content-Length: 9"), "in a chunk": chunked()[:-30],
-        "before a chunk's size": chunked(last=b""), "before the last chunk": chunked(size=10000, last=b""),
-        "in a chunk's size": chunked(last=b""), "no last chunk but garbage": chunked(last=b"zz\r\n"),
-        "gzip in a length": gzipped()[:-10],
-        "gzip until the end": gzipped(PACKED[:-10], length=False),
-        "gzip, its length kept": gzipped(PACKED[:-10]),
-        "gzip, only its head": gzipped(PACKED[:10]),
-        "gzip, lying length": gzipped().replace(b"Content-Length: ", b"Content-Length: 9"),
-        "gzip in a chunk": chunked(PACKED, 20, b"", [GZIP])[:-20],
-    }.items())  # fmt: skip
+    @each("name, content", *{"in the body": reply()[:-10], "before the body": reply()[: -len(ZONES)],
+          "lying length": reply().replace(b"Content-Length: ", b"Content-Length: 9"), "in a chunk": chunked()[:-30],
+          "before a chunk's size": chunked(last=b""), "before the last chunk": chunked(size=10000, last=b""),
+          "in a chunk's size": chunked(last=b""), "no last chunk but garbage": chunked(last=b"zz\r\n"),
+          "gzip in a length": gzipped()[:-10], "gzip until the end": gzipped(PACKED[:-10], length=False),
+          "gzip, its length kept": gzipped(PACKED[:-10]), "gzip, only its head": gzipped(PACKED[:10]),
+          "gzip, lying length": gzipped().replace(b"Content-Length: ", b"Content-Length: 9"),
+          "gzip in a chunk": chunked(PACKED, 20, b"", [GZIP])[:-20]}.items())  # fmt: skip
     def test_closed_before_the_body_is_whole(self, name, content):
         self.assert_broken(content, "Broken answer")
 
@@ -7442,19 +7417,18 @@ class BodyTest(TransportCase):
         self.assertEqual([True] * 2, [isinstance(one, ConnectionError) for one in (error, error.__cause__)])
         self.assertEqual(RESULT, self.call(client))
 
-    @each("name, content", *{
-        "a greeting": b"220 mail.invalid ESMTP\r\n", "garbage": bytes(range(256)) * 4, "zeros": b"\0" * 1000,
-        "another protocol": b"ICY 200 OK\r\n\r\n",
-        "another version": b"HTTP/9.9 200 OK\r\nContent-Length: 2\r\n\r\n{}",
-        "a status that is no number": b"HTTP/1.1 abc OK\r\nContent-Length: 2\r\n\r\n{}",
-        "a status too small": b"HTTP/1.1 99 OK\r\nContent-Length: 2\r\n\r\n{}",
-        "a status too large": b"HTTP/1.1 1000 OK\r\nContent-Length: 2\r\n\r\n{}",
-        "an endless status line": b"HTTP/1.1 200 " + b"x" * 70000,
-        "an endless header line": b"HTTP/1.1 200 OK\r\nX-A: " + b"x" * 70000,
-        "an endless header name": b"HTTP/1.1 200 OK\r\n" + b"x" * 70000,
-        "too many headers": b"HTTP/1.1 200 OK\r\n" + b"X-A: b\r\n" * 200 + b"\r\n",
-        "an endless chunk size": chunked(last=b"0" * 70000), "a TLS alert": b"\x15\x03\x01\x00\x02\x02\x46",
-    }.items())  # fmt: skip
+    @each("name, content", *{"a greeting": b"220 mail.invalid ESMTP\r\n", "garbage": bytes(range(256)) * 4,
+          "zeros": b"\0" * 1000, "another protocol": b"ICY 200 OK\r\n\r\n",
+          "another version": b"HTTP/9.9 200 OK\r\nContent-Length: 2\r\n\r\n{}",
+          "a status that is no number": b"HTTP/1.1 abc OK\r\nContent-Length: 2\r\n\r\n{}",
+          "a status too small": b"HTTP/1.1 99 OK\r\nContent-Length: 2\r\n\r\n{}",
+          "a status too large": b"HTTP/1.1 1000 OK\r\nContent-Length: 2\r\n\r\n{}",
+          "an endless status line": b"HTTP/1.1 200 " + b"x" * 70000,
+          "an endless header line": b"HTTP/1.1 200 OK\r\nX-A: " + b"x" * 70000,
+          "an endless header name": b"HTTP/1.1 200 OK\r\n" + b"x" * 70000,
+          "too many headers": b"HTTP/1.1 200 OK\r\n" + b"X-A: b\r\n" * 200 + b"\r\n",
+          "an endless chunk size": chunked(last=b"0" * 70000),
+          "a TLS alert": b"\x15\x03\x01\x00\x02\x02\x46"}.items())  # fmt: skip
     def test_bytes_that_are_no_http(self, name, content):
         self.assert_broken(content, "Broken answer")
 
@@ -7478,12 +7452,11 @@ class BodyTest(TransportCase):
         packed, checksum = bytearray(PACKED), bytearray(PACKED)
         packed[len(packed) // 2] ^= 0xFF
         checksum[-6] ^= 0xFF
-        for name, body in (
-            ("damaged", bytes(packed)), ("checksum", bytes(checksum)), ("none at all", ZONES), ("html", b"<html>"),
-            ("a second member that ends early", gzip.compress(ZONES[:9]) + gzip.compress(ZONES[9:])[:-9]),
-            ("a second member that is damaged", gzip.compress(ZONES[:9]) + bytes(packed)),
-            ("members without end", gzip.compress(b"") * 20000 + gzip.compress(ZONES)),
-        ):  # fmt: skip
+        for name, body in (("damaged", bytes(packed)), ("checksum", bytes(checksum)), ("none at all", ZONES),
+                ("html", b"<html>"),
+                ("a second member that ends early", gzip.compress(ZONES[:9]) + gzip.compress(ZONES[9:])[:-9]),
+                ("a second member that is damaged", gzip.compress(ZONES[:9]) + bytes(packed)),
+                ("members without end", gzip.compress(b"") * 20000 + gzip.compress(ZONES))):  # fmt: skip
             with self.subTest(name):
                 self.assert_broken(gzipped(body), "Broken answer")
 
@@ -7495,11 +7468,9 @@ class BodyTest(TransportCase):
     def test_an_answer_may_not_expand_beyond_max_response_size(self):
         bomb = gzip.compress(b"[" * 30000000, 9)
         self.assertLess(len(bomb), 100000)
-        cases = {
-            "bomb": gzipped(bomb), "bomb in chunks": chunked(bomb, 1000, headers=[GZIP]),
+        cases = {"bomb": gzipped(bomb), "bomb in chunks": chunked(bomb, 1000, headers=[GZIP]),
             "bomb until the end": gzipped(bomb, length=False), "length": reply(b"x" * 100001),
-            "chunks": chunked(b"x" * 100001, 5000), "until the end": reply(b"x" * 100001, length=False),
-        }  # fmt: skip
+            "chunks": chunked(b"x" * 100001, 5000), "until the end": reply(b"x" * 100001, length=False)}  # fmt: skip
         for name, content in cases.items():
             with self.subTest(name):
                 self.assert_broken(content, "max_response_size", cs.CloudStackException, max_response_size=100000)
@@ -7592,13 +7563,11 @@ def full_listener(case):
 
 
 class TimeoutTest(TransportCase):
-    @each("name, steps", *{
-        "no answer": [READ, HOLD], "in the status line": [READ, b"HTTP/1.1 2", HOLD],
-        "in the headers": [READ, b"HTTP/1.1 200 OK\r\nX-A: b\r\n", HOLD], "in the body": [READ, reply()[:-3], HOLD],
-        "in a chunk": [READ, chunked()[:-20], HOLD], "before the last chunk": [READ, chunked(last=b""), HOLD],
-        "in gzip": [READ, gzipped()[:-3], HOLD],
-        "before the end of the connection": [READ, reply(length=False), HOLD],
-    }.items())  # fmt: skip
+    @each("name, steps", *{"no answer": [READ, HOLD], "in the status line": [READ, b"HTTP/1.1 2", HOLD],
+          "in the headers": [READ, b"HTTP/1.1 200 OK\r\nX-A: b\r\n", HOLD], "in the body": [READ, reply()[:-3], HOLD],
+          "in a chunk": [READ, chunked()[:-20], HOLD], "before the last chunk": [READ, chunked(last=b""), HOLD],
+          "in gzip": [READ, gzipped()[:-3], HOLD],
+          "before the end of the connection": [READ, reply(length=False), HOLD]}.items())  # fmt: skip
     def test_silence(self, name, steps):
         server, client = self.pair(steps, SERVE, timeout=0.03)
         error = self.fails_unknown(client, cs.CloudStackTimeoutError)
@@ -7617,8 +7586,7 @@ class TimeoutTest(TransportCase):
 
     def test_an_exchange_ends_after_ten_times_the_timeout_in_all(self):
         """However steadily bytes come: in the head, in the body, in a chunk, after interim answers."""
-        places = {
-            "status line": [READ, dripping(b"HTTP/1.1 200 " + b"x" * 60000)],
+        places = {"status line": [READ, dripping(b"HTTP/1.1 200 " + b"x" * 60000)],
             "headers": [READ, b"HTTP/1.1 200 OK\r\n", dripping(b"X-A: " + b"x" * 60000)],
             "body": [READ, reply(b" " * 100000)[:-99999], dripping(b"")],
             "chunk": [READ, chunked(b" " * 100000, 100000)[:-99999], dripping(b"")],
@@ -7626,8 +7594,7 @@ class TimeoutTest(TransportCase):
             "trailers": [READ, chunked(last=b"0\r\n"), dripping(b"X-A: b\r\n" * 9000)],
             "body until the end": [READ, reply(length=False), dripping(b"")],
             "gzip": [READ, gzipped(gzip.compress(bytes(range(256)) * 2000) * 20)[:300], dripping(b"")],
-            "interim answers": [READ, dripping(b"HTTP/1.1 100 Continue\r\n\r\n" * 100)],
-        }  # fmt: skip
+            "interim answers": [READ, dripping(b"HTTP/1.1 100 Continue\r\n\r\n" * 100)]}  # fmt: skip
         for name, steps in places.items():
             with self.subTest(name):
                 server, client = self.pair(steps, timeout=2)
@@ -7732,11 +7699,9 @@ class ConnectTest(TransportCase):
     @both
     def test_only_http_and_https(self, kind):
         secret = self.write("secret", '{"x": {"read": "a file"}}')
-        for endpoint in (
-            "file://" + secret, "file:" + secret, "ftp://127.0.0.1/x", "data:application/json,{}", "unix:/x",
-            "//127.0.0.1/x", "127.0.0.1:8080/x", "http:///x", "http://127.0.0.1:0/", "http://127.0.0.1:x/", "HTTPS:",
-            "ws://127.0.0.1/", "http:127.0.0.1",
-        ):  # fmt: skip
+        for endpoint in ("file://" + secret, "file:" + secret, "ftp://127.0.0.1/x", "data:application/json,{}",
+                "unix:/x", "//127.0.0.1/x", "127.0.0.1:8080/x", "http:///x", "http://127.0.0.1:0/",
+                "http://127.0.0.1:x/", "HTTPS:", "ws://127.0.0.1/", "http:127.0.0.1"):  # fmt: skip
             with self.subTest(endpoint):
                 error = self.refuses(self.call, self.client(endpoint, kind))
                 self.assertTrue(str(error).startswith("endpoint: "), error)
@@ -7814,11 +7779,10 @@ class TlsTest(TransportCase):
         server = self.secure()
         self.refused(server, verify=self.files.path("other_ca.pem"), dangerous_no_tls_verify=True)
 
-    @each("name, certificate, authority, word",
-        ("the system's CA certificates", "good", None, "certificate"),
-        ("another CA", "good", "other_ca.pem", "certificate"),
-        ("self-signed", "self_signed", "ca.pem", "certificate"), ("expired", "expired", "ca.pem", "expired"),
-        ("another host's", "elsewhere", "ca.pem", "127.0.0.1"))  # fmt: skip
+    @each("name, certificate, authority, word", ("the system's CA certificates", "good", None, "certificate"),
+          ("another CA", "good", "other_ca.pem", "certificate"),
+          ("self-signed", "self_signed", "ca.pem", "certificate"), ("expired", "expired", "ca.pem", "expired"),
+          ("another host's", "elsewhere", "ca.pem", "127.0.0.1"))  # fmt: skip
     def test_certificates_that_are_not_trusted(self, name, certificate, authority, word):
         server = self.secure(certificate)
         text = self.refused(server, verify=authority and self.files.path(authority))
@@ -7848,10 +7812,9 @@ class TlsTest(TransportCase):
 
     def test_nothing_else_turns_verification_off(self):
         self.share_contexts()
-        for settings in (
-            {"verify": False}, {"verify": "false"}, {"verify": "0"}, {"verify": ""}, {"verify": True}, {"verify": "no"},
-            {"dangerous_no_tls_verify": "false"}, {"dangerous_no_tls_verify": "0"}, {"dangerous_no_tls_verify": None},
-        ):  # fmt: skip
+        for settings in ({"verify": False}, {"verify": "false"}, {"verify": "0"}, {"verify": ""}, {"verify": True},
+                {"verify": "no"}, {"dangerous_no_tls_verify": "false"}, {"dangerous_no_tls_verify": "0"},
+                {"dangerous_no_tls_verify": None}):  # fmt: skip
             with self.subTest(settings):
                 server = self.secure()
                 self.assertIn("TLS failure", str(self.fails(self.client(server, **settings))))
@@ -7904,10 +7867,8 @@ class TlsTest(TransportCase):
         good, others, locked = map(self.files.path, ("good.pem", "ca.key", "locked.key"))
         both_locked = self.write("both_locked.pem", self.files.read("good.pem") + self.files.read("locked.key"))
         broken = self.write("broken.key", "nonsense")
-        for cert, key in (
-            ("/nonexistent/own.pem", None), (good, None), (good, "/nonexistent/own.key"), (good, others),
-            (good, broken), (self.home, None), (good, locked), (both_locked, None),
-        ):  # fmt: skip
+        for cert, key in (("/nonexistent/own.pem", None), (good, None), (good, "/nonexistent/own.key"), (good, others),
+                (good, broken), (self.home, None), (good, locked), (both_locked, None)):  # fmt: skip
             with self.subTest(cert=cert, key=key):
                 server, client = self.secure_pair(kind, cert=cert, cert_key=key)
                 error = self.refuses(self.call, client)
@@ -7992,13 +7953,6 @@ class TlsTest(TransportCase):
     def test_silence_over_tls(self):
         server, client = self.secure_pair(steps=[READ, reply()[:-5], HOLD], timeout=0.2)
         self.assertIn("nothing for 0.2 s", str(self.fails(client, cs.CloudStackTimeoutError)))
-
-    def test_a_kept_tls_connection_that_was_closed_is_noticed_before_use(self):
-        server, client = self.secure_pair(steps=[READ, reply()])
-        for _ in range(3):
-            self.assertEqual(RESULT, client.updateZone())
-            until(server.wires[-1].ended.is_set, "closing")
-        self.assertEqual([1, 1, 1], server.counts)
 
     def test_one_context_serves_all_connections(self):
         made = []
@@ -8146,11 +8100,10 @@ class ProxyTest(TransportCase):
             self.fails(self.client(self.HTTPS))
         self.assertEqual([], proxy.wires)
 
-    @each("excluded, direct",
-        ("127.0.0.0/8", True), ("10.0.0.0/8, 127.0.0.1/32", True), ("127.0.0.1/255.0.0.0", True),
-        ("127.0.0.5/8", True), ("localhost,127.0.0.0/8,x", True), ("a.invalid,*", True), ("{place}", True),
-        ("10.0.0.0/8", False), ("::1,fd00::/8", False), ("127.0.0.1:1", False), ("nonsense/8,/,300.1.1.1", False),
-        ("", False), (" , ", False))  # fmt: skip
+    @each("excluded, direct", ("127.0.0.0/8", True), ("10.0.0.0/8, 127.0.0.1/32", True), ("127.0.0.1/255.0.0.0", True),
+          ("127.0.0.5/8", True), ("localhost,127.0.0.0/8,x", True), ("a.invalid,*", True), ("{place}", True),
+          ("10.0.0.0/8", False), ("::1,fd00::/8", False), ("127.0.0.1:1", False), ("nonsense/8,/,300.1.1.1", False),
+          ("", False), (" , ", False))  # fmt: skip
     def test_addresses_and_ranges_that_no_proxy_excludes(self, excluded, direct):
         """Finding 06: a signed request went through a proxy that was excluded by its range."""
         proxy, origin = self.proxy(SERVE), self.serve(SERVE)
@@ -8196,7 +8149,7 @@ class ProxyTest(TransportCase):
             del os.environ[name], os.environ["http_proxy"]
 
     def test_no_proxy_alone_imports_nothing(self):
-        code = "import cs, sys; cs.CloudStack(sys.argv[1], 'k', 's').listZones(); print('urllib.request' in sys.modules)"
+        code = "import cs, sys; cs.CloudStack(sys.argv[1]).listZones(); print('urllib.request' in sys.modules)"
         out = self.assert_child(code, self.serve(SERVE).url, env={"NO_PROXY": "10.0.0.0/8"}, flags=("-S",))
         self.assertEqual("False\n", out)
 
@@ -8225,10 +8178,8 @@ class ProxyTest(TransportCase):
         """Finding 07: it got its password in plain text. For https, TLS to the origin runs inside that to the proxy."""
         big = reply({"listzonesresponse": {"count": 1, "zone": [ZONE], "padding": "x" * 300000}})
         origin = self.serve([READ, reply(), READ, big, AGAIN], tls=self.tls())
-        for endpoint, proxy in (
-            (self.HTTP, self.secure_proxy(login=self.LOGIN, name="http_proxy")),
-            (self.HTTPS, self.secure_proxy(origin, login=self.LOGIN)),
-        ):
+        for endpoint, proxy in ((self.HTTP, self.secure_proxy(login=self.LOGIN, name="http_proxy")),
+                (self.HTTPS, self.secure_proxy(origin, login=self.LOGIN))):  # fmt: skip
             with self.subTest(endpoint, kind=kind.__name__):
                 client = self.client(endpoint, kind, verify=self.ca)
                 self.assertEqual(RESULT, self.call(client))
@@ -8443,12 +8394,11 @@ class SessionTest(TransportCase):
         self.assertEqual("b", post["headers"]["X-A"])
         self.assertEqual("application/x-www-form-urlencoded", post["headers"]["Content-Type"])
 
-    @each("settings, expected",
-        ({}, {}), ({"verify": True}, {}), ({"verify": "/x/ca.pem"}, {"verify": "/x/ca.pem"}),
-        ({"dangerous_no_tls_verify": True}, {"verify": False}),
-        ({"verify": "/x/ca.pem", "dangerous_no_tls_verify": True}, {"verify": "/x/ca.pem"}),
-        ({"cert": "/x/own.pem"}, {"cert": "/x/own.pem"}),
-        ({"cert": "/x/own.pem", "cert_key": "/x/own.key"}, {"cert": ("/x/own.pem", "/x/own.key")}))  # fmt: skip
+    @each("settings, expected", ({}, {}), ({"verify": True}, {}), ({"verify": "/x/ca.pem"}, {"verify": "/x/ca.pem"}),
+          ({"dangerous_no_tls_verify": True}, {"verify": False}),
+          ({"verify": "/x/ca.pem", "dangerous_no_tls_verify": True}, {"verify": "/x/ca.pem"}),
+          ({"cert": "/x/own.pem"}, {"cert": "/x/own.pem"}),
+          ({"cert": "/x/own.pem", "cert_key": "/x/own.key"}, {"cert": ("/x/own.pem", "/x/own.key")}))  # fmt: skip
     def test_verify_and_cert_only_where_set(self, settings, expected):
         session = FakeSession()
         self.client(ENDPOINT, session=session, **settings).listZones()
@@ -8475,10 +8425,8 @@ class SessionTest(TransportCase):
 
         url = f"http://cloud.invalid/?apiKey={CANARY_KEY}&signature=abc"
         unknown, late = cs.CloudStackConnectionError, cs.CloudStackTimeoutError
-        for raised, expected in (
-            (ConnectionError("refused: " + url), unknown), (OSError(5, url), unknown), (TimeoutError(url), late),
-            (ReadTimeout(url), late),
-        ):  # fmt: skip
+        for raised, expected in ((ConnectionError("refused: " + url), unknown), (OSError(5, url), unknown),
+                (TimeoutError(url), late), (ReadTimeout(url), late)):  # fmt: skip
             with self.subTest(type(raised).__name__):
                 client = self.client(ENDPOINT, kind, session=FakeSession(raised))
                 error = self.fails_unknown(client, expected)
@@ -8544,11 +8492,12 @@ class AsyncTransportTest(TransportCase):
 
     KIND = cs.AIOCloudStack
 
-    async def cancel(self, call, *conditions):
-        """Make a call, and cancel it once all this has come about."""
+    async def cancel(self, call, *conditions, after=0):
+        """Make a call, and cancel it so many seconds after all this has come about."""
         task = asyncio.ensure_future(call)
         for condition in conditions:
             await until_async(condition)
+        await asyncio.sleep(after)
         task.cancel()
         with self.assertRaises(asyncio.CancelledError):
             await task
@@ -8701,7 +8650,7 @@ class AsyncTransportTest(TransportCase):
         until(ended, "ending the threads")
         until(server.wires[0].ended.is_set, "closing the connection")
 
-    @each("tls", *[False, True][: 2 if OPENSSL else 1])
+    @with_and_without_tls
     @each("content", b"", reply()[:-5])
     def test_cancelling_wakes_the_reading_thread(self, tls, content):
         """In an answer, over plain HTTP and TLS; long before the time-out of 1000 s."""
@@ -8729,10 +8678,9 @@ class AsyncTransportTest(TransportCase):
                     os.environ["https_proxy"] = proxied
                 client = self.client(endpoint, timeout=1000, concurrency=1)
                 before = len(os.listdir("/proc/self/fd"))
-                workers, later = workers_of(client), []
+                workers = workers_of(client)
                 started = lambda workers=workers: workers.threads and not workers._idle  # noqa: E731
-                waited = lambda later=later: later.append(1) or len(later) > 9  # noqa: E731  (20 ms)
-                run(self.cancel(client.deployVirtualMachine(), started, begun, waited))
+                run(self.cancel(client.deployVirtualMachine(), started, begun, after=0.02))
                 until(lambda workers=workers: workers._idle, "waking up")
                 until(lambda: not any(server.open_wires for server in (silent, proxy)), "hanging up")
                 self.assertEqual([], [request.line for request in silent.requests])
@@ -8781,8 +8729,7 @@ class AsyncTransportTest(TransportCase):
         async def work():
             first = asyncio.ensure_future(client.listZones(name="first"))
             await until_async(lambda: server.requests, "asking")
-            later = []
-            await self.cancel(client.deployVirtualMachine(), lambda: later.append(1) or len(later) > 5)  # 10 ms
+            await self.cancel(client.deployVirtualMachine(), after=0.01)
             go_on.set()
             await first
             await client.listZones(name="third")
@@ -8872,10 +8819,8 @@ class AsyncTransportTest(TransportCase):
 class ProcessTest(TransportCase):
     """What shows only in a process of its own: imports, forks, warnings, other places and names."""
 
-    SLOW = (
-        "asyncio argparse configparser typing logging dataclasses concurrent.futures ssl urllib.request http.client"
-        " email pygments random datetime socket select tempfile subprocess requests aiohttp"
-    )
+    NEVER = "asyncio argparse configparser dataclasses concurrent.futures pygments requests aiohttp"
+    LATER = " typing logging ssl urllib.request http.client email random datetime socket select tempfile subprocess"
 
     def test_importing_it_imports_nothing_slow(self):
         code = (
@@ -8884,17 +8829,15 @@ class ProcessTest(TransportCase):
             "import cs\n"
             "print(' '.join(sorted(set(sys.argv[1].split()) & (set(sys.modules) - before))))\n"
         )
-        self.assertEqual("", self.assert_child(code, self.SLOW, flags=("-S",)).strip())
+        self.assertEqual("\n", self.assert_child(code, self.NEVER + self.LATER, flags=("-S",)))
 
     def test_a_plain_call_imports_no_module_that_it_does_not_need(self):
         code = (
-            "import sys, cs\n"
+            "import cs, sys\n"
             "cs.CloudStack(sys.argv[1], 'k', 's').listZones()\n"
             "print(' '.join(sorted(set(sys.argv[2].split()) & set(sys.modules))))\n"
         )
-        unneeded = "asyncio argparse configparser dataclasses concurrent.futures pygments requests aiohttp"
-        out = self.assert_child(code, self.serve(SERVE).url, unneeded, flags=("-S",))
-        self.assertEqual("", out.strip())
+        self.assertEqual("\n", self.assert_child(code, self.serve(SERVE).url, self.NEVER, flags=("-S",)))
 
     def test_all_is_what_is_exported(self):
         names = {}
@@ -8902,8 +8845,8 @@ class ProcessTest(TransportCase):
         del names["__builtins__"]
         self.assertEqual(sorted(cs.__all__), sorted(names))
         self.assertEqual(sorted(set(cs.__all__)), cs.__all__)
-        contract = "CloudStack AIOCloudStack CloudStackException CloudStackApiException read_config main"
-        self.assertLessEqual(set(contract.split()) | {"read_config_from_ini"}, set(cs.__all__))
+        contract = "CloudStack AIOCloudStack CloudStackException CloudStackApiException main".split()
+        self.assertLessEqual({"read_config", "read_config_from_ini"}.union(contract), set(cs.__all__))
         for name in "transform cs_encode check_key strtobool EXPIRES_FORMAT __version__".split():
             self.assertTrue(hasattr(cs, name), name)
 
@@ -8921,27 +8864,26 @@ class ProcessTest(TransportCase):
         self.assertEqual("a\nb\nc\n", self.assert_child(code, server.url))
         self.assertEqual([2, 1], server.counts)
 
-    def test_under_another_name_and_inside_a_package(self):
-        os.mkdir(os.path.join(self.home, "package"))
+    @each("path, name", ("vendored.py", "vendored"), ("package/_cs.py", "package._cs"))
+    def test_under_another_name_and_inside_a_package(self, path, name):
+        os.makedirs(os.path.join(self.home, "package"), exist_ok=True)
         self.write("package/__init__.py", "")
-        for path, name in (("vendored.py", "vendored"), ("package/_cs.py", "package._cs")):
-            shutil.copy(CS_PATH, os.path.join(self.home, path))
-            code = (
-                "import pickle, sys, importlib\n"
-                "cs = importlib.import_module(sys.argv[1])\n"
-                "assert 'cs' not in sys.modules\n"
-                "client = pickle.loads(pickle.dumps(cs.CloudStack(sys.argv[2], 'k', 's')))\n"
-                "print(client.listZones(name='x')['zone'][0]['id'])\n"
-                "client.endpoint = 'http://127.0.0.1:1/'\n"
-                "try: client.listZones()\n"
-                "except cs.CloudStackConnectionError as error: error = pickle.loads(pickle.dumps(error))\n"
-                "print(type(cs.CloudStackException()).__module__, cs.AIOCloudStack.__module__)\n"
-            )
-            with self.subTest(name):
-                out = self.assert_child(code, name, self.serve([READ, echo, AGAIN]).url, path=self.home)
-                self.assertEqual(f"x\n{name} {name}\n", out)
+        shutil.copy(CS_PATH, os.path.join(self.home, path))
+        code = (
+            "import importlib, pickle, sys\n"
+            "cs = importlib.import_module(sys.argv[1])\n"
+            "assert 'cs' not in sys.modules\n"
+            "client = pickle.loads(pickle.dumps(cs.CloudStack(sys.argv[2], 'k', 's')))\n"
+            "print(client.listZones(name='x')['zone'][0]['id'])\n"
+            "client.endpoint = 'http://127.0.0.1:1/'\n"
+            "try: client.listZones()\n"
+            "except cs.CloudStackConnectionError as error: error = pickle.loads(pickle.dumps(error))\n"
+            "print(type(cs.CloudStackException()).__module__, cs.AIOCloudStack.__module__)\n"
+        )
+        out = self.assert_child(code, name, self.serve([READ, echo, AGAIN]).url, path=self.home)
+        self.assertEqual(f"x\n{name} {name}\n", out)
 
-    @each("tls", *[False, True][: 2 if OPENSSL else 1])
+    @with_and_without_tls
     def test_dropping_a_client_gives_no_warning(self, tls):
         """Sync and async, at once, with a walk under way, after errors, and at the end of the interpreter."""
         code = (
@@ -8949,11 +8891,9 @@ class ProcessTest(TransportCase):
             "url, broken, ca = sys.argv[1:]\n"
             "make = lambda kind, url=url: kind(url, 'k', 's', verify=ca or None, timeout=20)\n"
             "make(cs.CloudStack).listZones()\n"
-            "client = make(cs.CloudStack)\n"
-            "client.listZones()\n"
+            "client, kept = make(cs.CloudStack), make(cs.CloudStack)\n"
+            "client.listZones(), kept.listZones()\n"
             "del client\n"
-            "kept = make(cs.CloudStack)\n"
-            "kept.listZones()\n"
             "rows = kept.iter_list('listZones')\n"
             "next(rows)\n"
             "for _ in range(3):\n"
@@ -9000,12 +8940,8 @@ class ProcessTest(TransportCase):
             "call('parent')\n"
             "child = os.fork()\n"
             "if not child:\n"
-            "    status = 1\n"
-            "    try:\n"
-            "        call('child')\n"
-            "        call('child')\n"
-            "        status = 0\n"
-            "    finally: os._exit(status)\n"
+            "    try: call('child'), call('child'), os._exit(0)\n"
+            "    finally: os._exit(1)\n"
             "call('parent')\n"
             "assert os.waitpid(child, 0)[1] == 0\n"
             "call('parent')\n"
@@ -9029,13 +8965,11 @@ class ProcessTest(TransportCase):
 class LeakTest(TransportCase):
     """Hundreds of broken exchanges leave no socket, no thread and no file descriptor behind."""
 
-    BREAKS = [
-        [], [RESET], [READ], [READ, RESET], [READ, b"garbage\r\n\r\n"], [READ, b"HTTP/1.1 2"], [READ, reply()[:-5]],
-        [READ, chunked()[:-5]], [READ, reply(b"xx", "200 OK", GZIP)],
+    BREAKS = [[], [RESET], [READ], [READ, RESET], [READ, b"garbage\r\n\r\n"], [READ, b"HTTP/1.1 2"],
+        [READ, reply()[:-5]], [READ, chunked()[:-5]], [READ, reply(b"xx", "200 OK", GZIP)],
         [READ, reply(b"", "302 Found", "Location: /")], [READ, reply(b"x" * 5000)], [READ, reply(b"<html>", "503 x")],
         [READ, b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n"], [READ, reply() + b"surplus"],
-        [READ, reply(b"", "204 No Content")], [READ, reply(length=False)], [READ, b"x" * 70000],
-    ]  # fmt: skip
+        [READ, reply(b"", "204 No Content")], [READ, reply(length=False)], [READ, b"x" * 70000]]  # fmt: skip
 
     @staticmethod
     def descriptors():
@@ -9067,14 +9001,10 @@ class LeakTest(TransportCase):
 
     @both
     def test_every_way_to_break(self, kind):
-        ways = itertools.cycle(self.BREAKS)
+        server = self.breaking_server(self.BREAKS)
+        client = self.client(server, kind, max_response_size=4000, concurrency=1)
 
-        def break_somehow(wire):
-            return all(server._do(wire, step) for step in next(ways))
-
-        server, client = self.pair([break_somehow], kind=kind, max_response_size=4000, concurrency=1)
-
-        def work(client=client):
+        def work():
             for _ in self.BREAKS:
                 with contextlib.suppress(cs.CloudStackException):
                     self.call(client)
@@ -9118,9 +9048,9 @@ def hurried():
     async def asleep(seconds):
         sleep(seconds)
 
-    with mock.patch.multiple(cs, _clock=lambda: time.monotonic() + jumped[0], _sleep=sleep):
-        with mock.patch("asyncio.sleep", asleep):
-            yield
+    clock = lambda: time.monotonic() + jumped[0]  # noqa: E731
+    with mock.patch.multiple(cs, _clock=clock, _sleep=sleep), mock.patch("asyncio.sleep", asleep):
+        yield
 
 
 class AtMostOnceTest(TransportCase):
@@ -9131,24 +9061,16 @@ class AtMostOnceTest(TransportCase):
 
     def setUp(self):
         TransportCase.setUp(self)
-        self.plan = None  # (side, position, framing, reset) for the request that comes next
-        self.accepted = 0
+        self.plan, self.accepted = None, 0  # (side, position, framing, reset) for the request that comes next
         self.jobs = set()  # the ids that the accepted deployments chose
         self.server = self.serve([self.play])
 
     def play(self, wire):
-        while self.first_byte(wire):
+        while wire.sock.recv(1, socket.MSG_PEEK):
             plan, self.plan = self.plan, None
             if not self.answer(wire, *(plan or (None, None, "length", False))):
-                return False
+                break
         return False
-
-    @staticmethod
-    def first_byte(wire):
-        try:
-            return wire.sock.recv(1, socket.MSG_PEEK)
-        except OSError:
-            return b""
 
     def answer(self, wire, side, position, framing, reset):
         """Read and answer one request, or break off; False where the connection is over."""
@@ -9181,8 +9103,7 @@ class AtMostOnceTest(TransportCase):
         try:
             if kept:
                 self.assertEqual(RESULT, self.call(client))
-            self.accepted = 0
-            self.plan = plan
+            self.plan, self.accepted = plan, 0
             value = error = None
             try:
                 value = self.call(client, "deployVirtualMachine", name="x")
@@ -9220,9 +9141,9 @@ class AtMostOnceTest(TransportCase):
     def test_wherever_the_connection_breaks(self):
         chosen = self.attacks(ATTACK_SEED)
         unknown = 0
-        for kind, method, kept, plan in chosen:
-            with self.subTest(kind=kind.__name__, method=method, kept=kept, plan=plan):
-                error = self.break_one(kind, method, kept, plan)
+        for attack in chosen:
+            with self.subTest(attack):
+                error = self.break_one(*attack)
                 unknown += error is not None and error.outcome_unknown
         self.assertGreater(unknown, len(chosen) // 2)
 
@@ -9230,9 +9151,9 @@ class AtMostOnceTest(TransportCase):
         """With recover, and while the server is up, no accepted deployment ends in an unknown outcome."""
         chosen = self.attacks(ATTACK_SEED + 1)
         found = 0
-        for kind, method, kept, plan in chosen:
-            with self.subTest(kind=kind.__name__, method=method, kept=kept, plan=plan), hurried():
-                error = self.break_one(kind, method, kept, plan, recover=True)
+        for attack in chosen:
+            with self.subTest(attack), hurried():
+                error = self.break_one(*attack, recover=True)
                 self.assertEqual((error is None, self.last_accepted), (bool(self.last_accepted), error is None))
                 found += error is None
         self.assertGreater(found, len(chosen) // 4)
@@ -9297,61 +9218,44 @@ class AtMostOnceTest(TransportCase):
 class SecretsTest(TransportCase):
     """Keys, passwords, session keys and tokens are seen on the wire, and nowhere else."""
 
-    SECRET_ANSWER = json.dumps(
-        {
-            "r": {
-                "user": [{"apikey": CANARY_KEY, "secretkey": CANARY_SECRET, "username": "me"}],
-                "password": CANARY_PASSWORD, "sessionkey": CANARY_SESSION, "echo": CANARY_KEY + " and " + CANARY_SECRET,
-                "virtualmachine": {"userdata": CANARY_TOKEN, "details": {"vnc.password": CANARY_PASSWORD}},
-            }
-        }
-    ).encode()  # fmt: skip
-
-    ECHO = (CANARY_KEY + " and " + CANARY_SECRET).encode()
+    ECHO = CANARY_KEY + " and " + CANARY_SECRET
+    SECRET_ANSWER = json.dumps({"r": {"user": [{"apikey": CANARY_KEY, "secretkey": CANARY_SECRET, "username": "me"}],
+        "password": CANARY_PASSWORD, "sessionkey": CANARY_SESSION, "echo": ECHO,
+        "virtualmachine": {"userdata": CANARY_TOKEN, "details": {"vnc.password": CANARY_PASSWORD}}}})  # fmt: skip
 
     def login(self, wire):
         """A server with sessions, which is shown the secrets and gives some back."""
-        request = wire.requests[-1]
-        if request.params["command"] != "login":
-            return wire.send(reply(self.SECRET_ANSWER.replace(self.ECHO, (CANARY_SESSION + CANARY_TOKEN).encode())))
-        body = json.dumps({"loginresponse": {"sessionkey": CANARY_SESSION, "username": "me"}}).encode()
-        cookies = [
-            f"Set-Cookie: JSESSIONID={CANARY_TOKEN}; Path=/client; HttpOnly",
-            "Set-Cookie: sessionkey=" + CANARY_SESSION,
-        ]
-        return wire.send(reply(body, "200 OK", *cookies))
+        if wire.requests[-1].params["command"] != "login":
+            return wire.send(reply(self.SECRET_ANSWER.replace(self.ECHO, CANARY_SESSION + CANARY_TOKEN).encode()))
+        cookies = f"JSESSIONID={CANARY_TOKEN}; Path=/client; HttpOnly", "sessionkey=" + CANARY_SESSION
+        document = {"loginresponse": {"sessionkey": CANARY_SESSION, "username": "me"}}
+        return wire.send(reply(document, "200 OK", *["Set-Cookie: " + cookie for cookie in cookies]))
 
     @both
-    def test_the_trace_of_signed_requests(self, kind):
-        headers = {
-            "Authorization": "Bearer " + CANARY_TOKEN, "X-Api-Key": CANARY_TOKEN, "X-Auth-Token": CANARY_TOKEN,
-            "X-Tenant": "t1",
-        }  # fmt: skip
-        headers.update({"Cookie": "a=" + CANARY_TOKEN, "Proxy-Authorization": CANARY_TOKEN})
-        for method in ("get", "post"):
-            with self.subTest(kind=kind.__name__, method=method):
-                server = self.serve([READ, reply(self.SECRET_ANSWER, "200 OK", "Set-Cookie: a=" + CANARY_TOKEN), AGAIN])
-                client = self.client(server, kind, method=method, trace=True, headers=headers)
-                text = self.traced(client, "updateUser", password=CANARY_PASSWORD, userdata=CANARY_SECRET,
-                    name="visible")  # fmt: skip
-                self.assertEqual("POST", server.requests[0].method)
-                self.assertEqual(CANARY_PASSWORD, server.requests[0].params["password"])
-                for shown in (
-                    "name=visible", "X-Tenant: t1", "200 OK", "password=***", "signature=***", '"username": "me"',
-                ):  # fmt: skip
-                    self.assertIn(shown, text)
-                self.traced(client, "listZones", json=False)
+    @each("method", "get", "post")
+    def test_the_trace_of_signed_requests(self, kind, method):
+        headers = {"Authorization": "Bearer " + CANARY_TOKEN, "Cookie": "a=" + CANARY_TOKEN, "X-Tenant": "t1"}
+        headers.update(dict.fromkeys(["X-Api-Key", "X-Auth-Token", "Proxy-Authorization"], CANARY_TOKEN))
+        content = reply(self.SECRET_ANSWER.encode(), "200 OK", "Set-Cookie: a=" + CANARY_TOKEN)
+        server, client = self.pair([READ, content, AGAIN], kind=kind, method=method, trace=True, headers=headers)
+        secrets = {"password": CANARY_PASSWORD, "userdata": CANARY_SECRET}
+        text = self.traced(client, "updateUser", name="visible", **secrets)
+        request = server.requests[0]
+        self.assertEqual(("POST", CANARY_PASSWORD), (request.method, request.params["password"]))
+        for shown in "name=visible|X-Tenant: t1|200 OK|password=***|signature=***|\"username\": \"me\"".split("|"):
+            self.assertIn(shown, text)
+        self.traced(client, "listZones", json=False)
 
     def test_the_trace_of_xml(self):
-        body = "<r><password>{}</password><sessionkey>{}</sessionkey><userdata>{}</userdata><name>visible</name></r>"
-        body = body.format(CANARY_PASSWORD, CANARY_SESSION, CANARY_TOKEN)
-        server = self.serve([READ, reply(body.encode()), AGAIN])
-        self.assertIn("visible", self.traced(self.client(server, trace=True), "listUsers", json=False))
+        secrets = {"password": CANARY_PASSWORD, "sessionkey": CANARY_SESSION, "userdata": CANARY_TOKEN}
+        body = "".join(f"<{name}>{value}</{name}>" for name, value in dict(secrets, name="visible").items())
+        server, client = self.pair([READ, reply(f"<r>{body}</r>".encode()), AGAIN], trace=True)
+        self.assertIn("visible", self.traced(client, "listUsers", json=False))
 
     def test_the_trace_of_a_page_that_quotes_the_request(self):
         def quote_back(wire):
             request = wire.requests[-1]
-            body = "<h1>404</h1><p>visible: {} {}</p>".format(request.target, request.params["signature"])
+            body = f"<h1>404</h1><p>visible: {request.target} {request.params['signature']}</p>"
             return wire.send(reply(body.encode(), "404 Not Found"))
 
         server = self.serve([READ, quote_back, AGAIN])
@@ -9366,55 +9270,46 @@ class SecretsTest(TransportCase):
         self.assertIn("username=me", text)
         self.assertEqual(CANARY_SESSION, server.requests[1].params["sessionkey"])
         self.assertIn("JSESSIONID=" + CANARY_TOKEN, server.requests[1].header("Cookie"))
-        err = io.StringIO()
-        with contextlib.redirect_stderr(err):
+        with contextlib.redirect_stderr(io.StringIO()) as err:
             client.close()
         self.assert_tells_nothing(err.getvalue())
 
     @both
-    def test_the_trace_of_exchanges_that_fail(self, kind):
-        breaks = [
-            [], [READ], [READ, reply()[:-5]], [READ, b"garbage\r\n"],
-            [READ, reply(b"<html>" + CANARY_KEY.encode(), "500 x")],
-        ]  # fmt: skip
-        for steps in breaks:
-            client = self.client(self.serve(steps), kind, trace=True)
-            self.assertIn("command=deployVirtualMachine", self.traced(client, "deployVirtualMachine"))
+    @each("steps", [], [READ], [READ, reply()[:-5]], [READ, b"garbage\r\n"],
+          [READ, reply(b"<html>" + CANARY_KEY.encode(), "500 x")])  # fmt: skip
+    def test_the_trace_of_exchanges_that_fail(self, kind, steps):
+        client = self.client(self.serve(steps), kind, trace=True)
+        self.assertIn("command=deployVirtualMachine", self.traced(client, "deployVirtualMachine"))
 
     def test_the_trace_through_a_proxy(self):
         server = self.serve(SERVE[:2] + [READ, reply()], [READ, b"HTTP/1.1 407 no\r\n\r\n"])
         os.environ["http_proxy"] = os.environ["https_proxy"] = f"http://me:{CANARY_PROXY}@{server.place}"
-        for endpoint in ("http://cloud.invalid/client/api", "https://cloud.invalid/client/api"):
+        for endpoint in (ENDPOINT, ENDPOINT.replace("http:", "https:")):
             self.assertIn("cloud.invalid", self.traced(self.client(endpoint, trace=True)))
         self.assertEqual(2, len([request for request in server.requests if request.all("Proxy-Authorization")]))
 
     @both
-    def test_errors_of_a_session(self, kind):
-        refusal = json.dumps({"loginresponse": {"errorcode": 531, "errortext": "Failed to authenticate"}}).encode()
-        for steps in (
-            [READ, reply(refusal, "531 531")], [READ], [READ, b"garbage\r\n"], [READ, reply(b"<html>", "502 x")],
-        ):  # fmt: skip
-            server = self.serve(steps)
-            client = kind(server.url, username="me", password=CANARY_PASSWORD, timeout=5)
-            with self.assertRaises(cs.CloudStackException) as caught:
-                self.call(client)
-            self.assert_tells_nothing(caught.exception)
-            transport_of(client).close()
+    @each("content", reply({"loginresponse": {"errorcode": 531, "errortext": "Failed to authenticate"}}, "531 531"),
+          b"", b"garbage\r\n", reply(b"<html>", "502 x"))  # fmt: skip
+    def test_errors_of_a_session(self, kind, content):
+        client = kind(self.serve([READ, content]).url, username="me", password=CANARY_PASSWORD, timeout=5)
+        self.assert_tells_nothing(self.refuses(self.call, client, kind=cs.CloudStackException))
+        transport_of(client).close()
 
     @both
     def test_reprs(self, kind):
         settings = {"headers": {"X-Token": CANARY_TOKEN}}
-        one = kind("http://cloud.invalid/client/api?token=" + CANARY_TOKEN, CANARY_KEY, CANARY_SECRET, **settings)
+        one = kind(ENDPOINT + "?token=" + CANARY_TOKEN, CANARY_KEY, CANARY_SECRET, **settings)
         other = kind("http://cloud.invalid/", username="me", password=CANARY_PASSWORD, name="region")
         self.assert_tells_nothing(repr(one), str(one), repr(other), repr(transport_of(one)), repr(one.listZones))
-        self.assertIn("http://cloud.invalid/client/api", repr(one))
+        self.assertIn(ENDPOINT, repr(one))
 
     def test_requests_are_no_open_book_either(self):
         """A debugger or a log that shows what the protocol yields must not show secrets."""
         seen = []
         client = self.client("http://cloud.invalid/")
-        with mock.patch.object(cs.CloudStack, "_exchange",
-            lambda self, request: seen.append(repr(request)) or answer({"r": {}})):  # fmt: skip
+        exchange = lambda self, request: seen.append(repr(request)) or answer({"r": {}})  # noqa: E731
+        with mock.patch.object(cs.CloudStack, "_exchange", exchange):
             client.listZones()
         self.assert_tells_nothing(*seen)
 
@@ -9423,13 +9318,10 @@ class SecretsTest(TransportCase):
         error = self.fails(self.client(server.url + "?token=" + CANARY_TOKEN + "#" + CANARY_SECRET))
         self.assertIn(server.url, str(error))
 
-    def test_a_user_in_the_endpoint_is_refused_and_not_quoted(self):
-        for endpoint in (
-            "http://me:{}@127.0.0.1/", "http://{}@127.0.0.1/", "http://me:{}@127.0.0.1:x/", "ftp://me:{}@127.0.0.1/",
-        ):  # fmt: skip
-            with self.subTest(endpoint), self.assertRaises(ValueError) as caught:
-                self.client(endpoint.format(CANARY_TOKEN)).listZones()
-            self.assert_tells_nothing(*all_texts(caught.exception))
+    @each("scheme, user, port", ("http", "me:", ""), ("http", "", ""), ("http", "me:", ":x"), ("ftp", "me:", ""))
+    def test_a_user_in_the_endpoint_is_refused_and_not_quoted(self, scheme, user, port):
+        endpoint = f"{scheme}://{user}{CANARY_TOKEN}@127.0.0.1{port}/"
+        self.refuses(lambda: self.client(endpoint).listZones())
 
     def test_what_the_checks_look_for_can_be_found(self):
         """The search itself: an exception that does tell is caught, in each of the places where it may tell."""
