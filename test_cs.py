@@ -8,6 +8,14 @@ The simulator is a small cloud behind a real socket. It is written from how the 
 sends: nothing of cs.py is used for it, least of all to check a signature. The tests follow in the same file.
 .ci/replay.py holds what it answers against recordings of a live server.
 
+Contents (search for the tag; the numbers are those of the rooms of cs.py):
+    [S] the simulator     [X] the sandbox: its command line     [C] what the tests share
+    [1] settings          [2] errors          [3] parameters and signature     [4] redaction
+    [5.1] protocol: call and request     [5.2] answer     [5.3] retry     [5.4] session     [5.5] pages     [5.6] jobs
+    [5.7] recovery        [6] transport       [7] clients     [8] configuration
+    [9] command line: options, run and report, formats, the list of commands, completion, configure
+    [W] what is written about it: README and --help     [R] running the tests
+
 To give it another command: `_list(...)` is one line for a command that lists a table; for any other write a function
 under `@command(name, parameters, description, table)`, which is given the Call and returns the answer, or, with
 job=True, a generator that returns the job's result. Parameters it does not know yet get a line in _PARAMETERS. What
@@ -2960,7 +2968,7 @@ class SandboxTest(unittest.TestCase):
         self.assertEqual((environment["CLOUDSTACK_KEY"], environment.get("HOME")), ("k", kept.get("HOME")))
 
 
-# === what the tests share ===========================================================================================
+# === [C] what the tests share =======================================================================================
 
 TEST_PATH = os.path.abspath(__file__)  # now: before 3.9 it is relative, and tests change the working directory
 CS_PATH = os.path.join(os.path.dirname(TEST_PATH), "cs.py")
@@ -2969,16 +2977,10 @@ ENDPOINT = "http://cloud.invalid/client/api"
 
 def clean_environment(**extra):
     """This process's environment without anything that configures a client, plus what is given."""
-    proxies = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ftp_proxy")
-    drop = ("CLOUDSTACK_", "XDG_CACHE_HOME", "NO_COLOR", "PYTHONWARNINGS", "PYTHONIOENCODING", "PYTHONUNBUFFERED")
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.upper().startswith(drop) and name.lower() not in proxies
-    }
-    env["PYTHONDONTWRITEBYTECODE"] = "1"
-    env.update(extra)
-    return env
+    drop = ("CLOUDSTACK_", "XDG_CACHE_HOME", "NO_COLOR", "PYTHONWARNINGS", "PYTHONIOENCODING", "PYTHONUNBUFFERED",
+            "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "FTP_PROXY")  # fmt: skip
+    kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(drop)}
+    return dict(kept, PYTHONDONTWRITEBYTECODE="1", **extra)
 
 
 def run(coroutine):
@@ -2995,7 +2997,7 @@ def run(coroutine):
 def each(names, *rows):
     """Run a test method once for each row, as a subtest; what is in the row are its arguments of these names.
 
-    One name: a row is its value. Two of these above one method run it with each row of the one and each of the other."""
+    One name: a row is its value. Two of these above one method: each row of the one with each of the other."""
     names = names.split(", ")
 
     def decorate(test):
@@ -3013,8 +3015,6 @@ def each(names, *rows):
 
 KINDS = (cs.CloudStack, cs.AIOCloudStack)
 both = each("kind", *KINDS)
-
-
 CHILD_LIMIT = 60  # seconds after which a process that a test started hangs
 
 
@@ -3043,8 +3043,7 @@ class Child(subprocess.Popen):
         finally:
             self.end()
         if self.hung:
-            raise AssertionError("{} did not end within {} s; output {!r}, errors {!r}".format(
-                self.args, self.limit, out, err))  # fmt: skip
+            raise AssertionError(f"{self.args} did not end within {self.limit} s; output {out!r}, errors {err!r}")
         return self.returncode, out or b"", err or b""
 
     def end(self):
@@ -3150,24 +3149,71 @@ def transport_of(client):
     return client._state.in_this_process().transport
 
 
+def wire(request):
+    """The decoded parameters of a request."""
+    if request.url is None:
+        request.prepare()
+    text = request.url.partition("?")[2] if request.body is None else request.body.decode("ascii")
+    return dict(parse_qsl(text, keep_blank_values=True))
+
+
+def answered_by(exchange, kind=cs.CloudStack, **settings):
+    """A client whose requests a function answers, without a socket."""
+    credentials = {} if "username" in settings else {"key": "k", "secret": "s"}
+    client = kind(ENDPOINT, **dict(credentials, **settings))
+    object.__setattr__(client, "_exchange", exchange)
+    return client
+
+
+def in_threads(number, work):
+    """Run work(0), work(1) and so on in so many threads that begin together; wait for all."""
+    gate = threading.Barrier(number)
+
+    def begin(index):
+        gate.wait()
+        work(index)
+
+    threads = [threading.Thread(target=begin, args=(index,), daemon=True) for index in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_OF_TESTS)
+        assert not thread.is_alive(), "a thread hangs"
+
+
+REQUESTS_MOMENT = 1767225600  # 2026-01-01T00:00:00Z
+
+
 class Played:
     """What became of one call: value or error, the requests that were made, and the pauses between them."""
+
+    began = 1000.0
+    moment = REQUESTS_MOMENT  # time.time() when it began
 
     def __init__(self):
         self.value = self.error = None
         self.requests = []
         self.pauses = []
-        self.now = 1000.0
+        self.now = self.began
+
+    def time(self):
+        return float(self.moment) + self.now - self.began
 
     def params(self, index=-1):
         """The decoded parameters of one request."""
-        request = self.requests[index]
-        text = request.body.decode("ascii") if request.body is not None else request.url.partition("?")[2]
-        return dict(parse_qsl(text, keep_blank_values=True))
+        return wire(self.requests[index])
+
+    def column(self, name):
+        """The values that a parameter had in the requests, one after another."""
+        return [wire(request).get(name) for request in self.requests]
 
     @property
     def commands(self):
-        return [self.params(index).get("command") for index in range(len(self.requests))]
+        return self.column("command")
+
+    @property
+    def methods(self):
+        return [request.method for request in self.requests]
 
     @property
     def slept(self):
@@ -3190,13 +3236,13 @@ class ProtocolCase(unittest.TestCase):
             client = kind(**dict({"fetch_result": False}, **settings))
             outcomes.append(self._play_one(client, script, call))
         sync, aio = outcomes
-        self.assertEqual(sync.value, aio.value)
-        self.assertEqual((type(sync.error), str(sync.error)), (type(aio.error), str(aio.error)))
+        self.assertEqual(aio.value, sync.value)
+        self.assertEqual((type(aio.error), str(aio.error)), (type(sync.error), str(sync.error)))
         if len(set(sync.commands)) > 1 or abs(len(sync.commands) - len(aio.commands)) > 3:
-            self.assertEqual(sync.commands, aio.commands)  # else: how many pages were under way at the end is luck
-        self.assertEqual(sync.pauses, aio.pauses)
+            self.assertEqual(aio.commands, sync.commands)  # else: how many pages were under way at the end is luck
+        self.assertEqual(aio.pauses, sync.pauses)
         for attribute in ("jobid", "outcome_unknown", "args"):
-            self.assertEqual(getattr(sync.error, attribute, None), getattr(aio.error, attribute, None))
+            self.assertEqual(getattr(aio.error, attribute, None), getattr(sync.error, attribute, None))
         return sync
 
     def _play_one(self, client, script, call):
@@ -3224,7 +3270,7 @@ class ProtocolCase(unittest.TestCase):
 
         object.__setattr__(client, "_exchange", exchange)
         with mock.patch.multiple(cs, _clock=lambda: played.now, _sleep=sleep, _random=lambda: 1.0):
-            with mock.patch("asyncio.sleep", asleep):
+            with mock.patch("asyncio.sleep", asleep), mock.patch("time.time", played.time):
                 try:
                     value = call(client)
                     if hasattr(value, "__next__"):  # asyncio.iscoroutine takes a generator for one before 3.12
@@ -3244,23 +3290,17 @@ class ProtocolCase(unittest.TestCase):
     @staticmethod
     async def _gather(rows):
         return [row async for row in rows]
-# === parameters, settings, protocol: no sockets, no waiting ==========================================================
 
-REQUESTS_MOMENT = 1767225600  # 2026-01-01T00:00:00Z
+
 NEVER = {"expiration": -1}
+AS_JSON = {"Content-Type": "application/json"}
+COPIERS = [copy.copy, copy.deepcopy]
+COPIERS += [lambda x, n=n: pickle.loads(pickle.dumps(x, n)) for n in range(2, pickle.HIGHEST_PROTOCOL + 1)]
 
 
 def one(document=None):
     """A script of one answer."""
     return [answer({"r": {} if document is None else document})]
-
-
-def wire(request):
-    """The decoded parameters of a request."""
-    if request.url is None:
-        request.prepare()
-    text = request.url.partition("?")[2] if request.body is None else request.body.decode("ascii")
-    return dict(parse_qsl(text, keep_blank_values=True))
 
 
 def asking(command, **params):
@@ -3271,6 +3311,16 @@ def asking(command, **params):
 def afresh(item):
     """A script's item that gives every request an exception or answer of its own."""
     return lambda played, request: copy.copy(item)
+
+
+def a_while_later(seconds, item):
+    """A script's item that comes so many seconds after it was asked for."""
+
+    def later(played, request):
+        played.now += seconds
+        return item(played, request) if callable(item) else item
+
+    return later
 
 
 def scripted(items):
@@ -3305,1582 +3355,15 @@ def rows_of(first, last):
     return [{"id": str(number)} for number in range(first, last)]
 
 
-# --- parameters and signature ---
-
-
-class Tagged(str):
-    """As Ansible tags its strings: a subclass whose own str() is not to be trusted."""
-
-    def __str__(self):
-        return "Tagged!"
-
-
-class Number(int):
-    def __repr__(self):
-        return "Number!"
-
-    __str__ = __repr__
-
-
-class Fraction(float):
-    def __repr__(self):
-        return "Fraction!"
-
-    __str__ = __repr__
-
-
-class Octets(bytes):
-    pass
-
-
-class State(str, enum.Enum):
-    RUNNING = "Running"
-
-
-class Size(enum.IntEnum):
-    BIG = 3
-
-
-class FlattenTest(unittest.TestCase):
-    def check(self, cases):
-        for given, expected in cases:
-            with self.subTest(given=given):
-                self.assertEqual(cs.flatten({"p": given}), expected)
-
-    def test_scalars_become_text(self):
-        self.check([
-            ("text", {"p": "text"}), ("", {"p": ""}), (0, {"p": "0"}), (-7, {"p": "-7"}), (2**70, {"p": str(2**70)}),
-            (1.5, {"p": "1.5"}), (b"bytes \xc3\xbc", {"p": "bytes \xfc"}), (b"", {"p": ""}), (None, {}),
-        ])  # fmt: skip
-
-    def test_booleans_are_true_and_false_in_lower_case_since_the_server_knows_only_these(self):
-        self.check([(True, {"p": "true"}), (False, {"p": "false"})])
-
-    def test_subclasses_are_sent_as_their_base_type(self):
-        self.check([
-            (Tagged("v"), {"p": "v"}), (Number(5), {"p": "5"}), (Fraction(0.5), {"p": "0.5"}),
-            (Octets(b"o"), {"p": "o"}),
-            (State.RUNNING, {"p": "Running"}), (Size.BIG, {"p": "3"}), ([Tagged("a"), Number(2)], {"p": "a,2"}),
-            ({"k": Tagged("v")}, {"p[0].k": "v"}),
-        ])  # fmt: skip
-
-    def test_lists_are_joined_by_commas_in_their_order(self):
-        self.check([
-            (["b", "a", "b"], {"p": "b,a,b"}), (("b", "a"), {"p": "b,a"}), ([1, 2.5, b"x"], {"p": "1,2.5,x"}),
-            ([True, None, False], {"p": "true,false"}), ([0], {"p": "0"}), (["only"], {"p": "only"}),
-        ])  # fmt: skip
-
-    def test_sets_are_sorted(self):
-        self.check([({"b", "c", "a"}, {"p": "a,b,c"}), (frozenset("cab"), {"p": "a,b,c"}), ({10, 9}, {"p": "10,9"})])
-
-    def test_empty_collections_are_dropped(self):
-        self.check([(empty, {}) for empty in ([], (), set(), frozenset(), {}, [None], [{}], [None, {}], {"k": None})])
-
-    def test_a_dict_is_one_entry_of_a_map(self):
-        self.check([
-            ({"cpuNumber": 2, "memory": 1024}, {"p[0].cpuNumber": "2", "p[0].memory": "1024"}),
-            ({"a.b": "dots"}, {"p[0].a.b": "dots"}), ({"k": ""}, {"p[0].k": ""}),
-            (collections.OrderedDict(k="v"), {"p[0].k": "v"}),
-        ])  # fmt: skip
-
-    def test_a_list_of_dicts_is_a_map_with_an_index_each(self):
-        self.check([
-            ([{"key": "a", "value": "1"}, {"key": "b", "value": "2"}],
-             {"p[0].key": "a", "p[0].value": "1", "p[1].key": "b", "p[1].value": "2"}),
-            (({"k": 1}, {"k": 2}), {"p[0].k": "1", "p[1].k": "2"}),
-            ([None, {"k": 1}], {"p[0].k": "1"}),
-        ])  # fmt: skip
-
-    def test_within_dicts_values_are_converted_as_outside(self):
-        """5.2.0 sends Python's own True, None and [1, 2]."""
-        self.check([
-            ({"k": True, "l": False, "n": None}, {"p[0].k": "true", "p[0].l": "false"}),
-            ({"k": [1, True, None, "x"]}, {"p[0].k": "1,true,x"}), ({"k": {"b", "a"}}, {"p[0].k": "a,b"}),
-            ({"k": b"\xc3\xbc"}, {"p[0].k": "\xfc"}), ([{"k": (1, 2)}], {"p[0].k": "1,2"}), ({"k": []}, {}),
-        ])  # fmt: skip
-
-    def test_ready_made_keys_pass_through(self):
-        params = {"tags[0].key": "a", "tags[0].value": True, "tags[1].key": ["x", "y"]}
-        expected = {"tags[0].key": "a", "tags[0].value": "true", "tags[1].key": "x,y"}
-        self.assertEqual(cs.flatten(params), expected)
-
-    def test_other_types_are_refused_by_name_and_type_without_the_value(self):
-        cases = [
-            (object(), "object"), (decimal.Decimal("1.5"), "Decimal"), (datetime.date(2026, 1, 1), "date"),
-            (1j, "complex"),
-            (iter("ab"), "iterator"), (bytearray(b"s3cret"), "bytearray"), ([object()], "object"),
-            ({"k": object()}, "object"),
-            ({"k": {"s3cret": "s3cret"}}, "dict"), ([{"k": {"a": 1}}], "dict"), ([["s3cret"]], "list"),
-            ({"k": [["s3cret"]]}, "list"), ({"k": [{"s3cret": 1}]}, "dict"), ([{"k": 1}, "s3cret"], "str"),
-            (b"s3cret\xff", "bytes"), ([b"\xff"], "bytes"),
-        ]  # fmt: skip
-        for value, kind in cases:
-            with self.subTest(kind=kind, value=value):
-                with self.assertRaises(ValueError) as caught:
-                    cs.flatten({"theparam": value})
-                self.assertIn("theparam", str(caught.exception))
-                self.assertIn(kind, str(caught.exception))
-                self.assertNotIn("s3cret", str(caught.exception))
-
-    def test_what_is_refused_is_refused_before_anything_is_sent(self):
-        for kind in (cs.CloudStack, cs.AIOCloudStack):
-            with self.subTest(kind=kind.__name__):
-                client = kind(ENDPOINT, "key1", "secret1")
-                object.__setattr__(client, "_exchange", lambda request: self.fail("sent"))
-                for value in (object(), {"a": {"b": 1}}, "\x00", "\x1b[1m", "\x7f", "\ud800"):
-                    with self.assertRaisesRegex(ValueError, "'name"):
-                        outcome = client.listZones(name=value)
-                        run(outcome)
-
-    def test_control_characters_are_refused_but_for_tab_and_line_ends(self):
-        for number in list(range(32)) + [127]:
-            with self.subTest(number=number):
-                if chr(number) in "\t\n\r":
-                    cs._Call("listX", {"p": chr(number)})
-                else:
-                    with self.assertRaisesRegex(ValueError, r"'p'.*U\+00{:02X}".format(number)):
-                        cs._Call("listX", {"p": "a" + chr(number)})
-
-
-class HelpersTest(unittest.TestCase):
-    def test_transform_works_in_place_and_leaves_bytes_alone(self):
-        params = {"a": b"x", "b": [1, 2], "c": None, "d": {"k": True, "b": b"y"}, "e": "", "f": {}, "g": {"b", "a"}}
-        self.assertIsNone(cs.transform(params))
-        self.assertEqual(params, {"a": b"x", "b": "1,2", "d[0].k": "true", "d[0].b": "y", "e": "", "g": "a,b"})
-
-    def test_transform_refuses_what_flatten_refuses(self):
-        with self.assertRaisesRegex(ValueError, "'p.*dict"):
-            cs.transform({"p": {"k": {}}})
-
-    def test_cs_encode_is_java_s_url_encoder_with_percent_twenty(self):
-        plain = "ABCXYZabcxyz0189.-_*"
-        self.assertEqual(cs.cs_encode(plain), plain)
-        cases = [
-            ("~", "%7E"),
-            (" ", "%20"),
-            ("+", "%2B"),
-            ("/", "%2F"),
-            ("%", "%25"),
-            ("&=", "%26%3D"),
-            ("[0]", "%5B0%5D"),
-        ]
-        cases += [("\xfc", "%C3%BC"), ("\u20ac", "%E2%82%AC"), ("\U0001f600", "%F0%9F%98%80"), ("\n", "%0A"), ("", "")]
-        for text, expected in cases:
-            with self.subTest(text=text):
-                self.assertEqual(cs.cs_encode(text), expected)
-
-    def test_check_key_takes_names_and_patterns(self):
-        allowed = ["key", "header_*"]
-        for key, expected in (("key", True), ("header_x", True), ("keys", False), ("Key", False), ("xheader_a", False)):
-            with self.subTest(key=key):
-                self.assertIs(cs.check_key(key, allowed), expected)
-
-    def test_strtobool(self):
-        for word in ("y", "yes", "t", "true", "on", "1", "TRUE", "Yes"):
-            self.assertIs(cs.strtobool(word), True, word)
-        for word in ("n", "no", "f", "false", "off", "0", "False", "OFF"):
-            self.assertIs(cs.strtobool(word), False, word)
-        for word in ("", "2", "nope", "False ; comment", " true"):
-            with self.subTest(word=word), self.assertRaises(ValueError):
-                cs.strtobool(word)
-
-    def test_expires_format(self):
-        moment = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)
-        self.assertEqual(moment.strftime(cs.EXPIRES_FORMAT), "2026-01-01T00:00:00+0000")
-
-    def test_all_is_what_programs_use(self):
-        needed = {"CloudStack", "AIOCloudStack", "CloudStackException", "CloudStackApiException", "read_config"}
-        self.assertLessEqual(needed | {"read_config_from_ini", "main"}, set(cs.__all__))
-        self.assertEqual([name for name in cs.__all__ if not hasattr(cs, name)], [])
-
-
-class SignatureTest(ProtocolCase):
-    """Vectors by `printf %s "$canonical" | openssl dgst -sha1 -hmac "$secret" -binary | base64`."""
-
-    def signature(self, command="listZones", settings=NEVER, **params):
-        settings = dict({"key": "key1"}, **settings)
-        with mock.patch("time.time", return_value=float(REQUESTS_MOMENT)):
-            played = self.play(one(), asking(command, **params), **settings)
-        self.assertIsNone(played.error)
-        return played.params()["signature"]
-
-    def test_the_common_case(self):
-        # apikey=plgwjfzk...&command=listusers&response=json
-        key = "plgWJfZK4gyS3mOMTVmjUVg-X-jlWlnfaUJ9GAbBbf9EdM-kAYMmAkLqzzq1ElZLYq_u38zCm0bewzGUdP66mg"
-        secret = "VDaACYb0LV9eNjTetIOElcVQkvJck_J_QljX_FcHRj87ZKiy0z0ty0ZsYBkoXkY9b7eq1EhwJaw7FF3akA3KBQ"
-        settings = dict(NEVER, key=key, secret=secret)
-        self.assertEqual(self.signature("listUsers", settings), "r3txb5VGa1Edn8QdItS0vgBH8OI=")
-
-    def test_a_tilde_is_encoded_in_the_signature(self):
-        # apikey=key1&command=createuser&password=a%7eb&response=json
-        self.assertEqual(self.signature("createUser", password="a~b"), "EskxZ1w8fof0YcKXq8JpMvOhipE=")
-
-    def test_space_plus_and_star(self):
-        # apikey=key1&command=createtags&name=a%20b%2bc*d&response=json
-        self.assertEqual(self.signature("createTags", name="a b+c*d"), "7Lb/E1sQjNKHC0lNgGmspKCkzPM=")
-
-    def test_unicode_values(self):
-        # apikey=key1&command=listzones&name=z%c3%bcrich%20%e2%82%ac%20%f0%9f%98%80&response=json
-        name = "Z\xfcrich \u20ac \U0001f600"
-        self.assertEqual(self.signature(name=name), "XIX1UbGemO2A5fpk5VoLPlAszB8=")
-        self.assertEqual(self.signature(name=name.encode("utf-8")), "XIX1UbGemO2A5fpk5VoLPlAszB8=")
-
-    def test_every_other_punctuation_mark(self):
-        # ...&name=%21%22%23%24%25%26%27%28%29%2c%2f%3a%3b%3c%3d%3e%3f%40%5b%5c%5d%5e%60%7b%7c%7d.-_&response=json
-        self.assertEqual(self.signature(name="!\"#$%&'(),/:;<=>?@[\\]^`{|}.-_"), "YNxWO/J+hcrnpdyzDwJHhn0lkgo=")
-
-    def test_tab_and_line_ends(self):
-        # apikey=key1&command=listzones&name=a%09b%0ac%0dd&response=json
-        self.assertEqual(self.signature(name="a\tb\nc\rd"), "MTVy481NGOV8xRzWyK1yDM7o0gE=")
-
-    def test_an_empty_value(self):
-        # apikey=key1&command=listzones&keyword=&response=json
-        self.assertEqual(self.signature(keyword=""), "3PSH4qbfMHPLwTYdBKGqwTni4Nk=")
-
-    def test_names_are_not_encoded(self):
-        # apikey=key1&command=deployvirtualmachine&details[0].cpunumber=2&details[0].memory=1024&response=json
-        details = {"memory": 1024, "cpuNumber": 2}
-        self.assertEqual(self.signature("deployVirtualMachine", details=details), "5bDEtblUTqK9tcGtsV8q7ShQxZg=")
-
-    def test_names_are_sorted_raw_with_upper_case_first(self):
-        # zone=1&apikey=key1&apiallowed=x&command=listzones&response=json
-        self.assertEqual(self.signature(apiallowed="x", Zone="1"), "15B73S1VI7q6xrKyawQm1JkmZbc=")
-
-    def test_names_beyond_ascii_are_sorted_by_utf_16_units(self):
-        """An astral character sorts before U+FF5E, as Java compares."""
-        # apikey=key1&command=listzones&response=json&z=1&(u umlaut)=2&(astral)=3&(U+FF5E)=4
-        params = {"\uff5e": "4", "\U0001f600": "3", "\xfc": "2", "z": "1"}
-        self.assertEqual(self.signature(**params), "gaQx7Boq+QnVxwEBX4GqQx7E8iA=")
-
-    def test_version_3_signs_its_expiry(self):
-        # apikey=key1&command=listzones&expires=2026-01-01t00%3a10%3a00%2b0000&response=json&signatureversion=3
-        self.assertEqual(self.signature(settings={}), "LoMpzTNToMAHd6Q9OF6HMYD2Th4=")
-
-    def test_a_secret_beyond_ascii(self):
-        settings = dict(NEVER, secret="geh\xebim~ \u20ac")
-        self.assertEqual(self.signature(settings=settings), "ZTqgpgRGb4ffnoGQ0voWE98aItc=")
-
-    def test_the_signature_is_percent_encoded_on_the_wire(self):
-        played = self.play(one(), asking("listZones", name="Z\xfcrich \u20ac \U0001f600 "), **NEVER)
-        raw = dict(pair.split("=") for pair in played.requests[0].url.partition("?")[2].split("&"))
-        self.assertRegex(raw["signature"], r"\A[A-Za-z0-9%]+%3D\Z")
-
-    def test_names_are_encoded_on_the_wire(self):
-        played = self.play(one(), asking("listZones", tags={"key": "~ +"}), **NEVER)
-        self.assertIn("&tags%5B0%5D.key=%7E%20%2B", played.requests[0].url)
-
-
-class RequestTest(ProtocolCase):
-    """What a call puts on the wire."""
-
-    def sent(self, call, script=None, **settings):
-        played = self.play(script or one(), call, **settings)
-        self.assertIsNone(played.error)
-        return played.params()
-
-    def test_the_parameters_of_a_signed_call(self):
-        with mock.patch("time.time", return_value=REQUESTS_MOMENT + 0.9):
-            params = self.sent(asking("listZones", name="x"))
-        del params["signature"]
-        expected = {"command": "listZones", "response": "json", "apiKey": "key1", "name": "x", "signatureVersion": "3"}
-        self.assertEqual(params, dict(expected, expires="2026-01-01T00:10:00+0000"))
-
-    def test_the_expiry_of_a_request(self):
-        cases = [
-            (600, "2026-01-01T00:10:00+0000"), ("60", "2026-01-01T00:01:00+0000"), (0, "2026-01-01T00:00:00+0000"),
-            (datetime.timedelta(days=1), "2026-01-02T00:00:00+0000"), (86400 * 365 * 8500, "9999-12-31T23:59:59+0000"),
-        ]  # fmt: skip
-        for expiration, expected in cases:
-            with self.subTest(expiration=expiration), mock.patch("time.time", return_value=float(REQUESTS_MOMENT)):
-                self.assertEqual(self.sent(asking("listZones"), expiration=expiration)["expires"], expected)
-
-    def test_a_negative_expiration_means_no_expiry(self):
-        for expiration in (-1, "-1", datetime.timedelta(seconds=-1)):
-            with self.subTest(expiration=expiration):
-                params = self.sent(asking("listZones"), expiration=expiration)
-                self.assertEqual(sorted(params), ["apiKey", "command", "response", "signature"])
-
-    def test_a_given_expires_is_kept(self):
-        for name in ("expires", "Expires", "EXPIRES"):
-            for settings in ({}, NEVER):
-                with self.subTest(name=name, settings=settings):
-                    params = self.sent(asking("listZones", **{name: "2030-01-01T00:00:00+0000"}), **settings)
-                    given = {key: text for key, text in params.items() if key.lower() == "expires"}
-                    self.assertEqual(given, {"expires": "2030-01-01T00:00:00+0000"})
-                    self.assertEqual(params["signatureVersion"], "3")
-
-    def test_a_given_signature_is_dropped(self):
-        for name in ("signature", "Signature", "SIGNATURE"):
-            with self.subTest(name=name):
-                params = self.sent(asking("listZones", **{name: "forged"}))
-                self.assertEqual([key for key in params if key.lower() == "signature"], ["signature"])
-                self.assertNotEqual(params["signature"], "forged")
-
-    def test_control_arguments_are_never_sent(self):
-        params = self.sent(
-            asking(
-                "listZones",
-                json=True,
-                opcode_name="command",
-                fetch_list=False,
-                headers={"X-A": "1"},
-                fetch_result=False,
-                id="1",
-            ),
-            **NEVER,
-        )
-        self.assertEqual(sorted(params), ["apiKey", "command", "id", "response", "signature"])
-
-    def test_names_that_look_like_settings_go_on_the_wire(self):
-        given = {
-            "timeout": "1", "mode": "2", "port": "3", "path": "4", "interval": "5", "method": "6", "retry": "7",
-            "key": "8",
-            "name": "9", "endpoint": "10", "params": "11", "call": "12", "client": "13", "value": "14", "verify": "15",
-            "page_size": "16", "url": "17", "domain": "18", "username": "19", "session": "20", "trace": "21",
-            "data": "22",
-        }  # fmt: skip
-        params = self.sent(asking("listZones", **given))
-        self.assertEqual({name: params.get(name) for name in given}, given)
-
-    def test_opcode_name_renames_the_command(self):
-        params = self.sent(asking("listZones", opcode_name="action"), **NEVER)
-        self.assertEqual((params.get("action"), params.get("command")), ("listZones", None))
-
-    def test_without_json_no_format_is_asked_for_but_one_may_be_given(self):
-        self.assertNotIn("response", self.sent(asking("listZones", json=False)))
-        self.assertEqual(self.sent(asking("listZones", json=False, response="xml"))["response"], "xml")
-
-    def test_with_json_a_given_response_gives_way(self):
-        for name in ("response", "Response"):
-            with self.subTest(name=name):
-                params = self.sent(asking("listZones", **{name: "xml"}))
-                self.assertEqual([text for key, text in params.items() if key.lower() == "response"], ["json"])
-
-    def test_page_without_pagesize_adds_500(self):
-        for name in ("page", "Page", "PAGE"):
-            with self.subTest(name=name):
-                params = self.sent(asking("listZones", **{name: 2}))
-                self.assertEqual((params[name], params["pagesize"]), ("2", "500"))
-
-    def test_a_pagesize_in_any_case_counts(self):
-        for name in ("pagesize", "pageSize", "PAGESIZE"):
-            with self.subTest(name=name):
-                params = self.sent(asking("listZones", page=1, **{name: 20}))
-                self.assertEqual([text for key, text in params.items() if key.lower() == "pagesize"], ["20"])
-
-    def test_without_page_no_pagesize_is_added(self):
-        self.assertFalse({"page", "pagesize"} & set(self.sent(asking("listZones", page=None))))
-
-    def test_headers_of_client_and_call_are_sent_and_the_call_s_win(self):
-        played = self.play(
-            one(), asking("listZones", headers={"x-b": "call", "X-C": 3}), headers={"X-A": "client", "X-B": "client"}
-        )
-        headers = {name.lower(): value for name, value in played.requests[0].headers.items()}
-        self.assertEqual((headers["x-a"], headers["x-b"], headers["x-c"]), ("client", "call", "3"))
-        self.assertEqual(headers["user-agent"], "cs/" + cs.__version__)
-
-    def test_a_header_may_be_taken_out_or_replaced(self):
-        played = self.play(one(), asking("listZones", headers={"user-agent": "mine", "accept-encoding": None}))
-        self.assertEqual(list(played.requests[0].headers.items()), [("user-agent", "mine")])
-
-    def test_gzip_is_asked_for_but_on_loopback(self):
-        for endpoint, expected in (
-            (ENDPOINT, "gzip"), ("http://127.0.0.1:8080/client/api", "identity"),
-            ("https://localhost/client/api", "identity"),
-            ("http://[::1]:8080/client/api", "identity"),
-        ):  # fmt: skip
-            with self.subTest(endpoint=endpoint):
-                played = self.play(one(), asking("listZones"), endpoint=endpoint)
-                self.assertEqual(played.requests[0].headers["Accept-Encoding"], expected)
-
-    def test_an_endpoint_with_a_query_of_its_own(self):
-        played = self.play(one(), asking("listZones"), endpoint="https://h/api?tenant=7#part")
-        self.assertTrue(played.requests[0].url.startswith("https://h/api?tenant=7&apiKey="), played.requests[0].url)
-
-    def test_without_credentials_nothing_is_signed(self):
-        params = self.sent(asking("listZones", name="x"), key=None, secret=None)
-        self.assertEqual(params, {"command": "listZones", "name": "x", "response": "json"})
-
-    def test_the_same_call_gives_the_same_bytes(self):
-        first = self.play(one(), asking("listZones", a=1, b=2), **NEVER).requests[0].url
-        second = self.play(one(), asking("listZones", b=2, a=1), **NEVER).requests[0].url
-        self.assertEqual(first, second)
-
-    def test_what_a_call_was_given_is_not_changed(self):
-        given = {"tags": [{"key": "a"}], "ids": [1, 2]}
-        headers = {"X-A": "1"}
-        self.sent(asking("listZones", headers=headers, **given))
-        self.assertEqual((given, headers), ({"tags": [{"key": "a"}], "ids": [1, 2]}, {"X-A": "1"}))
-
-
-# --- settings and constructor ---
-
-POSITIONAL = [
-    ("endpoint", inspect.Parameter.empty), ("key", None), ("secret", None), ("timeout", 10), ("method", "get"),
-    ("verify", None), ("cert", None), ("cert_key", None), ("name", None), ("retry", 0), ("retry_backoff", 0.5),
-    ("job_timeout", None), ("poll_interval", 2.0), ("expiration", 600), ("trace", False),
-    ("dangerous_no_tls_verify", False), ("headers", None), ("session", None), ("fetch_result", False),
-]  # fmt: skip
-
-
-class Auditing(cs.CloudStack):
-    """As programs override it; on module level, so that it can be pickled."""
-
-    def _request(self, command, **params):
-        self.__dict__.setdefault("seen", []).append(command)
-        return super()._request(command, **params)
-
-
-class AuditingAsync(cs.AIOCloudStack):
-    async def _request(self, command, **params):
-        self.__dict__.setdefault("seen", []).append(command)
-        return await super()._request(command, **params)
-
-
-class ConstructorTest(unittest.TestCase):
-    def test_the_signature_shows_every_setting_in_the_promised_order(self):
-        for kind in KINDS:
-            with self.subTest(kind=kind.__name__):
-                parameters = list(inspect.signature(kind).parameters.values())[: len(POSITIONAL)]
-                self.assertEqual(
-                    {parameter.kind for parameter in parameters}, {inspect.Parameter.POSITIONAL_OR_KEYWORD}
-                )
-                shown = [(parameter.name, parameter.default) for parameter in parameters]
-                self.assertEqual(shown[:-1], POSITIONAL[:-1])
-                self.assertEqual(shown[-1], ("fetch_result", kind is cs.AIOCloudStack))
-
-    def test_later_settings_are_keyword_only(self):
-        positional = (
-            ENDPOINT,
-            "k",
-            "s",
-            1,
-            "get",
-            None,
-            None,
-            None,
-            "n",
-            0,
-            0.5,
-            None,
-            2.0,
-            600,
-            False,
-            False,
-            None,
-            None,
-            False,
-        )
-        for kind in KINDS:
-            with self.subTest(kind=kind.__name__):
-                self.assertEqual(kind(*positional).name, "n")
-                with self.assertRaises(TypeError):
-                    kind(*(positional + ("theme",)))
-
-    def test_every_setting_is_a_keyword_with_the_table_s_default(self):
-        """The constructors are written out for inspect; they must not say something else than the table."""
-        parameters = inspect.signature(cs.CloudStack).parameters
-        for setting in cs.SETTINGS:
-            if setting.name != "endpoint":
-                with self.subTest(setting=setting.name):
-                    self.assertEqual(parameters[setting.name].default, setting.default)
-        self.assertEqual(set(parameters) - {setting.name for setting in cs.SETTINGS}, {"theme", "output"})
-
-    def test_theme_and_output_are_ignored(self):
-        for kind in KINDS:
-            with self.subTest(kind=kind.__name__):
-                self.assertEqual(kind(ENDPOINT, theme="monokai", output="json").endpoint, ENDPOINT)
-
-    def test_an_unknown_setting_is_a_type_error(self):
-        for kind in KINDS:
-            with self.subTest(kind=kind.__name__), self.assertRaises(TypeError):
-                kind(ENDPOINT, nonesuch=1)
-        with self.assertRaises(TypeError):
-            cs.CloudStack()
-
-    def test_strings_as_an_ini_file_gives_them(self):
-        second = datetime.timedelta(seconds=1)
-        cases = [
-            ("timeout", "0.5", 0.5), ("timeout", "10", 10), ("timeout", "1e1", 10.0), ("method", "POST", "post"),
-            ("method", "Get", "get"), ("retry", "3", 3), ("retry_backoff", "0.25", 0.25), ("job_timeout", "60", 60),
-            ("job_timeout", "1.5", 1.5), ("job_timeout", "", None), ("poll_interval", "5", 5),
-            ("poll_interval", ".5", 0.5),
-            ("expiration", "60", 60 * second), ("expiration", "-1", -second), ("expiration", "1.5", 1.5 * second),
-            ("trace", "true", True), ("trace", "off", False), ("dangerous_no_tls_verify", "Yes", True),
-            ("trace", "", False), ("dangerous_no_tls_verify", "", False), ("fetch_result", "", False),
-            ("recover", "", False), ("recover", "on", True),
-            ("dangerous_no_tls_verify", "0", False), ("fetch_result", "true", True), ("fetch_result", "no", False),
-            ("verify", "/ca.pem", "/ca.pem"), ("cert", "/c.pem", "/c.pem"), ("cert_key", "/k.pem", "/k.pem"),
-            ("name", "region", "region"), ("key", "", None), ("secret", "", None), ("concurrency", "4", 4),
-            ("max_response_size", "1024", 1024), ("username", "u", "u"), ("domain", "/a/b", "/a/b"),
-        ]  # fmt: skip
-        for kind in KINDS:
-            for name, text, expected in cases:
-                with self.subTest(kind=kind.__name__, name=name, text=text):
-                    value = kind(ENDPOINT, **{name: text}).get_setting(name)
-                    self.assertEqual((value, type(value)), (expected, type(expected)))
-
-    def test_none_means_the_default(self):
-        for setting in cs.SETTINGS:
-            if setting.name not in ("endpoint", "verify", "expiration"):
-                with self.subTest(setting=setting.name):
-                    client = cs.CloudStack(ENDPOINT, **{setting.name: None})
-                    self.assertEqual(client.get_setting(setting.name), setting.convert(setting.default))
-
-    def test_what_cannot_be_a_setting_is_refused_by_the_setting_s_name(self):
-        cases = {
-            "timeout": ["abc", "", "nan", "inf", "-1", 0, -1, True, [], float("nan"), float("inf"), 10**400, "1e12"],
-            "method": ["put", "", 1, b"get"], "retry": ["-1", -1, 1.5, "x", True, float("inf"), float("nan"), [], ""],
-            "retry_backoff": ["-1", "x", float("nan")], "job_timeout": [-1, "x", "nan"],
-            "poll_interval": [-0.1, "x", "", "1e300"],
-            "expiration": ["x", "nan", 1e300, "inf", []], "trace": ["maybe", 2, []], "headers": ["x: y", 5],
-            "dangerous_no_tls_verify": ["nope", "False ; comment", 2, 1.5], "fetch_result": ["perhaps", 7],
-            "verify": [5, 1.5, []], "cert": [5, {}], "cert_key": [5], "endpoint": [5, ["http://h/"]],
-            "key": [5, b"\xff"],
-            "secret": [object()], "name": [5], "concurrency": [0, -1, "x", 1.5], "max_response_size": [0, "big"],
-            "username": [1], "password": [1], "domain": [1],
-        }  # fmt: skip
-        for kind in KINDS:
-            for name, values in cases.items():
-                for value in values:
-                    with self.subTest(kind=kind.__name__, name=name, value=value):
-                        with self.assertRaisesRegex(ValueError, r"\A{}: .".format(name)) as caught:
-                            kind(**dict({"endpoint": ENDPOINT}, **{name: value}))
-                        self.assertNotIn("\n", str(caught.exception))
-                        client = kind(ENDPOINT)
-                        with self.assertRaisesRegex(ValueError, r"\A{}: ".format(name)):
-                            client.set_setting(name, value)
-
-    def test_a_refused_secret_is_not_quoted(self):
-        cases = {
-            "key": [b"c4nary\xff", ["c4nary"]], "secret": [b"c4nary\xff", ["c4nary"], {"c4nary": 1}],
-            "password": [b"c4nary\xff", ("c4nary",)],
-            "headers": [{"X": "c4nary\r\nX: y"}, {"X": b"c4nary\n"}, {"X": ["c4nary"]}, {"X": "c4nary\u20ac"}],
-        }  # fmt: skip
-        for name, values in cases.items():
-            for value in values:
-                with self.subTest(name=name, value=value):
-                    with self.assertRaises(ValueError) as caught:
-                        cs.CloudStack(ENDPOINT, **{name: value})
-                    self.assertNotIn("c4nary", str(caught.exception))
-                    self.assertTrue(str(caught.exception).startswith(name), str(caught.exception))
-
-    def test_credentials_that_have_no_utf_8_are_refused_by_name(self):
-        """Undecodable bytes in an environment variable arrive as lone surrogates."""
-        for name in ("key", "secret", "username", "password"):
-            pair = {"key": "secret", "secret": "key", "username": "password", "password": "username"}[name]
-            with self.subTest(name=name), self.assertRaisesRegex(ValueError, name):
-                client = cs.CloudStack(ENDPOINT, **{name: "c4nary\udcff", pair: "x"})
-                object.__setattr__(client, "_exchange", lambda request: self.fail("sent"))
-                client.listZones()
-
-    def test_header_names_and_values_that_break_out_are_refused(self):
-        cases = [
-            {"X": "a\nb"}, {"X": "a\rb"}, {"X": "a\x00b"}, {"X Y": "a"}, {"": "a"}, {"X:": "a"}, {"X\n": "a"},
-            {"\xfc": "a"},
-            {5: "a"}, {"X": object()}, {"X": "\u20ac"}, {"Content-Length": "5"}, {"transfer-encoding": "chunked"},
-        ]  # fmt: skip
-        for headers in cases:
-            with self.subTest(headers=headers):
-                with self.assertRaisesRegex(ValueError, r"\Aheaders: "):
-                    cs.CloudStack(ENDPOINT, headers=headers)
-                client = cs.CloudStack(ENDPOINT)
-                object.__setattr__(client, "_exchange", lambda request: self.fail("sent"))
-                with self.assertRaises(ValueError):
-                    client.listZones(headers=headers)
-
-    def test_a_header_written_into_the_client_s_own_map_is_checked_too(self):
-        client = cs.CloudStack(ENDPOINT, headers={"X-A": "1"})
-        sent = []
-        object.__setattr__(client, "_exchange", lambda request: sent.append(request) or one()[0])
-        client.headers["X-B"] = "good"
-        client.listZones()
-        self.assertEqual(sent[0].headers["X-B"], "good")
-        client.headers["X-B"] = "c4nary\r\nX-Evil: 1"
-        with self.assertRaisesRegex(ValueError, "X-B") as caught:
-            client.listZones()
-        self.assertNotIn("c4nary", str(caught.exception))
-        self.assertEqual(len(sent), 1)
-
-    def test_headers_of_one_client_are_not_another_s(self):
-        given = {"X": "1"}
-        first, second = cs.CloudStack(ENDPOINT, headers=given), cs.CloudStack(ENDPOINT, headers=given)
-        first.headers["Y"] = "2"
-        self.assertEqual((second.headers, given, cs.CloudStack(ENDPOINT).headers), ({"X": "1"}, {"X": "1"}, {}))
-
-    def test_the_constructor_opens_nothing(self):
-        with mock.patch("builtins.open", side_effect=AssertionError), mock.patch(
-            "socket.socket", side_effect=AssertionError
-        ):
-            for kind in KINDS:
-                client = kind("https://nowhere.invalid/", verify="/no/ca.pem", cert="/no/c.pem", cert_key="/no/k.pem")
-                self.assertEqual((client.verify, client.cert), ("/no/ca.pem", ("/no/c.pem", "/no/k.pem")))
-
-    def test_an_aiohttp_session_is_refused_in_one_line(self):
-        foreign = type("ClientSession", (), {"__module__": "aiohttp.client"})()
-        for kind in KINDS:
-            with self.subTest(kind=kind.__name__):
-                with self.assertRaisesRegex(ValueError, r"\Asession: .*aiohttp") as caught:
-                    kind(ENDPOINT, session=foreign)
-                self.assertNotIn("\n", str(caught.exception))
-
-
-class AttributesTest(ProtocolCase):
-    def test_verify_reads_true_or_a_path_or_false_only_where_that_is_dangerously_said(self):
-        cases = [
-            (None, False, True), (True, False, True), (False, False, True), ("false", False, True),
-            ("true", False, True),
-            ("0", False, True), ("", False, True), ("/ca.pem", False, "/ca.pem"), ("/ca.pem", True, "/ca.pem"),
-            (None, True, False), (True, True, False), (False, True, False), (False, "true", False),
-            (False, "false", True),
-        ]  # fmt: skip
-        for verify, dangerous, expected in cases:
-            with self.subTest(verify=verify, dangerous=dangerous):
-                client = cs.CloudStack(ENDPOINT, verify=verify, dangerous_no_tls_verify=dangerous)
-                self.assertEqual(client.verify, expected)
-                self.assertIs(type(client.verify), type(expected))
-
-    def test_verify_set_to_false_later_does_not_turn_verification_off(self):
-        client = cs.CloudStack(ENDPOINT, verify="/ca.pem")
-        client.verify = False
-        self.assertIs(client.verify, True)
-        client.set_setting("dangerous_no_tls_verify", True)
-        self.assertIs(client.verify, False)
-
-    def test_cert_is_a_pair_once_there_is_a_key(self):
-        client = cs.CloudStack(ENDPOINT, cert="/c.pem")
-        self.assertEqual(client.cert, "/c.pem")
-        client.set_setting("cert_key", "/k.pem")
-        self.assertEqual(client.cert, ("/c.pem", "/k.pem"))
-        self.assertEqual(cs.CloudStack(ENDPOINT, cert=["/c.pem", "/k.pem"]).cert, ("/c.pem", "/k.pem"))
-        self.assertIsNone(cs.CloudStack(ENDPOINT).cert)
-
-    def test_expiration_reads_as_a_timedelta(self):
-        for given in (60, "60", 60.0, datetime.timedelta(minutes=1)):
-            with self.subTest(given=given):
-                self.assertEqual(cs.CloudStack(ENDPOINT, expiration=given).expiration, datetime.timedelta(seconds=60))
-
-    def test_every_promised_attribute_can_be_read(self):
-        names = (
-            "endpoint key secret timeout method verify cert name retry job_timeout poll_interval expiration trace"
-            " fetch_result headers session"
-        )
-        client = cs.CloudStack(ENDPOINT, "k", "s")
-        values = [getattr(client, name) for name in names.split()]
-        minutes = datetime.timedelta(minutes=10)
-        expected = [ENDPOINT, "k", "s", 10, "get", True, None, None, 0, None, 2.0, minutes, False, False, {}, None]
-        self.assertEqual(values, expected)
-
-    def test_attributes_of_the_program_s_own_are_kept(self):
-        client = cs.CloudStack(ENDPOINT)
-        client.my_context = {"a": 1}
-        self.assertEqual((client.my_context, copy.copy(client).my_context), ({"a": 1}, {"a": 1}))
-
-    def test_settings_are_looked_at_anew_by_each_call(self):
-        changes = [
-            ("endpoint", "http://other.invalid/api", lambda p: "//other.invalid/api?" in p.requests[-1].url),
-            ("key", "key2", lambda p: p.params()["apiKey"] == "key2"),
-            ("method", "post", lambda p: p.requests[-1].method == "POST"),
-            ("secret", "secret2", lambda p: p.params()["signature"] != p.params(0)["signature"]),
-            ("timeout", "0.5", lambda p: (p.requests[-1].timeout, p.requests[-1].total) == (0.5, 5.0)),
-            ("verify", "/ca.pem", lambda p: p.requests[-1].verify == "/ca.pem"),
-            ("dangerous_no_tls_verify", True, lambda p: p.requests[-1].verify is False),
-            ("cert", "/c.pem", lambda p: p.requests[-1].cert == "/c.pem"),
-            ("headers", {"X-A": "1"}, lambda p: p.requests[-1].headers["X-A"] == "1"),
-            ("expiration", 60, lambda p: p.params()["expires"] == "2026-01-01T00:01:00+0000"),
-            ("max_response_size", 9, lambda p: p.requests[-1].limit == 9),
-        ]  # fmt: skip
-
-        def call_change_call(name, value):
-            def call(client):
-                client.set_setting(name, value)
-                return client.listZones()
-
-            return one_after_another(asking("listZones"), call)
-
-        for name, value, holds in changes:
-            with self.subTest(name=name), mock.patch("time.time", return_value=float(REQUESTS_MOMENT)):
-                played = self.play(one(), call_change_call(name, value))
-                self.assertEqual((played.error, len(played.requests)), (None, 2))
-                self.assertTrue(holds(played))
-
-    def test_retry_set_later_counts(self):
-        def call(client):
-            client.retry = "1"
-            return client.listZones()
-
-        self.assertEqual(len(self.play([silent(), silent(), one()[0]], call).requests), 2)
-
-    def test_fetch_result_set_later_counts(self):
-        def call(client):
-            client.fetch_result = "yes"
-            return client.startVirtualMachine(id="1")
-
-        script = [answer({"r": {"jobid": "j"}}), answer({"r": {"jobstatus": 1, "jobresult": {"a": 1}}})]
-        self.assertEqual(self.play(script, call).value, {"a": 1})
-
-    def test_repr_is_the_name_or_the_endpoint(self):
-        for kind in KINDS:
-            with self.subTest(kind=kind.__name__):
-                self.assertEqual(repr(kind(ENDPOINT, "k", "s")), "<CloudStack: {}>".format(ENDPOINT))
-                self.assertEqual(repr(kind(ENDPOINT, name="zurich")), "<CloudStack: zurich>")
-
-    def test_repr_never_shows_a_secret_and_never_fails(self):
-        endpoints = [
-            "http://user:c4nary@h/api", "http://h/api?token=c4nary", "user:c4nary@h/api", "http://[c4nary",
-            "http://h:x/",
-            "https://h/#c4nary", "", None, "file:///etc/passwd", "//user:c4nary@h/",
-        ]  # fmt: skip
-        for endpoint in endpoints:
-            with self.subTest(endpoint=endpoint):
-                shown = repr(cs.CloudStack(endpoint, "c4nary-key", "c4nary-secret", password="c4nary"))
-                self.assertTrue(shown.startswith("<CloudStack: "), shown)
-                if endpoint != "http://[c4nary":
-                    self.assertNotIn("c4nary", shown)
-
-    def test_an_endpoint_that_cannot_be_one_is_refused_before_anything_is_sent_and_not_with_its_secrets(self):
-        endpoints = [
-            None, "", "cloud.example/client/api", "file:///etc/passwd", "ftp://h/", "http://", "https:///client/api",
-            "http://h:x/",
-            "http://h:99999/", "http://h:0/", "http://[::1/", "http://h/a b", "http://h/\n", "http://h/\xfc",
-            "http://user:c4nary@h/api", "user:c4nary@h/api", "http://user:c4nary@h:x/", "//user:c4nary@h/", "data:,x",
-        ]  # fmt: skip
-        for endpoint in endpoints:
-            with self.subTest(endpoint=endpoint):
-                played = self.play([AssertionError("sent")], asking("listZones"), endpoint=endpoint)
-                self.assertIsInstance(played.error, ValueError)
-                self.assertRegex(str(played.error), r"\Aendpoint: ")
-                self.assertNotIn("c4nary", str(played.error))
-
-    def test_half_a_pair_of_credentials_is_refused_before_anything_is_sent(self):
-        cases = [
-            ({"key": None}, "key", "secret1"), ({"secret": None}, "secret", "key1"), ({"key": ""}, "key", "secret1"),
-            ({"key": None, "secret": None, "username": "admin"}, "password", "admin"),
-            ({"key": None, "secret": None, "password": "c4nary"}, "username", "c4nary"),
-            ({"username": "admin", "password": "c4nary"}, "username", "c4nary"),
-        ]  # fmt: skip
-        for settings, name, value in cases:
-            with self.subTest(settings=settings):
-                played = self.play([AssertionError("sent")], asking("listZones"), **settings)
-                self.assertIsInstance(played.error, ValueError)
-                self.assertRegex(str(played.error), r"\A{}: ".format(name))
-                self.assertNotIn(value, str(played.error))
-
-
-class ClientObjectTest(ProtocolCase):
-    def test_copies_are_clients_of_their_own(self):
-        copiers = [copy.copy, copy.deepcopy]
-        copiers += [lambda c, n=n: pickle.loads(pickle.dumps(c, n)) for n in range(2, pickle.HIGHEST_PROTOCOL + 1)]
-        for kind in KINDS + (Auditing,):
-            original = kind(
-                ENDPOINT, "k", "s", timeout=3, verify="/ca.pem", cert="/c.pem", cert_key="/k.pem", retry=2,
-                expiration=60,
-                headers={"X-A": "1"}, name="n", job_timeout=9, dangerous_no_tls_verify=True, fetch_result=True
-            )  # fmt: skip
-            original._server.page_limit = 7
-            self.assertIsNotNone(transport_of(original))
-            original.own = [1]
-            for index, copier in enumerate(copiers):
-                with self.subTest(kind=kind.__name__, copier=index):
-                    twin = copier(original)
-                    self.assertIs(type(twin), kind)
-                    for setting in cs.SETTINGS:
-                        self.assertEqual(
-                            twin.get_setting(setting.name), original.get_setting(setting.name), setting.name
-                        )
-                    self.assertEqual(twin.own, [1])
-                    self.assertIsNot(transport_of(twin), transport_of(original))
-                    self.assertEqual(twin._server.page_limit, cs.PAGE_SIZE)
-                    twin.timeout = 4
-                    self.assertEqual(original.timeout, 3)
-            original.close()
-
-    def test_a_copy_s_headers_are_its_own(self):
-        original = cs.CloudStack(ENDPOINT, headers={"X-A": "1"})
-        copy.deepcopy(original).headers["X-B"] = "2"
-        self.assertEqual(original.headers, {"X-A": "1"})
-
-    def test_names_that_begin_with_an_underscore_are_attribute_errors(self):
-        for kind in KINDS:
-            client = kind(ENDPOINT)
-            for name in ("_private", "__len__", "__wrapped__", "_repr_html_", "_ipython_display_"):
-                with self.subTest(kind=kind.__name__, name=name):
-                    self.assertFalse(hasattr(client, name))
-                    with self.assertRaises(AttributeError):
-                        getattr(client, name)
-
-    def test_the_async_client_s_commands_are_coroutines_up_to_request(self):
-        """So that tests of programs may replace _request, and a bad parameter is raised where it is awaited (09)."""
-        self.assertTrue(inspect.iscoroutinefunction(cs.AIOCloudStack._request))
-        client = cs.AIOCloudStack(ENDPOINT, "k", "s")
-
-        async def use():
-            calls = [client.deployX(bad=object()), client.deployX(bad=object()), client.wait_job("\x00")]
-            return await asyncio.gather(*calls, return_exceptions=True)
-
-        self.assertEqual([type(outcome) for outcome in run(use())], [ValueError] * 3)
-
-    def test_subclasses_may_use_the_names_of_settings_that_the_package_has_not(self):
-        for kind in KINDS:
-            class Program(kind):
-                def __init__(self, *args, **settings):
-                    self.domain = {"id": 1}
-                    super().__init__(*args, **settings)
-                    self.username, self.password, self.recover = "root", b"\xff", object()
-                    self.concurrency = self.max_response_size = None
-
-            with self.subTest(kind=kind.__name__):
-                client = Program(ENDPOINT, "k", "s")
-                played = self._play_one(client, one({"a": 1}), asking("listZones"))
-                self.assertEqual((played.error, played.value), (None, {"a": 1}))
-                self.assertEqual((client.domain, client.username), ({"id": 1}, "root"))
-                self.assertEqual((client.get_setting("domain"), client.get_setting("concurrency")), (None, 128))
-
-    def test_settings_by_name(self):
-        client = cs.CloudStack(ENDPOINT, "k", "s", username=None, timeout=3)
-        client.set_setting("timeout", "4")
-        client.set_setting("domain", "/sub")
-        self.assertEqual((client.timeout, client.get_setting("timeout")), (4, 4))
-        self.assertEqual(copy.copy(client).get_setting("domain"), "/sub")
-        for refused in (lambda: client.get_setting("nonesuch"), lambda: client.set_setting("nonesuch", 1)):
-            self.assertRaises(KeyError, refused)
-
-    def test_a_signature_is_made_when_the_request_is_sent(self):
-        """A call that waits for a thread longer than `expiration` would be refused (finding 11)."""
-        now = [float(REQUESTS_MOMENT)]
-        sent = []
-        client = cs.AIOCloudStack(ENDPOINT, "k", "s", concurrency=1, expiration=60)
-
-        def exchange(request):
-            sent.append(wire(request)["expires"])
-            now[0] += 100
-            return one()[0]
-
-        object.__setattr__(client, "_exchange", exchange)
-
-        async def use():
-            await asyncio.gather(client.listZones(), client.listZones())
-
-        with mock.patch("time.time", lambda: now[0]):
-            run(use())
-        client.close()
-        self.assertEqual(sent, ["2026-01-01T00:01:00+0000", "2026-01-01T00:02:40+0000"])
-
-    def test_positional_arguments_to_a_command_are_type_errors(self):
-        for kind in KINDS:
-            with self.subTest(kind=kind.__name__), self.assertRaises(TypeError):
-                kind(ENDPOINT).listZones("name")
-
-    def test_any_command_name_is_a_method(self):
-        played = self.play(one({"a": 1}), asking("futureCommandOf2030", x=1))
-        self.assertEqual((played.commands, played.value), (["futureCommandOf2030"], {"a": 1}))
-
-    def listing(self, request):
-        page = wire(request).get("page", "1")
-        return answer({"r": {"count": 3, "zone": rows_of(0, 2) if page == "1" else rows_of(2, 3)}})
-
-    def test_a_subclass_sees_every_command_but_no_page_poll_or_login(self):
-        def exchange(request):
-            command = wire(request)["command"]
-            if command == "login":
-                return answer({"r": {"sessionkey": "s"}})
-            if command == "listZones":
-                return self.listing(request)
-            if command == "queryAsyncJobResult":
-                return answer({"r": {"jobstatus": 1, "jobresult": {"done": True}}})
-            return answer({"r": {"jobid": "j"}})
-
-        settings = {"username": "u", "password": "p", "poll_interval": 0}
-        client = Auditing(ENDPOINT, **settings)
-        object.__setattr__(client, "_exchange", exchange)
-        self.assertEqual(client.listZones(fetch_list=True, pagesize=2), rows_of(0, 3))
-        self.assertEqual(list(client.iter_list("listZones", pagesize=2)), rows_of(0, 3))
-        self.assertEqual(client.startVirtualMachine(id=1, fetch_result=True), {"done": True})
-        self.assertEqual(client.seen, ["listZones", "listZones", "startVirtualMachine"])
-        client.close()
-
-        client = AuditingAsync(ENDPOINT, **settings)
-        object.__setattr__(client, "_exchange", exchange)
-
-        async def use():
-            self.assertEqual(await client.listZones(fetch_list=True, pagesize=2), rows_of(0, 3))
-            self.assertEqual([row async for row in client.iter_list("listZones", pagesize=2)], rows_of(0, 3))
-            self.assertEqual(await client.startVirtualMachine(id=1), {"done": True})
-            await client.aclose()
-
-        run(use())
-        self.assertEqual(client.seen, ["listZones", "listZones", "startVirtualMachine"])
-
-    def test_a_subclass_may_change_the_parameters(self):
-        class Tenant(cs.CloudStack):
-            def _request(self, command, **params):
-                return super()._request(command, **dict(params, tenant="7"))
-
-        client = Tenant(ENDPOINT, "k", "s")
-        sent = []
-        object.__setattr__(client, "_exchange", lambda request: sent.append(wire(request)) or self.listing(request))
-        client.listZones()
-        list(client.iter_list("listZones", pagesize=2))
-        self.assertEqual([params["tenant"] for params in sent], ["7", "7", "7"])
-
-    def test_a_client_can_be_used_again_after_close(self):
-        for kind in KINDS:
-            with self.subTest(kind=kind.__name__):
-                client = kind(ENDPOINT, "k", "s")
-                object.__setattr__(client, "_exchange", lambda request: one({"a": 1})[0])
-                for _ in range(2):
-                    outcome = client.listZones()
-                    self.assertEqual(run(outcome) if kind is cs.AIOCloudStack else outcome, {"a": 1})
-                    client.close()
-                client.close()
-
-    def test_with_closes(self):
-        with mock.patch.object(cs.CloudStack, "close") as close:
-            with cs.CloudStack(ENDPOINT) as client:
-                self.assertIsInstance(client, cs.CloudStack)
-            self.assertEqual(close.call_count, 1)
-
-    def test_one_async_client_serves_several_event_loops_one_after_another(self):
-        client = cs.AIOCloudStack(ENDPOINT, "k", "s")
-        object.__setattr__(client, "_exchange", lambda request: one({"a": 1})[0])
-        self.assertEqual([run(client.listZones()) for _ in range(3)], [{"a": 1}] * 3)
-        run(client.aclose())
-
-
-# --- errors ---
-
-
-class ErrorsTest(ProtocolCase):
-    def test_the_tree(self):
-        self.assertTrue(issubclass(cs.AIOCloudStack, cs.CloudStack))
-        self.assertTrue(issubclass(cs.CloudStackApiException, cs.CloudStackException))
-        self.assertFalse(issubclass(cs.CloudStackException, OSError))
-        for kind, parent in (
-            (cs.CloudStackConnectionError, ConnectionError), (cs.CloudStackTimeoutError, TimeoutError),
-            (cs.CloudStackJobTimeout, TimeoutError), (cs.CloudStackJobTimeout, cs.CloudStackTimeoutError),
-        ):  # fmt: skip
-            with self.subTest(kind=kind.__name__):
-                self.assertTrue(issubclass(kind, cs.CloudStackException) and issubclass(kind, parent))
-                self.assertTrue(issubclass(kind, OSError))
-
-    def test_errors_can_be_built_by_hand_with_any_arguments(self):
-        for kind in (cs.CloudStackException, cs.CloudStackApiException):
-            for args in ((), ("a",), ("a", "b"), ("a", "b", "c"), (1, None)):
-                with self.subTest(kind=kind.__name__, args=args):
-                    error = kind(*args)
-                    self.assertEqual((error.args, error.response, error.jobid), (args, None, None))
-                    self.assertFalse(error.outcome_unknown)
-                    str(error), repr(error)
-        self.assertEqual(cs.CloudStackException("a", response=5).response, 5)
-
-    def test_the_text_of_an_api_error(self):
-        error = cs.CloudStackApiException("HTTP 431 response from CloudStack", error={"errorcode": 431}, response=None)
-        self.assertEqual(str(error), "HTTP 431 response from CloudStack, error: {'errorcode': 431}")
-        self.assertEqual((error.args, error.error), (("HTTP 431 response from CloudStack",), {"errorcode": 431}))
-
-    def test_the_text_of_a_network_error_is_no_errno_text(self):
-        for kind in (cs.CloudStackConnectionError, cs.CloudStackTimeoutError, cs.CloudStackJobTimeout):
-            with self.subTest(kind=kind.__name__):
-                error = kind("Cannot connect to http://h/", "refused")
-                self.assertEqual(error.args, ("Cannot connect to http://h/", "refused"))
-                self.assertEqual(str(error), "Cannot connect to http://h/: refused")
-
-    def test_the_answer_of_an_error_says_whether_it_is_ok_as_requests_has_it(self):
-        for status, ok in ((200, True), (302, True), (399, True), (400, False), (431, False), (599, False)):
-            with self.subTest(status=status):
-                self.assertIs(answer({"x": 1}, status).ok, ok)
-
-    def test_errors_survive_pickle_and_copy_with_all_they_know(self):
-        made = [
-            cs.CloudStackException("a", "b", response=answer({"x": 1}, 504, "Gateway Time-out")),
-            cs.CloudStackApiException("m", error={"errorcode": 1}, response=answer({"x": 1}, 431)),
-            cs.CloudStackConnectionError("a", "b"), cs.CloudStackTimeoutError("a", "b"), cs.CloudStackTimeoutError("a"),
-            cs.CloudStackJobTimeout("a", "job", response=answer({"x": 1}, 408)), cs.CloudStackException(),
-        ]  # fmt: skip
-        copiers = [copy.copy, copy.deepcopy]
-        copiers += [lambda e, n=n: pickle.loads(pickle.dumps(e, n)) for n in range(2, pickle.HIGHEST_PROTOCOL + 1)]
-        for error in made:
-            error.jobid, error.outcome_unknown = "j", True
-            for index, copier in enumerate(copiers):
-                with self.subTest(error=error, copier=index):
-                    twin = copier(error)
-                    self.assertEqual((type(twin), twin.args, str(twin)), (type(error), error.args, str(error)))
-                    self.assertEqual((twin.jobid, twin.outcome_unknown), ("j", True))
-                    self.assertEqual(getattr(twin, "error", 0), getattr(error, "error", 0))
-                    if error.response is not None:
-                        self.assertEqual(twin.response.status_code, error.response.status_code)
-                        self.assertEqual(twin.response.json(), {"x": 1})
-                        self.assertEqual(twin.response.headers["content-type"], "application/json; charset=UTF-8")
-
-    def test_a_raised_api_error_survives_pickle(self):
-        error = self.play([api_error(431, "bad")], asking("listZones")).error
-        twin = pickle.loads(pickle.dumps(error))
-        self.assertEqual(
-            (str(twin), twin.error, twin.response.reason), (str(error), error.error, error.response.reason)
-        )
-
-    def test_the_response_of_an_error_for_both_clients(self):
-        response = api_error(431, "b\xe4d", headers={"X-Server": "1"})
-        for kind in KINDS:
-            with self.subTest(kind=kind.__name__):
-                client = kind(ENDPOINT, "k", "s")
-                object.__setattr__(client, "_exchange", lambda request: response)
-                with self.assertRaises(cs.CloudStackApiException) as caught:
-                    run(client.listZones()) if kind is cs.AIOCloudStack else client.listZones()
-                client.close()
-                got = caught.exception.response
-                self.assertEqual((got.status_code, got.reason, got.headers["x-server"]), (431, "431", "1"))
-                self.assertEqual(got.json()["errorresponse"]["errortext"], "b\xe4d")
-                self.assertEqual(json.loads(got.text), got.json())
-
-    def test_no_error_quotes_key_secret_or_signature(self):
-        scripts = [
-            api_error(401, "unable to verify"), answer("<html>", 504), answer("<html>"), answer(b""), answer([1]),
-            unsent(), lost(),
-            silent(), answer("", 302, headers={"Location": "http://h/?apiKey=c4nary-key"}),
-        ]  # fmt: skip
-        for item in scripts:
-            for command in ("listZones", "deployVirtualMachine"):
-                with self.subTest(item=item, command=command):
-                    played = self.play([item], asking(command), key="c4nary-key", secret="c4nary-secret")
-                    shown = str(played.error) + repr(played.error) + repr(played.error.args)
-                    self.assertNotIn("c4nary", shown)
-                    self.assertNotIn(played.params()["signature"][:8], shown)
-
-
-# --- decoding ---
-
-
-class DecodingTest(ProtocolCase):
-    URL = "Make sure endpoint URL '{}' is correct.".format(ENDPOINT)
-
-    def test_the_value_under_the_single_key_whatever_its_name(self):
-        cases = [
-            ({"listzonesresponse": {"count": 1, "zone": [{"id": "1"}]}}, {"count": 1, "zone": [{"id": "1"}]}),
-            ({"restorevmresponse": {"a": 1}}, {"a": 1}), ({"null": {"a": 1}}, {"a": 1}), ({"": {"a": 1}}, {"a": 1}),
-            ({"createSSHKeyPairResponse": {"a": 1}}, {"a": 1}), ({"listzonesresponse": {}}, {}), ({"r": []}, []),
-            ({"r": "text"}, "text"), ({"r": None}, None), ({"r": 5}, 5), ({"r": {"success": False, "errortext": "x"}},
-                                                                          {"success": False, "errortext": "x"}),
-        ]  # fmt: skip
-        for document, expected in cases:
-            with self.subTest(document=document):
-                played = self.play([answer(document)], asking("listZones"))
-                self.assertEqual((played.error, played.value), (None, expected))
-
-    def test_json_under_any_type_that_says_so_or_none(self):
-        for kind in (
-            "application/json",
-            "text/javascript; charset=UTF-8",
-            "application/JSON",
-            "application/javascript",
-            None,
-        ):
-            with self.subTest(kind=kind):
-                response = answer({"r": {"a": 1}})
-                del response.headers["Content-Type"]
-                if kind:
-                    response.headers["Content-Type"] = kind
-                self.assertEqual(self.play([response], asking("listZones")).value, {"a": 1})
-
-    def test_what_json_parsers_trip_over_but_servers_send(self):
-        cases = [
-            (b'{"r": {"t": "a\x01b\nc\x1bd"}}', {"t": "a\x01b\nc\x1bd"}), (b'\xef\xbb\xbf{"r": {}}', {}),
-            (b'{"r": {"t": "\xff\xfe"}}', {"t": "\ufffd\ufffd"}), (b'{"r": {"t": "\\ud800"}}', {"t": "\ud800"}),
-            (b'{"r": 1, "r": {"b": 2}}', {"b": 2}), (b' \n{"r": {"n": 123456789012345678901234567890}}\n ',
-                                                     {"n": 123456789012345678901234567890}),
-        ]  # fmt: skip
-        for content, expected in cases:
-            with self.subTest(content=content):
-                response = answer({})
-                response.content = content
-                played = self.play([response], asking("listZones"))
-                self.assertEqual((played.error, played.value), (None, expected))
-
-    def test_answers_that_are_not_cloudstack_s(self):
-        malformed = ("HTTP 200 OK", "Malformed JSON document. " + self.URL)
-        unexpected = ("Unexpected response from CloudStack", "a single top-level key was expected")
-        as_json = {"Content-Type": "application/json"}
-        cases = [
-            (answer("<html>login</html>"), ("JSON (application/json) was expected, got 'text/html'",)),
-            (answer("<r/>", headers={"Content-Type": "text/xml"}),
-             ("JSON (application/json) was expected, got 'text/xml'",)),
-            (answer("<html>", 504, "Gateway Time-out"), ("HTTP 504 Gateway Time-out", self.URL)),
-            (answer("<html>", 404, "Not Found", as_json), ("HTTP 404 Not Found", self.URL)),
-            (answer("", 404, "Not Found"), ("HTTP 404 Not Found", self.URL)),
-            (answer("", 204, "No Content"), ("HTTP 204 No Content", self.URL)),
-            (answer("{", headers=as_json), malformed), (answer("", 500, "500"), ("HTTP 500 500", self.URL)),
-            (answer("not json", headers=as_json), malformed), (answer('{"r": NaN}', headers=as_json), malformed),
-            (answer('{"r": -Infinity}', headers=as_json), malformed), (answer("[" * 10000, headers=as_json), malformed),
-            (answer('{"a":' * 10000, headers=as_json), malformed), (answer('{"r": 1} x', headers=as_json), malformed),
-            (answer('{"r": ' + "9" * 5000 + "x}", headers=as_json), malformed),
-            (answer({}), unexpected), (answer({"a": 1, "b": 2}), unexpected), (answer([1]), unexpected),
-            (answer([]), unexpected),
-            (answer("5", headers=as_json), unexpected), (answer('"text"', headers=as_json), unexpected),
-            (answer("null", headers=as_json), unexpected), (answer({"a": 1, "b": 2}, 500, "500"), unexpected),
-        ]  # fmt: skip
-        for response, args in cases:
-            with self.subTest(status=response.status_code, content=response.content[:30]):
-                played = self.play([response], asking("listZones"))
-                self.assertIs(type(played.error), cs.CloudStackException)
-                self.assertEqual(played.error.args, args)
-                self.assertEqual(played.error.response.status_code, response.status_code)
-                self.assertEqual(played.error.response.text, response.text)
-
-    def test_an_empty_200_is_an_error(self):
-        for kind in ("application/json", "text/html"):
-            with self.subTest(kind=kind):
-                played = self.play([answer(b"", headers={"Content-Type": kind})], asking("deployVirtualMachine"))
-                self.assertIsInstance(played.error, cs.CloudStackException)
-                self.assertEqual(played.error.args[0], "HTTP 200 OK")
-                self.assertIn("empty", str(played.error))
-                self.assertTrue(played.error.outcome_unknown)
-
-    def test_the_server_s_own_errors(self):
-        for code in (400, 401, 405, 429, 430, 431, 432, 503, 530, 531, 532, 533, 534, 535, 536, 537):
-            for key in ("errorresponse", "null") if code in (401, 530) else ("listzonesresponse",):
-                with self.subTest(code=code, key=key):
-                    played = self.play([api_error(code, "text", key=key)], asking("listZones"))
-                    error = {"uuidList": [], "errorcode": code, "cserrorcode": 9999, "errortext": "text"}
-                    self.assertIs(type(played.error), cs.CloudStackApiException)
-                    message = "HTTP {} response from CloudStack".format(code)
-                    self.assertEqual((played.error.args, played.error.error), ((message,), error))
-                    self.assertEqual(str(played.error), "{}, error: {}".format(message, error))
-                    self.assertEqual(played.error.response.json(), {key: error})
-
-    def test_an_error_that_is_no_dict_is_what_stood_there(self):
-        for value in ("text", None, [1], 5, {"errortext": None}, {"errortext": ["x"]}, {"errortext": 5}):
-            for code in (400, 429, 431):
-                with self.subTest(value=value, code=code):
-                    played = self.play([answer({"errorresponse": value}, code)], asking("listZones", fetch_list=True))
-                    self.assertIs(type(played.error), cs.CloudStackApiException)
-                    self.assertEqual(played.error.error, value)
-
-    def test_a_type_of_html_does_not_hide_an_error_in_json(self):
-        response = answer(json.dumps({"errorresponse": {"errorcode": 530}}), 530, "530")
-        self.assertEqual(self.play([response], asking("listZones")).error.error, {"errorcode": 530})
-
-    def test_redirects_are_not_followed_and_named_without_their_query(self):
-        """5.2.0 follows them with the signed URL, to other hosts too."""
-        cases = [
-            ("https://other.example/login?apiKey=c4nary#c4nary", "https://other.example/login"),
-            ("/client/?signature=c4nary", "/client/"), ("https://u:c4nary@h/x", "https://h/x"), ("http://[bad", ""),
-            ("https://h/\x1b[2Jx", "h/"),
-        ]  # fmt: skip
-        for code, options in ((301, {}), (302, {"json": False}), (303, {}), (307, {}), (308, {})):
-            for place, shown in cases[: 5 if code < 303 else 1]:
-                with self.subTest(code=code, place=place, options=options):
-                    script = [answer({"r": {"passed": "for a result"}}, code, "Found", {"Location": place})]
-                    played = self.play(script, asking("listZones", **options), retry=2)
-                    self.assertIs(type(played.error), cs.CloudStackException)
-                    self.assertEqual(len(played.requests), 1)
-                    self.assertEqual(played.error.args[0], "HTTP {} Found".format(code))
-                    self.assertIn(shown, str(played.error))
-                    self.assertNotIn("c4nary", str(played.error))
-                    self.assertNotIn("\x1b", str(played.error))
-
-    def test_without_json_the_text_is_returned_as_it_is(self):
-        for text in ("<listzonesresponse/>", "", '{"a": 1, "b": 2}'):
-            with self.subTest(text=text):
-                self.assertEqual(self.play([answer(text)], asking("listZones", json=False)).value, text)
-
-    def test_without_json_an_error_holds_the_text(self):
-        played = self.play([answer("<errorresponse/>", 431, "431")], asking("listZones", json=False))
-        self.assertIs(type(played.error), cs.CloudStackApiException)
-        self.assertEqual(played.error.error, "<errorresponse/>")
-        self.assertEqual(played.error.args, ("HTTP 431 response from CloudStack",))
-
-
-class CollectorTest(unittest.TestCase):
-    """Python's cyclic garbage collector rests while a long answer is decoded."""
-
-    def setUp(self):
-        self.addCleanup(gc.enable if gc.isenabled() else gc.disable)
-        gc.enable()
-        self.seen = []
-        decoder = mock.Mock(decode=lambda text: self.seen.append(gc.isenabled()) or json.loads(text))
-        patched = mock.patch.object(cs, "_JSON", decoder)
-        patched.start()
-        self.addCleanup(patched.stop)
-
-    def test_only_while_a_long_answer_is_decoded(self):
-        for size, expected in ((10, True), (100000, False)):
-            with self.subTest(size=size):
-                self.assertEqual(answer({"r": "x" * size}).json(), {"r": "x" * size})
-                self.assertEqual((self.seen.pop(), gc.isenabled()), (expected, True))
-
-    def test_where_a_program_has_turned_it_off_it_stays_off(self):
-        gc.disable()
-        answer({"r": "x" * 100000}).json()
-        self.assertEqual((self.seen, gc.isenabled()), ([False], False))
-
-    def test_an_answer_that_cannot_be_decoded_leaves_it_as_it_was(self):
-        with self.assertRaises(ValueError):
-            answer("{" * 100000).json()
-        self.assertTrue(gc.isenabled())
-
-    def test_a_thread_that_comes_in_between_leaves_it_off_and_the_first_one_turns_it_on(self):
-        def decode(text):
-            self.seen.append(gc.isenabled())
-            if len(self.seen) == 1:
-                other = threading.Thread(target=answer({"r": "x" * 100000}).json)
-                other.start()
-                other.join(PATIENCE_OF_TESTS)
-                self.seen.append(gc.isenabled())
-            return json.loads(text)
-
-        cs._JSON.decode = decode
-        answer({"r": "x" * 100000}).json()
-        self.assertEqual((self.seen, gc.isenabled()), ([False, False, False], True))
-
-
-# --- GET or POST ---
-# --- GET or POST ---
-
-
-class VerbTest(ProtocolCase):
-    def verbs(self, script, call, **settings):
-        return [request.method for request in self.play(script, call, **settings).requests]
-
-    def test_get_unless_post_is_asked_for(self):
-        self.assertEqual(self.verbs(one(), asking("listZones")), ["GET"])
-        self.assertEqual(self.verbs(one(), asking("deployVirtualMachine")), ["GET"])
-        for method in ("post", "POST"):
-            self.assertEqual(self.verbs(one(), asking("listZones"), method=method), ["POST"])
-
-    def test_a_post_carries_everything_in_its_body(self):
-        played = self.play(one(), asking("listZones", name="a b"), method="post")
-        request = played.requests[0]
-        self.assertEqual(request.url, ENDPOINT)
-        self.assertEqual(request.headers["Content-Type"], "application/x-www-form-urlencoded")
-        self.assertIn(b"&name=a%20b&", request.body)
-        self.assertIn("signature", played.params())
-
-    def test_get_carries_no_body(self):
-        request = self.play(one(), asking("listZones")).requests[0]
-        self.assertIsNone(request.body)
-        self.assertNotIn("Content-Type", request.headers)
-
-    def test_secrets_go_by_post(self):
-        names = (
-            "password", "Password", "userdata", "userData", "privatekey", "privateKey", "secretkey", "usersecretkey",
-            "passphrase",
-            "details[0].password", "cmkpassword", "sharedsecret", "ipsecpresharedsecret", "oauthtoken",
-        )  # fmt: skip
-        for name in names:
-            with self.subTest(name=name):
-                self.assertEqual(self.verbs(one(), asking("updateUser", **{name: "x"})), ["POST"])
-        self.assertEqual(self.verbs(one(), asking("createUser", details={"password": "x"})), ["POST"])
-        self.assertEqual(self.verbs(one(), asking("listUsers", username="x", passwordenabled=True)), ["GET"])
-
-    def test_login_is_always_posted(self):
-        self.assertEqual(self.verbs(one(), asking("login", username="u", password="p")), ["POST"])
-        self.assertEqual(self.verbs(one(), asking("login", username="u"), key=None, secret=None), ["POST"])
-
-    def test_what_is_too_long_for_a_request_line_goes_by_post(self):
-        """The server refuses a request line and headers of more than 8192 bytes."""
-        seen = set()
-        for length in list(range(7300, 8300, 60)) + [100, 20000]:
-            for headers in (None, {"X-Long": "h" * 500}):
-                request = self.play(one(), asking("listZones", name="x" * length), headers=headers).requests[0]
-                seen.add(request.method)
-                if request.method == "GET":
-                    line = "GET {} HTTP/1.1".format(request.url)
-                    head = (
-                        [line]
-                        + ["{}: {}".format(*pair) for pair in request.headers.items()]
-                        + ["Host: cloud.invalid", ""]
-                    )
-                    self.assertLessEqual(len("\r\n".join(head)), 8192)
-        self.assertEqual(seen, {"GET", "POST"})
-        self.assertEqual(self.verbs(one(), asking("listZones", name="x" * 7000)), ["GET"])
-        self.assertEqual(self.verbs(one(), asking("listZones", name="x" * 8200)), ["POST"])
-
-    def test_enforced_post_is_learned_once_and_remembered(self):
-        refusal = api_error(400, "State changing command createTags needs to be sent using POST request")
-
-        def server(played, request):
-            command = wire(request)["command"]
-            return refusal if request.method == "GET" and not command.startswith("list") else one({"ok": command})[0]
-
-        commands = ["createTags", "deployVirtualMachine", "listZones"]
-
-        played = self.play(server, one_after_another(*map(asking, commands)))
-        self.assertEqual(played.value, [{"ok": command} for command in commands])
-        self.assertEqual([request.method for request in played.requests], ["GET", "POST", "POST", "GET"])
-        self.assertEqual(played.pauses, [])
-
-    def test_the_reading_commands_stay_get_where_post_is_enforced(self):
-        client = cs.CloudStack(ENDPOINT, "k", "s")
-        client._server.post_only = True
-        requests = []
-        object.__setattr__(client, "_exchange", lambda request: requests.append(request) or one()[0])
-        cases = [
-            ("listZones", "GET"), ("getVirtualMachineUserData", "GET"), ("queryAsyncJobResult", "GET"),
-            ("findHostsForMigration", "GET"),
-            ("quotaBalance", "GET"), ("quotaIsEnabled", "GET"), ("readyForShutdown", "GET"),
-            ("verifyOAuthCodeAndGetUser", "GET"),
-            ("isAccountAllowedToCreateOfferingsWithTags", "GET"), ("quotaStatement", "GET"), ("quotaSummary", "GET"),
-            ("quotaTariffList", "GET"), ("cloudianIsEnabled", "GET"), ("quotaUpdate", "POST"),
-            ("deployVirtualMachine", "POST"),
-            ("list", "POST"), ("prepareForShutdown", "POST"), ("relistThings", "POST"),
-        ]  # fmt: skip
-        for command, method in cases:
-            with self.subTest(command=command):
-                getattr(client, command)()
-                self.assertEqual(requests[-1].method, method)
-
-    def test_a_server_that_keeps_asking_for_post_is_believed_once(self):
-        script = [api_error(400, "State changing command x needs to be sent using POST request")]
-        played = self.play(script, asking("createTags"))
-        self.assertEqual([request.method for request in played.requests], ["GET", "POST"])
-        self.assertEqual(played.error.response.status_code, 400)
-        self.assertFalse(played.error.outcome_unknown)
-
-    def test_another_400_is_no_reason_to_send_again(self):
-        for text in ("bad", "", None):
-            with self.subTest(text=text):
-                self.assertEqual(self.verbs([api_error(400, text)], asking("createTags"), retry=3), ["GET"])
-
-    def test_the_integration_port_is_never_posted_to(self):
-        """It reads the query string only."""
-        unsigned = {"key": None, "secret": None}
-        cases = [
-            (asking("createUser", password="x"), {}), (asking("listZones", name="x" * 9000), {}),
-            (asking("createTags"), {"method": "post"}), (asking("deployVirtualMachine", userdata="eA=="), {}),
-        ]  # fmt: skip
-        for call, settings in cases:
-            with self.subTest(settings=settings):
-                self.assertEqual(self.verbs(one(), call, **dict(unsigned, **settings)), ["GET"])
-        script = [api_error(400, "State changing command x needs to be sent using POST request")]
-        self.assertNotIn("POST", self.verbs(script, asking("createTags"), **unsigned))
-
-
-# --- retries ---
-
-READS = ("listZones", "getVirtualMachineUserData", "queryAsyncJobResult", "findHostsForMigration", "ListZones")
-CHANGES = (
-    "deployVirtualMachine", "createTags", "getUploadParamsForVolume", "getUploadParamsForTemplate",
-    "getDiagnosticsData",
-    "listAndSwitchSamlAccount", "login", "prepareForShutdown", "assignListeners",
-)  # fmt: skip
-
-
-class RetryTest(ProtocolCase):
-    def test_nothing_is_retried_by_default(self):
-        for item in (
-            unsent(),
-            lost(),
-            silent(),
-            answer("<html>", 503),
-            api_error(429),
-            api_error(503),
-            answer("<html>", 502),
-        ):
-            for command in ("listZones", "deployVirtualMachine"):
-                with self.subTest(item=item, command=command):
-                    played = self.play([item, one()[0]], asking(command))
-                    self.assertEqual(len(played.requests), 1)
-                    self.assertIsInstance(played.error, cs.CloudStackException)
-
-    def test_what_is_tried_again(self):
-        """(what happens, whether a reading command is sent again, whether a changing one is)"""
-        cases = [
-            (unsent(), True, True), (unsent(cs.CloudStackTimeoutError), True, True), (lost(), True, False),
-            (silent(), True, False),
-            (api_error(429, "please retry after [100] ms."), True, True), (answer("<html>", 429), True, True),
-            (api_error(503, "maintenance"), True, True), (answer("<html>", 503), True, False),
-            (answer({"error": "from a proxy"}, 503), True, False),
-            (answer("<html>", 502), True, False), (answer("<html>", 504), True, False),
-            (answer({"a": 1, "b": 2}, 503), True, False),
-            (answer("<html>", 500), False, False), (answer("<html>", 404), False, False),
-            (answer("<html>", 200), False, False),
-            (answer(b"", 200), False, False), (answer("", 302, headers={"Location": "/"}), False, False),
-        ]  # fmt: skip
-        cases += [(api_error(code), False, False) for code in (400, 401, 405, 430, 431, 432, 511, 530, 531, 533, 537)]
-        for item, reading, changing in cases:
-            for command, expected in (("listZones", reading), ("deployVirtualMachine", changing)):
-                with self.subTest(item=item, command=command):
-                    played = self.play([item, one({"a": 1})[0]], asking(command), retry=1)
-                    self.assertEqual(len(played.requests), 2 if expected else 1)
-                    self.assertEqual(played.value, {"a": 1} if expected else None)
-
-    def test_what_counts_as_reading(self):
-        for command in READS + CHANGES:
-            with self.subTest(command=command):
-                played = self.play([silent(), one()[0]], asking(command), retry=1)
-                self.assertEqual(len(played.requests), 2 if command in READS else 1)
-
-    def test_retry_bounds_the_number_of_attempts(self):
-        for retry in (1, "3"):
-            for item in (lost(), unsent(), answer("<html>", 502), api_error(429)):
-                with self.subTest(retry=retry, item=item):
-                    played = self.play([item], asking("listZones"), retry=retry)
-                    self.assertEqual((len(played.requests), len(played.pauses)), (int(retry) + 1, int(retry)))
-                    self.assertIsInstance(played.error, cs.CloudStackException)
-
-    def test_pauses_grow_exponentially_up_to_30_seconds(self):
-        played = self.play([lost()], asking("listZones"), retry=9)
-        self.assertEqual(played.pauses, [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0])
-        self.assertEqual(self.play([lost()], asking("listZones"), retry=2, retry_backoff=100).pauses, [30.0, 30.0])
-        self.assertEqual(self.play([lost()], asking("listZones"), retry=2, retry_backoff=0).pauses, [0.0, 0.0])
-
-    def test_backoff_is_bounded_and_has_jitter(self):
-        for attempt in (0, 1, 5, 6, 32, 1100, 10**6):
-            for first in (0.5, 1, 40, 1e300):
-                with self.subTest(attempt=attempt, first=first):
-                    with mock.patch.object(cs, "_random", lambda: 0.0):
-                        low = cs.backoff(attempt, first)
-                    with mock.patch.object(cs, "_random", lambda: 1.0):
-                        high = cs.backoff(attempt, first)
-                    self.assertLess(0, low)
-                    self.assertLess(low, high)
-                    self.assertLessEqual(high, 30.0)
-        draws = {round(cs.backoff(3, 0.5), 9) for _ in range(20)}
-        self.assertGreater(len(draws), 1)
-
-    def test_the_wait_a_server_asks_for(self):
-        date = "Thu, 01 Jan 2026 00:00:{:02d} GMT"
-        cases = [
-            (api_error(429, "limit; please retry after [7000] ms."), 7.0),
-            (api_error(429, "please retry after 7500 ms"), 7.5),
-            (api_error(429, headers={"Retry-After": "12"}), 12.0),
-            (answer("<html>", 503, headers={"Retry-After": " 12 "}), 12.0),
-            (answer("<html>", 503, headers={"retry-after": date.format(9)}), 9.0),
-            (answer("<html>", 502, headers={"Retry-After": "30"}), 30.0),
-            (answer("<html>", 503, headers={"Retry-After": "Thu, 01 Jan 2020 00:00:00 GMT"}), 0.5),
-            (answer("<html>", 503, headers={"Retry-After": "0"}), 0.5),
-            (answer("<html>", 503, headers={"Retry-After": "soon"}), 0.5),
-            (answer("<html>", 503, headers={"Retry-After": ""}), 0.5),
-            (api_error(429, "please retry after [1] ms."), 0.5),
-            (api_error(429, "please retry after [8000] ms.", headers={"Retry-After": "3"}), 8.0),
-            (answer({"r": None}, 429), 0.5),
-        ]  # fmt: skip
-        for item, expected in cases:
-            with self.subTest(item=item.content, headers=item.headers.items()):
-                with mock.patch("time.time", return_value=float(REQUESTS_MOMENT)):
-                    played = self.play([item, one({"a": 1})[0]], asking("listZones"), retry=1)
-                self.assertEqual((played.pauses, played.value), ([expected], {"a": 1}))
-
-    def test_a_wait_of_more_than_30_seconds_is_an_error_not_a_sleep(self):
-        items = [
-            api_error(429, "please retry after [30001] ms."), answer("<html>", 503, headers={"Retry-After": "31"}),
-            answer("<html>", 503, headers={"Retry-After": "Thu, 01 Jan 2026 00:00:31 GMT"}),
-            api_error(503, headers={"Retry-After": "3600"}), answer("<html>", 429, headers={"Retry-After": "9" * 30}),
-        ]  # fmt: skip
-        for item in items:
-            for command in ("listZones", "deployVirtualMachine"):
-                with self.subTest(item=item, command=command), mock.patch(
-                    "time.time", return_value=float(REQUESTS_MOMENT)
-                ):
-                    played = self.play([item, one()[0]], asking(command), retry=3)
-                    self.assertEqual((len(played.requests), played.pauses), (1, []))
-                    self.assertEqual(played.error.response.status_code, item.status_code)
-
-    def test_a_wait_that_cannot_be_read_does_no_harm(self):
-        values = [
-            "\xb2", "-5", "1.5", "1e999", "9" * 400, "9" * 5000, "Mon, 01 Jan 99999999 00:00:00 GMT",
-            "Mon, 01 Jan 0000 00:00:00 GMT",
-            "Mon, 99 Foo 2026", "Thu, 01 Jan 2026 00:00:00", "Thu, 01 Jan 2026 99:99:99 +9999", ",", "\xa0",
-            "Thu, 01 Jan 2026 00:00:00 +99999999999999999999",
-        ]  # fmt: skip
-        for value in values:
-            with self.subTest(value=value[:60]):
-                script = [answer("<html>", 503, headers={"Retry-After": value}), one({"a": 1})[0]]
-                played = self.play(script, asking("listZones"), retry=1)
-                self.assertTrue(
-                    played.value == {"a": 1} or isinstance(played.error, cs.CloudStackException), played.error
-                )
-                self.assertLessEqual(played.slept, 30.0)
-        for digits in ("9" * 400, "9" * 5000):
-            with self.subTest(digits=len(digits)):
-                script = [api_error(429, "please retry after [{}] ms.".format(digits)), one()[0]]
-                played = self.play(script, asking("listZones"), retry=1)
-                self.assertIsInstance(played.error, cs.CloudStackException)
-
-    def test_every_attempt_has_a_fresh_expiry(self):
-        """5.2.0 computes it once for the whole series."""
-        now = [float(REQUESTS_MOMENT)]
-
-        def later(played, request):
-            now[0] += 60
-            return answer("<html>", 502)
-
-        with mock.patch("time.time", lambda: now[0]):
-            played = self.play([later, later, one()[0]], asking("listZones"), retry=2)
-        moments = [played.params(index)["expires"][14:19] for index in range(3)]
-        self.assertEqual(moments[1:], ["{:02d}:00".format(int(moments[0][:2]) + extra) for extra in (1, 2)])
-        self.assertEqual(len({played.params(index)["signature"] for index in range(3)}), 3)
-
-    def test_a_given_expires_is_kept_by_every_attempt(self):
-        played = self.play([lost(), one()[0]], asking("listZones", expires="2030-01-01T00:00:00+0000"), retry=1)
-        self.assertEqual({played.params(index)["expires"] for index in range(2)}, {"2030-01-01T00:00:00+0000"})
-
-    def test_a_kept_connection_that_died_is_replayed_once_for_reading_commands_whatever_retry_is(self):
-        for command in READS:
-            with self.subTest(command=command):
-                call = asking(command)
-                played = self.play([lost(stale=True), one({"a": 1})[0]], call)
-                self.assertEqual((len(played.requests), played.pauses, played.value), (2, [], {"a": 1}))
-                played = self.play([lost(stale=True)], call)
-                self.assertEqual(len(played.requests), 2)
-                self.assertIsInstance(played.error, cs.CloudStackConnectionError)
-
-    def test_a_kept_connection_that_died_is_never_replayed_for_changing_commands(self):
-        for command in CHANGES:
-            for settings in ({"retry": 5}, {"method": "post"}):
-                with self.subTest(command=command, settings=settings):
-                    played = self.play([lost(stale=True), one()[0]], asking(command), **settings)
-                    self.assertEqual(len(played.requests), 1)
-                    self.assertTrue(played.error.outcome_unknown)
-                    self.assertIn("outcome is unknown", str(played.error))
-                    self.assertIn(command, str(played.error))
-                    self.assertEqual(len(played.error.args), 2)
-
-    def test_outcome_unknown_says_whether_a_change_may_have_happened(self):
-        cases = [
-            (lost(), True), (silent(), True), (answer("<html>", 502), True), (answer("<html>", 503), True),
-            (answer("<html>", 504), True),
-            (answer("<html>", 500), True), (answer("<html>", 200), True), (answer(b""), True), (answer([1]), True),
-            (answer("{", headers={"Content-Type": "application/json"}), True), (unsent(), False),
-            (api_error(429), False),
-            (api_error(503), False), (api_error(401), False), (api_error(431), False), (api_error(533), False),
-            (answer("<html>", 404), False), (answer("<html>", 414), False),
-            (answer("", 302, headers={"Location": "/"}), False),
-        ]  # fmt: skip
-        for item, unknown in cases:
-            with self.subTest(item=item):
-                script = [afresh(item)]
-                self.assertIs(self.play(script, asking("deployVirtualMachine")).error.outcome_unknown, unknown)
-                self.assertFalse(self.play(script, asking("listZones")).error.outcome_unknown)
-
-    def test_outcome_unknown_does_not_depend_on_asking_for_json(self):
-        for code, unknown in ((502, True), (503, True), (504, True), (500, True), (401, False), (431, False)):
-            with self.subTest(code=code):
-                played = self.play([answer("<html>", code)], asking("deployVirtualMachine", json=False))
-                self.assertIs(played.error.outcome_unknown, unknown)
-
-    def test_a_change_that_was_once_unsent_and_then_lost_is_unknown(self):
-        played = self.play([unsent(), lost()], asking("deployVirtualMachine"), retry=5)
-        self.assertEqual((len(played.requests), played.error.outcome_unknown), (2, True))
-
-    def test_the_arguments_of_an_answered_error_stay_as_promised(self):
-        played = self.play([answer("<html>", 504, "Gateway Time-out")], asking("deployVirtualMachine"))
-        url = "Make sure endpoint URL '{}' is correct.".format(ENDPOINT)
-        self.assertEqual(played.error.args, ("HTTP 504 Gateway Time-out", url))
-
-    def test_other_exceptions_pass_untouched(self):
-        for error in (ValueError("verify: no such file"), RuntimeError("x")):
-            with self.subTest(error=error):
-                played = self.play([error, one()[0]], asking("listZones"), retry=3)
-                self.assertIs(type(played.error), type(error))
-                self.assertEqual(len(played.requests), 1)
-
-    def test_the_time_allowed_for_an_exchange(self):
-        request = self.play(one(), asking("listZones"), timeout="0.5").requests[0]
-        self.assertEqual((request.timeout, request.total), (0.5, 5.0))
-
-
-# --- many at once, on a clock that jumps ---
+def login_answer(key="SK/1+", cookie="J1"):
+    response = answer({"loginresponse": {"sessionkey": key, "userid": "u"}})
+    response.headers["Set-Cookie"] = f"JSESSIONID={cookie}; Path=/client; HttpOnly"
+    response.headers["Set-Cookie"] = f"sessionkey=cookie-{cookie}; HttpOnly"
+    return response
+
+
+LOGIN = {"username": "u", "password": "p"}
+USER = {"key": None, "secret": None, "username": "admin", "password": "pa~ss"}
 
 
 class JumpingSelector(selectors.DefaultSelector):
@@ -4936,11 +3419,8 @@ class JumpingCase(unittest.TestCase):
                 raise copy.copy(outcome)
             return outcome
 
-        for patch in (
-            mock.patch.object(cs.AIOCloudStack, "_exchange_in_worker", in_worker),
-            mock.patch.object(cs, "_clock", self.loop.time),
-            mock.patch.object(cs, "_random", lambda: 1.0),
-        ):  # fmt: skip
+        for patch in (mock.patch.object(cs.AIOCloudStack, "_exchange_in_worker", in_worker),
+                      mock.patch.object(cs, "_clock", self.loop.time), mock.patch.object(cs, "_random", lambda: 1.0)):
             patch.start()
             self.addCleanup(patch.stop)
 
@@ -4962,99 +3442,1159 @@ class JumpingCase(unittest.TestCase):
         return sum(params["command"] == command for _, params, _ in self.requests)
 
 
-class StoppedLoopTest(unittest.TestCase):
-    """An event loop may be stopped at any moment, in the midst of what its task does for all (finding 12)."""
+# === [1] settings: the constructor and the attributes ===============================================================
 
-    def stop_in_the_midst_of(self, command, client, server):
-        """Have a task of a loop that is then stopped send a command; returns the loop."""
-        asked = threading.Event()
-        gate = threading.Event()
-
-        def exchange(request):
-            if wire(request)["command"] == command and not asked.is_set():
-                asked.set()
-                gate.wait(10)
-            return server(wire(request))
-
-        object.__setattr__(client, "_exchange", exchange)
-        loop = asyncio.new_event_loop()
-
-        async def begin():
-            tasks = [asyncio.ensure_future(client.startThing(id=number)) for number in range(5)]
-            while not asked.is_set():
-                await asyncio.sleep(0.001)
-            return tasks
-
-        tasks = loop.run_until_complete(begin())
-        gate.set()
-
-        def end():
-            for task in tasks:
-                task.cancel()
-            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-            loop.close()
-
-        self.addCleanup(end)
-
-    def test_one_that_logs_in_for_all_holds_nobody_up(self):
-        client = cs.AIOCloudStack(ENDPOINT, username="u", password="p", fetch_result=False)
-        serve = lambda params: login_answer() if params["command"] == "login" else one({"a": 1})[0]  # noqa: E731
-        with mock.patch.object(cs, "LEASE", 0.05):
-            self.stop_in_the_midst_of("login", client, serve)
-            self.assertEqual(run(asyncio.wait_for(client.listZones(), 10)), {"a": 1})
-
-    def test_one_that_reads_the_list_of_jobs_for_all_holds_nobody_up(self):
-        client = cs.AIOCloudStack(ENDPOINT, "k", "s", poll_interval=0.05)
-        looks = collections.Counter()
-
-        def serve(params):
-            if params["command"] == "startThing":
-                return answer({"r": {"jobid": params["id"]}})
-            looks[params.get("jobid")] += 1
-            if params["command"] == "listAsyncJobs":
-                return answer({"r": {"count": 1, "asyncjobs": [{"jobid": "0", "jobstatus": 0}]}})
-            return looked(int(looks[params["jobid"]] > 1), jobresult={"job": params["jobid"]})
-
-        with mock.patch.object(cs, "LEASE", 0.05):
-            self.stop_in_the_midst_of("listAsyncJobs", client, serve)
-            self.assertEqual(run(asyncio.wait_for(client.startThing(id="new"), 10)), {"job": "new"})
+POSITIONAL = [("endpoint", inspect.Parameter.empty), ("key", None), ("secret", None), ("timeout", 10),
+              ("method", "get"), ("verify", None), ("cert", None), ("cert_key", None), ("name", None), ("retry", 0),
+              ("retry_backoff", 0.5), ("job_timeout", None), ("poll_interval", 2.0), ("expiration", 600),
+              ("trace", False), ("dangerous_no_tls_verify", False), ("headers", None), ("session", None),
+              ("fetch_result", False)]  # fmt: skip
 
 
-# --- sessions ---
+class ConstructorTest(unittest.TestCase):
+    @both
+    def test_the_signature_shows_every_setting_in_the_promised_order(self, kind):
+        parameters = list(inspect.signature(kind).parameters.values())[: len(POSITIONAL)]
+        self.assertEqual({inspect.Parameter.POSITIONAL_OR_KEYWORD}, {parameter.kind for parameter in parameters})
+        shown = [(parameter.name, parameter.default) for parameter in parameters]
+        self.assertEqual(POSITIONAL[:-1], shown[:-1])
+        self.assertEqual(("fetch_result", kind is cs.AIOCloudStack), shown[-1])
+
+    @both
+    def test_later_settings_are_keyword_only(self, kind):
+        positional = (ENDPOINT, "k", "s", 1, "get", None, None, None, "n", 0, 0.5, None, 2.0, 600, False, False, None,
+                      None, False)  # fmt: skip
+        self.assertEqual("n", kind(*positional).name)
+        self.assertRaises(TypeError, kind, *positional, "theme")
+
+    def test_every_setting_is_a_keyword_with_the_table_s_default(self):
+        """The constructors are written out for inspect; they must not say something else than the table."""
+        shown = {name: parameter.default for name, parameter in inspect.signature(cs.CloudStack).parameters.items()}
+        expected = {setting.name: setting.default for setting in cs.SETTINGS}
+        expected.update(endpoint=inspect.Parameter.empty, theme=None, output=None)
+        self.assertEqual(expected, shown)
+
+    @both
+    def test_theme_and_output_are_ignored(self, kind):
+        self.assertEqual(ENDPOINT, kind(ENDPOINT, theme="monokai", output="json").endpoint)
+
+    def test_an_unknown_setting_is_a_type_error(self):
+        for kind in KINDS:
+            self.assertRaises(TypeError, kind, ENDPOINT, nonesuch=1)
+        self.assertRaises(TypeError, cs.CloudStack)
+
+    @both
+    def test_strings_as_an_ini_file_gives_them(self, kind):
+        second = datetime.timedelta(seconds=1)
+        cases = [("timeout", "0.5", 0.5), ("timeout", "10", 10), ("timeout", "1e1", 10.0), ("method", "POST", "post"),
+                 ("method", "Get", "get"), ("retry", "3", 3), ("retry_backoff", "0.25", 0.25),
+                 ("job_timeout", "60", 60), ("job_timeout", "1.5", 1.5), ("job_timeout", "", None),
+                 ("poll_interval", "5", 5), ("poll_interval", ".5", 0.5), ("expiration", "60", 60 * second),
+                 ("expiration", "-1", -second), ("expiration", "1.5", 1.5 * second), ("trace", "true", True),
+                 ("trace", "off", False), ("dangerous_no_tls_verify", "Yes", True), ("trace", "", False),
+                 ("dangerous_no_tls_verify", "", False), ("fetch_result", "", False), ("recover", "", False),
+                 ("recover", "on", True), ("dangerous_no_tls_verify", "0", False), ("fetch_result", "true", True),
+                 ("fetch_result", "no", False), ("verify", "/ca.pem", "/ca.pem"), ("cert", "/c.pem", "/c.pem"),
+                 ("cert_key", "/k.pem", "/k.pem"), ("name", "region", "region"), ("key", "", None),
+                 ("secret", "", None), ("concurrency", "4", 4), ("max_response_size", "1024", 1024),
+                 ("username", "u", "u"), ("domain", "/a/b", "/a/b")]  # fmt: skip
+        for name, text, expected in cases:
+            with self.subTest(name=name, text=text):
+                value = kind(ENDPOINT, **{name: text}).get_setting(name)
+                self.assertEqual((expected, type(expected)), (value, type(value)))
+
+    @each("setting", *[setting for setting in cs.SETTINGS if setting.name not in ("endpoint", "verify", "expiration")])
+    def test_none_means_the_default(self, setting):
+        client = cs.CloudStack(ENDPOINT, **{setting.name: None})
+        self.assertEqual(setting.convert(setting.default), client.get_setting(setting.name))
+
+    @both
+    def test_what_cannot_be_a_setting_is_refused_by_the_setting_s_name(self, kind):
+        cases = {
+            "timeout": ["abc", "", "nan", "inf", "-1", 0, -1, True, [], float("nan"), float("inf"), 10**400, "1e12"],
+            "method": ["put", "", 1, b"get"], "retry": ["-1", -1, 1.5, "x", True, float("inf"), float("nan"), [], ""],
+            "retry_backoff": ["-1", "x", float("nan")], "job_timeout": [-1, "x", "nan"],
+            "poll_interval": [-0.1, "x", "", "1e300"], "expiration": ["x", "nan", 1e300, "inf", []],
+            "trace": ["maybe", 2, []], "headers": ["x: y", 5], "fetch_result": ["perhaps", 7],
+            "dangerous_no_tls_verify": ["nope", "False ; comment", 2, 1.5], "verify": [5, 1.5, []], "cert": [5, {}],
+            "cert_key": [5], "endpoint": [5, ["http://h/"]], "key": [5, b"\xff"], "secret": [object()], "name": [5],
+            "concurrency": [0, -1, "x", 1.5], "max_response_size": [0, "big"], "username": [1], "password": [1],
+            "domain": [1]}  # fmt: skip
+        for name, value in [(name, value) for name, values in cases.items() for value in values]:
+            with self.subTest(name=name, value=value):
+                with self.assertRaisesRegex(ValueError, rf"\A{name}: .") as caught:
+                    kind(**dict({"endpoint": ENDPOINT}, **{name: value}))
+                self.assertNotIn("\n", str(caught.exception))
+                self.assertRaisesRegex(ValueError, rf"\A{name}: ", kind(ENDPOINT).set_setting, name, value)
+
+    @each("name, value", ("key", b"c4nary\xff"), ("key", ["c4nary"]), ("secret", b"c4nary\xff"), ("secret", ["c4nary"]),
+          ("secret", {"c4nary": 1}), ("password", b"c4nary\xff"), ("password", ("c4nary",)),
+          ("headers", {"X": "c4nary\r\nX: y"}), ("headers", {"X": b"c4nary\n"}), ("headers", {"X": ["c4nary"]}),
+          ("headers", {"X": "c4nary\u20ac"}))  # fmt: skip
+    def test_a_refused_secret_is_not_quoted(self, name, value):
+        with self.assertRaises(ValueError) as caught:
+            cs.CloudStack(ENDPOINT, **{name: value})
+        self.assertNotIn("c4nary", str(caught.exception))
+        self.assertTrue(str(caught.exception).startswith(name), str(caught.exception))
+
+    @each("name, pair", ("key", "secret"), ("secret", "key"), ("username", "password"), ("password", "username"))
+    def test_credentials_that_have_no_utf_8_are_refused_by_name(self, name, pair):
+        """Undecodable bytes in an environment variable arrive as lone surrogates."""
+        with self.assertRaisesRegex(ValueError, name):
+            client = cs.CloudStack(ENDPOINT, **{name: "c4nary\udcff", pair: "x"})
+            object.__setattr__(client, "_exchange", lambda request: self.fail("sent"))
+            client.listZones()
+
+    @each("headers", {"X": "a\nb"}, {"X": "a\rb"}, {"X": "a\x00b"}, {"X Y": "a"}, {"": "a"}, {"X:": "a"}, {"X\n": "a"},
+          {"\xfc": "a"}, {5: "a"}, {"X": object()}, {"X": "\u20ac"}, {"Content-Length": "5"},
+          {"transfer-encoding": "chunked"})  # fmt: skip
+    def test_header_names_and_values_that_break_out_are_refused(self, headers):
+        self.assertRaisesRegex(ValueError, r"\Aheaders: ", cs.CloudStack, ENDPOINT, headers=headers)
+        client = answered_by(lambda request: self.fail("sent"))
+        self.assertRaises(ValueError, client.listZones, headers=headers)
+
+    def test_a_header_written_into_the_client_s_own_map_is_checked_too(self):
+        sent = []
+        client = answered_by(lambda request: sent.append(request) or one()[0], headers={"X-A": "1"})
+        client.headers["X-B"] = "good"
+        client.listZones()
+        self.assertEqual("good", sent[0].headers["X-B"])
+        client.headers["X-B"] = "c4nary\r\nX-Evil: 1"
+        with self.assertRaisesRegex(ValueError, "X-B") as caught:
+            client.listZones()
+        self.assertNotIn("c4nary", str(caught.exception))
+        self.assertEqual(1, len(sent))
+
+    def test_headers_of_one_client_are_not_another_s(self):
+        given = {"X": "1"}
+        first, second = cs.CloudStack(ENDPOINT, headers=given), cs.CloudStack(ENDPOINT, headers=given)
+        first.headers["Y"] = "2"
+        self.assertEqual(({"X": "1"}, {"X": "1"}, {}), (second.headers, given, cs.CloudStack(ENDPOINT).headers))
+
+    @both
+    def test_the_constructor_opens_nothing(self, kind):
+        with mock.patch("builtins.open", side_effect=MemoryError), mock.patch("socket.socket", side_effect=MemoryError):
+            client = kind("https://nowhere.invalid/", verify="/no/ca.pem", cert="/no/c.pem", cert_key="/no/k.pem")
+            self.assertEqual(("/no/ca.pem", ("/no/c.pem", "/no/k.pem")), (client.verify, client.cert))
+
+    @both
+    def test_an_aiohttp_session_is_refused_in_one_line(self, kind):
+        foreign = type("ClientSession", (), {"__module__": "aiohttp.client"})()
+        with self.assertRaisesRegex(ValueError, r"\Asession: .*aiohttp") as caught:
+            kind(ENDPOINT, session=foreign)
+        self.assertNotIn("\n", str(caught.exception))
 
 
-def login_answer(key="SK/1+", cookie="J1"):
-    response = answer({"loginresponse": {"sessionkey": key, "userid": "u"}})
-    response.headers["Set-Cookie"] = "JSESSIONID={}; Path=/client; HttpOnly".format(cookie)
-    response.headers["Set-Cookie"] = "sessionkey=cookie-{}; HttpOnly".format(cookie)
-    return response
+class AttributesTest(ProtocolCase):
+    @each("verify, dangerous, expected", (None, False, True), (True, False, True), (False, False, True),
+          ("false", False, True), ("true", False, True), ("0", False, True), ("", False, True),
+          ("/ca.pem", False, "/ca.pem"), ("/ca.pem", True, "/ca.pem"), (None, True, False), (True, True, False),
+          (False, True, False), (False, "true", False), (False, "false", True))  # fmt: skip
+    def test_verify_reads_true_or_a_path_or_false_only_where_that_is_said(self, verify, dangerous, expected):
+        client = cs.CloudStack(ENDPOINT, verify=verify, dangerous_no_tls_verify=dangerous)
+        self.assertEqual(expected, client.verify)
+        self.assertIs(type(client.verify), type(expected))
+
+    def test_verify_set_to_false_later_does_not_turn_verification_off(self):
+        client = cs.CloudStack(ENDPOINT, verify="/ca.pem")
+        client.verify = False
+        self.assertIs(client.verify, True)
+        client.set_setting("dangerous_no_tls_verify", True)
+        self.assertIs(client.verify, False)
+
+    def test_cert_is_a_pair_once_there_is_a_key(self):
+        client = cs.CloudStack(ENDPOINT, cert="/c.pem")
+        self.assertEqual("/c.pem", client.cert)
+        client.set_setting("cert_key", "/k.pem")
+        self.assertEqual(("/c.pem", "/k.pem"), client.cert)
+        self.assertEqual(("/c.pem", "/k.pem"), cs.CloudStack(ENDPOINT, cert=["/c.pem", "/k.pem"]).cert)
+        self.assertIsNone(cs.CloudStack(ENDPOINT).cert)
+
+    @each("given", 60, "60", 60.0, datetime.timedelta(minutes=1))
+    def test_expiration_reads_as_a_timedelta(self, given):
+        self.assertEqual(datetime.timedelta(seconds=60), cs.CloudStack(ENDPOINT, expiration=given).expiration)
+
+    def test_every_promised_attribute_can_be_read(self):
+        expected = {"endpoint": ENDPOINT, "key": "k", "secret": "s", "timeout": 10, "method": "get", "verify": True,
+                    "cert": None, "name": None, "retry": 0, "job_timeout": None, "poll_interval": 2.0, "trace": False,
+                    "fetch_result": False, "expiration": datetime.timedelta(minutes=10), "headers": {}, "session": None}
+        client = cs.CloudStack(ENDPOINT, "k", "s")
+        self.assertEqual(expected, {name: getattr(client, name) for name in expected})
+
+    def test_attributes_of_the_program_s_own_are_kept(self):
+        client = cs.CloudStack(ENDPOINT)
+        client.my_context = {"a": 1}
+        self.assertEqual(({"a": 1}, {"a": 1}), (client.my_context, copy.copy(client).my_context))
+
+    @each("name, value, holds",
+          ("endpoint", "http://other.invalid/api", lambda p: "//other.invalid/api?" in p.requests[-1].url),
+          ("key", "key2", lambda p: p.params()["apiKey"] == "key2"),
+          ("method", "post", lambda p: p.requests[-1].method == "POST"),
+          ("secret", "secret2", lambda p: p.params()["signature"] != p.params(0)["signature"]),
+          ("timeout", "0.5", lambda p: (p.requests[-1].timeout, p.requests[-1].total) == (0.5, 5.0)),
+          ("verify", "/ca.pem", lambda p: p.requests[-1].verify == "/ca.pem"),
+          ("dangerous_no_tls_verify", True, lambda p: p.requests[-1].verify is False),
+          ("cert", "/c.pem", lambda p: p.requests[-1].cert == "/c.pem"),
+          ("headers", {"X-A": "1"}, lambda p: p.requests[-1].headers["X-A"] == "1"),
+          ("expiration", 60, lambda p: p.params()["expires"] == "2026-01-01T00:01:00+0000"),
+          ("max_response_size", 9, lambda p: p.requests[-1].limit == 9))  # fmt: skip
+    def test_settings_are_looked_at_anew_by_each_call(self, name, value, holds):
+        def change_and_call(client):
+            client.set_setting(name, value)
+            return client.listZones()
+
+        played = self.play(one(), one_after_another(asking("listZones"), change_and_call))
+        self.assertEqual((None, 2), (played.error, len(played.requests)))
+        self.assertTrue(holds(played))
+
+    def test_retry_set_later_counts(self):
+        def call(client):
+            client.retry = "1"
+            return client.listZones()
+
+        self.assertEqual(2, len(self.play([silent(), silent(), one()[0]], call).requests))
+
+    def test_fetch_result_set_later_counts(self):
+        def call(client):
+            client.fetch_result = "yes"
+            return client.startVirtualMachine(id="1")
+
+        script = [answer({"r": {"jobid": "j"}}), answer({"r": {"jobstatus": 1, "jobresult": {"a": 1}}})]
+        self.assertEqual({"a": 1}, self.play(script, call).value)
+
+    @both
+    def test_repr_is_the_name_or_the_endpoint(self, kind):
+        self.assertEqual(f"<CloudStack: {ENDPOINT}>", repr(kind(ENDPOINT, "k", "s")))
+        self.assertEqual("<CloudStack: zurich>", repr(kind(ENDPOINT, name="zurich")))
+
+    @each("endpoint", "http://user:c4nary@h/api", "http://h/api?token=c4nary", "user:c4nary@h/api", "http://[c4nary",
+          "http://h:x/", "https://h/#c4nary", "", None, "file:///etc/passwd", "//user:c4nary@h/")  # fmt: skip
+    def test_repr_never_shows_a_secret_and_never_fails(self, endpoint):
+        shown = repr(cs.CloudStack(endpoint, "c4nary-key", "c4nary-secret", password="c4nary"))
+        self.assertTrue(shown.startswith("<CloudStack: "), shown)
+        if endpoint != "http://[c4nary":
+            self.assertNotIn("c4nary", shown)
+
+    @each("endpoint", None, "", "cloud.example/client/api", "file:///etc/passwd", "ftp://h/", "http://",
+          "https:///client/api", "http://h:x/", "http://h:99999/", "http://h:0/", "http://[::1/", "http://h/a b",
+          "http://h/\n", "http://h/\xfc", "http://user:c4nary@h/api", "user:c4nary@h/api", "http://user:c4nary@h:x/",
+          "//user:c4nary@h/", "data:,x")  # fmt: skip
+    def test_an_endpoint_that_cannot_be_one_is_refused_before_anything_is_sent_and_not_with_its_secrets(self, endpoint):
+        played = self.play([AssertionError("sent")], asking("listZones"), endpoint=endpoint)
+        self.assertIsInstance(played.error, ValueError)
+        self.assertRegex(str(played.error), r"\Aendpoint: ")
+        self.assertNotIn("c4nary", str(played.error))
+
+    @each("settings, name, value", ({"key": None}, "key", "secret1"), ({"secret": None}, "secret", "key1"),
+          ({"key": ""}, "key", "secret1"), ({"key": None, "secret": None, "username": "admin"}, "password", "admin"),
+          ({"key": None, "secret": None, "password": "c4nary"}, "username", "c4nary"),
+          ({"username": "admin", "password": "c4nary"}, "username", "c4nary"))  # fmt: skip
+    def test_half_a_pair_of_credentials_is_refused_before_anything_is_sent(self, settings, name, value):
+        played = self.play([AssertionError("sent")], asking("listZones"), **settings)
+        self.assertIsInstance(played.error, ValueError)
+        self.assertRegex(str(played.error), rf"\A{name}: ")
+        self.assertNotIn(value, str(played.error))
+
+    def test_none_is_the_default_wherever_it_is_given(self):
+        client = cs.CloudStack(ENDPOINT, "k", "s", trace=True, fetch_result=True)
+        client.trace = client.fetch_result = None
+        client.set_setting("dangerous_no_tls_verify", None)
+        self.assertEqual([False] * 2, [client.trace, client.fetch_result])
+        self.assertIs(False, client.get_setting("dangerous_no_tls_verify"))
+        played = self.play(one({"jobid": "1"}), asking("listZones", fetch_list=None, fetch_result=None))
+        self.assertEqual(({"jobid": "1"}, 1), (played.value, len(played.requests)))
 
 
-USER = {"key": None, "secret": None, "username": "admin", "password": "pa~ss"}
+# === [2] errors =====================================================================================================
+
+
+class ErrorsTest(ProtocolCase):
+    def test_the_tree(self):
+        self.assertTrue(issubclass(cs.AIOCloudStack, cs.CloudStack))
+        self.assertTrue(issubclass(cs.CloudStackApiException, cs.CloudStackException))
+        self.assertFalse(issubclass(cs.CloudStackException, OSError))
+
+    @each("kind, parent", (cs.CloudStackConnectionError, ConnectionError), (cs.CloudStackTimeoutError, TimeoutError),
+          (cs.CloudStackJobTimeout, TimeoutError), (cs.CloudStackJobTimeout, cs.CloudStackTimeoutError))  # fmt: skip
+    def test_the_tree_of_network_errors(self, kind, parent):
+        self.assertTrue(issubclass(kind, cs.CloudStackException) and issubclass(kind, parent))
+        self.assertTrue(issubclass(kind, OSError))
+
+    @each("kind", cs.CloudStackException, cs.CloudStackApiException)
+    @each("args", (), ("a",), ("a", "b"), ("a", "b", "c"), (1, None))
+    def test_errors_can_be_built_by_hand_with_any_arguments(self, kind, args):
+        error = kind(*args)
+        self.assertEqual((args, None, None), (error.args, error.response, error.jobid))
+        self.assertFalse(error.outcome_unknown)
+        str(error), repr(error)
+        self.assertEqual(5, cs.CloudStackException("a", response=5).response)
+
+    def test_the_text_of_an_api_error(self):
+        error = cs.CloudStackApiException("HTTP 431 response from CloudStack", error={"errorcode": 431}, response=None)
+        self.assertEqual("HTTP 431 response from CloudStack, error: {'errorcode': 431}", str(error))
+        self.assertEqual((("HTTP 431 response from CloudStack",), {"errorcode": 431}), (error.args, error.error))
+
+    @each("kind", cs.CloudStackConnectionError, cs.CloudStackTimeoutError, cs.CloudStackJobTimeout)
+    def test_the_text_of_a_network_error_is_no_errno_text(self, kind):
+        error = kind("Cannot connect to http://h/", "refused")
+        self.assertEqual(("Cannot connect to http://h/", "refused"), error.args)
+        self.assertEqual("Cannot connect to http://h/: refused", str(error))
+
+    @each("status, ok", (200, True), (302, True), (399, True), (400, False), (431, False), (599, False))
+    def test_the_answer_of_an_error_says_whether_it_is_ok_as_requests_has_it(self, status, ok):
+        self.assertIs(answer({"x": 1}, status).ok, ok)
+
+    @each("error", cs.CloudStackException("a", "b", response=answer({"x": 1}, 504, "Gateway Time-out")),
+          cs.CloudStackApiException("m", error={"errorcode": 1}, response=answer({"x": 1}, 431)),
+          cs.CloudStackConnectionError("a", "b"), cs.CloudStackTimeoutError("a", "b"), cs.CloudStackTimeoutError("a"),
+          cs.CloudStackJobTimeout("a", "job", response=answer({"x": 1}, 408)), cs.CloudStackException())  # fmt: skip
+    @each("copier", *COPIERS)
+    def test_errors_survive_pickle_and_copy_with_all_they_know(self, error, copier):
+        error.jobid, error.outcome_unknown = "j", True
+        twin = copier(error)
+        self.assertEqual((type(error), error.args, str(error)), (type(twin), twin.args, str(twin)))
+        self.assertEqual(("j", True), (twin.jobid, twin.outcome_unknown))
+        self.assertEqual(getattr(error, "error", 0), getattr(twin, "error", 0))
+        if error.response is not None:
+            self.assertEqual(error.response.status_code, twin.response.status_code)
+            self.assertEqual({"x": 1}, twin.response.json())
+            self.assertEqual("application/json; charset=UTF-8", twin.response.headers["content-type"])
+
+    def test_a_raised_api_error_survives_pickle(self):
+        error = self.play([api_error(431, "bad")], asking("listZones")).error
+        told = [(str(each), each.error, each.response.reason) for each in (error, pickle.loads(pickle.dumps(error)))]
+        self.assertEqual(told[0], told[1])
+
+    @both
+    def test_the_response_of_an_error_for_both_clients(self, kind):
+        response = api_error(431, "b\xe4d", headers={"X-Server": "1"})
+        client = answered_by(lambda request: response, kind)
+        with self.assertRaises(cs.CloudStackApiException) as caught:
+            run(client.listZones()) if kind is cs.AIOCloudStack else client.listZones()
+        client.close()
+        got = caught.exception.response
+        self.assertEqual((431, "431", "1"), (got.status_code, got.reason, got.headers["x-server"]))
+        self.assertEqual("b\xe4d", got.json()["errorresponse"]["errortext"])
+        self.assertEqual(got.json(), json.loads(got.text))
+
+    @each("item", api_error(401, "unable to verify"), answer("<html>", 504), answer("<html>"), answer(b""), answer([1]),
+          unsent(), lost(), silent(), answer("", 302, headers={"Location": "http://h/?apiKey=c4nary-key"}))  # fmt: skip
+    @each("command", "listZones", "deployVirtualMachine")
+    def test_no_error_quotes_key_secret_or_signature(self, item, command):
+        played = self.play([item], asking(command), key="c4nary-key", secret="c4nary-secret")
+        shown = str(played.error) + repr(played.error) + repr(played.error.args)
+        self.assertNotIn("c4nary", shown)
+        self.assertNotIn(played.params()["signature"][:8], shown)
+
+
+# === [3] parameters and signature ===================================================================================
+
+
+class Tagged(str):
+    """As Ansible tags its strings: a subclass whose own str() is not to be trusted."""
+
+    def __str__(self):
+        return "Tagged!"
+
+
+class Number(int):
+    def __repr__(self):
+        return "Number!"
+
+    __str__ = __repr__
+
+
+class Fraction(float):
+    def __repr__(self):
+        return "Fraction!"
+
+    __str__ = __repr__
+
+
+class Octets(bytes):
+    pass
+
+
+class State(str, enum.Enum):
+    RUNNING = "Running"
+
+
+class Size(enum.IntEnum):
+    BIG = 3
+
+
+class FlattenTest(unittest.TestCase):
+    def check(self, cases):
+        for given, expected in cases:
+            with self.subTest(given=given):
+                self.assertEqual(expected, cs.flatten({"p": given}))
+
+    def test_scalars_become_text(self):
+        self.check([("text", {"p": "text"}), ("", {"p": ""}), (0, {"p": "0"}), (-7, {"p": "-7"}),
+                   (2**70, {"p": str(2**70)}), (1.5, {"p": "1.5"}), (b"bytes \xc3\xbc", {"p": "bytes \xfc"}),
+                   (b"", {"p": ""}), (None, {})])  # fmt: skip
+
+    def test_booleans_are_true_and_false_in_lower_case_since_the_server_knows_only_these(self):
+        self.check([(True, {"p": "true"}), (False, {"p": "false"})])
+
+    def test_subclasses_are_sent_as_their_base_type(self):
+        self.check([(Tagged("v"), {"p": "v"}), (Number(5), {"p": "5"}), (Fraction(0.5), {"p": "0.5"}),
+                   (Octets(b"o"), {"p": "o"}), (State.RUNNING, {"p": "Running"}), (Size.BIG, {"p": "3"}),
+                   ([Tagged("a"), Number(2)], {"p": "a,2"}), ({"k": Tagged("v")}, {"p[0].k": "v"})])  # fmt: skip
+
+    def test_lists_are_joined_by_commas_in_their_order(self):
+        self.check([(["b", "a", "b"], {"p": "b,a,b"}), (("b", "a"), {"p": "b,a"}), ([1, 2.5, b"x"], {"p": "1,2.5,x"}),
+                   ([True, None, False], {"p": "true,false"}), ([0], {"p": "0"}), (["only"], {"p": "only"})])
+
+    def test_sets_are_sorted(self):
+        self.check([({"b", "c", "a"}, {"p": "a,b,c"}), (frozenset("cab"), {"p": "a,b,c"}), ({10, 9}, {"p": "10,9"})])
+
+    def test_empty_collections_are_dropped(self):
+        self.check([(empty, {}) for empty in ([], (), set(), frozenset(), {}, [None], [{}], [None, {}], {"k": None})])
+
+    def test_a_dict_is_one_entry_of_a_map(self):
+        self.check([({"cpuNumber": 2, "memory": 1024}, {"p[0].cpuNumber": "2", "p[0].memory": "1024"}),
+                   ({"a.b": "dots"}, {"p[0].a.b": "dots"}), ({"k": ""}, {"p[0].k": ""}),
+                   (collections.OrderedDict(k="v"), {"p[0].k": "v"})])  # fmt: skip
+
+    def test_a_list_of_dicts_is_a_map_with_an_index_each(self):
+        self.check([([{"key": "a", "value": "1"}, {"key": "b", "value": "2"}],
+                   {"p[0].key": "a", "p[0].value": "1", "p[1].key": "b", "p[1].value": "2"}),
+                   (({"k": 1}, {"k": 2}), {"p[0].k": "1", "p[1].k": "2"}), ([None, {"k": 1}], {"p[0].k": "1"})])
+
+    def test_within_dicts_values_are_converted_as_outside(self):
+        """5.2.0 sends Python's own True, None and [1, 2]."""
+        self.check([({"k": True, "l": False, "n": None}, {"p[0].k": "true", "p[0].l": "false"}),
+                   ({"k": [1, True, None, "x"]}, {"p[0].k": "1,true,x"}), ({"k": {"b", "a"}}, {"p[0].k": "a,b"}),
+                   ({"k": b"\xc3\xbc"}, {"p[0].k": "\xfc"}), ([{"k": (1, 2)}], {"p[0].k": "1,2"}), ({"k": []}, {})])
+
+    def test_ready_made_keys_pass_through(self):
+        params = {"tags[0].key": "a", "tags[0].value": True, "tags[1].key": ["x", "y"]}
+        expected = {"tags[0].key": "a", "tags[0].value": "true", "tags[1].key": "x,y"}
+        self.assertEqual(expected, cs.flatten(params))
+
+    @each("value, kind", (object(), "object"), (decimal.Decimal("1.5"), "Decimal"), (datetime.date(2026, 1, 1), "date"),
+          (1j, "complex"), (iter("ab"), "iterator"), (bytearray(b"s3cret"), "bytearray"), ([object()], "object"),
+          ({"k": object()}, "object"), ({"k": {"s3cret": "s3cret"}}, "dict"), ([{"k": {"a": 1}}], "dict"),
+          ([["s3cret"]], "list"), ({"k": [["s3cret"]]}, "list"), ({"k": [{"s3cret": 1}]}, "dict"),
+          ([{"k": 1}, "s3cret"], "str"), (b"s3cret\xff", "bytes"), ([b"\xff"], "bytes"))  # fmt: skip
+    def test_other_types_are_refused_by_name_and_type_without_the_value(self, value, kind):
+        with self.assertRaises(ValueError) as caught:
+            cs.flatten({"theparam": value})
+        self.assertIn("theparam", str(caught.exception))
+        self.assertIn(kind, str(caught.exception))
+        self.assertNotIn("s3cret", str(caught.exception))
+
+    @both
+    def test_what_is_refused_is_refused_before_anything_is_sent(self, kind):
+        client = answered_by(lambda request: self.fail("sent"), kind)
+        for value in (object(), {"a": {"b": 1}}, "\x00", "\x1b[1m", "\x7f", "\ud800"):
+            with self.assertRaisesRegex(ValueError, "'name"):
+                run(client.listZones(name=value))
+
+    @each("number", *list(range(32)) + [127])
+    def test_control_characters_are_refused_but_for_tab_and_line_ends(self, number):
+        if chr(number) in "\t\n\r":
+            cs._Call("listX", {"p": chr(number)})
+        else:
+            with self.assertRaisesRegex(ValueError, rf"'p'.*U\+00{number:02X}"):
+                cs._Call("listX", {"p": "a" + chr(number)})
+
+
+class HelpersTest(unittest.TestCase):
+    def test_transform_works_in_place_and_leaves_bytes_alone(self):
+        params = {"a": b"x", "b": [1, 2], "c": None, "d": {"k": True, "b": b"y"}, "e": "", "f": {}, "g": {"b", "a"}}
+        self.assertIsNone(cs.transform(params))
+        self.assertEqual({"a": b"x", "b": "1,2", "d[0].k": "true", "d[0].b": "y", "e": "", "g": "a,b"}, params)
+
+    def test_transform_refuses_what_flatten_refuses(self):
+        with self.assertRaisesRegex(ValueError, "'p.*dict"):
+            cs.transform({"p": {"k": {}}})
+
+    @each("text, expected", ("ABCXYZabcxyz0189.-_*", "ABCXYZabcxyz0189.-_*"), ("~", "%7E"), (" ", "%20"), ("+", "%2B"),
+          ("/", "%2F"), ("%", "%25"), ("&=", "%26%3D"), ("[0]", "%5B0%5D"), ("\xfc", "%C3%BC"), ("\u20ac", "%E2%82%AC"),
+          ("\U0001f600", "%F0%9F%98%80"), ("\n", "%0A"), ("", ""))  # fmt: skip
+    def test_cs_encode_is_java_s_url_encoder_with_percent_twenty(self, text, expected):
+        self.assertEqual(expected, cs.cs_encode(text))
+
+    @each("key, expected", ("key", True), ("header_x", True), ("keys", False), ("Key", False), ("xheader_a", False))
+    def test_check_key_takes_names_and_patterns(self, key, expected):
+        self.assertIs(cs.check_key(key, ["key", "header_*"]), expected)
+
+    @each("expected, words", (True, "y yes t true on 1 TRUE Yes"), (False, "n no f false off 0 False OFF"))
+    def test_strtobool(self, expected, words):
+        for word in words.split():
+            self.assertIs(cs.strtobool(word), expected, word)
+
+    @each("word", "", "2", "nope", "False ; comment", " true")
+    def test_what_is_no_boolean(self, word):
+        self.assertRaises(ValueError, cs.strtobool, word)
+
+    def test_expires_format(self):
+        moment = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)
+        self.assertEqual("2026-01-01T00:00:00+0000", moment.strftime(cs.EXPIRES_FORMAT))
+
+    def test_all_is_what_programs_use(self):
+        needed = {"CloudStack", "AIOCloudStack", "CloudStackException", "CloudStackApiException", "read_config"}
+        self.assertLessEqual(needed | {"read_config_from_ini", "main"}, set(cs.__all__))
+        self.assertEqual([], [name for name in cs.__all__ if not hasattr(cs, name)])
+
+
+class SignatureTest(ProtocolCase):
+    """Vectors by `printf %s "$canonical" | openssl dgst -sha1 -hmac "$secret" -binary | base64`."""
+
+    def signature(self, command="listZones", settings=NEVER, **params):
+        played = self.play(one(), asking(command, **params), **settings)
+        self.assertIsNone(played.error)
+        return played.params()["signature"]
+
+    def test_the_common_case(self):
+        # apikey=plgwjfzk...&command=listusers&response=json
+        key = "plgWJfZK4gyS3mOMTVmjUVg-X-jlWlnfaUJ9GAbBbf9EdM-kAYMmAkLqzzq1ElZLYq_u38zCm0bewzGUdP66mg"
+        secret = "VDaACYb0LV9eNjTetIOElcVQkvJck_J_QljX_FcHRj87ZKiy0z0ty0ZsYBkoXkY9b7eq1EhwJaw7FF3akA3KBQ"
+        settings = dict(NEVER, key=key, secret=secret)
+        self.assertEqual("r3txb5VGa1Edn8QdItS0vgBH8OI=", self.signature("listUsers", settings))
+
+    def test_a_tilde_is_encoded_in_the_signature(self):
+        # apikey=key1&command=createuser&password=a%7eb&response=json
+        self.assertEqual("EskxZ1w8fof0YcKXq8JpMvOhipE=", self.signature("createUser", password="a~b"))
+
+    def test_space_plus_and_star(self):
+        # apikey=key1&command=createtags&name=a%20b%2bc*d&response=json
+        self.assertEqual("7Lb/E1sQjNKHC0lNgGmspKCkzPM=", self.signature("createTags", name="a b+c*d"))
+
+    def test_unicode_values(self):
+        # apikey=key1&command=listzones&name=z%c3%bcrich%20%e2%82%ac%20%f0%9f%98%80&response=json
+        name = "Z\xfcrich \u20ac \U0001f600"
+        self.assertEqual("XIX1UbGemO2A5fpk5VoLPlAszB8=", self.signature(name=name))
+        self.assertEqual("XIX1UbGemO2A5fpk5VoLPlAszB8=", self.signature(name=name.encode("utf-8")))
+
+    def test_every_other_punctuation_mark(self):
+        # ...&name=%21%22%23%24%25%26%27%28%29%2c%2f%3a%3b%3c%3d%3e%3f%40%5b%5c%5d%5e%60%7b%7c%7d.-_&response=json
+        self.assertEqual("YNxWO/J+hcrnpdyzDwJHhn0lkgo=", self.signature(name="!\"#$%&'(),/:;<=>?@[\\]^`{|}.-_"))
+
+    def test_tab_and_line_ends(self):
+        # apikey=key1&command=listzones&name=a%09b%0ac%0dd&response=json
+        self.assertEqual("MTVy481NGOV8xRzWyK1yDM7o0gE=", self.signature(name="a\tb\nc\rd"))
+
+    def test_an_empty_value(self):
+        # apikey=key1&command=listzones&keyword=&response=json
+        self.assertEqual("3PSH4qbfMHPLwTYdBKGqwTni4Nk=", self.signature(keyword=""))
+
+    def test_names_are_not_encoded(self):
+        # apikey=key1&command=deployvirtualmachine&details[0].cpunumber=2&details[0].memory=1024&response=json
+        details = {"memory": 1024, "cpuNumber": 2}
+        self.assertEqual("5bDEtblUTqK9tcGtsV8q7ShQxZg=", self.signature("deployVirtualMachine", details=details))
+
+    def test_names_are_sorted_raw_with_upper_case_first(self):
+        # zone=1&apikey=key1&apiallowed=x&command=listzones&response=json
+        self.assertEqual("15B73S1VI7q6xrKyawQm1JkmZbc=", self.signature(apiallowed="x", Zone="1"))
+
+    def test_names_beyond_ascii_are_sorted_by_utf_16_units(self):
+        """An astral character sorts before U+FF5E, as Java compares."""
+        # apikey=key1&command=listzones&response=json&z=1&(u umlaut)=2&(astral)=3&(U+FF5E)=4
+        params = {"\uff5e": "4", "\U0001f600": "3", "\xfc": "2", "z": "1"}
+        self.assertEqual("gaQx7Boq+QnVxwEBX4GqQx7E8iA=", self.signature(**params))
+
+    def test_version_3_signs_its_expiry(self):
+        # apikey=key1&command=listzones&expires=2026-01-01t00%3a10%3a00%2b0000&response=json&signatureversion=3
+        self.assertEqual("LoMpzTNToMAHd6Q9OF6HMYD2Th4=", self.signature(settings={}))
+
+    def test_a_secret_beyond_ascii(self):
+        settings = dict(NEVER, secret="geh\xebim~ \u20ac")
+        self.assertEqual("ZTqgpgRGb4ffnoGQ0voWE98aItc=", self.signature(settings=settings))
+
+    def test_the_signature_is_percent_encoded_on_the_wire(self):
+        played = self.play(one(), asking("listZones", name="Z\xfcrich \u20ac \U0001f600 "), **NEVER)
+        raw = dict(pair.split("=") for pair in played.requests[0].url.partition("?")[2].split("&"))
+        self.assertRegex(raw["signature"], r"\A[A-Za-z0-9%]+%3D\Z")
+
+    def test_names_are_encoded_on_the_wire(self):
+        played = self.play(one(), asking("listZones", tags={"key": "~ +"}), **NEVER)
+        self.assertIn("&tags%5B0%5D.key=%7E%20%2B", played.requests[0].url)
+
+
+# === [5.1] protocol: call and request ===============================================================================
+
+
+class RequestTest(ProtocolCase):
+    """What a call puts on the wire."""
+
+    def sent(self, call, script=None, **settings):
+        played = self.play(script or one(), call, **settings)
+        self.assertIsNone(played.error)
+        return played.params()
+
+    def test_the_parameters_of_a_signed_call(self):
+        with mock.patch.object(Played, "moment", REQUESTS_MOMENT + 0.9):
+            params = self.sent(asking("listZones", name="x"))
+        del params["signature"]
+        expected = {"command": "listZones", "response": "json", "apiKey": "key1", "name": "x", "signatureVersion": "3"}
+        self.assertEqual(dict(expected, expires="2026-01-01T00:10:00+0000"), params)
+
+    @each("expiration, expected", (600, "2026-01-01T00:10:00+0000"), ("60", "2026-01-01T00:01:00+0000"),
+          (0, "2026-01-01T00:00:00+0000"), (datetime.timedelta(days=1), "2026-01-02T00:00:00+0000"),
+          (86400 * 365 * 8500, "9999-12-31T23:59:59+0000"))  # fmt: skip
+    def test_the_expiry_of_a_request(self, expiration, expected):
+        self.assertEqual(expected, self.sent(asking("listZones"), expiration=expiration)["expires"])
+
+    @each("expiration", -1, "-1", datetime.timedelta(seconds=-1))
+    def test_a_negative_expiration_means_no_expiry(self, expiration):
+        params = self.sent(asking("listZones"), expiration=expiration)
+        self.assertEqual(["apiKey", "command", "response", "signature"], sorted(params))
+
+    @each("name", "expires", "Expires", "EXPIRES")
+    @each("settings", {}, NEVER)
+    def test_a_given_expires_is_kept(self, name, settings):
+        params = self.sent(asking("listZones", **{name: "2030-01-01T00:00:00+0000"}), **settings)
+        given = {key: text for key, text in params.items() if key.lower() == "expires"}
+        self.assertEqual({"expires": "2030-01-01T00:00:00+0000"}, given)
+        self.assertEqual("3", params["signatureVersion"])
+
+    @each("name", "signature", "Signature", "SIGNATURE")
+    def test_a_given_signature_is_dropped(self, name):
+        params = self.sent(asking("listZones", **{name: "forged"}))
+        self.assertEqual(["signature"], [key for key in params if key.lower() == "signature"])
+        self.assertNotEqual(params["signature"], "forged")
+
+    def test_control_arguments_are_never_sent(self):
+        params = self.sent(asking("listZones", json=True, opcode_name="command", fetch_list=False, headers={"X-A": "1"},
+                           fetch_result=False, id="1"), **NEVER)  # fmt: skip
+        self.assertEqual(["apiKey", "command", "id", "response", "signature"], sorted(params))
+
+    def test_names_that_look_like_settings_go_on_the_wire(self):
+        given = {"timeout": "1", "mode": "2", "port": "3", "path": "4", "interval": "5", "method": "6", "retry": "7",
+                 "key": "8", "name": "9", "endpoint": "10", "params": "11", "call": "12", "client": "13", "value": "14",
+                 "verify": "15", "page_size": "16", "url": "17", "domain": "18", "username": "19", "session": "20",
+                 "trace": "21", "data": "22"}  # fmt: skip
+        params = self.sent(asking("listZones", **given))
+        self.assertEqual(given, {name: params.get(name) for name in given})
+
+    def test_opcode_name_renames_the_command(self):
+        params = self.sent(asking("listZones", opcode_name="action"), **NEVER)
+        self.assertEqual(("listZones", None), (params.get("action"), params.get("command")))
+
+    def test_without_json_no_format_is_asked_for_but_one_may_be_given(self):
+        self.assertNotIn("response", self.sent(asking("listZones", json=False)))
+        self.assertEqual("xml", self.sent(asking("listZones", json=False, response="xml"))["response"])
+
+    @each("name", "response", "Response")
+    def test_with_json_a_given_response_gives_way(self, name):
+        params = self.sent(asking("listZones", **{name: "xml"}))
+        self.assertEqual(["json"], [text for key, text in params.items() if key.lower() == "response"])
+
+    @each("name", "page", "Page", "PAGE")
+    def test_page_without_pagesize_adds_500(self, name):
+        params = self.sent(asking("listZones", **{name: 2}))
+        self.assertEqual(("2", "500"), (params[name], params["pagesize"]))
+
+    @each("name", "pagesize", "pageSize", "PAGESIZE")
+    def test_a_pagesize_in_any_case_counts(self, name):
+        params = self.sent(asking("listZones", page=1, **{name: 20}))
+        self.assertEqual(["20"], [text for key, text in params.items() if key.lower() == "pagesize"])
+
+    def test_without_page_no_pagesize_is_added(self):
+        self.assertFalse({"page", "pagesize"} & set(self.sent(asking("listZones", page=None))))
+
+    def test_headers_of_client_and_call_are_sent_and_the_call_s_win(self):
+        played = self.play(one(), asking("listZones", headers={"x-b": "call", "X-C": 3}),
+                           headers={"X-A": "client", "X-B": "client"})  # fmt: skip
+        headers = {name.lower(): value for name, value in played.requests[0].headers.items()}
+        self.assertEqual(("client", "call", "3"), (headers["x-a"], headers["x-b"], headers["x-c"]))
+        self.assertEqual("cs/" + cs.__version__, headers["user-agent"])
+
+    def test_a_header_may_be_taken_out_or_replaced(self):
+        played = self.play(one(), asking("listZones", headers={"user-agent": "mine", "accept-encoding": None}))
+        self.assertEqual([("user-agent", "mine")], list(played.requests[0].headers.items()))
+
+    @each("endpoint, expected", (ENDPOINT, "gzip"), ("http://127.0.0.1:8080/client/api", "identity"),
+          ("https://localhost/client/api", "identity"), ("http://[::1]:8080/client/api", "identity"))  # fmt: skip
+    def test_gzip_is_asked_for_but_on_loopback(self, endpoint, expected):
+        played = self.play(one(), asking("listZones"), endpoint=endpoint)
+        self.assertEqual(expected, played.requests[0].headers["Accept-Encoding"])
+
+    def test_an_endpoint_with_a_query_of_its_own(self):
+        played = self.play(one(), asking("listZones"), endpoint="https://h/api?tenant=7#part")
+        self.assertTrue(played.requests[0].url.startswith("https://h/api?tenant=7&apiKey="), played.requests[0].url)
+
+    def test_without_credentials_nothing_is_signed(self):
+        params = self.sent(asking("listZones", name="x"), key=None, secret=None)
+        self.assertEqual({"command": "listZones", "name": "x", "response": "json"}, params)
+
+    def test_the_same_call_gives_the_same_bytes(self):
+        first = self.play(one(), asking("listZones", a=1, b=2), **NEVER).requests[0].url
+        second = self.play(one(), asking("listZones", b=2, a=1), **NEVER).requests[0].url
+        self.assertEqual(second, first)
+
+    def test_what_a_call_was_given_is_not_changed(self):
+        given = {"tags": [{"key": "a"}], "ids": [1, 2]}
+        headers = {"X-A": "1"}
+        self.sent(asking("listZones", headers=headers, **given))
+        self.assertEqual(({"tags": [{"key": "a"}], "ids": [1, 2]}, {"X-A": "1"}), (given, headers))
+
+
+class VerbTest(ProtocolCase):
+    def verbs(self, script, call, **settings):
+        return self.play(script, call, **settings).methods
+
+    def test_get_unless_post_is_asked_for(self):
+        self.assertEqual(["GET"], self.verbs(one(), asking("listZones")))
+        self.assertEqual(["GET"], self.verbs(one(), asking("deployVirtualMachine")))
+        for method in ("post", "POST"):
+            self.assertEqual(["POST"], self.verbs(one(), asking("listZones"), method=method))
+
+    def test_a_post_carries_everything_in_its_body(self):
+        played = self.play(one(), asking("listZones", name="a b"), method="post")
+        request = played.requests[0]
+        self.assertEqual(ENDPOINT, request.url)
+        self.assertEqual("application/x-www-form-urlencoded", request.headers["Content-Type"])
+        self.assertIn(b"&name=a%20b&", request.body)
+        self.assertIn("signature", played.params())
+
+    def test_get_carries_no_body(self):
+        request = self.play(one(), asking("listZones")).requests[0]
+        self.assertIsNone(request.body)
+        self.assertNotIn("Content-Type", request.headers)
+
+    def test_secrets_go_by_post(self):
+        names = ("password", "Password", "userdata", "userData", "privatekey", "privateKey", "secretkey",
+                 "usersecretkey", "passphrase", "details[0].password", "cmkpassword", "sharedsecret",
+                 "ipsecpresharedsecret", "oauthtoken")  # fmt: skip
+        for name in names:
+            with self.subTest(name=name):
+                self.assertEqual(["POST"], self.verbs(one(), asking("updateUser", **{name: "x"})))
+        self.assertEqual(["POST"], self.verbs(one(), asking("createUser", details={"password": "x"})))
+        self.assertEqual(["GET"], self.verbs(one(), asking("listUsers", username="x", passwordenabled=True)))
+
+    def test_login_is_always_posted(self):
+        self.assertEqual(["POST"], self.verbs(one(), asking("login", username="u", password="p")))
+        self.assertEqual(["POST"], self.verbs(one(), asking("login", username="u"), key=None, secret=None))
+
+    def test_what_is_too_long_for_a_request_line_goes_by_post(self):
+        """The server refuses a request line and headers of more than 8192 bytes."""
+        seen = set()
+        for length in list(range(7300, 8300, 60)) + [100, 20000]:
+            for headers in (None, {"X-Long": "h" * 500}):
+                request = self.play(one(), asking("listZones", name="x" * length), headers=headers).requests[0]
+                seen.add(request.method)
+                if request.method == "GET":
+                    headers = [f"{name}: {value}" for name, value in request.headers.items()]
+                    head = [f"GET {request.url} HTTP/1.1", *headers, "Host: cloud.invalid", ""]
+                    self.assertLessEqual(len("\r\n".join(head)), 8192)
+        self.assertEqual({"GET", "POST"}, seen)
+        self.assertEqual(["GET"], self.verbs(one(), asking("listZones", name="x" * 7000)))
+        self.assertEqual(["POST"], self.verbs(one(), asking("listZones", name="x" * 8200)))
+
+    def test_enforced_post_is_learned_once_and_remembered(self):
+        refusal = api_error(400, "State changing command createTags needs to be sent using POST request")
+
+        def server(played, request):
+            command = wire(request)["command"]
+            return refusal if request.method == "GET" and not command.startswith("list") else one({"ok": command})[0]
+
+        commands = ["createTags", "deployVirtualMachine", "listZones"]
+        played = self.play(server, one_after_another(*map(asking, commands)))
+        self.assertEqual([{"ok": command} for command in commands], played.value)
+        self.assertEqual(["GET", "POST", "POST", "GET"], played.methods)
+        self.assertEqual([], played.pauses)
+
+    def test_the_reading_commands_stay_get_where_post_is_enforced(self):
+        requests = []
+        client = answered_by(lambda request: requests.append(request) or one()[0])
+        client._server.post_only = True
+        reading = (
+            "listZones getVirtualMachineUserData queryAsyncJobResult findHostsForMigration quotaBalance quotaIsEnabled"
+            " readyForShutdown verifyOAuthCodeAndGetUser isAccountAllowedToCreateOfferingsWithTags quotaStatement"
+            " quotaSummary quotaTariffList cloudianIsEnabled").split()  # fmt: skip
+        changing = "quotaUpdate deployVirtualMachine list prepareForShutdown relistThings".split()
+        for command in reading + changing:
+            with self.subTest(command=command):
+                getattr(client, command)()
+                self.assertEqual("GET" if command in reading else "POST", requests[-1].method)
+
+    def test_a_server_that_keeps_asking_for_post_is_believed_once(self):
+        script = [api_error(400, "State changing command x needs to be sent using POST request")]
+        played = self.play(script, asking("createTags"))
+        self.assertEqual(["GET", "POST"], played.methods)
+        self.assertEqual(400, played.error.response.status_code)
+        self.assertFalse(played.error.outcome_unknown)
+
+    @each("text", "bad", "", None)
+    def test_another_400_is_no_reason_to_send_again(self, text):
+        self.assertEqual(["GET"], self.verbs([api_error(400, text)], asking("createTags"), retry=3))
+
+    def test_the_integration_port_is_never_posted_to(self):
+        """It reads the query string only."""
+        unsigned = {"key": None, "secret": None}
+        cases = [(asking("createUser", password="x"), {}), (asking("listZones", name="x" * 9000), {}),
+                 (asking("createTags"), {"method": "post"}), (asking("deployVirtualMachine", userdata="eA=="), {})]
+        for call, settings in cases:
+            with self.subTest(settings=settings):
+                self.assertEqual(["GET"], self.verbs(one(), call, **dict(unsigned, **settings)))
+        script = [api_error(400, "State changing command x needs to be sent using POST request")]
+        self.assertNotIn("POST", self.verbs(script, asking("createTags"), **unsigned))
+
+
+# === [5.2] protocol: answer =========================================================================================
+
+
+class DecodingTest(ProtocolCase):
+    URL = f"Make sure endpoint URL '{ENDPOINT}' is correct."
+
+    @each("document, expected",
+          ({"listzonesresponse": {"count": 1, "zone": [{"id": "1"}]}}, {"count": 1, "zone": [{"id": "1"}]}),
+          ({"restorevmresponse": {"a": 1}}, {"a": 1}), ({"null": {"a": 1}}, {"a": 1}), ({"": {"a": 1}}, {"a": 1}),
+          ({"createSSHKeyPairResponse": {"a": 1}}, {"a": 1}), ({"listzonesresponse": {}}, {}), ({"r": []}, []),
+          ({"r": "text"}, "text"), ({"r": None}, None), ({"r": 5}, 5),
+          ({"r": {"success": False, "errortext": "x"}}, {"success": False, "errortext": "x"}))  # fmt: skip
+    def test_the_value_under_the_single_key_whatever_its_name(self, document, expected):
+        played = self.play([answer(document)], asking("listZones"))
+        self.assertEqual((None, expected), (played.error, played.value))
+
+    @each("kind", None, "application/json", "text/javascript; charset=UTF-8", "application/JSON",
+          "application/javascript")  # fmt: skip
+    def test_json_under_any_type_that_says_so_or_none(self, kind):
+        response = answer({"r": {"a": 1}})
+        del response.headers["Content-Type"]
+        if kind:
+            response.headers["Content-Type"] = kind
+        self.assertEqual({"a": 1}, self.play([response], asking("listZones")).value)
+
+    @each("content, expected", (b'{"r": {"t": "a\x01b\nc\x1bd"}}', {"t": "a\x01b\nc\x1bd"}),
+          (b'\xef\xbb\xbf{"r": {}}', {}), (b'{"r": {"t": "\xff\xfe"}}', {"t": "\ufffd\ufffd"}),
+          (b'{"r": {"t": "\\ud800"}}', {"t": "\ud800"}), (b'{"r": 1, "r": {"b": 2}}', {"b": 2}),
+          (b' \n{"r": {"n": 123456789012345678901234567890}}\n ', {"n": 123456789012345678901234567890}))  # fmt: skip
+    def test_what_json_parsers_trip_over_but_servers_send(self, content, expected):
+        response = answer({})
+        response.content = content
+        played = self.play([response], asking("listZones"))
+        self.assertEqual((None, expected), (played.error, played.value))
+
+    def test_answers_that_are_not_cloudstack_s(self):
+        malformed = ("HTTP 200 OK", "Malformed JSON document. " + self.URL)
+        unexpected = ("Unexpected response from CloudStack", "a single top-level key was expected")
+        cases = [
+            (answer("<html>login</html>"), ("JSON (application/json) was expected, got 'text/html'",)),
+            (answer("<r/>", headers={"Content-Type": "text/xml"}),
+                ("JSON (application/json) was expected, got 'text/xml'",)),
+            (answer("<html>", 504, "Gateway Time-out"), ("HTTP 504 Gateway Time-out", self.URL)),
+            (answer("<html>", 404, "Not Found", AS_JSON), ("HTTP 404 Not Found", self.URL)),
+            (answer("", 404, "Not Found"), ("HTTP 404 Not Found", self.URL)),
+            (answer("", 204, "No Content"), ("HTTP 204 No Content", self.URL)),
+            (answer("{", headers=AS_JSON), malformed), (answer("", 500, "500"), ("HTTP 500 500", self.URL)),
+            (answer("not json", headers=AS_JSON), malformed), (answer('{"r": NaN}', headers=AS_JSON), malformed),
+            (answer('{"r": -Infinity}', headers=AS_JSON), malformed), (answer("[" * 10000, headers=AS_JSON), malformed),
+            (answer('{"a":' * 10000, headers=AS_JSON), malformed), (answer('{"r": 1} x', headers=AS_JSON), malformed),
+            (answer('{"r": ' + "9" * 5000 + "x}", headers=AS_JSON), malformed), (answer({}), unexpected),
+            (answer({"a": 1, "b": 2}), unexpected), (answer([1]), unexpected), (answer([]), unexpected),
+            (answer("5", headers=AS_JSON), unexpected), (answer('"text"', headers=AS_JSON), unexpected),
+            (answer("null", headers=AS_JSON), unexpected), (answer({"a": 1, "b": 2}, 500, "500"), unexpected)]
+        for response, args in cases:
+            with self.subTest(status=response.status_code, content=response.content[:30]):
+                played = self.play([response], asking("listZones"))
+                self.assertIs(type(played.error), cs.CloudStackException)
+                self.assertEqual(args, played.error.args)
+                self.assertEqual(response.status_code, played.error.response.status_code)
+                self.assertEqual(response.text, played.error.response.text)
+
+    @each("kind", "application/json", "text/html")
+    def test_an_empty_200_is_an_error(self, kind):
+        played = self.play([answer(b"", headers={"Content-Type": kind})], asking("deployVirtualMachine"))
+        self.assertIsInstance(played.error, cs.CloudStackException)
+        self.assertEqual("HTTP 200 OK", played.error.args[0])
+        self.assertIn("empty", str(played.error))
+        self.assertTrue(played.error.outcome_unknown)
+
+    @each("code, key", (401, "errorresponse"), (401, "null"), (530, "errorresponse"), (530, "null"),
+          *[(code, "listzonesresponse") for code in (400, 405, 429, 430, 431, 432, 503, *range(531, 538))])  # fmt: skip
+    def test_the_server_s_own_errors(self, code, key):
+        played = self.play([api_error(code, "text", key=key)], asking("listZones"))
+        error = {"uuidList": [], "errorcode": code, "cserrorcode": 9999, "errortext": "text"}
+        self.assertIs(type(played.error), cs.CloudStackApiException)
+        message = f"HTTP {code} response from CloudStack"
+        self.assertEqual(((message,), error), (played.error.args, played.error.error))
+        self.assertEqual(f"{message}, error: {error}", str(played.error))
+        self.assertEqual({key: error}, played.error.response.json())
+
+    @each("value", "text", None, [1], 5, {"errortext": None}, {"errortext": ["x"]}, {"errortext": 5})
+    @each("code", 400, 429, 431)
+    def test_an_error_that_is_no_dict_is_what_stood_there(self, value, code):
+        played = self.play([answer({"errorresponse": value}, code)], asking("listZones", fetch_list=True))
+        self.assertIs(type(played.error), cs.CloudStackApiException)
+        self.assertEqual(value, played.error.error)
+
+    def test_a_type_of_html_does_not_hide_an_error_in_json(self):
+        response = answer(json.dumps({"errorresponse": {"errorcode": 530}}), 530, "530")
+        self.assertEqual({"errorcode": 530}, self.play([response], asking("listZones")).error.error)
+
+    @each("code, options", (301, {}), (302, {"json": False}), (303, {}), (307, {}), (308, {}))
+    @each("place, shown", ("https://other.example/login?apiKey=c4nary#c4nary", "https://other.example/login"),
+          ("/client/?signature=c4nary", "/client/"), ("https://u:c4nary@h/x", "https://h/x"), ("http://[bad", ""),
+          ("https://h/\x1b[2Jx", "h/"))  # fmt: skip
+    def test_redirects_are_not_followed_and_named_without_their_query(self, code, options, place, shown):
+        """5.2.0 follows them with the signed URL, to other hosts too."""
+        script = [answer({"r": {"passed": "for a result"}}, code, "Found", {"Location": place})]
+        played = self.play(script, asking("listZones", **options), retry=2)
+        self.assertIs(type(played.error), cs.CloudStackException)
+        self.assertEqual((1, f"HTTP {code} Found"), (len(played.requests), played.error.args[0]))
+        self.assertIn(shown, str(played.error))
+        self.assertNotIn("c4nary", str(played.error))
+        self.assertNotIn("\x1b", str(played.error))
+
+    @each("text", "<listzonesresponse/>", "", '{"a": 1, "b": 2}')
+    def test_without_json_the_text_is_returned_as_it_is(self, text):
+        self.assertEqual(text, self.play([answer(text)], asking("listZones", json=False)).value)
+
+    def test_without_json_an_error_holds_the_text(self):
+        played = self.play([answer("<errorresponse/>", 431, "431")], asking("listZones", json=False))
+        self.assertIs(type(played.error), cs.CloudStackApiException)
+        self.assertEqual("<errorresponse/>", played.error.error)
+        self.assertEqual(("HTTP 431 response from CloudStack",), played.error.args)
+
+    def test_every_status_from_300_to_399_with_a_location_is_a_redirect(self):
+        for status, told in ((300, True), (399, True), (400, False), (299, False)):
+            with self.subTest(status=status):
+                script = [answer({"r": {}}, status, "x", {"Location": "http://elsewhere.invalid/"})]
+                played = self.play(script, asking("listZones"))
+                self.assertIs(told, "Redirects are not followed" in str(played.error))
+
+
+class CollectorTest(unittest.TestCase):
+    """Python's cyclic garbage collector rests while a long answer is decoded."""
+
+    def setUp(self):
+        self.addCleanup(gc.enable if gc.isenabled() else gc.disable)
+        gc.enable()
+        self.seen = []
+        decoder = mock.Mock(decode=lambda text: self.seen.append(gc.isenabled()) or json.loads(text))
+        patched = mock.patch.object(cs, "_JSON", decoder)
+        patched.start()
+        self.addCleanup(patched.stop)
+
+    @each("size, expected", (10, True), (100000, False))
+    def test_only_while_a_long_answer_is_decoded(self, size, expected):
+        self.assertEqual({"r": "x" * size}, answer({"r": "x" * size}).json())
+        self.assertEqual((expected, True), (self.seen.pop(), gc.isenabled()))
+
+    def test_where_a_program_has_turned_it_off_it_stays_off(self):
+        gc.disable()
+        answer({"r": "x" * 100000}).json()
+        self.assertEqual(([False], False), (self.seen, gc.isenabled()))
+
+    def test_an_answer_that_cannot_be_decoded_leaves_it_as_it_was(self):
+        with self.assertRaises(ValueError):
+            answer("{" * 100000).json()
+        self.assertTrue(gc.isenabled())
+
+    def test_a_thread_that_comes_in_between_leaves_it_off_and_the_first_one_turns_it_on(self):
+        def decode(text):
+            self.seen.append(gc.isenabled())
+            if len(self.seen) == 1:
+                other = threading.Thread(target=answer({"r": "x" * 100000}).json)
+                other.start()
+                other.join(PATIENCE_OF_TESTS)
+                self.seen.append(gc.isenabled())
+            return json.loads(text)
+
+        cs._JSON.decode = decode
+        answer({"r": "x" * 100000}).json()
+        self.assertEqual(([False, False, False], True), (self.seen, gc.isenabled()))
+
+
+# === [5.3] protocol: retry ==========================================================================================
+
+READS = ("listZones", "getVirtualMachineUserData", "queryAsyncJobResult", "findHostsForMigration", "ListZones")
+CHANGES = ("deployVirtualMachine", "createTags", "getUploadParamsForVolume", "getUploadParamsForTemplate",
+           "getDiagnosticsData", "listAndSwitchSamlAccount", "login", "prepareForShutdown", "assignListeners")
+
+
+class RetryTest(ProtocolCase):
+    @each("item", unsent(), lost(), silent(), answer("<html>", 503), api_error(429), api_error(503),
+          answer("<html>", 502))  # fmt: skip
+    @each("command", "listZones", "deployVirtualMachine")
+    def test_nothing_is_retried_by_default(self, item, command):
+        played = self.play([item, one()[0]], asking(command))
+        self.assertEqual(1, len(played.requests))
+        self.assertIsInstance(played.error, cs.CloudStackException)
+
+    @each("item, reading, changing", (unsent(), True, True), (unsent(cs.CloudStackTimeoutError), True, True),
+          (lost(), True, False), (silent(), True, False), (api_error(429, "please retry after [100] ms."), True, True),
+          (answer("<html>", 429), True, True), (api_error(503, "maintenance"), True, True),
+          (answer("<html>", 503), True, False), (answer({"error": "from a proxy"}, 503), True, False),
+          (answer("<html>", 502), True, False), (answer("<html>", 504), True, False),
+          (answer({"a": 1, "b": 2}, 503), True, False), (answer("<html>", 500), False, False),
+          (answer("<html>", 404), False, False), (answer("<html>", 200), False, False),
+          (answer(b"", 200), False, False), (answer("", 302, headers={"Location": "/"}), False, False),
+          *[(api_error(code), False, False) for code in (400, 401, 405, 430, 431, 432, 511, 530, 531, 533, 537)])
+    def test_what_is_tried_again(self, item, reading, changing):
+        """(what happens, whether a reading command is sent again, whether a changing one is)"""
+        for command, expected in (("listZones", reading), ("deployVirtualMachine", changing)):
+            with self.subTest(command=command):
+                played = self.play([item, one({"a": 1})[0]], asking(command), retry=1)
+                self.assertEqual(2 if expected else 1, len(played.requests))
+                self.assertEqual({"a": 1} if expected else None, played.value)
+
+    @each("command", *READS + CHANGES)
+    def test_what_counts_as_reading(self, command):
+        played = self.play([silent(), one()[0]], asking(command), retry=1)
+        self.assertEqual(2 if command in READS else 1, len(played.requests))
+
+    @each("retry", 1, "3")
+    @each("item", lost(), unsent(), answer("<html>", 502), api_error(429))
+    def test_retry_bounds_the_number_of_attempts(self, retry, item):
+        played = self.play([item], asking("listZones"), retry=retry)
+        self.assertEqual((int(retry) + 1, int(retry)), (len(played.requests), len(played.pauses)))
+        self.assertIsInstance(played.error, cs.CloudStackException)
+
+    def test_pauses_grow_exponentially_up_to_30_seconds(self):
+        played = self.play([lost()], asking("listZones"), retry=9)
+        self.assertEqual([0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0], played.pauses)
+        self.assertEqual([30.0, 30.0], self.play([lost()], asking("listZones"), retry=2, retry_backoff=100).pauses)
+        self.assertEqual([0.0, 0.0], self.play([lost()], asking("listZones"), retry=2, retry_backoff=0).pauses)
+
+    @each("attempt", 0, 1, 5, 6, 32, 1100, 10**6)
+    @each("first", 0.5, 1, 40, 1e300)
+    def test_backoff_is_bounded_and_has_jitter(self, attempt, first):
+        with mock.patch.object(cs, "_random", lambda: 0.0):
+            low = cs.backoff(attempt, first)
+        with mock.patch.object(cs, "_random", lambda: 1.0):
+            high = cs.backoff(attempt, first)
+        self.assertLess(0, low)
+        self.assertLess(low, high)
+        self.assertLessEqual(high, 30.0)
+        self.assertGreater(len({round(cs.backoff(3, 0.5), 9) for _ in range(20)}), 1)
+
+    @each("item, expected", (api_error(429, "limit; please retry after [7000] ms."), 7.0),
+          (api_error(429, "please retry after 7500 ms"), 7.5), (api_error(429, headers={"Retry-After": "12"}), 12.0),
+          (answer("<html>", 503, headers={"Retry-After": " 12 "}), 12.0),
+          (answer("<html>", 503, headers={"retry-after": "Thu, 01 Jan 2026 00:00:09 GMT"}), 9.0),
+          (answer("<html>", 502, headers={"Retry-After": "30"}), 30.0),
+          (answer("<html>", 503, headers={"Retry-After": "Thu, 01 Jan 2020 00:00:00 GMT"}), 0.5),
+          (answer("<html>", 503, headers={"Retry-After": "0"}), 0.5),
+          (answer("<html>", 503, headers={"Retry-After": "soon"}), 0.5),
+          (answer("<html>", 503, headers={"Retry-After": ""}), 0.5),
+          (api_error(429, "please retry after [1] ms."), 0.5),
+          (api_error(429, "please retry after [8000] ms.", headers={"Retry-After": "3"}), 8.0),
+          (answer({"r": None}, 429), 0.5))  # fmt: skip
+    def test_the_wait_a_server_asks_for(self, item, expected):
+        played = self.play([item, one({"a": 1})[0]], asking("listZones"), retry=1)
+        self.assertEqual(([expected], {"a": 1}), (played.pauses, played.value))
+
+    @each("item", api_error(429, "please retry after [30001] ms."),
+          answer("<html>", 503, headers={"Retry-After": "31"}),
+          answer("<html>", 503, headers={"Retry-After": "Thu, 01 Jan 2026 00:00:31 GMT"}),
+          api_error(503, headers={"Retry-After": "3600"}), answer("<html>", 429, headers={"Retry-After": "9" * 30}))
+    @each("command", "listZones", "deployVirtualMachine")
+    def test_a_wait_of_more_than_30_seconds_is_an_error_not_a_sleep(self, item, command):
+        played = self.play([item, one()[0]], asking(command), retry=3)
+        self.assertEqual((1, []), (len(played.requests), played.pauses))
+        self.assertEqual(item.status_code, played.error.response.status_code)
+
+    @each("value", "\xb2", "-5", "1.5", "1e999", "9" * 400, "9" * 5000, "Mon, 01 Jan 99999999 00:00:00 GMT",
+          "Mon, 01 Jan 0000 00:00:00 GMT", "Mon, 99 Foo 2026", "Thu, 01 Jan 2026 00:00:00",
+          "Thu, 01 Jan 2026 99:99:99 +9999", ",", "\xa0", "Thu, 01 Jan 2026 00:00:00 +99999999999999999999")
+    def test_a_wait_that_cannot_be_read_does_no_harm(self, value):
+        script = [answer("<html>", 503, headers={"Retry-After": value}), one({"a": 1})[0]]
+        played = self.play(script, asking("listZones"), retry=1)
+        self.assertTrue(played.value == {"a": 1} or isinstance(played.error, cs.CloudStackException), played.error)
+        self.assertLessEqual(played.slept, 30.0)
+
+    @each("digits", "9" * 400, "9" * 5000)
+    def test_a_wait_beyond_all_measure_is_an_error(self, digits):
+        script = [api_error(429, f"please retry after [{digits}] ms."), one()[0]]
+        self.assertIsInstance(self.play(script, asking("listZones"), retry=1).error, cs.CloudStackException)
+
+    def test_every_attempt_has_a_fresh_expiry(self):
+        """5.2.0 computes it once for the whole series."""
+        script = [a_while_later(60, answer("<html>", 502))] * 2 + one()
+        played = self.play(script, asking("listZones"), retry=2, retry_backoff=0)
+        self.assertEqual([f"2026-01-01T00:{minute}:00+0000" for minute in (10, 11, 12)], played.column("expires"))
+        self.assertEqual(3, len(set(played.column("signature"))))
+
+    def test_a_given_expires_is_kept_by_every_attempt(self):
+        played = self.play([lost(), one()[0]], asking("listZones", expires="2030-01-01T00:00:00+0000"), retry=1)
+        self.assertEqual({"2030-01-01T00:00:00+0000"}, {played.params(index)["expires"] for index in range(2)})
+
+    @each("command", *READS)
+    def test_a_kept_connection_that_died_is_replayed_once_for_reading_commands_whatever_retry_is(self, command):
+        call = asking(command)
+        played = self.play([lost(stale=True), one({"a": 1})[0]], call)
+        self.assertEqual((2, [], {"a": 1}), (len(played.requests), played.pauses, played.value))
+        played = self.play([lost(stale=True)], call)
+        self.assertEqual(2, len(played.requests))
+        self.assertIsInstance(played.error, cs.CloudStackConnectionError)
+
+    @each("command", *CHANGES)
+    @each("settings", {"retry": 5}, {"method": "post"})
+    def test_a_kept_connection_that_died_is_never_replayed_for_changing_commands(self, command, settings):
+        played = self.play([lost(stale=True), one()[0]], asking(command), **settings)
+        self.assertEqual(1, len(played.requests))
+        self.assertTrue(played.error.outcome_unknown)
+        self.assertIn("outcome is unknown", str(played.error))
+        self.assertIn(command, str(played.error))
+        self.assertEqual(2, len(played.error.args))
+
+    @each("item, unknown", (lost(), True), (silent(), True), (answer("<html>", 502), True),
+          (answer("<html>", 503), True), (answer("<html>", 504), True), (answer("<html>", 500), True),
+          (answer("<html>", 200), True), (answer(b""), True), (answer([1]), True), (answer("{", headers=AS_JSON), True),
+          (unsent(), False), (api_error(429), False), (api_error(503), False), (api_error(401), False),
+          (api_error(431), False), (api_error(533), False), (answer("<html>", 404), False),
+          (answer("<html>", 414), False), (answer("", 302, headers={"Location": "/"}), False))  # fmt: skip
+    def test_outcome_unknown_says_whether_a_change_may_have_happened(self, item, unknown):
+        script = [afresh(item)]
+        self.assertIs(self.play(script, asking("deployVirtualMachine")).error.outcome_unknown, unknown)
+        self.assertFalse(self.play(script, asking("listZones")).error.outcome_unknown)
+
+    @each("code, unknown", (502, True), (503, True), (504, True), (500, True), (401, False), (431, False))
+    def test_outcome_unknown_does_not_depend_on_asking_for_json(self, code, unknown):
+        played = self.play([answer("<html>", code)], asking("deployVirtualMachine", json=False))
+        self.assertIs(played.error.outcome_unknown, unknown)
+
+    def test_a_change_that_was_once_unsent_and_then_lost_is_unknown(self):
+        played = self.play([unsent(), lost()], asking("deployVirtualMachine"), retry=5)
+        self.assertEqual((2, True), (len(played.requests), played.error.outcome_unknown))
+
+    def test_the_arguments_of_an_answered_error_stay_as_promised(self):
+        played = self.play([answer("<html>", 504, "Gateway Time-out")], asking("deployVirtualMachine"))
+        url = f"Make sure endpoint URL '{ENDPOINT}' is correct."
+        self.assertEqual(("HTTP 504 Gateway Time-out", url), played.error.args)
+
+    @each("error", ValueError("verify: no such file"), RuntimeError("x"))
+    def test_other_exceptions_pass_untouched(self, error):
+        played = self.play([error, one()[0]], asking("listZones"), retry=3)
+        self.assertIs(type(played.error), type(error))
+        self.assertEqual(1, len(played.requests))
+
+    def test_the_time_allowed_for_an_exchange(self):
+        request = self.play(one(), asking("listZones"), timeout="0.5").requests[0]
+        self.assertEqual((0.5, 5.0), (request.timeout, request.total))
+
+
+# === [5.4] protocol: session ========================================================================================
 
 
 class LoginTest(ProtocolCase):
     def test_without_cookies_no_cookie_header_hides_those_that_a_session_keeps(self):
         bare = answer({"loginresponse": {"sessionkey": "SK"}})
         played = self.play([bare, one()[0]], asking("listZones"), **USER)
-        self.assertEqual(played.params()["sessionkey"], "SK")
+        self.assertEqual("SK", played.params()["sessionkey"])
         self.assertNotIn("Cookie", played.requests[-1].headers)
 
     def test_the_first_call_logs_in_by_post_and_carries_key_and_cookies(self):
         played = self.play([login_answer(), one({"a": 1})[0]], asking("listZones", name="x"), **USER)
-        self.assertEqual((played.value, played.commands), ({"a": 1}, ["login", "listZones"]))
+        self.assertEqual(({"a": 1}, ["login", "listZones"]), (played.value, played.commands))
         expected = {"command": "login", "username": "admin", "password": "pa~ss", "domain": "/", "response": "json"}
-        self.assertEqual(played.params(0), expected)
-        self.assertEqual([request.method for request in played.requests], ["POST", "GET"])
-        self.assertEqual(played.requests[0].url, ENDPOINT)
+        self.assertEqual(expected, played.params(0))
+        self.assertEqual(["POST", "GET"], played.methods)
+        self.assertEqual(ENDPOINT, played.requests[0].url)
         self.assertNotIn("Cookie", played.requests[0].headers)
-        self.assertEqual(played.requests[1].headers["Cookie"], "JSESSIONID=J1; sessionkey=cookie-J1")
+        self.assertEqual("JSESSIONID=J1; sessionkey=cookie-J1", played.requests[1].headers["Cookie"])
         expected = {"command": "listZones", "name": "x", "sessionkey": "SK/1+", "response": "json"}
-        self.assertEqual(played.params(1), expected)
+        self.assertEqual(expected, played.params(1))
 
     def test_the_domain_is_sent(self):
         played = self.play([login_answer(), one()[0]], asking("listZones"), domain="/a/b", **USER)
-        self.assertEqual(played.params(0)["domain"], "/a/b")
+        self.assertEqual("/a/b", played.params(0)["domain"])
 
     def test_a_session_never_carries_a_signature(self):
         def close(client):
@@ -5062,99 +4602,84 @@ class LoginTest(ProtocolCase):
 
         call = one_after_another(asking("listZones"), asking("deployVirtualMachine", userdata="eA=="), close)
         played = self.play([login_answer(), one()[0]], call, **USER)
-        self.assertEqual(played.commands, ["login", "listZones", "deployVirtualMachine", "logout"])
+        self.assertEqual(["login", "listZones", "deployVirtualMachine", "logout"], played.commands)
         for index in range(4):
             self.assertFalse({"signature", "apiKey", "expires", "signatureVersion"} & set(played.params(index)))
-        self.assertEqual([request.method for request in played.requests], ["POST", "GET", "POST", "POST"])
-        self.assertEqual(played.params(3)["sessionkey"], "SK/1+")
-        self.assertEqual(played.requests[3].headers["Cookie"], "JSESSIONID=J1; sessionkey=cookie-J1")
+        self.assertEqual(["POST", "GET", "POST", "POST"], played.methods)
+        self.assertEqual("SK/1+", played.params(3)["sessionkey"])
+        self.assertEqual("JSESSIONID=J1; sessionkey=cookie-J1", played.requests[3].headers["Cookie"])
 
-    def test_a_given_expires_is_kept_without_a_signature_too(self):
+    @each("script, settings", (one(), {"key": None, "secret": None}), ([login_answer(), one()[0]], USER))
+    def test_a_given_expires_is_kept_without_a_signature_too(self, script, settings):
         moment = "2030-01-01T00:00:00+0000"
-        for script, settings in ((one(), {"key": None, "secret": None}), ([login_answer(), one()[0]], USER)):
-            with self.subTest(settings=settings):
-                played = self.play(script, asking("createThing", expires=moment), **settings)
-                self.assertEqual(played.params().get("expires"), moment)
+        played = self.play(script, asking("createThing", expires=moment), **settings)
+        self.assertEqual(moment, played.params().get("expires"))
 
     def test_close_without_a_session_sends_nothing(self):
         for settings in (USER, {}):
             played = self.play([AssertionError("sent")], lambda c: c.close(), **settings)
-            self.assertEqual((played.error, played.requests), (None, []))
+            self.assertEqual((None, []), (played.error, played.requests))
 
     def test_logging_out_twice_sends_one_logout(self):
-        client = cs.CloudStack(ENDPOINT, username="u", password="p")
         commands = []
-        object.__setattr__(
-            client, "_exchange", lambda request: commands.append(wire(request)["command"]) or login_answer()
-        )
+        client = answered_by(lambda request: commands.append(wire(request)["command"]) or login_answer(), **LOGIN)
         with client:
             client.listZones()
         client.close()
-        self.assertEqual(commands, ["login", "listZones", "logout"])
+        self.assertEqual(["login", "listZones", "logout"], commands)
         client.listZones()
-        self.assertEqual(commands[3:], ["login", "listZones"])
+        self.assertEqual(["login", "listZones"], commands[3:])
 
-    def test_a_logout_that_fails_is_no_error(self):
-        for item in (lost(), silent(), answer("<html>", 502), api_error(401)):
-            with self.subTest(item=item):
-                client = cs.CloudStack(ENDPOINT, username="u", password="p")
-                script = [login_answer(), one()[0], item]
+    @each("item", lost(), silent(), answer("<html>", 502), api_error(401))
+    def test_a_logout_that_fails_is_no_error(self, item):
+        script = [login_answer(), one()[0], item]
+        client = answered_by(scripted(script), **LOGIN)
+        client.listZones()
+        client.close()
+        self.assertEqual([], script)
 
-                object.__setattr__(client, "_exchange", scripted(script))
-                client.listZones()
-                client.close()
-                self.assertEqual(script, [])
-
-    def test_an_expired_session_is_renewed_once_for_reads_and_changes(self):
-        for command in ("listZones", "deployVirtualMachine"):
-            with self.subTest(command=command):
-                script = [login_answer(), api_error(401), login_answer("SK2", "J2"), one({"a": 1})[0]]
-                played = self.play(script, asking(command), **USER)
-                self.assertEqual((played.value, played.commands), ({"a": 1}, ["login", command] * 2))
-                self.assertEqual(played.params()["sessionkey"], "SK2")
-                self.assertEqual(played.requests[3].headers["Cookie"], "JSESSIONID=J2; sessionkey=cookie-J2")
+    @each("command", "listZones", "deployVirtualMachine")
+    def test_an_expired_session_is_renewed_once_for_reads_and_changes(self, command):
+        script = [login_answer(), api_error(401), login_answer("SK2", "J2"), one({"a": 1})[0]]
+        played = self.play(script, asking(command), **USER)
+        self.assertEqual(({"a": 1}, ["login", command] * 2), (played.value, played.commands))
+        self.assertEqual("SK2", played.params()["sessionkey"])
+        self.assertEqual("JSESSIONID=J2; sessionkey=cookie-J2", played.requests[3].headers["Cookie"])
 
     def test_a_second_401_is_an_error(self):
         script = [login_answer(), api_error(401), login_answer("SK2", "J2"), api_error(401, "still")]
         played = self.play(script, asking("listZones"), retry=5, **USER)
-        self.assertEqual((len(played.requests), played.error.error["errortext"]), (4, "still"))
+        self.assertEqual((4, "still"), (len(played.requests), played.error.error["errortext"]))
 
     def test_a_401_without_a_session_is_not_tried_again(self):
-        self.assertEqual(len(self.play([api_error(401)], asking("listZones"), retry=5).requests), 1)
+        self.assertEqual(1, len(self.play([api_error(401)], asking("listZones"), retry=5).requests))
 
     def test_a_failed_login_is_the_server_s_error_and_not_repeated(self):
         played = self.play([api_error(531, "wrong password")], asking("deployVirtualMachine"), retry=5, **USER)
-        self.assertEqual(played.commands, ["login"])
-        self.assertEqual(played.error.error["errortext"], "wrong password")
+        self.assertEqual(["login"], played.commands)
+        self.assertEqual("wrong password", played.error.error["errortext"])
         self.assertFalse(played.error.outcome_unknown)
 
-    def test_login_is_sent_again_only_where_the_server_did_not_run_it(self):
-        cases = [
-            (unsent(), True), (api_error(429), True), (api_error(503), True), (lost(), False), (silent(), False),
-            (lost(stale=True), False), (answer("<html>", 502), False),
-        ]  # fmt: skip
-        for item, again in cases:
-            with self.subTest(item=item):
-                played = self.play([item, login_answer(), one({"a": 1})[0]], asking("listZones"), retry=1, **USER)
-                self.assertEqual(played.commands, ["login", "login", "listZones"] if again else ["login"])
+    @each("item, again", (unsent(), True), (api_error(429), True), (api_error(503), True), (lost(), False),
+          (silent(), False), (lost(stale=True), False), (answer("<html>", 502), False))  # fmt: skip
+    def test_login_is_sent_again_only_where_the_server_did_not_run_it(self, item, again):
+        played = self.play([item, login_answer(), one({"a": 1})[0]], asking("listZones"), retry=1, **USER)
+        self.assertEqual(["login", "login", "listZones"] if again else ["login"], played.commands)
 
-    def test_a_login_answer_without_a_key_is_an_error(self):
-        for value in ({}, {"sessionkey": 5}, {"sessionkey": None}, [], "text", None, {"sessionkey": "\ud800"}):
-            with self.subTest(value=value):
-                played = self.play([answer({"loginresponse": value}), one()[0]], asking("listZones"), **USER)
-                self.assertIsInstance(played.error, cs.CloudStackException)
-                self.assertEqual(played.commands, ["login"])
+    @each("value", {}, {"sessionkey": 5}, {"sessionkey": None}, [], "text", None, {"sessionkey": "\ud800"})
+    def test_a_login_answer_without_a_key_is_an_error(self, value):
+        played = self.play([answer({"loginresponse": value}), one()[0]], asking("listZones"), **USER)
+        self.assertIsInstance(played.error, cs.CloudStackException)
+        self.assertEqual(["login"], played.commands)
 
-    def test_two_factor_authentication_says_what_to_do(self):
-        for script in ([login_answer(), api_error(511, "2FA")], [api_error(511, "2FA")]):
-            with self.subTest(length=len(script)):
-                played = self.play(script, asking("listZones"), retry=3, **USER)
-                self.assertIsInstance(played.error, cs.CloudStackApiException)
-                self.assertRegex(str(played.error), "two-factor.*API key")
-                self.assertEqual(len(played.requests), len(script))
+    @each("script", [login_answer(), api_error(511, "2FA")], [api_error(511, "2FA")])
+    def test_two_factor_authentication_says_what_to_do(self, script):
+        played = self.play(script, asking("listZones"), retry=3, **USER)
+        self.assertIsInstance(played.error, cs.CloudStackApiException)
+        self.assertRegex(str(played.error), "two-factor.*API key")
+        self.assertEqual(len(script), len(played.requests))
 
     def test_another_user_is_another_session(self):
-        client = cs.CloudStack(ENDPOINT, username="u", password="p")
         users = []
 
         def exchange(request):
@@ -5164,85 +4689,75 @@ class LoginTest(ProtocolCase):
                 return login_answer("key-of-" + params["username"])
             return one({"as": params["sessionkey"]})[0]
 
-        object.__setattr__(client, "_exchange", exchange)
-        self.assertEqual(client.listZones(), {"as": "key-of-u"})
+        client = answered_by(exchange, **LOGIN)
+        self.assertEqual({"as": "key-of-u"}, client.listZones())
         client.set_setting("username", "v")
-        self.assertEqual(client.listZones(), {"as": "key-of-v"})
-        self.assertEqual(users, ["u", "v"])
+        self.assertEqual({"as": "key-of-v"}, client.listZones())
+        self.assertEqual(["u", "v"], users)
 
     def test_many_threads_log_in_once(self):
-        client = cs.CloudStack(ENDPOINT, username="u", password="p")
-        lock, commands = threading.Lock(), []
-        gate = threading.Barrier(8)
+        commands, values = [], []  # to append is atomic
 
         def exchange(request):
             command = wire(request)["command"]
-            with lock:
-                commands.append(command)
+            commands.append(command)
             if command == "login":
                 time.sleep(0.03)
                 return login_answer()
             return one({"a": 1})[0]
 
-        object.__setattr__(client, "_exchange", exchange)
-        values = []
-
-        def work():
-            gate.wait()
-            values.append(client.listZones())
-
-        threads = [threading.Thread(target=work) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.assertEqual((values, commands.count("login")), ([{"a": 1}] * 8, 1))
+        client = answered_by(exchange, **LOGIN)
+        in_threads(8, lambda number: values.append(client.listZones()))
+        self.assertEqual(([{"a": 1}] * 8, 1), (values, commands.count("login")))
 
 
 class SessionsAtOnceTest(JumpingCase):
-    settings = {"key": None, "secret": None, "username": "u", "password": "p"}
+    takes = 0.3  # seconds, to log in
+
+    def client(self):
+        return super().client(key=None, secret=None, **LOGIN)
+
+    def server(self, params):
+        return (self.takes, login_answer()) if params["command"] == "login" else one({"a": 1})[0]
 
     def test_many_calls_log_in_once(self):
-        self.server = lambda params: (0.3, login_answer()) if params["command"] == "login" else one({"a": 1})[0]
-        client = self.client(**self.settings)
-        self.assertEqual(self.all_of(client.listZones() for _ in range(50)), [{"a": 1}] * 50)
-        self.assertEqual(self.count("login"), 1)
+        client = self.client()
+        self.assertEqual([{"a": 1}] * 50, self.all_of(client.listZones() for _ in range(50)))
+        self.assertEqual(1, self.count("login"))
 
     def test_who_waits_for_a_log_in_does_not_keep_looking(self):
         """5,000 calls that looked every 20 ms took a whole CPU."""
-        self.server = lambda params: (2.5, login_answer()) if params["command"] == "login" else one({"a": 1})[0]
-        client = self.client(**self.settings)
+        client, self.takes = self.client(), 2.5
         with mock.patch.object(self.loop.clock, "select", wraps=self.loop.clock.select) as rounds:
-            self.assertEqual(self.all_of(client.listZones() for _ in range(50)), [{"a": 1}] * 50)
+            self.assertEqual([{"a": 1}] * 50, self.all_of(client.listZones() for _ in range(50)))
         self.assertLess(rounds.call_count, 20)
 
     def test_a_failed_login_is_shared_by_all_who_waited_for_it(self):
         """Wrong passwords in a row would lock the account."""
         self.server = lambda params: (0.3, api_error(531, "wrong"))
-        client = self.client(**self.settings)
+        client = self.client()
         errors = self.all_of(client.listZones() for _ in range(50))
-        self.assertEqual({error.error["errortext"] for error in errors}, {"wrong"})
-        self.assertEqual(len(self.requests), 1)
+        self.assertEqual({"wrong"}, {error.error["errortext"] for error in errors})
+        self.assertEqual(1, len(self.requests))
         self.all_of([client.listZones()])
-        self.assertEqual(len(self.requests), 2, "a later call tries anew")
+        self.assertEqual(2, len(self.requests), "a later call tries anew")
 
     def test_an_expired_session_is_renewed_once_for_all(self):
         keys = []
 
         def server(params):
             if params["command"] == "login":
-                keys.append("key{}".format(len(keys)))
+                keys.append(f"key{len(keys)}")
                 return login_answer(keys[-1])
             return one({"a": 1})[0] if params["sessionkey"] == "key1" else (2, api_error(401))
 
         self.server = server
-        client = self.client(**self.settings)
-        self.assertEqual(self.all_of(client.listZones() for _ in range(30)), [{"a": 1}] * 30)
-        self.assertEqual(len(keys), 2)
+        client = self.client()
+        self.assertEqual([{"a": 1}] * 30, self.all_of(client.listZones() for _ in range(30)))
+        self.assertEqual(2, len(keys))
 
     def test_whoever_logs_in_may_be_cancelled_without_hurting_the_others(self):
-        self.server = lambda params: (0.3, login_answer()) if params["command"] == "login" else one({"a": 1})[0]
-        client = self.client(**self.settings)
+        client = self.client()
 
         async def use():
             tasks = [asyncio.ensure_future(client.listZones()) for _ in range(5)]
@@ -5252,8 +4767,8 @@ class SessionsAtOnceTest(JumpingCase):
 
         outcomes = self.loop.run_until_complete(use())
         self.assertIsInstance(outcomes[0], asyncio.CancelledError)
-        self.assertEqual(outcomes[1:], [{"a": 1}] * 4)
-        self.assertEqual(self.count("login"), 2)
+        self.assertEqual([{"a": 1}] * 4, outcomes[1:])
+        self.assertEqual(2, self.count("login"))
 
     def test_a_failure_shared_by_several_jobs_tells_each_its_own_id(self):
         logins = []
@@ -5267,14 +4782,14 @@ class SessionsAtOnceTest(JumpingCase):
             return one({"jobid": "job-" + params["id"]})[0]
 
         self.server = server
-        client = self.client(**self.settings)
+        client = self.client()
         errors = self.all_of(client.startVirtualMachine(id=number) for number in range(3))
-        self.assertEqual([error.error["errortext"] for error in errors], ["locked"] * 3)
-        self.assertEqual([error.jobid for error in errors], ["job-0", "job-1", "job-2"])
-        self.assertEqual(len(logins), 2)
+        self.assertEqual(["locked"] * 3, [error.error["errortext"] for error in errors])
+        self.assertEqual(["job-0", "job-1", "job-2"], [error.jobid for error in errors])
+        self.assertEqual(2, len(logins))
 
 
-# --- pages ---
+# === [5.5] protocol: pages ==========================================================================================
 
 
 def list_server(total, count="total", limit=500, ignores=False, key="thing", rows=None):
@@ -5290,7 +4805,7 @@ def list_server(total, count="total", limit=500, ignores=False, key="thing", row
             return api_error(431, "page and pagesize go together")
         size, page = int(params.get("pagesize", limit)), int(params.get("page", 1))
         if size > limit:
-            return api_error(431, "Page size can't exceed max allowed page size value: {}".format(limit))
+            return api_error(431, f"Page size can't exceed max allowed page size value: {limit}")
         found = everything if ignores else everything[(page - 1) * size : page * size]
         number = {"total": len(everything), "page": len(found)}.get(count, count)
         document = {} if number is None else {"count": number}
@@ -5315,48 +4830,50 @@ def iterated(**params):
     return call
 
 
+each_way = each("how", fetched, iterated)
+
+
 class PagesTest(ProtocolCase):
-    def both_ways(self, script, expected, requests, settings=None, **params):
-        """fetch_list and iter_list give the same rows, in order, in as many requests (a number, or the most)."""
+    def walk(self, script, call, expected, most, **settings):
+        """A walk gives these rows in so many requests at most; what became of it."""
+        played = self.play(script, call, **settings)
+        self.assertEqual((None, expected), (played.error, played.value))
+        self.assertLessEqual(len(played.requests), most)
+        return played
+
+    def both_ways(self, script, expected, requests, **params):
+        """fetch_list and iter_list give the same rows, in order, in as many requests."""
         for how in (fetched, iterated):
             with self.subTest(how=how.__name__):
-                played = self.play(script, how(**params), **(settings or {}))
-                self.assertIsNone(played.error)
-                self.assertEqual(played.value, expected)
-                self.assertEqual(len(played.requests), requests)
+                played = self.walk(script, how(**params), expected, requests)
+                self.assertEqual(requests, len(played.requests))
 
     def test_without_fetch_list_there_is_one_request_without_pages(self):
         played = self.play(list_server(1148), asking("listThings"))
-        self.assertEqual((len(played.requests), played.value["count"], len(played.value["thing"])), (1, 1148, 500))
+        self.assertEqual((1, 1148, 500), (len(played.requests), played.value["count"], len(played.value["thing"])))
         self.assertFalse({"page", "pagesize"} & set(played.params()))
 
     def test_fetch_list_takes_the_strings_of_a_boolean(self):
         played = self.play(list_server(3), asking("listThings", fetch_list="false"))
-        self.assertEqual(played.value, {"count": 3, "thing": rows_of(0, 3)})
-        self.assertEqual(self.play(list_server(3), asking("listThings", fetch_list="true")).value, rows_of(0, 3))
+        self.assertEqual({"count": 3, "thing": rows_of(0, 3)}, played.value)
+        self.assertEqual(rows_of(0, 3), self.play(list_server(3), asking("listThings", fetch_list="true")).value)
 
-    def test_every_page_is_fetched_in_order(self):
-        for total, requests in ((0, 1), (1, 1), (499, 1), (501, 2), (1148, 3), (2600, 6)):
-            with self.subTest(total=total):
-                self.both_ways(list_server(total), rows_of(0, total), requests)
+    @each("total, requests", (0, 1), (1, 1), (499, 1), (501, 2), (1148, 3), (2600, 6))
+    def test_every_page_is_fetched_in_order(self, total, requests):
+        self.both_ways(list_server(total), rows_of(0, total), requests)
 
-    def test_a_total_that_is_full_pages_needs_at_most_one_more_request(self):
-        for total in (500, 1000):
-            for how in (fetched, iterated):
-                with self.subTest(total=total, how=how.__name__):
-                    played = self.play(list_server(total), how())
-                    self.assertEqual(played.value, rows_of(0, total))
-                    self.assertLessEqual(len(played.requests), total // 500 + 1)
+    @each("total", 500, 1000)
+    @each_way
+    def test_a_total_that_is_full_pages_needs_at_most_one_more_request(self, total, how):
+        self.walk(list_server(total), how(), rows_of(0, total), total // 500 + 1)
 
     def test_pages_are_numbered_from_one_with_500_rows_each(self):
         played = self.play(list_server(1148), iterated())
-        asked = [(played.params(index)["page"], played.params(index)["pagesize"]) for index in range(3)]
-        self.assertEqual(asked, [("1", "500"), ("2", "500"), ("3", "500")])
+        self.assertEqual((["1", "2", "3"], ["500"] * 3), (played.column("page"), played.column("pagesize")))
 
     def test_other_parameters_go_with_every_page(self):
         played = self.play(list_server(1148), iterated(keyword="a b", tags={"key": "x"}))
-        self.assertEqual({played.params(index)["keyword"] for index in range(3)}, {"a b"})
-        self.assertEqual({played.params(index)["tags[0].key"] for index in range(3)}, {"x"})
+        self.assertEqual((["a b"] * 3, ["x"] * 3), (played.column("keyword"), played.column("tags[0].key")))
 
     def test_a_count_that_is_the_length_of_the_page(self):
         """5.2.0 stops at 500 of 1148."""
@@ -5368,245 +4885,194 @@ class PagesTest(ProtocolCase):
         self.both_ways(list_server(1148, count=None), rows_of(0, 1148), 3)
         self.both_ways(list_server(1000, count=None), rows_of(0, 1000), 3)
 
-    def test_counts_that_are_wrong(self):
-        for count in (0, 1, -5, 10**6, "23", 23.0, True):
-            for how in (fetched, iterated):
-                with self.subTest(count=count, how=how.__name__):
-                    played = self.play(list_server(23, count=count), how(pagesize=10))
-                    self.assertEqual(played.value, rows_of(0, 23))
-                    self.assertLessEqual(len(played.requests), 7)
+    @each("count", 0, 1, -5, 10**6, "23", 23.0, True)
+    @each_way
+    def test_counts_that_are_wrong(self, count, how):
+        self.walk(list_server(23, count=count), how(pagesize=10), rows_of(0, 23), 7)
 
-    def test_a_count_that_is_too_low_ends_no_walk_while_pages_are_full(self):
-        for how in (fetched, iterated):
-            with self.subTest(how=how.__name__):
-                self.assertEqual(self.play(list_server(43, count=15), how(pagesize=10)).value, rows_of(0, 43))
+    @each_way
+    def test_a_count_that_is_too_low_ends_no_walk_while_pages_are_full(self, how):
+        self.assertEqual(rows_of(0, 43), self.play(list_server(43, count=15), how(pagesize=10)).value)
 
-    def test_a_count_beyond_all_measure_does_no_harm(self):
-        for how in (fetched, iterated):
-            with self.subTest(how=how.__name__):
-                played = self.play(list_server(43, count=10**18), how(pagesize=10))
-                self.assertEqual(played.value, rows_of(0, 43))
-                self.assertLessEqual(len(played.requests), 9)
+    @each_way
+    def test_a_count_beyond_all_measure_does_no_harm(self, how):
+        self.walk(list_server(43, count=10**18), how(pagesize=10), rows_of(0, 43), 9)
 
-    def test_commands_that_ignore_pages_are_not_gathered_twice(self):
+    @each("total", 1, 9, 10, 11, 16, 20, 23)
+    @each("count", "total", None, 10**6)
+    @each_way
+    def test_commands_that_ignore_pages_are_not_gathered_twice(self, total, count, how):
         """5.2.0 gathers duplicates."""
-        for total in (1, 9, 10, 11, 16, 20, 23):
-            for count in ("total", None, 10**6):
-                for how in (fetched, iterated):
-                    with self.subTest(total=total, count=count, how=how.__name__):
-                        played = self.play(list_server(total, count=count, ignores=True), how(pagesize=10))
-                        self.assertEqual(played.value, rows_of(0, total))
-                        self.assertLessEqual(len(played.requests), 5)
-                        if count != 10**6:
-                            self.assertEqual(len(played.requests), 2 if total == 10 else 1)
+        played = self.walk(list_server(total, count=count, ignores=True), how(pagesize=10), rows_of(0, total), 5)
+        if count != 10**6:
+            self.assertEqual(2 if total == 10 else 1, len(played.requests))
 
     def test_rows_are_never_compared_by_id(self):
         """listTemplates has a row for every zone."""
-        rows = [{"id": "t{}".format(number // 3), "zone": number % 3} for number in range(1200)]
+        rows = [{"id": f"t{number // 3}", "zone": number % 3} for number in range(1200)]
         self.both_ways(list_server(1200, rows=rows), rows, 3)
         same = [{"id": "s"}] * 700
         self.both_ways(list_server(700, rows=same), same, 2)
 
-    def test_a_page_whose_figures_move_is_known_by_its_ids(self):
+    @each_way
+    def test_a_page_whose_figures_move_is_known_by_its_ids(self, how):
         """A command that ignores `page`, and fills its page exactly, would be walked for ever (finding 10)."""
         def hosts(played, request):
             rows = [{"id": number, "name": "h", "cpuused": len(played.requests)} for number in range(10)]
             return answer({"r": {"count": 100, "host": rows}})
 
-        for how in (fetched, iterated):
-            with self.subTest(how=how.__name__):
-                played = self.play(hosts, how(pagesize=10))
-                self.assertEqual([row["id"] for row in played.value], list(range(10)))
-                self.assertLessEqual(len(played.requests), 1 + cs.PAGES_AHEAD)
+        played = self.play(hosts, how(pagesize=10))
+        self.assertEqual(list(range(10)), [row["id"] for row in played.value])
+        self.assertLessEqual(len(played.requests), 1 + cs.PAGES_AHEAD)
 
-    def test_a_server_that_begins_anew_after_its_last_page(self):
+    @each_way
+    def test_a_server_that_begins_anew_after_its_last_page(self, how):
         def around(played, request):
             first = (int(wire(request)["page"]) - 1) % 3 * 10
             rows = [{"id": number, "cpuused": len(played.requests)} for number in range(first, first + 10)]
             return answer({"r": {"host": rows}})
 
-        for how in (fetched, iterated):
-            with self.subTest(how=how.__name__):
-                played = self.play(around, how(pagesize=10))
-                self.assertEqual([row["id"] for row in played.value], list(range(30)))
+        played = self.play(around, how(pagesize=10))
+        self.assertEqual(list(range(30)), [row["id"] for row in played.value])
 
     def test_the_same_ids_in_another_zone_are_other_rows(self):
         rows = [{"id": str(number % 10), "zoneid": number // 10, "isready": True} for number in range(40)]
         self.both_ways(list_server(40, rows=rows, count=None), rows, 5, pagesize=10)
 
-    def test_no_walk_is_without_end(self):
+    @each_way
+    def test_no_walk_is_without_end(self, how):
         def endless(played, request):
             page = int(wire(request)["page"])
             return answer({"r": {"thing": rows_of(page * 2, page * 2 + 2)}})
 
         with mock.patch.object(cs, "MOST_PAGES", 50):
-            for how in (fetched, iterated):
-                with self.subTest(how=how.__name__):
-                    error = self.play(endless, how(pagesize=2)).error
-                    self.assertIs(type(error), cs.CloudStackException)
-                    self.assertIn("more than 50 pages", str(error))
+            error = self.play(endless, how(pagesize=2)).error
+        self.assertIs(type(error), cs.CloudStackException)
+        self.assertIn("more than 50 pages", str(error))
 
-    def test_an_empty_list(self):
-        for document in ({}, {"count": 0}, {"count": 5}, {"thing": []}, {"count": 0, "thing": []}):
-            with self.subTest(document=document):
-                self.both_ways(one(document), [], 1)
+    @each("document", {}, {"count": 0}, {"count": 5}, {"thing": []}, {"count": 0, "thing": []})
+    def test_an_empty_list(self, document):
+        self.both_ways(one(document), [], 1)
 
-    def test_past_the_last_page_there_is_a_count_without_a_list(self):
+    @each_way
+    def test_past_the_last_page_there_is_a_count_without_a_list(self, how):
         script = [answer({"r": {"count": 500, "thing": rows_of(0, 500)}}), answer({"r": {"count": 500}})]
-        for how in (fetched, iterated):
-            self.assertEqual(self.play(script, how()).value, rows_of(0, 500))
+        self.assertEqual(rows_of(0, 500), self.play(script, how()).value)
 
-    def test_the_list_s_name_does_not_matter(self):
-        for key in ("asyncjobs", "api", "dataStoreProvider", "LdapConfiguration", "stickinesspolicies"):
-            with self.subTest(key=key):
-                self.both_ways(list_server(3, key=key), rows_of(0, 3), 1)
+    @each("key", "asyncjobs", "api", "dataStoreProvider", "LdapConfiguration", "stickinesspolicies")
+    def test_the_list_s_name_does_not_matter(self, key):
+        self.both_ways(list_server(3, key=key), rows_of(0, 3), 1)
 
-    def test_an_object_is_returned_as_it_is_after_one_request(self):
+    @each("document", {"capability": {"cloudstackversion": "4.23"}},
+          {"templatepermission": {"id": "1", "account": ["a"]}}, {"success": True}, {"count": 1, "thing": {"id": "1"}},
+          {"a": [1], "b": [2]}, "text", None, 5, [1, 2], [])  # fmt: skip
+    def test_an_object_is_returned_as_it_is_after_one_request(self, document):
         """5.2.0 asks 250 pages of it."""
-        objects = [
-            {"capability": {"cloudstackversion": "4.23"}}, {"templatepermission": {"id": "1", "account": ["a"]}},
-            {"success": True},
-            {"count": 1, "thing": {"id": "1"}}, {"a": [1], "b": [2]}, "text", None, 5, [1, 2], [],
-        ]  # fmt: skip
-        for document in objects:
-            with self.subTest(document=document):
-                played = self.play([answer({"r": document})], fetched())
-                self.assertEqual((played.error, played.value, len(played.requests)), (None, document, 1))
-                played = self.play([answer({"r": document})], iterated())
-                self.assertEqual((played.error, played.value, len(played.requests)), (None, [document], 1))
+        for how, expected in ((fetched, document), (iterated, [document])):
+            played = self.play([answer({"r": document})], how())
+            self.assertEqual((None, expected, 1), (played.error, played.value, len(played.requests)))
 
-    def test_a_lower_limit_is_learned_and_remembered(self):
+    @each_way
+    def test_a_lower_limit_is_learned_and_remembered(self, how):
         """5.2.0 fails with the 431."""
-        for how in (fetched, iterated):
-            with self.subTest(how=how.__name__):
-                played = self.play(list_server(450, limit=200), one_after_another(how(), how()))
-                self.assertEqual(played.value, [rows_of(0, 450)] * 2)
-                self.assertEqual(len(played.requests), 1 + 3 + 3)
-                self.assertEqual(sorted(played.params(index)["pagesize"] for index in range(7)), ["200"] * 6 + ["500"])
+        played = self.play(list_server(450, limit=200), one_after_another(how(), how()))
+        self.assertEqual([rows_of(0, 450)] * 2, played.value)
+        self.assertEqual(1 + 3 + 3, len(played.requests))
+        self.assertEqual(["200"] * 6 + ["500"], sorted(played.column("pagesize")))
 
     def test_a_learned_limit_is_what_a_bare_page_gets(self):
         call = one_after_another(fetched(), asking("listThings", page=2))
         played = self.play(list_server(450, limit=200), call)
-        self.assertEqual(played.value[1]["thing"], rows_of(200, 400))
+        self.assertEqual(rows_of(200, 400), played.value[1]["thing"])
 
     def test_a_limit_below_a_given_page_size_is_gone_on_with(self):
         self.both_ways(list_server(450, limit=100), rows_of(0, 450), 6, pagesize=250)
         for how in (fetched, iterated):
-            played = self.play(list_server(450, limit=100), how(pagesize=200, page=2))
-            self.assertEqual(played.value, rows_of(200, 450))
-            self.assertLessEqual(len(played.requests), 6)
+            self.walk(list_server(450, limit=100), how(pagesize=200, page=2), rows_of(200, 450), 6)
 
-    def test_a_limit_that_makes_no_sense_is_an_error_in_finite_requests(self):
-        for limit in ("0", "500", "501", "", "9" * 400, "9" * 5000):
-            with self.subTest(limit=limit[:9]):
-                text = "Page size can't exceed max allowed page size value: " + limit
-                played = self.play([api_error(431, text)], fetched())
-                self.assertIsInstance(played.error, cs.CloudStackApiException)
-                self.assertEqual(len(played.requests), 1)
-        played = self.play([api_error(431, "Page size can't exceed max allowed page size value: 3")], fetched())
-        self.assertEqual((type(played.error), len(played.requests)), (cs.CloudStackApiException, 2))
+    @each("limit, requests", ("0", 1), ("500", 1), ("501", 1), ("", 1), ("9" * 400, 1), ("9" * 5000, 1), ("3", 2))
+    def test_a_limit_that_makes_no_sense_is_an_error_in_finite_requests(self, limit, requests):
+        script = [api_error(431, "Page size can't exceed max allowed page size value: " + limit)]
+        played = self.play(script, fetched())
+        self.assertEqual((cs.CloudStackApiException, requests), (type(played.error), len(played.requests)))
 
     def test_another_431_is_an_error(self):
         played = self.play([api_error(431, "Unable to find zone 500")], fetched())
-        self.assertEqual((type(played.error), len(played.requests)), (cs.CloudStackApiException, 1))
+        self.assertEqual((cs.CloudStackApiException, 1), (type(played.error), len(played.requests)))
 
     def test_a_given_page_size_is_used(self):
         self.both_ways(list_server(25), rows_of(0, 25), 3, pagesize=10)
         self.both_ways(list_server(25), rows_of(0, 25), 3, pageSize="10")
         played = self.play(list_server(25), iterated(pageSize=10))
-        self.assertEqual([text for name, text in played.params().items() if name.lower() == "pagesize"], ["10"])
+        self.assertEqual(["10"], [text for name, text in played.params().items() if name.lower() == "pagesize"])
 
-    def test_a_given_page_is_where_the_walk_begins(self):
-        for how in (fetched, iterated):
-            for params in ({"page": 2, "pagesize": 10}, {"Page": "2", "pageSize": "10"}):
-                with self.subTest(how=how.__name__, params=params):
-                    played = self.play(list_server(25), how(**params))
-                    self.assertEqual(played.value, rows_of(10, 25))
-                    self.assertLessEqual(len(played.requests), 3)
-        self.assertEqual(self.play(list_server(1148), fetched(page=2)).value, rows_of(500, 1148))
+    @each("params", {"page": 2, "pagesize": 10}, {"Page": "2", "pageSize": "10"})
+    @each_way
+    def test_a_given_page_is_where_the_walk_begins(self, params, how):
+        self.walk(list_server(25), how(**params), rows_of(10, 25), 3)
+        self.assertEqual(rows_of(500, 1148), self.play(list_server(1148), fetched(page=2)).value)
 
-    def test_a_page_that_is_no_number_is_refused_by_name(self):
-        for name in ("page", "pagesize"):
-            for value in ("x", 0, -1, "1.5"):
-                for how in (fetched, iterated):
-                    with self.subTest(name=name, value=value, how=how.__name__):
-                        played = self.play([AssertionError("sent")], how(**{name: value}))
-                        self.assertIsInstance(played.error, ValueError)
-                        self.assertIn(repr(name), str(played.error))
+    @each("name", "page", "pagesize")
+    @each("value", "x", 0, -1, "1.5")
+    @each_way
+    def test_a_page_that_is_no_number_is_refused_by_name(self, name, value, how):
+        played = self.play([AssertionError("sent")], how(**{name: value}))
+        self.assertIsInstance(played.error, ValueError)
+        self.assertIn(repr(name), str(played.error))
 
-    def test_an_error_in_the_middle_is_raised_and_ends_the_walk(self):
+    @each_way
+    def test_an_error_in_the_middle_is_raised_and_ends_the_walk(self, how):
         def broken(played, request):
             page = wire(request)["page"]
             return api_error(530, "page " + page) if page in "34" else list_server(2600)(played, request)
 
-        for how in (fetched, iterated):
-            with self.subTest(how=how.__name__):
-                played = self.play(broken, how())
-                self.assertEqual(played.error.error["errortext"], "page 3")
-                self.assertLessEqual(len(played.requests), 5)
+        played = self.play(broken, how())
+        self.assertEqual("page 3", played.error.error["errortext"])
+        self.assertLessEqual(len(played.requests), 5)
 
-    def test_every_page_is_retried_within_retry(self):
-        seen = {}
-
+    @each_way
+    def test_every_page_is_retried_within_retry(self, how):
         def flaky(played, request):
-            page = (id(played), wire(request)["page"])
-            seen[page] = seen.get(page, 0) + 1
-            return lost() if seen[page] == 1 else list_server(2600)(played, request)
+            page = wire(request)["page"]
+            return lost() if played.column("page").count(page) == 1 else list_server(2600)(played, request)
 
-        for how in (fetched, iterated):
-            with self.subTest(how=how.__name__):
-                seen.clear()
-                played = self.play(flaky, how(), retry=1, retry_backoff=0)
-                self.assertEqual((played.error, played.value), (None, rows_of(0, 2600)))
-                self.assertEqual(len(played.requests), 12)
+        played = self.play(flaky, how(), retry=1, retry_backoff=0)
+        self.assertEqual((None, rows_of(0, 2600)), (played.error, played.value))
+        self.assertEqual(12, len(played.requests))
 
     def test_every_page_has_a_fresh_expiry(self):
         """5.2.0 computes it once for the whole list."""
-        now = [float(REQUESTS_MOMENT)]
-
-        def slow(played, request):
-            now[0] += 300
-            return list_server(1148)(played, request)
-
-        with mock.patch("time.time", lambda: now[0]):
-            played = self.play(slow, iterated())
-        self.assertEqual(len({played.params(index)["expires"] for index in range(3)}), 3)
+        played = self.play(a_while_later(300, list_server(1148)), iterated())
+        self.assertEqual(3, len(set(played.column("expires"))))
 
     def test_iter_list_is_lazy(self):
-        client = cs.CloudStack(ENDPOINT, "k", "s")
         requests = []
-        object.__setattr__(
-            client, "_exchange", lambda request: requests.append(request) or list_server(2600)(None, request)
-        )
+        client = answered_by(lambda request: requests.append(request) or list_server(2600)(None, request))
         rows = client.iter_list("listThings")
-        self.assertEqual(requests, [])
+        self.assertEqual([], requests)
         next(rows)
-        self.assertEqual(len(requests), 1)
+        self.assertEqual(1, len(requests))
         for _ in range(500):
             next(rows)
-        self.assertEqual(len(requests), 2)
+        self.assertEqual(2, len(requests))
         rows.close()
-        self.assertEqual(len(requests), 2)
+        self.assertEqual(2, len(requests))
 
     def test_iter_list_s_control_arguments(self):
         played = self.play(list_server(3), iterated(headers={"X-A": "1"}, opcode_name="command"))
-        self.assertEqual((played.value, played.requests[0].headers["X-A"]), (rows_of(0, 3), "1"))
+        self.assertEqual((rows_of(0, 3), "1"), (played.value, played.requests[0].headers["X-A"]))
         self.assertNotIn("headers", played.params())
 
     def test_random_servers_give_all_rows_in_finite_requests(self):
         draw = random.Random(7)
         for _ in range(25):
             total, size = draw.choice([0, 1, 5, 9, 10, 11, 20, 39, 40, 41, 95]), draw.choice([1, 2, 5, 10, 40])
-            habits = {
-                "count": draw.choice(["total", "page", None]),
-                "ignores": draw.random() < 0.3,
-                "limit": draw.choice([7, 50]),
-            }
+            habits = {"count": draw.choice(["total", "page", None]), "ignores": draw.random() < 0.3,
+                      "limit": draw.choice([7, 50])}  # fmt: skip
             how = draw.choice([fetched, iterated])
             with self.subTest(total=total, size=size, how=how.__name__, **habits):
-                played = self.play(list_server(total, **habits), how(pagesize=size))
-                self.assertEqual((played.error, played.value), (None, rows_of(0, total)))
-                self.assertLessEqual(len(played.requests), 2 + total // min(size, habits["limit"]) + cs.PAGES_AHEAD)
+                most = 2 + total // min(size, habits["limit"]) + cs.PAGES_AHEAD
+                self.walk(list_server(total, **habits), how(pagesize=size), rows_of(0, total), most)
 
 
 class PagesAheadTest(JumpingCase):
@@ -5617,10 +5083,7 @@ class PagesAheadTest(JumpingCase):
         self.thing = list_server(5000)
 
     def serve(self, params, seconds=1):
-        request = mock.Mock(
-            body=None,
-            url="?" + "&".join("{}={}".format(*pair) for pair in params.items() if pair[0].startswith("page")),
-        )
+        request = mock.Mock(body=None, url="?" + urlencode({name: params[name] for name in ("page", "pagesize")}))
         return seconds, self.thing(None, request)
 
     def walk(self, call=None, **settings):
@@ -5633,43 +5096,41 @@ class PagesAheadTest(JumpingCase):
         return [int(params["page"]) for _, params, _ in self.requests]
 
     def test_at_most_four_overlap_and_only_after_the_first(self):
-        self.assertEqual(self.walk(), rows_of(0, 5000))
-        self.assertEqual(self.most_flying, 4)
-        self.assertEqual(sorted(self.pages()), sorted(set(self.pages())))
+        self.assertEqual(rows_of(0, 5000), self.walk())
+        self.assertEqual(4, self.most_flying)
+        self.assertEqual(sorted(set(self.pages())), sorted(self.pages()))
         self.assertLessEqual(len(self.pages()), 11)
         moments = [moment for moment, _, _ in self.requests]
-        self.assertEqual([moment - moments[0] for moment in moments[:6]], [0, 1, 1, 1, 1, 2])
+        self.assertEqual([0, 1, 1, 1, 1, 2], [moment - moments[0] for moment in moments[:6]])
 
     def test_answers_that_overtake_each_other_stay_in_order(self):
         self.server_used = lambda params: self.serve(params, seconds=5 - int(params["page"]) % 4)
-        self.assertEqual(self.walk(), rows_of(0, 5000))
+        self.assertEqual(rows_of(0, 5000), self.walk())
 
-    def test_no_page_is_asked_for_that_the_count_does_not_promise(self):
-        for total, pages in ((400, [1]), (501, [1, 2]), (1148, [1, 2, 3])):
-            with self.subTest(total=total):
-                self.requests.clear()
-                self.thing = list_server(total)
-                self.assertEqual(self.walk(), rows_of(0, total))
-                self.assertEqual(sorted(self.pages()), pages)
+    @each("total, pages", (400, [1]), (501, [1, 2]), (1148, [1, 2, 3]))
+    def test_no_page_is_asked_for_that_the_count_does_not_promise(self, total, pages):
+        self.requests.clear()
+        self.thing = list_server(total)
+        self.assertEqual(rows_of(0, total), self.walk())
+        self.assertEqual(pages, sorted(self.pages()))
 
-    def test_nothing_overlaps_without_a_full_page_and_a_count_above_it(self):
-        for habits in ({"count": "page"}, {"count": None}, {"count": "5000"}):
-            with self.subTest(habits=habits):
-                self.most_flying = 0
-                self.thing = list_server(2600, **habits)
-                self.assertEqual(self.walk(), rows_of(0, 2600))
-                self.assertEqual(self.most_flying, 1)
+    @each("habits", {"count": "page"}, {"count": None}, {"count": "5000"})
+    def test_nothing_overlaps_without_a_full_page_and_a_count_above_it(self, habits):
+        self.most_flying = 0
+        self.thing = list_server(2600, **habits)
+        self.assertEqual(rows_of(0, 2600), self.walk())
+        self.assertEqual(1, self.most_flying)
 
     def test_nothing_overlaps_with_a_session_object(self):
-        self.assertEqual(self.walk(session=mock.Mock()), rows_of(0, 5000))
-        self.assertEqual(self.most_flying, 1)
+        self.assertEqual(rows_of(0, 5000), self.walk(session=mock.Mock()))
+        self.assertEqual(1, self.most_flying)
 
     def test_nothing_overlaps_in_iter_list(self):
         async def collect(client):
             return [row async for row in client.iter_list("listThings")]
 
-        self.assertEqual(self.walk(collect), rows_of(0, 5000))
-        self.assertEqual(self.most_flying, 1)
+        self.assertEqual(rows_of(0, 5000), self.walk(collect))
+        self.assertEqual(1, self.most_flying)
 
     def test_cancelling_ends_all_pages_under_way(self):
         self.server = self.serve
@@ -5678,15 +5139,15 @@ class PagesAheadTest(JumpingCase):
         async def use():
             task = asyncio.ensure_future(client.listThings(fetch_list=True))
             await asyncio.sleep(1.5)
-            self.assertEqual(self.flying, 4)
+            self.assertEqual(4, self.flying)
             task.cancel()
             with self.assertRaises(asyncio.CancelledError):
                 await task
-            self.assertEqual(self.flying, 0)
+            self.assertEqual(0, self.flying)
             await asyncio.sleep(30)
 
         self.loop.run_until_complete(use())
-        self.assertEqual(len(self.requests), 5)
+        self.assertEqual(5, len(self.requests))
 
     def test_a_page_that_was_taken_is_never_dropped(self):
         """Where its thread was switched away just then, and another found the end (finding 04)."""
@@ -5705,15 +5166,13 @@ class PagesAheadTest(JumpingCase):
                 return Slow(found) if isinstance(index, slice) else found
 
         sure_pages = cs._Walk._sure_pages
-        client = cs.CloudStack(ENDPOINT, "k", "s")
-        object.__setattr__(client, "_exchange", lambda request: list_server(50)(None, request))
+        client = answered_by(lambda request: list_server(50)(None, request))
         for slow in (10, 9, 5):
             with self.subTest(slow=slow):
                 with mock.patch.object(cs._Walk, "_sure_pages", lambda walk: Slow(sure_pages(walk))):
-                    self.assertEqual(client.listThings(fetch_list=True, pagesize=5), rows_of(0, 50))
+                    self.assertEqual(rows_of(0, 50), client.listThings(fetch_list=True, pagesize=5))
 
     def test_threads_overlap_too(self):
-        client = cs.CloudStack(ENDPOINT, "k", "s")
         lock, state = threading.Lock(), {"now": 0, "most": 0}
         serve = list_server(5000)
 
@@ -5726,12 +5185,11 @@ class PagesAheadTest(JumpingCase):
                 state["now"] -= 1
             return serve(None, request)
 
-        object.__setattr__(client, "_exchange", exchange)
-        self.assertEqual(client.listThings(fetch_list=True), rows_of(0, 5000))
+        self.assertEqual(rows_of(0, 5000), answered_by(exchange).listThings(fetch_list=True))
         self.assertIn(state["most"], (2, 3, 4))
 
 
-# --- jobs ---
+# === [5.6] protocol: jobs ===========================================================================================
 
 SUBMITTED = answer({"startvirtualmachineresponse": {"jobid": "job-1"}})
 PENDING = answer({"queryasyncjobresultresponse": {"jobid": "job-1", "jobstatus": 0}})
@@ -5741,149 +5199,123 @@ def looked(status=1, **more):
     return answer({"queryasyncjobresultresponse": dict({"jobid": "job-1", "jobstatus": status}, **more)})
 
 
-DONE = looked(jobresult={"virtualmachine": {"id": "vm"}})
+MACHINE = {"virtualmachine": {"id": "vm"}}
+DONE = looked(jobresult=MACHINE)
 
 
 def started(**params):
     return lambda client: client.startVirtualMachine(**dict({"fetch_result": True}, **params))
 
 
+TROUBLE = [silent(), lost(), lost(stale=True), unsent(), answer("<html>", 502), answer("<html>", 503),
+           answer("<html>", 504), answer("<html>"), answer("<html>", 404), answer("<html>", 401), answer(b""),
+           answer("{", headers=AS_JSON), answer("[" * 10000, headers=AS_JSON), answer([1]),
+           api_error(429, "please retry after [10] ms."), api_error(503, "maintenance"), answer({"r": {}}),
+           answer({"r": "text"}), answer({"r": {"jobstatus": "x"}}), answer({"r": None}),
+           answer({"r": {"jobstatus": None}}), answer({"r": [0]}),
+           answer('{"r": {"jobstatus": 1e999}}', headers=AS_JSON)]  # fmt: skip
+GROWING = [0.1, 0.1, 0.1, 0.15, 0.225, 0.3375, 0.50625, 0.759375, 1.139063, 1.708594]  # pauses between looks
+
+
 class JobsTest(ProtocolCase):
     def test_a_job_is_waited_for_and_its_result_returned(self):
         played = self.play([SUBMITTED, PENDING, PENDING, DONE], started(id="vm"))
-        self.assertEqual(played.value, {"virtualmachine": {"id": "vm"}})
-        self.assertEqual(played.commands, ["startVirtualMachine"] + ["queryAsyncJobResult"] * 3)
-        self.assertEqual({played.params(index)["jobid"] for index in (1, 2, 3)}, {"job-1"})
-        self.assertEqual(played.pauses, [0.1, 0.1])
+        self.assertEqual(MACHINE, played.value)
+        self.assertEqual(["startVirtualMachine"] + ["queryAsyncJobResult"] * 3, played.commands)
+        self.assertEqual(["job-1"] * 3, played.column("jobid")[1:])
+        self.assertEqual([0.1, 0.1], played.pauses)
 
-    def test_the_first_look_is_at_once_and_the_next_are_ever_farther_apart(self):
-        growing = [0.1, 0.1, 0.1, 0.15, 0.225, 0.3375, 0.50625, 0.759375, 1.139063, 1.708594]
-        cases = {
-            2: growing + [2, 2], "5": growing + [2.562891, 3.844336], 0.2: growing[:4] + [0.2] * 8, 0.05: [0.05] * 12
-        }  # fmt: skip
-        for interval, pauses in cases.items():
-            with self.subTest(interval=interval):
-                played = self.play([SUBMITTED] + [PENDING] * 12 + [DONE], started(), poll_interval=interval)
-                self.assertEqual(played.pauses, pauses)
-        self.assertEqual(self.play([SUBMITTED, DONE], started()).pauses, [])
-        self.assertEqual(self.play([SUBMITTED] + [PENDING] * 12 + [DONE], started(), poll_interval=0).pauses, [])
+    @each("interval, pauses", (2, GROWING + [2, 2]), ("5", GROWING + [2.562891, 3.844336]),
+          (0.2, GROWING[:4] + [0.2] * 8), (0.05, [0.05] * 12), (0, []))  # fmt: skip
+    def test_the_first_look_is_at_once_and_the_next_are_ever_farther_apart(self, interval, pauses):
+        played = self.play([SUBMITTED] + [PENDING] * 12 + [DONE], started(), poll_interval=interval)
+        self.assertEqual(pauses, played.pauses)
+        self.assertEqual([], self.play([SUBMITTED, DONE], started(), poll_interval=interval).pauses)
 
     def test_without_fetch_result_the_job_s_id_is_returned(self):
         played = self.play([SUBMITTED], asking("startVirtualMachine", id="vm"))
-        self.assertEqual((played.value, len(played.requests)), ({"jobid": "job-1"}, 1))
+        self.assertEqual(({"jobid": "job-1"}, 1), (played.value, len(played.requests)))
 
-    def test_the_async_client_waits_unless_told_not_to_and_the_other_does_not(self):
+    @each("kind, settings, params, waits", (cs.CloudStack, {}, {}, False), (cs.AIOCloudStack, {}, {}, True),
+          (cs.AIOCloudStack, {"fetch_result": False}, {}, False),
+          (cs.AIOCloudStack, {"fetch_result": "false"}, {}, False),
+          (cs.AIOCloudStack, {}, {"fetch_result": False}, False), (cs.AIOCloudStack, {}, {"fetch_result": "no"}, False),
+          (cs.CloudStack, {"fetch_result": True}, {}, True), (cs.CloudStack, {}, {"fetch_result": "true"}, True),
+          (cs.CloudStack, {"fetch_result": True}, {"fetch_result": None}, True))  # fmt: skip
+    def test_the_async_client_waits_unless_told_not_to_and_the_other_does_not(self, kind, settings, params, waits):
         """5.2.0 waits in neither."""
-        cases = [
-            (cs.CloudStack, {}, {}, False), (cs.AIOCloudStack, {}, {}, True),
-            (cs.AIOCloudStack, {"fetch_result": False}, {}, False),
-            (cs.AIOCloudStack, {"fetch_result": "false"}, {}, False),
-            (cs.AIOCloudStack, {}, {"fetch_result": False}, False),
-            (cs.AIOCloudStack, {}, {"fetch_result": "no"}, False), (cs.CloudStack, {"fetch_result": True}, {}, True),
-            (cs.CloudStack, {}, {"fetch_result": "true"}, True),
-            (cs.CloudStack, {"fetch_result": True}, {"fetch_result": None}, True),
-        ]  # fmt: skip
-        for kind, settings, params, waits in cases:
-            with self.subTest(kind=kind.__name__, settings=settings, params=params):
-                client = kind(ENDPOINT, "k", "s", poll_interval=0, **settings)
-                script = [SUBMITTED, DONE]
-                object.__setattr__(client, "_exchange", scripted(script))
-                outcome = client.startVirtualMachine(**params)
-                outcome = run(outcome) if kind is cs.AIOCloudStack else outcome
-                self.assertEqual(outcome, {"virtualmachine": {"id": "vm"}} if waits else {"jobid": "job-1"})
-                client.close()
+        client = answered_by(scripted([SUBMITTED, DONE]), kind, poll_interval=0, **settings)
+        outcome = client.startVirtualMachine(**params)
+        outcome = run(outcome) if kind is cs.AIOCloudStack else outcome
+        self.assertEqual(MACHINE if waits else {"jobid": "job-1"}, outcome)
+        client.close()
 
-    def test_results_of_every_shape(self):
-        cases = [
-            ({"jobresult": {"success": True}}, {"success": True}), ({}, {}), ({"jobresult": None}, {}),
-            ({"jobresult": {}}, {}),
-            ({"jobresult": "text", "jobresulttype": "text"}, "text"), ({"jobresult": [1]}, [1]),
-            ({"jobresult": False}, False),
-        ]  # fmt: skip
-        for more, expected in cases:
-            for status in (1, "1"):
-                with self.subTest(more=more, status=status):
-                    played = self.play([SUBMITTED, looked(status, **more)], started())
-                    self.assertEqual((played.error, played.value), (None, expected))
+    @each("more, expected", ({"jobresult": {"success": True}}, {"success": True}), ({}, {}), ({"jobresult": None}, {}),
+          ({"jobresult": {}}, {}), ({"jobresult": "text", "jobresulttype": "text"}, "text"), ({"jobresult": [1]}, [1]),
+          ({"jobresult": False}, False))  # fmt: skip
+    @each("status", 1, "1")
+    def test_results_of_every_shape(self, more, expected, status):
+        played = self.play([SUBMITTED, looked(status, **more)], started())
+        self.assertEqual((None, expected), (played.error, played.value))
 
-    def test_failures_of_every_shape(self):
+    @each("status", 2, 3, "2", 4, -1)
+    @each("more", {"jobresult": {"errorcode": 530, "errortext": "no capacity"}}, {}, {"jobresult": None},
+          {"jobresult": "text"}, {"jobresultcode": 0}, {"jobresult": {}})  # fmt: skip
+    def test_failures_of_every_shape(self, status, more):
         """5.2.0 polls for ever where there is no jobresult."""
-        failure = {"errorcode": 530, "errortext": "no capacity"}
-        for status in (2, 3, "2", 4, -1):
-            for more in (
-                {"jobresult": failure},
-                {},
-                {"jobresult": None},
-                {"jobresult": "text"},
-                {"jobresultcode": 0},
-                {"jobresult": {}},
-            ):
-                with self.subTest(status=status, more=more):
-                    response = looked(status, **more)
-                    played = self.play([SUBMITTED, PENDING, response], started())
-                    said = more.get("jobresult")
-                    whole = dict({"jobid": "job-1", "jobstatus": status}, **more)
-                    expected = whole if said is None else said
-                    self.assertIs(type(played.error), cs.CloudStackApiException)
-                    self.assertEqual((played.error.args, played.error.error), (("Job failure",), expected))
-                    self.assertEqual(str(played.error), "Job failure, error: {}".format(expected))
-                    self.assertEqual((played.error.jobid, played.error.response.json()), ("job-1", response.json()))
-                    self.assertFalse(played.error.outcome_unknown)
+        response = looked(status, **more)
+        error = self.play([SUBMITTED, PENDING, response], started()).error
+        whole = dict({"jobid": "job-1", "jobstatus": status}, **more)
+        expected = whole if more.get("jobresult") is None else more["jobresult"]
+        self.assertIs(type(error), cs.CloudStackApiException)
+        self.assertEqual((("Job failure",), expected), (error.args, error.error))
+        self.assertEqual(f"Job failure, error: {expected}", str(error))
+        self.assertEqual(("job-1", response.json()), (error.jobid, error.response.json()))
+        self.assertFalse(error.outcome_unknown)
 
-    def test_what_is_no_job_is_returned_as_it_is(self):
-        for document in (
-            {"id": "1"},
-            {"count": 1, "vm": [{"id": "1", "jobid": "other"}]},
-            {"jobid": "j", "jobstatus": 0},
-            "text",
-            [],
-            {},
-        ):
-            with self.subTest(document=document):
-                played = self.play(one(document), started())
-                self.assertEqual((played.value, len(played.requests)), (document, 1))
+    @each("document", {"id": "1"}, {"count": 1, "vm": [{"id": "1", "jobid": "other"}]}, {"jobid": "j", "jobstatus": 0},
+          "text", [], {})  # fmt: skip
+    def test_what_is_no_job_is_returned_as_it_is(self, document):
+        played = self.play(one(document), started())
+        self.assertEqual((document, 1), (played.value, len(played.requests)))
+
+    def test_a_job_in_a_text_is_not_waited_for(self):
         played = self.play([answer('{"r": {"jobid": "j"}}')], started(json=False))
-        self.assertEqual((played.value, len(played.requests)), ('{"r": {"jobid": "j"}}', 1))
+        self.assertEqual(('{"r": {"jobid": "j"}}', 1), (played.value, len(played.requests)))
 
     def test_a_query_for_a_job_is_not_waited_for_itself(self):
         played = self.play([PENDING], asking("queryAsyncJobResult", jobid="job-1", fetch_result=True))
-        self.assertEqual((played.value["jobstatus"], len(played.requests)), (0, 1))
+        self.assertEqual((0, 1), (played.value["jobstatus"], len(played.requests)))
 
     def test_the_last_look_is_at_the_deadline(self):
         """5.2.0 overshoots it and leaves the look out."""
         played = self.play([SUBMITTED, PENDING], started(), job_timeout=5, poll_interval=1)
-        self.assertEqual(played.pauses[-3:], [1.0, 1.0, 0.721875])
-        self.assertEqual((len(played.requests), played.slept), (13, 5.0))
+        self.assertEqual([1.0, 1.0, 0.721875], played.pauses[-3:])
+        self.assertEqual((13, 5.0), (len(played.requests), played.slept))
         played = self.play([SUBMITTED] + [PENDING] * 10 + [DONE], started(), job_timeout="5")
-        self.assertEqual(played.value, {"virtualmachine": {"id": "vm"}})
-        self.assertEqual(played.slept, 5.0)
+        self.assertEqual((MACHINE, 5.0), (played.value, played.slept))
 
     def test_a_job_that_still_runs_at_the_deadline(self):
         error = self.play([SUBMITTED, PENDING], started(), job_timeout=5).error
         self.assertIsInstance(error, (cs.CloudStackJobTimeout, TimeoutError))
         self.assertNotIsInstance(error, cs.CloudStackApiException)
-        self.assertEqual(error.args, ("Timeout waiting for async job result", "job-1"))
-        self.assertEqual((error.response.status_code, error.response.json()), (408, PENDING.json()))
-        self.assertEqual((error.jobid, PENDING.status_code), ("job-1", 200))
+        self.assertEqual(("Timeout waiting for async job result", "job-1"), error.args)
+        self.assertEqual((408, PENDING.json()), (error.response.status_code, error.response.json()))
+        self.assertEqual(("job-1", 200), (error.jobid, PENDING.status_code))
 
     def test_a_deadline_without_any_answer_has_no_response(self):
         error = self.play([SUBMITTED, afresh(silent())], started(), job_timeout=20).error
-        self.assertEqual(error.args, ("Timeout waiting for async job result", "job-1"))
-        self.assertEqual((error.response, error.jobid, type(error)), (None, "job-1", cs.CloudStackJobTimeout))
+        self.assertEqual(("Timeout waiting for async job result", "job-1"), error.args)
+        self.assertEqual((None, "job-1", cs.CloudStackJobTimeout), (error.response, error.jobid, type(error)))
 
-    def test_a_deadline_of_nothing_is_one_look(self):
-        for script, value in (([SUBMITTED, DONE], {"virtualmachine": {"id": "vm"}}), ([SUBMITTED, PENDING], None)):
-            with self.subTest(value=value):
-                played = self.play(script, started(), job_timeout=0)
-                self.assertEqual((played.value, len(played.requests), played.slept), (value, 2, 0))
+    @each("script, value", ([SUBMITTED, DONE], MACHINE), ([SUBMITTED, PENDING], None))
+    def test_a_deadline_of_nothing_is_one_look(self, script, value):
+        played = self.play(script, started(), job_timeout=0)
+        self.assertEqual((value, 2, 0), (played.value, len(played.requests), played.slept))
 
     def test_a_look_that_takes_beyond_the_deadline_is_followed_by_the_last(self):
-        def slow(played, request):
-            played.now += 10
-            return PENDING
-
-        played = self.play([SUBMITTED, slow, DONE], started(), job_timeout=5)
-        self.assertEqual((played.value, played.slept), ({"virtualmachine": {"id": "vm"}}, 0))
+        played = self.play([SUBMITTED, a_while_later(10, PENDING), DONE], started(), job_timeout=5)
+        self.assertEqual((MACHINE, 0), (played.value, played.slept))
 
     def test_no_look_may_take_much_longer_than_the_deadline(self):
         played = self.play([SUBMITTED, PENDING], started(), job_timeout=5, timeout=1)
@@ -5891,149 +5323,106 @@ class JobsTest(ProtocolCase):
             self.assertLessEqual(request.total, 6)
         self.assertLessEqual(played.requests[-1].total, 1)
 
-    def trouble(self):
-        as_json = {"Content-Type": "application/json"}
-        return [
-            silent(), lost(), lost(stale=True), unsent(), answer("<html>", 502), answer("<html>", 503),
-            answer("<html>", 504), answer("<html>"),
-            answer("<html>", 404), answer("<html>", 401), answer(b""), answer("{", headers=as_json),
-            answer("[" * 10000, headers=as_json), answer([1]),
-            api_error(429, "please retry after [10] ms."), api_error(503, "maintenance"), answer({"r": {}}),
-            answer({"r": "text"}),
-            answer({"r": {"jobstatus": "x"}}), answer({"r": None}), answer({"r": {"jobstatus": None}}),
-            answer({"r": [0]}),
-            answer('{"r": {"jobstatus": 1e999}}', headers=as_json),
-        ]  # fmt: skip
-
-    def test_trouble_on_the_way_is_ridden_out(self):
+    @each("item", *TROUBLE)
+    @each("settings", {}, {"job_timeout": 100})
+    def test_trouble_on_the_way_is_ridden_out(self, item, settings):
         """5.2.0 gives up on a 503 or an HTML page."""
-        for item in self.trouble():
-            for settings in ({}, {"job_timeout": 100}):
-                with self.subTest(item=getattr(item, "content", item), settings=settings):
-                    played = self.play([SUBMITTED, item, PENDING, item, DONE], started(), **settings)
-                    self.assertEqual((played.error, played.value), (None, {"virtualmachine": {"id": "vm"}}))
+        played = self.play([SUBMITTED, item, PENDING, item, DONE], started(), **settings)
+        self.assertEqual((None, MACHINE), (played.error, played.value))
 
-    def test_without_a_deadline_ten_troubles_in_a_row_end_the_wait(self):
-        for item in (silent(), answer("<html>", 502), api_error(503), answer({"r": {}})):
-            with self.subTest(item=item):
-                played = self.play([SUBMITTED, afresh(item)], started(), retry=3)
-                self.assertEqual(len(played.requests), 11)
-                self.assertEqual(played.pauses, [2, 4, 8, 16, 30, 30, 30, 30, 30])
-                self.assertIsInstance(played.error, cs.CloudStackException)
-                self.assertNotIsInstance(played.error, cs.CloudStackJobTimeout)
-                self.assertEqual(played.error.jobid, "job-1")
+    @each("item", silent(), answer("<html>", 502), api_error(503), answer({"r": {}}))
+    def test_without_a_deadline_ten_troubles_in_a_row_end_the_wait(self, item):
+        played = self.play([SUBMITTED, afresh(item)], started(), retry=3)
+        self.assertEqual(11, len(played.requests))
+        self.assertEqual([2, 4, 8, 16, 30, 30, 30, 30, 30], played.pauses)
+        self.assertIsInstance(played.error, cs.CloudStackException)
+        self.assertNotIsInstance(played.error, cs.CloudStackJobTimeout)
+        self.assertEqual("job-1", played.error.jobid)
 
     def test_a_good_look_begins_the_count_anew(self):
         script = [SUBMITTED] + ([answer("<html>", 502)] * 9 + [PENDING]) * 3 + [DONE]
-        self.assertEqual(self.play(script, started()).value, {"virtualmachine": {"id": "vm"}})
+        self.assertEqual(MACHINE, self.play(script, started()).value)
 
     def test_with_a_deadline_trouble_is_ridden_out_as_long_as_it_allows(self):
         played = self.play([SUBMITTED] + [answer("<html>", 502)] * 40 + [DONE], started(), job_timeout=3600)
-        self.assertEqual(played.value, {"virtualmachine": {"id": "vm"}})
+        self.assertEqual(MACHINE, played.value)
         played = self.play([SUBMITTED, answer("<html>", 502)], started(), job_timeout=600)
-        self.assertEqual(played.slept, 600)
-        self.assertEqual((type(played.error), played.error.response.status_code), (cs.CloudStackJobTimeout, 408))
+        self.assertEqual(600, played.slept)
+        self.assertEqual((cs.CloudStackJobTimeout, 408), (type(played.error), played.error.response.status_code))
 
     def test_a_wait_the_server_asks_for_is_kept_within_the_deadline(self):
         throttled = api_error(429, "please retry after [7000] ms.")
-        self.assertEqual(self.play([SUBMITTED, throttled, DONE], started()).pauses, [7.0])
-        self.assertEqual(self.play([SUBMITTED, throttled, DONE], started(), job_timeout=3).pauses, [3.0])
+        self.assertEqual([7.0], self.play([SUBMITTED, throttled, DONE], started()).pauses)
+        self.assertEqual([3.0], self.play([SUBMITTED, throttled, DONE], started(), job_timeout=3).pauses)
 
-    def test_no_wait_the_server_asks_for_holds_a_job_for_ever(self):
-        for item in (
-            answer("<html>", 503, headers={"Retry-After": "9" * 30}),
-            answer("<html>", 503, headers={"Retry-After": "\xb2"}),
-            api_error(429, "please retry after [{}] ms.".format("9" * 400)),
-            answer("<html>", 503, headers={"Retry-After": "86400"}),
-            answer("<html>", 503, headers={"Retry-After": "Mon, 01 Jan 99999 00:00:00 GMT"}),
-        ):  # fmt: skip
-            with self.subTest(headers=item.headers.items()):
-                played = self.play([SUBMITTED, item, DONE], started())
-                self.assertTrue(played.value or isinstance(played.error, cs.CloudStackException), played.error)
-                self.assertLessEqual(max(played.pauses), 30.0)
-                played = self.play([SUBMITTED, item, DONE], started(), job_timeout=60)
-                self.assertLessEqual(played.slept, 60)
+    @each("item", api_error(429, f"please retry after [{'9' * 400}] ms."),
+          *[answer("<html>", 503, headers={"Retry-After": told}) for told in ("9" * 30, "\xb2", "86400",
+                  "Mon, 01 Jan 99999 00:00:00 GMT")])  # fmt: skip
+    def test_no_wait_the_server_asks_for_holds_a_job_for_ever(self, item):
+        played = self.play([SUBMITTED, item, DONE], started())
+        self.assertTrue(played.value or isinstance(played.error, cs.CloudStackException), played.error)
+        self.assertLessEqual(max(played.pauses), 30.0)
+        played = self.play([SUBMITTED, item, DONE], started(), job_timeout=60)
+        self.assertLessEqual(played.slept, 60)
 
-    def test_an_error_the_server_states_in_json_ends_the_wait(self):
-        for code in (401, 431, 432, 530, 531, 532, 533, 534, 535, 536, 537):
-            with self.subTest(code=code):
-                played = self.play([SUBMITTED, PENDING, api_error(code, "text")], started(), retry=5, job_timeout=100)
-                self.assertEqual(len(played.requests), 3)
-                self.assertEqual((played.error.error["errorcode"], played.error.jobid), (code, "job-1"))
-                self.assertFalse(played.error.outcome_unknown)
+    @each("code", 401, 431, 432, 530, 531, 532, 533, 534, 535, 536, 537)
+    def test_an_error_the_server_states_in_json_ends_the_wait(self, code):
+        played = self.play([SUBMITTED, PENDING, api_error(code, "text")], started(), retry=5, job_timeout=100)
+        self.assertEqual(3, len(played.requests))
+        self.assertEqual((code, "job-1"), (played.error.error["errorcode"], played.error.jobid))
+        self.assertFalse(played.error.outcome_unknown)
 
     def test_an_error_before_there_was_a_job_has_no_id(self):
         for item in (silent(), api_error(533), answer("<html>")):
             self.assertIsNone(self.play([item], started()).error.jobid)
 
-    def test_everything_raised_after_the_submission_carries_the_id(self):
-        for error in (ValueError("x"), RuntimeError("x"), MemoryError(), cs.CloudStackException("x")):
-            with self.subTest(error=error):
-                played = self.play([SUBMITTED, afresh(error)], started(), job_timeout=0)
-                self.assertEqual(played.error.jobid, "job-1")
+    @each("error", ValueError("x"), RuntimeError("x"), MemoryError(), cs.CloudStackException("x"))
+    def test_everything_raised_after_the_submission_carries_the_id(self, error):
+        played = self.play([SUBMITTED, afresh(error)], started(), job_timeout=0)
+        self.assertEqual("job-1", played.error.jobid)
 
-    def test_ctrl_c_carries_the_id(self):
-        for script in ([SUBMITTED, KeyboardInterrupt()], [SUBMITTED, SystemExit(3)]):
-            client = cs.CloudStack(ENDPOINT, "k", "s", poll_interval=0)
-
-            object.__setattr__(client, "_exchange", scripted(script))
-            with self.assertRaises((KeyboardInterrupt, SystemExit)) as caught:
-                client.startVirtualMachine(fetch_result=True)
-            self.assertEqual(caught.exception.jobid, "job-1")
-
-        client = cs.CloudStack(ENDPOINT, "k", "s")
-        object.__setattr__(client, "_exchange", lambda request: SUBMITTED)
-        with mock.patch.object(cs, "_sleep", side_effect=KeyboardInterrupt), self.assertRaises(
-            KeyboardInterrupt
-        ) as caught:
+    @each("interruption", KeyboardInterrupt(), SystemExit(3))
+    def test_ctrl_c_carries_the_id(self, interruption):
+        client = answered_by(scripted([SUBMITTED, interruption]), poll_interval=0)
+        with self.assertRaises(type(interruption)) as caught:
             client.startVirtualMachine(fetch_result=True)
-        self.assertEqual(caught.exception.jobid, "job-1")
+        self.assertEqual("job-1", caught.exception.jobid)
 
-    def test_a_job_id_of_any_kind(self):
-        for jobid, expected in ((5, "5"), ("a b/\xfc~", "a b/\xfc~"), ("", "")):
-            with self.subTest(jobid=jobid):
-                played = self.play([answer({"r": {"jobid": jobid}}), DONE], started())
-                self.assertEqual(played.params()["jobid"], expected)
-        for jobid in ("\x00", "\ud800", None, [], {}, True, 1.5):
-            with self.subTest(jobid=jobid):
-                played = self.play([answer({"r": {"jobid": jobid}}), DONE], started())
-                self.assertTrue(played.error is None or isinstance(played.error, cs.CloudStackException), played.error)
+    def test_ctrl_c_between_two_looks_carries_the_id(self):
+        client = answered_by(lambda request: SUBMITTED)
+        with mock.patch.object(cs, "_sleep", side_effect=KeyboardInterrupt):
+            with self.assertRaises(KeyboardInterrupt) as caught:
+                client.startVirtualMachine(fetch_result=True)
+        self.assertEqual("job-1", caught.exception.jobid)
+
+    @each("jobid, expected", (5, "5"), ("a b/\xfc~", "a b/\xfc~"), ("", ""))
+    def test_a_job_id_of_any_kind(self, jobid, expected):
+        self.assertEqual(expected, self.play([answer({"r": {"jobid": jobid}}), DONE], started()).params()["jobid"])
+
+    @each("jobid", "\x00", "\ud800", None, [], {}, True, 1.5)
+    def test_what_cannot_be_a_job_id_does_no_harm(self, jobid):
+        played = self.play([answer({"r": {"jobid": jobid}}), DONE], started())
+        self.assertTrue(played.error is None or isinstance(played.error, cs.CloudStackException), played.error)
 
     def test_looks_are_sent_as_the_call_was(self):
         played = self.play([SUBMITTED, DONE], started(headers={"X-A": "1"}, opcode_name="action"), headers={"X-B": "2"})
         headers = played.requests[1].headers
-        self.assertEqual((headers["X-A"], headers["X-B"]), ("1", "2"))
-        self.assertEqual((played.params()["action"], played.params().get("command")), ("queryAsyncJobResult", None))
-        self.assertEqual([request.method for request in played.requests], ["GET", "GET"])
+        self.assertEqual(("1", "2"), (headers["X-A"], headers["X-B"]))
+        self.assertEqual(("queryAsyncJobResult", None), (played.params()["action"], played.params().get("command")))
+        self.assertEqual(["GET", "GET"], played.methods)
         played = self.play([SUBMITTED, DONE], started(), method="post")
-        self.assertEqual([request.method for request in played.requests], ["POST", "POST"])
+        self.assertEqual(["POST", "POST"], played.methods)
 
     def test_every_look_has_a_fresh_expiry(self):
-        now = [float(REQUESTS_MOMENT)]
-
-        def later(played, request):
-            now[0] += 400
-            return PENDING
-
-        with mock.patch("time.time", lambda: now[0]):
-            played = self.play([SUBMITTED, later, later, DONE], started(expires="2030-01-01T00:00:00+0000"))
-        self.assertEqual(len({played.params(index)["expires"] for index in (1, 2, 3)}), 3)
-        self.assertEqual(played.params(0)["expires"], "2030-01-01T00:00:00+0000")
+        given, later = "2030-01-01T00:00:00+0000", a_while_later(400, PENDING)
+        played = self.play([SUBMITTED, later, later, DONE], started(expires=given))
+        self.assertEqual((given, 3), (played.params(0)["expires"], len(set(played.column("expires")[1:]))))
 
     def test_a_session_that_expires_during_the_wait_is_renewed(self):
-        script = [
-            login_answer(),
-            SUBMITTED,
-            PENDING,
-            api_error(401),
-            login_answer("SK2"),
-            PENDING,
-            api_error(401),
-            login_answer("SK3"),
-            DONE,
-        ]
+        script = [login_answer(), SUBMITTED, PENDING, api_error(401), login_answer("SK2"), PENDING, api_error(401),
+                  login_answer("SK3"), DONE]  # fmt: skip
         played = self.play(script, started(), **USER)
-        self.assertEqual((played.value, played.commands.count("login")), ({"virtualmachine": {"id": "vm"}}, 3))
+        self.assertEqual((MACHINE, 3), (played.value, played.commands.count("login")))
 
     def test_the_settings_of_a_wait_may_change_while_it_lasts(self):
         clients = []
@@ -6046,236 +5435,46 @@ class JobsTest(ProtocolCase):
             clients[-1].poll_interval = 0.05
             return PENDING
 
-        self.assertEqual(self.play([SUBMITTED, PENDING, faster, PENDING, DONE], call).pauses, [0.1, 0.05, 0.05])
+        self.assertEqual([0.1, 0.05, 0.05], self.play([SUBMITTED, PENDING, faster, PENDING, DONE], call).pauses)
 
     def test_wait_job(self):
         played = self.play([PENDING, DONE], asking("wait_job", jobid="job-1"))
-        self.assertEqual(
-            (played.value, played.commands), ({"virtualmachine": {"id": "vm"}}, ["queryAsyncJobResult"] * 2)
-        )
+        self.assertEqual((MACHINE, ["queryAsyncJobResult"] * 2), (played.value, played.commands))
         error = self.play([looked(2)], asking("wait_job", jobid="job-1")).error
-        self.assertEqual((error.args, error.jobid), (("Job failure",), "job-1"))
+        self.assertEqual((("Job failure",), "job-1"), (error.args, error.jobid))
         error = self.play([PENDING], asking("wait_job", jobid="job-1"), job_timeout=5).error
-        self.assertEqual((type(error), error.jobid), (cs.CloudStackJobTimeout, "job-1"))
+        self.assertEqual((cs.CloudStackJobTimeout, "job-1"), (type(error), error.jobid))
         for jobid in ("\x00", ""):
             with self.subTest(jobid=jobid):
                 played = self.play([api_error(431, "Unable to find the job")], asking("wait_job", jobid=jobid))
                 self.assertIsInstance(played.error, (ValueError, cs.CloudStackApiException))
 
     def test_threads_that_wait_share_one_list(self):
-        client = cs.CloudStack(ENDPOINT, "k", "s", poll_interval=0.02, fetch_result=True)
-        lock, looks, commands = threading.Lock(), {}, []
+        lock, commands, results = threading.Lock(), [], {}
 
         def exchange(request):
             params = wire(request)
             with lock:
                 commands.append(params["command"])
-                if params["command"] == "listAsyncJobs":
-                    looks["list"] = looks.get("list", 0) + 1
-                    rows = [{"jobid": str(number)} for number in range(8)] if looks["list"] < 5 else []
-                    return answer({"r": {"count": len(rows), "asyncjobs": rows} if rows else {}})
-                if params["command"] == "queryAsyncJobResult":
-                    return looked(jobresult={"job": params["jobid"]}) if looks.get("list", 0) >= 5 else PENDING
-                return answer({"r": {"jobid": params["id"]}})
+                lists = commands.count("listAsyncJobs")
+            if params["command"] == "listAsyncJobs":
+                rows = [{"jobid": str(number)} for number in range(8)] if lists < 5 else []
+                return answer({"r": {"count": len(rows), "asyncjobs": rows} if rows else {}})
+            if params["command"] == "queryAsyncJobResult":
+                return looked(jobresult={"job": params["jobid"]}) if lists >= 5 else PENDING
+            return answer({"r": {"jobid": params["id"]}})
 
-        object.__setattr__(client, "_exchange", exchange)
-        results = {}
-        gate = threading.Barrier(8)
-
-        def work(number):
-            gate.wait()
-            results[number] = client.startVirtualMachine(id=number)
-
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.assertEqual(results, {number: {"job": str(number)} for number in range(8)})
+        client = answered_by(exchange, poll_interval=0.02, fetch_result=True)
+        in_threads(8, lambda number: results.update({number: client.startVirtualMachine(id=number)}))
+        self.assertEqual({number: {"job": str(number)} for number in range(8)}, results)
         self.assertGreater(commands.count("listAsyncJobs"), 4)
 
-
-UNKNOWN_JOB = api_error(431, "Unable to execute API command queryasyncjobresult due to invalid value.")
-UUID4 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\Z")
-
-
-class RecoveryTest(ProtocolCase):
-    """recover: an answer that is lost is not a deployment that is lost."""
-
-    def deploy(self, script, recover=True, call=None, **settings):
-        return self.play(script, call or asking("deployVirtualMachine", name="x"), recover=recover, **settings)
-
-    @staticmethod
-    def known(status=0, **more):
-        """queryAsyncJobResult's answer for whatever job is asked for."""
-        def answered(played, request):
-            job = dict({"jobid": wire(request)["jobid"], "jobstatus": status, "jobinstanceid": "vm-1"}, **more)
-            return answer({"queryasyncjobresultresponse": job})
-
-        return answered
-
-    def losses(self):
-        page = {"Content-Type": "text/html"}
-        return [
-            afresh(silent()), afresh(lost()), answer("<html>", 502), answer("<html>", 504), answer("<html>", 500),
-            answer("<html>"), answer(b""), answer(b"", headers=page), answer([1]),
-            answer("{", headers={"Content-Type": "json"}),
-        ]  # fmt: skip
-
-    def test_what_changes_something_carries_a_fresh_id_for_its_job(self):
-        for command in ("deployVirtualMachine", "getUploadParamsForVolume", "activateProject"):
-            with self.subTest(command=command):
-                call = one_after_another(asking(command), asking(command))
-                played = self.deploy([SUBMITTED], call=call)
-                first, second = (played.params(index)["customjobid"] for index in (0, 1))
-                self.assertTrue(UUID4.match(first) and UUID4.match(second) and first != second, (first, second))
-
-    def test_nothing_else_does(self):
-        cases = [
-            ("listZones", True, {}), ("queryAsyncJobResult", True, {"jobid": "1"}), ("deployVirtualMachine", False, {}),
-            ("deployVirtualMachine", True, {"json": False}), ("logout", True, {}),
-        ]  # fmt: skip
-        for command, recover, params in cases:
-            with self.subTest(command=command, recover=recover):
-                self.assertNotIn("customjobid", self.deploy(one(), recover, asking(command, **params)).params())
-
-    def test_the_library_sends_it_only_where_it_is_asked_to(self):
-        self.assertNotIn("customjobid", self.play(one(), asking("deployVirtualMachine")).params())
-
-    def test_an_id_of_the_caller_s_own_is_kept(self):
-        for name in ("customjobid", "customJobId"):
-            with self.subTest(name=name):
-                script = [lost(), self.known()]
-                played = self.deploy(script, call=asking("deployVirtualMachine", **{name: "mine"}))
-                self.assertEqual((played.params(0)[name], played.params(1)["jobid"]), ("mine", "mine"))
-                self.assertEqual(played.value, {"id": "vm-1", "jobid": "mine"})
-
-    def test_the_job_of_a_lost_answer_is_found(self):
-        for item in self.losses():
-            with self.subTest(item=getattr(item, "content", item)):
-                played = self.deploy([item, self.known()])
-                self.assertIsNone(played.error)
-                job = played.params(0)["customjobid"]
-                self.assertEqual(played.value, {"id": "vm-1", "jobid": job})
-                self.assertEqual(played.commands, ["deployVirtualMachine", "queryAsyncJobResult"])
-                self.assertEqual((played.params(1)["jobid"], played.pauses), (job, []))
-
-    def test_and_waited_for_as_ever(self):
-        done = self.known(1, jobresult={"virtualmachine": {"id": "vm-1"}})
-        call = asking("deployVirtualMachine", fetch_result=True)
-        played = self.deploy([lost(), self.known(), self.known(), done], call=call)
-        self.assertEqual(played.value, {"virtualmachine": {"id": "vm-1"}})
-        self.assertEqual(played.commands, ["deployVirtualMachine"] + ["queryAsyncJobResult"] * 3)
-        failed = self.known(2, jobresult={"errorcode": 530, "errortext": "full"})
-        error = self.deploy([lost(), failed], call=call).error
-        self.assertEqual((type(error), error.args), (cs.CloudStackApiException, ("Job failure",)))
-
-    def test_a_job_without_an_entity_has_no_id(self):
-        played = self.deploy([lost(), self.known(jobinstanceid=None)])
-        self.assertEqual(list(played.value), ["jobid"])
-
-    def test_a_job_that_is_queued_a_little_later_is_found(self):
-        played = self.deploy([lost(), UNKNOWN_JOB, UNKNOWN_JOB, UNKNOWN_JOB, self.known()])
-        self.assertEqual((played.value["id"], played.pauses), ("vm-1", [0.1, 0.1, 0.1]))
-
-    def test_a_job_that_stays_unknown_is_the_first_error(self):
-        for item, kind in (
-            (afresh(silent()), cs.CloudStackTimeoutError), (afresh(lost()), cs.CloudStackConnectionError),
-            (answer("<html>", 502), cs.CloudStackException), (answer("<html>"), cs.CloudStackException),
-        ):  # fmt: skip
-            with self.subTest(kind=kind.__name__):
-                played = self.deploy([item, UNKNOWN_JOB], timeout=6)
-                job = played.params(0)["customjobid"]
-                error = played.error
-                self.assertIs(type(error), kind)
-                self.assertEqual((error.outcome_unknown, error.jobid), (True, job))
-                self.assertIn("the server knows no job {0}; wait_job() or `cs --wait {0}`".format(job), str(error))
-                self.assertEqual(len(error.args), 2)
-                self.assertTrue(6 <= played.slept <= 8, played.slept)
-                self.assertEqual(played.commands.count("deployVirtualMachine"), 1)
-
-    def _play_one(self, *args):
-        """As ever; each client draws the same ids, which the texts of errors name."""
-        draw = random.Random(7)
-        drawn = lambda: uuid.UUID(int=draw.getrandbits(128), version=4)  # noqa: E731
-        with mock.patch("uuid.uuid4", drawn):
-            return super()._play_one(*args)
-
-    def test_trouble_is_ridden_out_while_the_job_is_looked_for(self):
-        for item in JobsTest.trouble(None):
-            with self.subTest(item=getattr(item, "content", item)):
-                played = self.deploy([lost(), item, item, UNKNOWN_JOB, item, self.known()])
-                self.assertEqual((played.error, played.value["id"]), (None, "vm-1"))
-
-    def test_trouble_breaks_a_row_of_answers_that_know_no_job(self):
-        script = [lost()] + [UNKNOWN_JOB] * 9 + [silent()] + [UNKNOWN_JOB] * 3 + [self.known()]
-        self.assertEqual(self.deploy(script, timeout=6).value["id"], "vm-1")
-
-    def test_trouble_that_does_not_end_is_the_first_error(self):
-        played = self.deploy([lost(), afresh(answer("<html>", 502))])
-        self.assertIs(type(played.error), cs.CloudStackConnectionError)
-        self.assertEqual(len(played.requests), 1 + cs.PATIENCE)
-        self.assertIn("could not be asked for job", str(played.error))
-        played = self.deploy([lost(), afresh(answer("<html>", 502))], job_timeout=20)
-        self.assertEqual((type(played.error), played.slept), (cs.CloudStackConnectionError, 20))
-
-    def test_an_answer_about_the_caller_ends_it(self):
-        for code in (401, 432, 531):
-            with self.subTest(code=code):
-                played = self.deploy([lost(), api_error(code)])
-                self.assertEqual((type(played.error), len(played.requests)), (cs.CloudStackConnectionError, 2))
-                self.assertTrue(played.error.outcome_unknown)
-
-    def test_what_surely_did_not_run_is_not_looked_for(self):
-        for item in (afresh(unsent()), api_error(530), api_error(431), api_error(401)):
-            with self.subTest(item=item):
-                played = self.deploy([item])
-                self.assertEqual((len(played.requests), played.error.jobid), (1, None))
-                self.assertFalse(played.error.outcome_unknown)
-
-    def test_what_may_be_sent_again_has_the_same_id_again(self):
-        refused = api_error(400, "State changing command deployVirtualMachine needs to be sent using POST request")
-        for script in ([unsent(), SUBMITTED], [api_error(429), SUBMITTED], [refused, SUBMITTED]):
-            played = self.deploy(script, retry=1)
-            self.assertEqual(played.params(0)["customjobid"], played.params(1)["customjobid"])
-
-    def test_nothing_is_ever_sent_twice(self):
-        for item in self.losses():
-            with self.subTest(item=getattr(item, "content", item)):
-                played = self.deploy([item, UNKNOWN_JOB], retry=5, timeout=1)
-                self.assertEqual(played.commands.count("deployVirtualMachine"), 1)
-
-    def test_whoever_interrupts_it_gets_the_id(self):
-        for script in ([KeyboardInterrupt()], [lost(), KeyboardInterrupt()]):
-            client = cs.CloudStack(ENDPOINT, "k", "s", recover=True)
-            object.__setattr__(client, "_exchange", scripted(script))
-            with self.assertRaises(KeyboardInterrupt) as caught:
-                client.deployVirtualMachine()
-            self.assertTrue(UUID4.match(caught.exception.jobid))
-
-    def test_whoever_cancels_it_gets_the_id(self):
-        client = cs.AIOCloudStack(ENDPOINT, "k", "s", recover=True)
-        gate = threading.Event()
-        object.__setattr__(client, "_exchange", lambda request: gate.wait(10) and SUBMITTED)
-
-        async def use():
-            caught = []
-
-            async def deploy():
-                try:
-                    await client.deployVirtualMachine()
-                except asyncio.CancelledError as error:
-                    caught.append(error)
-
-            task = asyncio.ensure_future(deploy())
-            await asyncio.sleep(0.05)
-            task.cancel()
-            await task
-            gate.set()
-            return caught[0].jobid
-
-        self.assertTrue(UUID4.match(run(use())))
-        client.close()
+    def test_a_look_at_a_job_takes_ten_timeouts_at_most(self):
+        played = self.play([SUBMITTED, PENDING, DONE], started(), timeout=3, job_timeout=1000)
+        self.assertEqual([30, 30, 30], [request.total for request in played.requests])
+        played = self.play([SUBMITTED, PENDING], started(), timeout=3, job_timeout=5)
+        self.assertEqual(3, played.requests[-1].total)
+        self.assertLessEqual(played.requests[1].total, 8)
 
 
 class JobsAtOnceTest(JumpingCase):
@@ -6285,16 +5484,12 @@ class JobsAtOnceTest(JumpingCase):
 
     def setUp(self):
         super().setUp()
-        self.ends = {}
-        self.strangers = []
+        self.ends, self.strangers, self.hidden, self.fails = {}, [], set(), set()
         self.listing = self.list_pending
-        self.hidden = set()
-        self.fails = set()
 
     def list_pending(self, params):
-        pending = self.strangers + sorted(
-            job for job, end in self.ends.items() if self.loop.time() < end and job not in self.hidden
-        )
+        running = (job for job, end in self.ends.items() if self.loop.time() < end and job not in self.hidden)
+        pending = self.strangers + sorted(running)
         size, page = int(params.get("pagesize", 500)), int(params.get("page", 1))
         rows = [{"jobid": job, "jobstatus": 0} for job in pending[(page - 1) * size : page * size]]
         document = {"count": len(pending), "asyncjobs": rows} if rows else ({"count": len(pending)} if pending else {})
@@ -6307,12 +5502,9 @@ class JobsAtOnceTest(JumpingCase):
             jobid = params["jobid"]
             if self.loop.time() < self.ends[jobid]:
                 return PENDING
-            return (
-                looked(2, jobresult={"errorcode": 530, "job": jobid})
-                if jobid in self.fails
-                else looked(jobresult={"job": jobid})
-            )
-        jobid = "job-{:04}".format(int(params["id"]))
+            failure = {"errorcode": 530, "job": jobid}
+            return looked(2, jobresult=failure) if jobid in self.fails else looked(jobresult={"job": jobid})
+        jobid = f"job-{int(params['id']):04}"
         self.ends[jobid] = self.loop.time() + self.lasts * (1 + int(params["id"]) % 5 / 10)
         return answer({"r": {"jobid": jobid}})
 
@@ -6322,11 +5514,11 @@ class JobsAtOnceTest(JumpingCase):
 
     def check(self, number, **settings):
         outcomes = self.start(number, **settings)
-        self.assertEqual(outcomes, [{"job": "job-{:04}".format(index)} for index in range(number)])
+        self.assertEqual([{"job": f"job-{index:04}"} for index in range(number)], outcomes)
 
     def test_fewer_than_four_are_asked_for_singly(self):
         self.check(3)
-        self.assertEqual(self.count("listAsyncJobs"), 0)
+        self.assertEqual(0, self.count("listAsyncJobs"))
 
     def test_four_and_more_share_the_list(self):
         self.check(4)
@@ -6343,12 +5535,12 @@ class JobsAtOnceTest(JumpingCase):
         self.assertLessEqual(self.loop.time() - max(self.ends.values()), 2.5)
 
     def test_a_list_of_several_pages(self):
-        self.strangers = ["stranger-{}".format(number) for number in range(1200)]
+        self.strangers = [f"stranger-{number}" for number in range(1200)]
         self.check(40)
         self.assertLessEqual(self.count("queryAsyncJobResult"), 40 * 1.5)
 
     def test_far_too_many_jobs_of_others_are_not_read_over_and_over(self):
-        self.strangers = ["stranger-{}".format(number) for number in range(50000)]
+        self.strangers = [f"stranger-{number}" for number in range(50000)]
         self.check(10)
         self.assertLessEqual(self.count("listAsyncJobs"), 10)
 
@@ -6362,46 +5554,38 @@ class JobsAtOnceTest(JumpingCase):
     def test_a_role_that_may_not_list_jobs_falls_back_to_single_looks(self):
         self.listing = lambda params: api_error(432, "unknown command")
         self.check(10)
-        self.assertEqual(self.count("listAsyncJobs"), 1)
+        self.assertEqual(1, self.count("listAsyncJobs"))
 
-    def test_lists_of_no_use_fall_back_to_single_looks(self):
-        for listed in (
-            answer({"r": {"success": True}}),
-            answer({"r": "x"}),
-            answer("<html>"),
-            api_error(401),
-            api_error(530),
-            answer([1]),
-        ):
-            with self.subTest(listed=listed.content):
-                self.requests.clear()
-                self.listing = lambda params, listed=listed: listed
-                self.check(6)
-                self.assertLessEqual(self.count("listAsyncJobs"), 2)
+    @each("listed", answer({"r": {"success": True}}), answer({"r": "x"}), answer("<html>"), api_error(401),
+          api_error(530), answer([1]))  # fmt: skip
+    def test_lists_of_no_use_fall_back_to_single_looks(self, listed):
+        self.requests.clear()
+        self.listing = lambda params, listed=listed: listed
+        self.check(6)
+        self.assertLessEqual(self.count("listAsyncJobs"), 2)
 
-    def test_rows_of_any_shape_do_no_harm(self):
-        for rows in ([None, 5, "x", []], [{"jobid": None}, {"jobid": ["job-0001"]}, {}], [{"jobid": {"a": 1}}] * 3):
-            with self.subTest(rows=rows):
-                listed = answer({"r": {"count": len(rows), "asyncjobs": rows}})
-                self.listing = lambda params, listed=listed: listed
-                self.check(5)
+    @each("rows", [None, 5, "x", []], [{"jobid": None}, {"jobid": ["job-0001"]}, {}], [{"jobid": {"a": 1}}] * 3)
+    def test_rows_of_any_shape_do_no_harm(self, rows):
+        listed = answer({"r": {"count": len(rows), "asyncjobs": rows}})
+        self.listing = lambda params, listed=listed: listed
+        self.check(5)
 
     def test_passing_trouble_with_the_list_is_no_trouble_for_the_jobs(self):
         troubles = [silent(), lost(), answer("<html>", 502), api_error(503), api_error(429), unsent()]
         self.listing = lambda params: troubles.pop(0) if troubles else self.list_pending(params)
         self.check(10)
-        self.assertEqual(troubles, [])
+        self.assertEqual([], troubles)
         self.assertGreater(self.count("listAsyncJobs"), 7)
 
     def test_failures_tell_each_waiter_its_own(self):
         self.fails = {"job-0002", "job-0005"}
         outcomes = self.start(8)
         for index, outcome in enumerate(outcomes):
-            jobid = "job-{:04}".format(index)
+            jobid = f"job-{index:04}"
             if jobid in self.fails:
-                self.assertEqual((outcome.error, outcome.jobid), ({"errorcode": 530, "job": jobid}, jobid))
+                self.assertEqual(({"errorcode": 530, "job": jobid}, jobid), (outcome.error, outcome.jobid))
             else:
-                self.assertEqual(outcome, {"job": jobid})
+                self.assertEqual({"job": jobid}, outcome)
 
     def test_whoever_reads_the_list_may_be_cancelled_without_hurting_the_others(self):
         current = getattr(asyncio, "current_task", None) or asyncio.Task.current_task
@@ -6415,8 +5599,8 @@ class JobsAtOnceTest(JumpingCase):
 
         self.listing = listing
         outcomes = self.start(10)
-        self.assertEqual(sum(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes), 3)
-        self.assertEqual(sum(isinstance(outcome, dict) for outcome in outcomes), 7)
+        self.assertEqual(3, sum(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes))
+        self.assertEqual(7, sum(isinstance(outcome, dict) for outcome in outcomes))
 
     def test_a_cancelled_wait_carries_the_id_and_starts_no_further_request(self):
         client = self.client()
@@ -6439,8 +5623,8 @@ class JobsAtOnceTest(JumpingCase):
             await asyncio.sleep(60)
             return caught[0].jobid, len(self.requests) - before
 
-        self.assertEqual(self.loop.run_until_complete(use()), ("job-0001", 0))
-        self.assertEqual(len(client._server.jobs.waiting), 0)
+        self.assertEqual(("job-0001", 0), self.loop.run_until_complete(use()))
+        self.assertEqual(0, len(client._server.jobs.waiting))
 
     def test_the_deadline_s_last_look_is_at_the_job_itself(self):
         self.lasts = 1000
@@ -6448,21 +5632,18 @@ class JobsAtOnceTest(JumpingCase):
         outcomes = self.start(10, job_timeout=7)
         for index, outcome in enumerate(outcomes):
             self.assertIsInstance(outcome, cs.CloudStackJobTimeout)
-            self.assertEqual((outcome.jobid, outcome.response.status_code), ("job-{:04}".format(index), 408))
+            self.assertEqual((f"job-{index:04}", 408), (outcome.jobid, outcome.response.status_code))
         self.assertLess(self.loop.time() - begun, 7.5)
-        last = {
-            params["jobid"]: moment for moment, params, _ in self.requests if params["command"] == "queryAsyncJobResult"
-        }
-        self.assertEqual(
-            {jobid: 7 <= moment - begun < 7.2 for jobid, moment in last.items()}, dict.fromkeys(self.ends, True)
-        )
+        looks = [(params, at) for at, params, _ in self.requests if params["command"] == "queryAsyncJobResult"]
+        last = {params["jobid"]: at - begun for params, at in looks}
+        self.assertEqual(dict.fromkeys(self.ends, True), {jobid: 7 <= at < 7.2 for jobid, at in last.items()})
 
     def test_a_list_that_does_not_come_makes_nobody_miss_the_deadline(self):
         self.lasts = 1000
         self.listing = lambda params: (90, self.list_pending(params))
         begun = self.loop.time()
         outcomes = self.start(10, job_timeout=7)
-        self.assertEqual({type(outcome) for outcome in outcomes}, {cs.CloudStackJobTimeout})
+        self.assertEqual({cs.CloudStackJobTimeout}, {type(outcome) for outcome in outcomes})
         self.assertLess(self.loop.time() - begun, 7 + 10 + 1)
 
     def test_finished_jobs_among_the_pending_ones_are_not_waited_for(self):
@@ -6477,9 +5658,8 @@ class JobsAtOnceTest(JumpingCase):
         self.assertLessEqual(self.count("queryAsyncJobResult"), 10 * 3)
 
     def test_a_list_that_goes_on_showing_a_job_is_not_believed_for_ever(self):
-        self.listing = lambda params: answer(
-            {"r": {"count": len(self.ends), "asyncjobs": [{"jobid": job, "jobstatus": 0} for job in self.ends]}}
-        )
+        rows = lambda: [{"jobid": job, "jobstatus": 0} for job in self.ends]  # noqa: E731
+        self.listing = lambda params: answer({"r": {"count": len(self.ends), "asyncjobs": rows()}})
         self.check(10)
         self.assertLessEqual(self.loop.time() - max(self.ends.values()), cs.OWN_LOOK * 2.0 + 2.5)
 
@@ -6503,7 +5683,7 @@ class JobsAtOnceTest(JumpingCase):
 
         self.loop.run_until_complete(use())
         late = [known[jobid] - self.ends[jobid] for jobid in known if jobid != "job-0000"]
-        self.assertEqual(len(late), 20)
+        self.assertEqual(20, len(late))
         self.assertLess(max(late), 0.5)
 
     def test_a_list_that_hangs_delays_no_result_for_long(self):
@@ -6538,7 +5718,7 @@ class JobsAtOnceTest(JumpingCase):
         client = self.client()
         self.fails = {"job-0001"}
         self.start(6, client)
-        self.assertEqual(len(client._server.jobs.waiting), 0)
+        self.assertEqual(0, len(client._server.jobs.waiting))
 
     def test_the_shared_list_is_tied_to_no_event_loop(self):
         client = self.client()
@@ -6547,7 +5727,407 @@ class JobsAtOnceTest(JumpingCase):
             self.loop = JumpingLoop()
             with mock.patch.object(cs, "_clock", self.loop.time):
                 client._server.jobs.asked_at = float("-inf")  # each of these loops has a clock of its own
-                self.assertEqual(len([outcome for outcome in self.start(6, client) if isinstance(outcome, dict)]), 6)
+                self.assertEqual(6, len([outcome for outcome in self.start(6, client) if isinstance(outcome, dict)]))
+
+
+# === [5.7] protocol: recovery =======================================================================================
+
+UNKNOWN_JOB = api_error(431, "Unable to execute API command queryasyncjobresult due to invalid value.")
+UUID4 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\Z")
+LOSSES = [afresh(silent()), afresh(lost()), answer("<html>", 502), answer("<html>", 504), answer("<html>", 500),
+          answer("<html>"), answer(b""), answer(b"", headers={"Content-Type": "text/html"}), answer([1]),
+          answer("{", headers={"Content-Type": "json"})]  # fmt: skip
+
+
+class RecoveryTest(ProtocolCase):
+    """recover: an answer that is lost is not a deployment that is lost."""
+
+    def deploy(self, script, recover=True, call=None, **settings):
+        return self.play(script, call or asking("deployVirtualMachine", name="x"), recover=recover, **settings)
+
+    @staticmethod
+    def known(status=0, **more):
+        """queryAsyncJobResult's answer for whatever job is asked for."""
+        def answered(played, request):
+            job = dict({"jobid": wire(request)["jobid"], "jobstatus": status, "jobinstanceid": "vm-1"}, **more)
+            return answer({"queryasyncjobresultresponse": job})
+
+        return answered
+
+    @each("command", "deployVirtualMachine", "getUploadParamsForVolume", "activateProject")
+    def test_what_changes_something_carries_a_fresh_id_for_its_job(self, command):
+        call = one_after_another(asking(command), asking(command))
+        played = self.deploy([SUBMITTED], call=call)
+        first, second = (played.params(index)["customjobid"] for index in (0, 1))
+        self.assertTrue(UUID4.match(first) and UUID4.match(second) and first != second, (first, second))
+
+    @each("command, recover, params", ("listZones", True, {}), ("queryAsyncJobResult", True, {"jobid": "1"}),
+          ("deployVirtualMachine", False, {}), ("deployVirtualMachine", True, {"json": False}), ("logout", True, {}))
+    def test_nothing_else_does(self, command, recover, params):
+        self.assertNotIn("customjobid", self.deploy(one(), recover, asking(command, **params)).params())
+
+    def test_the_library_sends_it_only_where_it_is_asked_to(self):
+        self.assertNotIn("customjobid", self.play(one(), asking("deployVirtualMachine")).params())
+
+    @each("name", "customjobid", "customJobId")
+    def test_an_id_of_the_caller_s_own_is_kept(self, name):
+        script = [lost(), self.known()]
+        played = self.deploy(script, call=asking("deployVirtualMachine", **{name: "mine"}))
+        self.assertEqual(("mine", "mine"), (played.params(0)[name], played.params(1)["jobid"]))
+        self.assertEqual({"id": "vm-1", "jobid": "mine"}, played.value)
+
+    @each("item", *LOSSES)
+    def test_the_job_of_a_lost_answer_is_found(self, item):
+        played = self.deploy([item, self.known()])
+        self.assertIsNone(played.error)
+        job = played.params(0)["customjobid"]
+        self.assertEqual({"id": "vm-1", "jobid": job}, played.value)
+        self.assertEqual(["deployVirtualMachine", "queryAsyncJobResult"], played.commands)
+        self.assertEqual((job, []), (played.params(1)["jobid"], played.pauses))
+
+    def test_and_waited_for_as_ever(self):
+        done = self.known(1, jobresult={"virtualmachine": {"id": "vm-1"}})
+        call = asking("deployVirtualMachine", fetch_result=True)
+        played = self.deploy([lost(), self.known(), self.known(), done], call=call)
+        self.assertEqual({"virtualmachine": {"id": "vm-1"}}, played.value)
+        self.assertEqual(["deployVirtualMachine"] + ["queryAsyncJobResult"] * 3, played.commands)
+        failed = self.known(2, jobresult={"errorcode": 530, "errortext": "full"})
+        error = self.deploy([lost(), failed], call=call).error
+        self.assertEqual((cs.CloudStackApiException, ("Job failure",)), (type(error), error.args))
+
+    def test_a_job_without_an_entity_has_no_id(self):
+        played = self.deploy([lost(), self.known(jobinstanceid=None)])
+        self.assertEqual(["jobid"], list(played.value))
+
+    def test_a_job_that_is_queued_a_little_later_is_found(self):
+        played = self.deploy([lost(), UNKNOWN_JOB, UNKNOWN_JOB, UNKNOWN_JOB, self.known()])
+        self.assertEqual(("vm-1", [0.1, 0.1, 0.1]), (played.value["id"], played.pauses))
+
+    @each("item, kind", (afresh(silent()), cs.CloudStackTimeoutError), (afresh(lost()), cs.CloudStackConnectionError),
+          (answer("<html>", 502), cs.CloudStackException), (answer("<html>"), cs.CloudStackException))  # fmt: skip
+    def test_a_job_that_stays_unknown_is_the_first_error(self, item, kind):
+        played = self.deploy([item, UNKNOWN_JOB], timeout=6)
+        job, error = played.params(0)["customjobid"], played.error
+        self.assertIs(type(error), kind)
+        self.assertEqual((True, job), (error.outcome_unknown, error.jobid))
+        self.assertIn(f"the server knows no job {job}; wait_job() or `cs --wait {job}`", str(error))
+        self.assertEqual(2, len(error.args))
+        self.assertTrue(6 <= played.slept <= 8, played.slept)
+        self.assertEqual(1, played.commands.count("deployVirtualMachine"))
+
+    def _play_one(self, *args):
+        """As ever; each client draws the same ids, which the texts of errors name."""
+        draw = random.Random(7)
+        drawn = lambda: uuid.UUID(int=draw.getrandbits(128), version=4)  # noqa: E731
+        with mock.patch("uuid.uuid4", drawn):
+            return super()._play_one(*args)
+
+    @each("item", *TROUBLE)
+    def test_trouble_is_ridden_out_while_the_job_is_looked_for(self, item):
+        played = self.deploy([lost(), item, item, UNKNOWN_JOB, item, self.known()])
+        self.assertEqual((None, "vm-1"), (played.error, played.value["id"]))
+
+    def test_trouble_breaks_a_row_of_answers_that_know_no_job(self):
+        script = [lost()] + [UNKNOWN_JOB] * 9 + [silent()] + [UNKNOWN_JOB] * 3 + [self.known()]
+        self.assertEqual("vm-1", self.deploy(script, timeout=6).value["id"])
+
+    def test_trouble_that_does_not_end_is_the_first_error(self):
+        played = self.deploy([lost(), afresh(answer("<html>", 502))])
+        self.assertIs(type(played.error), cs.CloudStackConnectionError)
+        self.assertEqual(1 + cs.PATIENCE, len(played.requests))
+        self.assertIn("could not be asked for job", str(played.error))
+        played = self.deploy([lost(), afresh(answer("<html>", 502))], job_timeout=20)
+        self.assertEqual((cs.CloudStackConnectionError, 20), (type(played.error), played.slept))
+
+    @each("code", 401, 432, 531)
+    def test_an_answer_about_the_caller_ends_it(self, code):
+        played = self.deploy([lost(), api_error(code)])
+        self.assertEqual((cs.CloudStackConnectionError, 2), (type(played.error), len(played.requests)))
+        self.assertTrue(played.error.outcome_unknown)
+
+    @each("item", afresh(unsent()), api_error(530), api_error(431), api_error(401))
+    def test_what_surely_did_not_run_is_not_looked_for(self, item):
+        played = self.deploy([item])
+        self.assertEqual((1, None), (len(played.requests), played.error.jobid))
+        self.assertFalse(played.error.outcome_unknown)
+
+    def test_what_may_be_sent_again_has_the_same_id_again(self):
+        refused = api_error(400, "State changing command deployVirtualMachine needs to be sent using POST request")
+        for script in ([unsent(), SUBMITTED], [api_error(429), SUBMITTED], [refused, SUBMITTED]):
+            played = self.deploy(script, retry=1)
+            self.assertEqual(played.params(1)["customjobid"], played.params(0)["customjobid"])
+
+    @each("item", *LOSSES)
+    def test_nothing_is_ever_sent_twice(self, item):
+        played = self.deploy([item, UNKNOWN_JOB], retry=5, timeout=1)
+        self.assertEqual(1, played.commands.count("deployVirtualMachine"))
+
+    @each("script", [KeyboardInterrupt()], [lost(), KeyboardInterrupt()])
+    def test_whoever_interrupts_it_gets_the_id(self, script):
+        client = answered_by(scripted(script), recover=True)
+        with self.assertRaises(KeyboardInterrupt) as caught:
+            client.deployVirtualMachine()
+        self.assertTrue(UUID4.match(caught.exception.jobid))
+
+    def test_whoever_cancels_it_gets_the_id(self):
+        gate = threading.Event()
+        client = answered_by(lambda request: gate.wait(10) and SUBMITTED, cs.AIOCloudStack, recover=True)
+
+        async def use():
+            caught = []
+
+            async def deploy():
+                try:
+                    await client.deployVirtualMachine()
+                except asyncio.CancelledError as error:
+                    caught.append(error)
+
+            task = asyncio.ensure_future(deploy())
+            await asyncio.sleep(0.05)
+            task.cancel()
+            await task
+            gate.set()
+            return caught[0].jobid
+
+        self.assertTrue(UUID4.match(run(use())))
+        client.close()
+
+
+# === [7] clients ====================================================================================================
+
+
+class Auditing(cs.CloudStack):
+    """As programs override it; on module level, so that it can be pickled."""
+
+    def _request(self, command, **params):
+        self.__dict__.setdefault("seen", []).append(command)
+        return super()._request(command, **params)
+
+
+class AuditingAsync(cs.AIOCloudStack):
+    async def _request(self, command, **params):
+        self.__dict__.setdefault("seen", []).append(command)
+        return await super()._request(command, **params)
+
+
+class ClientObjectTest(ProtocolCase):
+    @each("kind", *KINDS, Auditing)
+    def test_copies_are_clients_of_their_own(self, kind):
+        original = kind(ENDPOINT, "k", "s", timeout=3, verify="/ca.pem", cert="/c.pem", cert_key="/k.pem", retry=2,
+                        expiration=60, headers={"X-A": "1"}, name="n", job_timeout=9, dangerous_no_tls_verify=True,
+                        fetch_result=True)  # fmt: skip
+        original._server.page_limit = 7
+        self.assertIsNotNone(transport_of(original))
+        original.own = [1]
+        for index, copier in enumerate(COPIERS):
+            with self.subTest(copier=index):
+                twin = copier(original)
+                self.assertIs(type(twin), kind)
+                for setting in cs.SETTINGS:
+                    self.assertEqual(original.get_setting(setting.name), twin.get_setting(setting.name), setting.name)
+                self.assertEqual([1], twin.own)
+                self.assertIsNot(transport_of(twin), transport_of(original))
+                self.assertEqual(cs.PAGE_SIZE, twin._server.page_limit)
+                twin.timeout = 4
+                self.assertEqual(3, original.timeout)
+        original.close()
+
+    def test_a_copy_s_headers_are_its_own(self):
+        original = cs.CloudStack(ENDPOINT, headers={"X-A": "1"})
+        copy.deepcopy(original).headers["X-B"] = "2"
+        self.assertEqual({"X-A": "1"}, original.headers)
+
+    @both
+    @each("name", "_private", "__len__", "__wrapped__", "_repr_html_", "_ipython_display_")
+    def test_names_that_begin_with_an_underscore_are_attribute_errors(self, kind, name):
+        client = kind(ENDPOINT)
+        self.assertFalse(hasattr(client, name))
+        self.assertRaises(AttributeError, getattr, client, name)
+
+    def test_the_async_client_s_commands_are_coroutines_up_to_request(self):
+        """So that tests of programs may replace _request, and a bad parameter is raised where it is awaited (09)."""
+        self.assertTrue(inspect.iscoroutinefunction(cs.AIOCloudStack._request))
+        client = cs.AIOCloudStack(ENDPOINT, "k", "s")
+
+        async def use():
+            calls = [client.deployX(bad=object()), client.deployX(bad=object()), client.wait_job("\x00")]
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+        self.assertEqual([ValueError] * 3, [type(outcome) for outcome in run(use())])
+
+    @both
+    def test_subclasses_may_use_the_names_of_settings_that_the_package_has_not(self, kind):
+        class Program(kind):
+            def __init__(self, *args, **settings):
+                self.domain = {"id": 1}
+                super().__init__(*args, **settings)
+                self.username, self.password, self.recover = "root", b"\xff", object()
+                self.concurrency = self.max_response_size = None
+
+        client = Program(ENDPOINT, "k", "s")
+        played = self._play_one(client, one({"a": 1}), asking("listZones"))
+        self.assertEqual((None, {"a": 1}), (played.error, played.value))
+        self.assertEqual(({"id": 1}, "root"), (client.domain, client.username))
+        self.assertEqual((None, 128), (client.get_setting("domain"), client.get_setting("concurrency")))
+
+    def test_settings_by_name(self):
+        client = cs.CloudStack(ENDPOINT, "k", "s", username=None, timeout=3)
+        client.set_setting("timeout", "4")
+        client.set_setting("domain", "/sub")
+        self.assertEqual((4, 4), (client.timeout, client.get_setting("timeout")))
+        self.assertEqual("/sub", copy.copy(client).get_setting("domain"))
+        for refused in (lambda: client.get_setting("nonesuch"), lambda: client.set_setting("nonesuch", 1)):
+            self.assertRaises(KeyError, refused)
+
+    def test_a_signature_is_made_when_the_request_is_sent(self):
+        """A call that waits for a thread longer than `expiration` would be refused (finding 11)."""
+        now = [float(REQUESTS_MOMENT)]
+        sent = []
+
+        def exchange(request):
+            sent.append(wire(request)["expires"])
+            now[0] += 100
+            return one()[0]
+
+        client = answered_by(exchange, cs.AIOCloudStack, concurrency=1, expiration=60)
+
+        async def use():
+            await asyncio.gather(client.listZones(), client.listZones())
+
+        with mock.patch("time.time", lambda: now[0]):
+            run(use())
+        client.close()
+        self.assertEqual(["2026-01-01T00:01:00+0000", "2026-01-01T00:02:40+0000"], sent)
+
+    @both
+    def test_positional_arguments_to_a_command_are_type_errors(self, kind):
+        self.assertRaises(TypeError, kind(ENDPOINT).listZones, "name")
+
+    def test_any_command_name_is_a_method(self):
+        played = self.play(one({"a": 1}), asking("futureCommandOf2030", x=1))
+        self.assertEqual((["futureCommandOf2030"], {"a": 1}), (played.commands, played.value))
+
+    def listing(self, request):
+        page = wire(request).get("page", "1")
+        return answer({"r": {"count": 3, "zone": rows_of(0, 2) if page == "1" else rows_of(2, 3)}})
+
+    def test_a_subclass_sees_every_command_but_no_page_poll_or_login(self):
+        def exchange(request):
+            command = wire(request)["command"]
+            if command == "listZones":
+                return self.listing(request)
+            answers = {"login": {"sessionkey": "s"},
+                       "queryAsyncJobResult": {"jobstatus": 1, "jobresult": {"done": True}}}  # fmt: skip
+            return answer({"r": answers.get(command, {"jobid": "j"})})
+
+        settings = {"username": "u", "password": "p", "poll_interval": 0}
+        client = answered_by(exchange, Auditing, **settings)
+        self.assertEqual(rows_of(0, 3), client.listZones(fetch_list=True, pagesize=2))
+        self.assertEqual(rows_of(0, 3), list(client.iter_list("listZones", pagesize=2)))
+        self.assertEqual({"done": True}, client.startVirtualMachine(id=1, fetch_result=True))
+        self.assertEqual(["listZones", "listZones", "startVirtualMachine"], client.seen)
+        client.close()
+
+        client = answered_by(exchange, AuditingAsync, **settings)
+
+        async def use():
+            self.assertEqual(rows_of(0, 3), await client.listZones(fetch_list=True, pagesize=2))
+            self.assertEqual(rows_of(0, 3), [row async for row in client.iter_list("listZones", pagesize=2)])
+            self.assertEqual({"done": True}, await client.startVirtualMachine(id=1))
+            await client.aclose()
+
+        run(use())
+        self.assertEqual(["listZones", "listZones", "startVirtualMachine"], client.seen)
+
+    def test_a_subclass_may_change_the_parameters(self):
+        class Tenant(cs.CloudStack):
+            def _request(self, command, **params):
+                return super()._request(command, **dict(params, tenant="7"))
+
+        sent = []
+        client = answered_by(lambda request: sent.append(wire(request)) or self.listing(request), Tenant)
+        client.listZones()
+        list(client.iter_list("listZones", pagesize=2))
+        self.assertEqual(["7", "7", "7"], [params["tenant"] for params in sent])
+
+    @both
+    def test_a_client_can_be_used_again_after_close(self, kind):
+        client = answered_by(lambda request: one({"a": 1})[0], kind)
+        for _ in range(2):
+            outcome = client.listZones()
+            self.assertEqual({"a": 1}, run(outcome) if kind is cs.AIOCloudStack else outcome)
+            client.close()
+        client.close()
+
+    def test_with_closes(self):
+        with mock.patch.object(cs.CloudStack, "close") as close:
+            with cs.CloudStack(ENDPOINT) as client:
+                self.assertIsInstance(client, cs.CloudStack)
+            self.assertEqual(1, close.call_count)
+
+    def test_one_async_client_serves_several_event_loops_one_after_another(self):
+        client = answered_by(lambda request: one({"a": 1})[0], cs.AIOCloudStack)
+        self.assertEqual([{"a": 1}] * 3, [run(client.listZones()) for _ in range(3)])
+        run(client.aclose())
+
+
+class StoppedLoopTest(unittest.TestCase):
+    """An event loop may be stopped at any moment, in the midst of what its task does for all (finding 12)."""
+
+    def stop_in_the_midst_of(self, command, client, server):
+        """Have a task of a loop that is then stopped send a command; returns the loop."""
+        asked, gate = threading.Event(), threading.Event()
+
+        def exchange(request):
+            if wire(request)["command"] == command and not asked.is_set():
+                asked.set()
+                gate.wait(10)
+            return server(wire(request))
+
+        object.__setattr__(client, "_exchange", exchange)
+        loop = asyncio.new_event_loop()
+
+        async def begin():
+            tasks = [asyncio.ensure_future(client.startThing(id=number)) for number in range(5)]
+            while not asked.is_set():
+                await asyncio.sleep(0.001)
+            return tasks
+
+        tasks = loop.run_until_complete(begin())
+        gate.set()
+
+        def end():
+            for task in tasks:
+                task.cancel()
+            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            loop.close()
+
+        self.addCleanup(end)
+
+    def test_one_that_logs_in_for_all_holds_nobody_up(self):
+        client = cs.AIOCloudStack(ENDPOINT, fetch_result=False, **LOGIN)
+        serve = lambda params: login_answer() if params["command"] == "login" else one({"a": 1})[0]  # noqa: E731
+        with mock.patch.object(cs, "LEASE", 0.05):
+            self.stop_in_the_midst_of("login", client, serve)
+            self.assertEqual({"a": 1}, run(asyncio.wait_for(client.listZones(), 10)))
+
+    def test_one_that_reads_the_list_of_jobs_for_all_holds_nobody_up(self):
+        client = cs.AIOCloudStack(ENDPOINT, "k", "s", poll_interval=0.05)
+        looks = collections.Counter()
+
+        def serve(params):
+            if params["command"] == "startThing":
+                return answer({"r": {"jobid": params["id"]}})
+            looks[params.get("jobid")] += 1
+            if params["command"] == "listAsyncJobs":
+                return answer({"r": {"count": 1, "asyncjobs": [{"jobid": "0", "jobstatus": 0}]}})
+            return looked(int(looks[params["jobid"]] > 1), jobresult={"job": params["jobid"]})
+
+        with mock.patch.object(cs, "LEASE", 0.05):
+            self.stop_in_the_midst_of("listAsyncJobs", client, serve)
+            self.assertEqual({"job": "new"}, run(asyncio.wait_for(client.startThing(id="new"), 10)))
+
+
 # === [6] transport ==================================================================================================
 # Real sockets on 127.0.0.1. A scripted server records every byte it is sent, and answers, pauses and breaks where a
 # script says so; what it has recorded is what the tests judge by.
@@ -6842,16 +6422,6 @@ def paged(count):
         return wire.send(reply({"r": {"count": count, "zone": rows}}))
 
     return page
-
-
-def in_threads(work, count):
-    """Run a function, which is given a number, in so many threads at once; all have ended."""
-    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE_OF_TESTS)
-        assert not thread.is_alive(), "a thread hangs"
 
 
 # What must never be seen but on the wire, in any of the forms that it may have there.
@@ -7255,7 +6825,7 @@ class KeptConnectionTest(TransportCase):
                 together.wait(PATIENCE_OF_TESTS)
 
         server, client = self.pair([READ, gather, reply(), AGAIN], concurrency=2)
-        in_threads(lambda number: client.listZones(), 6)
+        in_threads(6, lambda number: client.listZones())
         until(lambda: len(server.open_wires) <= 2, "closing those that are too many")
         client.listZones()
         self.assertEqual(6, len(server.wires))
@@ -7275,7 +6845,7 @@ class KeptConnectionTest(TransportCase):
                 if got != {"zone": [{"id": name}]}:
                     wrong.append((name, got))
 
-        in_threads(work, 12)
+        in_threads(12, work)
         self.assertEqual([], wrong)
         self.assertEqual(120, len(server.requests))
         self.assertLessEqual(len(server.wires), 12)
@@ -7741,6 +7311,12 @@ class ConnectTest(TransportCase):
         error = self.fails(self.client(server, kind), cs.CloudStackException)
         self.assertRegex(error.response.reason, r"\AGET /client/api\?apiKey=\*\*\*&.*&signature=\*\*\*(&|\Z)")
         self.assert_tells_nothing(*all_texts(error))
+
+    def test_the_scheme_of_an_endpoint_may_be_in_capitals(self):
+        with Simulator() as simulator:
+            endpoint = simulator.endpoint.replace("http://", "HTTP://")
+            with cs.CloudStack(endpoint, simulator.key, simulator.secret) as client:
+                self.assertEqual(2, client.listZones()["count"])
 
 
 @needs_openssl
@@ -8522,7 +8098,7 @@ class AsyncTransportTest(TransportCase):
             answers = run(gathered(client.listZones(name=f"{number}-{turn}") for turn in range(8)))
             got[number] = [answer["zone"][0]["id"] for answer in answers]
 
-        in_threads(work, 3)
+        in_threads(3, work)
         self.assertEqual({number: [f"{number}-{turn}" for turn in range(8)] for number in range(3)}, got)
 
     def test_concurrency_bounds_its_threads(self):
@@ -8618,7 +8194,7 @@ class AsyncTransportTest(TransportCase):
             for _ in range(20):
                 await gathered(client.updateZone() for _ in range(15))
 
-        in_threads(lambda number: run(work()), 3)
+        in_threads(3, lambda number: run(work()))
         self.assertEqual(900, len(done))
         self.assertLessEqual(len(workers_of(client).threads), 3)
 
@@ -9197,7 +8773,7 @@ class AtMostOnceTest(TransportCase):
                 except cs.CloudStackException as error:
                     outcomes[name] = error
 
-        in_threads(work, 6)
+        in_threads(6, work)
         aio = self.client(server, cs.AIOCloudStack, retry=2, retry_backoff=0)
         names = [f"task-{number}" for number in range(40)]
 
@@ -9334,6 +8910,179 @@ class SecretsTest(TransportCase):
         kept.request = CANARY_KEY
         for error in (telling, caused, inside, kept):
             self.assertRaises(AssertionError, self.assert_tells_nothing, error)
+
+
+# === [4] redaction ==================================================================================================
+
+
+class RedactionTest(TransportCase):
+    """Each redaction by itself: where one is gone, something that nobody may see is shown."""
+
+    QUERY = "?token=" + CANARY_TOKEN
+
+    @each("body, status", (b"<html>", "404 Not Found"), (b"{", "200 OK"), (b"[1]", "200 OK"), (b"", "200 OK"),
+          (b"{}", "500 x"))  # fmt: skip
+    @both
+    def test_no_advice_quotes_the_query_of_the_endpoint(self, body, status, kind):
+        server = self.serve([READ, reply(body, status), AGAIN])
+        self.fails(self.client(server.url + self.QUERY, kind), cs.CloudStackException)
+
+    @each("secret", 'CANARY~"quoted"', "CANARY*star(1)", "CANARY/slash ü", "CANARY\\back\n")
+    def test_a_secret_that_an_answer_quotes_is_hidden_in_each_form_and_whole(self, secret):
+        """As it is, percent-encoded as the server does and as everybody else does, and escaped in JSON."""
+        for text in (secret, cs.cs_encode(secret), quote(secret), json.dumps(secret)[1:-1]):
+            self.assertEqual("<***>", cs._mask_text("<" + text + ">", ["", None, "abc", secret]), text)
+
+    def test_a_secret_that_holds_another_is_hidden_whole(self):
+        self.assertEqual("<***>", cs._mask_text("<CANARY-and-more>", ["CANARY", "CANARY-and-more"]))
+
+    def test_secrets_of_four_letters_are_hidden_and_shorter_ones_are_not(self):
+        self.assertEqual("*** abc", cs._mask_text("abcd abc", ["abc", "abcd"]))
+
+    @each("name", *(
+        "password passwd passphrase secret secretkey secret_key privatekey private-key userdata user_data"
+        " sessionkey JSESSIONID signature apikey api-key accesskey token credential credentials psk presharedkey"
+        " pre-shared-key bindpass secretcode codefor2fa configdata").split())  # fmt: skip
+    def test_what_is_secret_by_its_name(self, name):
+        """Every name that is told apart, on its own and as the end of another, however it is written."""
+        for written in (name, name.upper(), "my" + name, "details[0]." + name):
+            with self.subTest(name=written):
+                self.assertEqual({written: "***"}, cs._mask_params({written: "CANARY"}))
+                for escaped in ('"CANARY"', '"a\\"CANARY"', '"CANARY', '"a\\"CANARY'):
+                    shown = cs._mask_text('{"%s" : %s' % (written, escaped), [])
+                    self.assertNotIn("CANARY", shown)
+                    self.assertTrue(shown.startswith('{"%s" : "***"' % written), shown)
+        for written in (name, name.upper(), "my" + name, "vnc." + name):
+            with self.subTest(element=written):
+                shown = cs._mask_text(f"<{written}>CANARY</{written}>", [])
+                self.assertEqual(f"<{written}>***</{written}>", shown)
+        self.assertEqual({name + "s1": "seen"}, cs._mask_params({name + "s1": "seen"}))
+
+    def test_headers_that_are_secret(self):
+        for name in "Authorization Proxy-Authorization Cookie Set-Cookie X-Api-Key X-Auth X-KEY X-Auth-Token".split():
+            for written in (name, name.lower(), name.upper()):
+                self.assertEqual(written + ": ***", cs._mask_header(written, "CANARY"))
+        self.assertEqual("X-Tenant: seen", cs._mask_header("X-Tenant", "seen"))
+
+    @each("title", "key", "name")
+    @each("front", "tags[0].", "")
+    def test_values_that_are_secret_by_the_name_they_are_given_for(self, title, front):
+        params = {front + title: "my.password", front + "value": "CANARY", "tags[1].value": "seen"}
+        self.assertEqual(dict(params, **{front + "value": "***"}), cs._mask_params(params))
+
+    @each("quoted", CANARY_PASSWORD, CANARY_SESSION, CANARY_TOKEN)
+    def test_a_session_s_secrets_are_hidden_wherever_an_answer_quotes_them(self, quoted):
+        """Password, session key and cookies, one at a time, outside of any field that tells by its name."""
+        def reply_to(wire):
+            if wire.requests[-1].params["command"] == "login":
+                return SecretsTest.login(self, wire)
+            return wire.send(reply(json.dumps({"r": {"echo": quoted}}).encode()))
+
+        server = self.serve([READ, reply_to, AGAIN])
+        client = cs.CloudStack(server.url, username="me", password=CANARY_PASSWORD, trace=True, timeout=5)
+        self.addCleanup(transport_of(client).close)
+        self.assertIn('"echo": "***"', self.traced(client))
+
+    @each("quoted", CANARY_SECRET, CANARY_KEY, CANARY_PASSWORD)
+    def test_a_key_s_secrets_are_hidden_wherever_an_answer_quotes_them(self, quoted):
+        server = self.serve([READ, reply(json.dumps({"r": {"echo": quoted}}).encode()), AGAIN])
+        client = self.client(server, trace=True)
+        self.assertIn('"echo": "***"', self.traced(client, "updateUser", password=CANARY_PASSWORD))
+
+    def test_what_cannot_be_sent_or_set_is_refused_without_its_value_and_without_a_second_traceback(self):
+        """What is raised while another exception is handled would be printed after it, value and all."""
+        octets = CANARY_SECRET.encode() + b"\xff"
+        lone = CANARY_SECRET + "\ud800"
+        attempts = [lambda: cs.flatten({"name": octets}),
+                    lambda: cs.flatten({"name": {CANARY_SECRET}, "other": [object()]}),
+                    lambda: cs.CloudStack(ENDPOINT, "k", octets), lambda: cs.CloudStack(ENDPOINT, "k", lone),
+                    lambda: cs.CloudStack(ENDPOINT, "k", [CANARY_SECRET]),
+                    lambda: cs.CloudStack(ENDPOINT, "k", "s", headers={"X-Token": CANARY_SECRET + "\n"}),
+                    lambda: cs.CloudStack(ENDPOINT, "k", "s", headers={"X-Token": [CANARY_SECRET]}),
+                    lambda: cs.CloudStack(ENDPOINT, "k", "s").listZones(name=CANARY_SECRET + "\0"),
+                    lambda: cs.CloudStack(ENDPOINT, "k", "s").listZones(name=lone)]  # fmt: skip
+        for number, attempt in enumerate(attempts):
+            with self.subTest(number=number), self.assertRaises(ValueError) as caught:
+                attempt()
+            error = caught.exception
+            self.assert_tells_nothing(str(error), repr(error))
+            self.assertTrue(error.__context__ is None or error.__suppress_context__)
+
+
+# === [5.3] nothing is lost, whatever the server does ================================================================
+
+
+class NothingLostTest(Case):
+    """The server drops a tenth of the connections, answers a tenth of the requests with 503 or 429, and restarts twice:
+    with `retry` set every row and every job's outcome still arrives, once."""
+
+    JOBS = 500 if os.environ.get("CS_ATTACK_RUNS") else 150
+
+    def setUp(self):
+        super().setUp()
+        self.seed = random.randrange(1 << 32)
+        self.draw = random.Random(self.seed)
+        self.simulator = Simulator(job_seconds=0.4).start()
+        self.addCleanup(self.simulator.stop)
+        self.settings = {"endpoint": self.simulator.endpoint, "key": self.simulator.key,
+                         "secret": self.simulator.secret, "retry": 25, "retry_backoff": 0.01, "poll_interval": 0.1,
+                         "timeout": 5}  # fmt: skip
+
+    def misbehave(self):
+        """From now on, until the script is used up."""
+        busy = {"errorresponse": {"errorcode": 429, "errortext": "please retry after [20] ms."}}
+        troubles = [DROP, DROP, Answer(503, "<html>restarting</html>"), Answer(429, busy)]
+
+        def trouble(record):
+            return self.draw.choice(troubles) if self.draw.random() < 0.2 else None
+
+        self.simulator.script(None, *[trouble] * 20000)
+
+    def restart_twice(self):
+        for _ in range(2):
+            time.sleep(0.15)
+            self.simulator.stop()
+            time.sleep(0.05)
+            self.simulator.start()
+
+    def while_it_restarts(self, work):
+        thread = threading.Thread(target=self.restart_twice)
+        thread.start()
+        try:
+            return work()
+        finally:
+            thread.join()
+
+    def test_every_row_of_a_list(self):
+        self.simulator.cloud.add_machines(1500)
+        with cs.CloudStack(**self.settings) as client:
+            expected = [row["id"] for row in client.listVirtualMachines(fetch_list=True)]
+            self.assertGreater(len(expected), 1500)
+            self.misbehave()
+            for walk in (lambda: client.listVirtualMachines(fetch_list=True, pagesize=50),
+                         lambda: list(client.iter_list("listVirtualMachines", pagesize=50))):  # fmt: skip
+                with self.subTest(seed=self.seed):
+                    rows = self.while_it_restarts(walk)
+                    self.assertEqual([row["id"] for row in rows], expected)
+
+    def test_every_outcome_of_many_jobs(self):
+        with cs.CloudStack(**self.settings) as client:
+            zone = client.listZones()["zone"][0]["id"]
+            template = client.listTemplates(templatefilter="executable", zoneid=zone)["template"][0]["id"]
+            offering = client.listServiceOfferings()["serviceoffering"][0]["id"]
+            order = {"zoneid": zone, "templateid": template, "serviceofferingid": offering}
+            submitted = [client.deployVirtualMachine(**order) for _ in range(self.JOBS)]
+        self.misbehave()
+
+        async def wait_for_all():
+            async with cs.AIOCloudStack(concurrency=16, **self.settings) as client:
+                return await asyncio.gather(*[client.wait_job(answer["jobid"]) for answer in submitted])
+
+        with self.subTest(seed=self.seed):
+            results = self.while_it_restarts(lambda: run(wait_for_all()))
+            machines = [result["virtualmachine"]["id"] for result in results]
+            self.assertEqual(machines, [answer["id"] for answer in submitted])
+            self.assertEqual(len(set(machines)), self.JOBS)
 
 
 # === configuration ==================================================================================================
@@ -9709,6 +9458,18 @@ class SourcesTest(Case):
             self.assertEqual(repr(client), "<CloudStack: cloudstack>")
             self.assertEqual(kind(**dict(cs.read_config(), poll_interval=7)).poll_interval, 7)
 
+    def test_headers_are_overridden_one_by_one_or_together(self):
+        self.write(".cloudstack.ini", "[cloudstack]\nendpoint = http://e/\nheader_x-a = file\nheader_x-b = file\n")
+        os.environ.update(CLOUDSTACK_HEADER_X_A="env", CLOUDSTACK_HEADER_X_B="env")
+        for overrides, expected in (
+            ("timeout", {"x-a": "file", "x-b": "file"}),
+            ("header_x-a", {"x-a": "env", "x-b": "file"}),
+            ("headers", {"x-a": "env", "x-b": "env"}),
+        ):
+            with self.subTest(overrides):
+                os.environ["CLOUDSTACK_OVERRIDES"] = overrides
+                self.assertEqual(cs.read_config()["headers"], expected)
+
 
 class ReadConfigTest(Case):
     """What read_config and read_config_from_ini return and raise."""
@@ -9935,6 +9696,20 @@ class BadFilesTest(Case):
                 outcomes[type(error)] += 1
                 self.assertNotIn("CANARY", str(error), text)
         self.assertEqual(set(outcomes), {dict, ValueError})
+
+    def test_a_secret_on_an_indented_line_is_not_quoted(self):
+        """An indented line goes on with the value above it; what it holds must not be quoted with that."""
+        for key in ("timeout", "method", "retry", "endpoint", "verify", "poll_interval", "trace"):
+            with self.subTest(key):
+                lines = ["[cloudstack]", "endpoint = http://127.0.0.1:9/api", "key = k", key + " = 1"]
+                lines.append("  secret = CANARY")
+                if key == "endpoint":
+                    del lines[1]
+                self.write(".cloudstack.ini", "\n".join(lines) + "\n")
+                code, out, err = self.main("listZones")
+                self.assertEqual((code, out, err.count("\n")), (2, "", 1), err)
+                self.assertIn(key, err)
+                self.assertNotIn("CANARY", err)
 
 
 class FilesTogetherTest(ServerCase):
@@ -14422,142 +14197,7 @@ sys.stderr.write(" ".join(sorted(imported)))
         self.unset("endpoint", "key", "secret")
         needless = self.EXTRAS | set("configparser hashlib ssl socket http email".split())
         self.assertEqual(self.imported(["--help"], ["--version"], ["--completion", "bash"]) & needless, set())
-# === what mutants of cs.py survived ==================================================================================
-class MutationTest(ProtocolCase):
-    """Faults put into cs.py on purpose (.ci/mutate.py) that no other test noticed."""
-
-    def test_none_is_the_default_wherever_it_is_given(self):
-        client = cs.CloudStack(ENDPOINT, "k", "s", trace=True, fetch_result=True)
-        client.trace = client.fetch_result = None
-        client.set_setting("dangerous_no_tls_verify", None)
-        self.assertEqual([False] * 2, [client.trace, client.fetch_result])
-        self.assertIs(False, client.get_setting("dangerous_no_tls_verify"))
-        played = self.play(one({"jobid": "1"}), asking("listZones", fetch_list=None, fetch_result=None))
-        self.assertEqual(({"jobid": "1"}, 1), (played.value, len(played.requests)))
-
-    def test_every_status_from_300_to_399_with_a_location_is_a_redirect(self):
-        for status, told in ((300, True), (399, True), (400, False), (299, False)):
-            with self.subTest(status=status):
-                script = [answer({"r": {}}, status, "x", {"Location": "http://elsewhere.invalid/"})]
-                played = self.play(script, asking("listZones"))
-                self.assertIs(told, "Redirects are not followed" in str(played.error))
-
-    def test_a_look_at_a_job_takes_ten_timeouts_at_most(self):
-        played = self.play([SUBMITTED, PENDING, DONE], started(), timeout=3, job_timeout=1000)
-        self.assertEqual([30, 30, 30], [request.total for request in played.requests])
-        played = self.play([SUBMITTED, PENDING], started(), timeout=3, job_timeout=5)
-        self.assertEqual(3, played.requests[-1].total)
-        self.assertLessEqual(played.requests[1].total, 8)
-
-
-class MutatedRedactionTest(TransportCase):
-    """Each redaction by itself: where one is gone, something that nobody may see is shown."""
-
-    QUERY = "?token=" + CANARY_TOKEN
-
-    def test_no_advice_quotes_the_query_of_the_endpoint(self):
-        for body, status in (
-            (b"<html>", "404 Not Found"),
-            (b"{", "200 OK"),
-            (b"[1]", "200 OK"),
-            (b"", "200 OK"),
-            (b"{}", "500 x"),
-        ):
-            for kind in KINDS:
-                with self.subTest(body=body, kind=kind.__name__):
-                    server = self.serve([READ, reply(body, status), AGAIN])
-                    self.fails(self.client(server.url + self.QUERY, kind), cs.CloudStackException)
-
-    def test_a_secret_that_an_answer_quotes_is_hidden_in_each_form_and_whole(self):
-        """As it is, percent-encoded as the server does and as everybody else does, and escaped in JSON."""
-        for secret in ('CANARY~"quoted"', "CANARY*star(1)", "CANARY/slash ü", "CANARY\\back\n"):
-            texts = (secret, cs.cs_encode(secret), quote(secret), json.dumps(secret)[1:-1])
-            for text in texts:
-                with self.subTest(text=text):
-                    self.assertEqual("<***>", cs._mask_text("<" + text + ">", ["", None, "abc", secret]))
-
-    def test_a_secret_that_holds_another_is_hidden_whole(self):
-        self.assertEqual("<***>", cs._mask_text("<CANARY-and-more>", ["CANARY", "CANARY-and-more"]))
-
-    def test_secrets_of_four_letters_are_hidden_and_shorter_ones_are_not(self):
-        self.assertEqual("*** abc", cs._mask_text("abcd abc", ["abc", "abcd"]))
-
-    def test_what_is_secret_by_its_name(self):
-        """Every name that is told apart, on its own and as the end of another, however it is written."""
-        secret = (
-            "password passwd passphrase secret secretkey secret_key privatekey private-key userdata user_data"
-            " sessionkey JSESSIONID signature apikey api-key accesskey token credential credentials psk presharedkey"
-            " pre-shared-key bindpass secretcode codefor2fa configdata"
-        )
-        for name in secret.split():
-            for written in (name, name.upper(), "my" + name, "details[0]." + name):
-                with self.subTest(name=written):
-                    self.assertEqual({written: "***"}, cs._mask_params({written: "CANARY"}))
-                    for escaped in ('"CANARY"', '"a\\"CANARY"', '"CANARY', '"a\\"CANARY'):
-                        shown = cs._mask_text('{"%s" : %s' % (written, escaped), [])
-                        self.assertNotIn("CANARY", shown)
-                        self.assertTrue(shown.startswith('{"%s" : "***"' % written), shown)
-            for written in (name, name.upper(), "my" + name, "vnc." + name):
-                with self.subTest(element=written):
-                    shown = cs._mask_text("<{0}>CANARY</{0}>".format(written), [])
-                    self.assertEqual("<{0}>***</{0}>".format(written), shown)
-            self.assertEqual({name + "s1": "seen"}, cs._mask_params({name + "s1": "seen"}))
-
-    def test_headers_that_are_secret(self):
-        for name in "Authorization Proxy-Authorization Cookie Set-Cookie X-Api-Key X-Auth X-KEY X-Auth-Token".split():
-            for written in (name, name.lower(), name.upper()):
-                self.assertEqual(written + ": ***", cs._mask_header(written, "CANARY"))
-        self.assertEqual("X-Tenant: seen", cs._mask_header("X-Tenant", "seen"))
-
-    def test_values_that_are_secret_by_the_name_they_are_given_for(self):
-        for title in ("key", "name"):
-            for front in ("tags[0].", ""):
-                params = {front + title: "my.password", front + "value": "CANARY", "tags[1].value": "seen"}
-                shown = dict(params, **{front + "value": "***"})
-                self.assertEqual(shown, cs._mask_params(params))
-
-    def test_a_session_s_secrets_are_hidden_wherever_an_answer_quotes_them(self):
-        """Password, session key and cookies, one at a time, outside of any field that tells by its name."""
-        for quoted in (CANARY_PASSWORD, CANARY_SESSION, CANARY_TOKEN):
-
-            def reply_to(wire, quoted=quoted):
-                if wire.requests[-1].params["command"] == "login":
-                    return SecretsTest.login(self, wire)
-                return wire.send(reply(json.dumps({"r": {"echo": quoted}}).encode()))
-
-            server = self.serve([READ, reply_to, AGAIN])
-            client = cs.CloudStack(server.url, username="me", password=CANARY_PASSWORD, trace=True, timeout=5)
-            self.addCleanup(transport_of(client).close)
-            self.assertIn('"echo": "***"', self.traced(client))
-
-    def test_a_key_s_secrets_are_hidden_wherever_an_answer_quotes_them(self):
-        for quoted in (CANARY_SECRET, CANARY_KEY, CANARY_PASSWORD):
-            server = self.serve([READ, reply(json.dumps({"r": {"echo": quoted}}).encode()), AGAIN])
-            client = self.client(server, trace=True)
-            self.assertIn('"echo": "***"', self.traced(client, "updateUser", password=CANARY_PASSWORD))
-
-    def test_what_cannot_be_sent_or_set_is_refused_without_its_value_and_without_a_second_traceback(self):
-        """What is raised while another exception is handled would be printed after it, value and all."""
-        octets = CANARY_SECRET.encode() + b"\xff"
-        lone = CANARY_SECRET + "\ud800"
-        attempts = [
-            lambda: cs.flatten({"name": octets}),
-            lambda: cs.flatten({"name": {CANARY_SECRET}, "other": [object()]}),
-            lambda: cs.CloudStack(ENDPOINT, "k", octets),
-            lambda: cs.CloudStack(ENDPOINT, "k", lone),
-            lambda: cs.CloudStack(ENDPOINT, "k", [CANARY_SECRET]),
-            lambda: cs.CloudStack(ENDPOINT, "k", "s", headers={"X-Token": CANARY_SECRET + "\n"}),
-            lambda: cs.CloudStack(ENDPOINT, "k", "s", headers={"X-Token": [CANARY_SECRET]}),
-            lambda: cs.CloudStack(ENDPOINT, "k", "s").listZones(name=CANARY_SECRET + "\0"),
-            lambda: cs.CloudStack(ENDPOINT, "k", "s").listZones(name=lone),
-        ]
-        for number, attempt in enumerate(attempts):
-            with self.subTest(number=number), self.assertRaises(ValueError) as caught:
-                attempt()
-            error = caught.exception
-            self.assert_tells_nothing(str(error), repr(error))
-            self.assertTrue(error.__context__ is None or error.__suppress_context__)
-
+class SecretsOnTheCommandLineTest(TransportCase):
     def test_no_format_steers_a_terminal(self):
         """Control characters out of names that tenants gave, in each format, as a cell and as a column."""
 
@@ -14592,12 +14232,11 @@ class MutatedRedactionTest(TransportCase):
         catalog = {"listapisresponse": {"count": 1, "api": [{"name": "listZones"}]}}
         refused = {"r": {"errorcode": 431, "errortext": "no"}}
         for args, document, status in (
-            (["--sync"], catalog, "200 OK"),
-            (["listZones", "--dry-run"], catalog, "200 OK"),
-            (["listZones"], refused, "431 no"),
-        ):
+            (["--sync"], catalog, "200 OK"), (["listZones", "--dry-run"], catalog, "200 OK"),
+            (["listZones"], refused, "431 no")):  # fmt: skip
             server = self.serve([READ, reply(json.dumps(document).encode(), status), AGAIN])
-            os.environ.update(CLOUDSTACK_ENDPOINT=server.url + self.QUERY, CLOUDSTACK_KEY="k", CLOUDSTACK_SECRET="s")
+            os.environ.update(CLOUDSTACK_ENDPOINT=server.url + RedactionTest.QUERY, CLOUDSTACK_KEY="k",
+                              CLOUDSTACK_SECRET="s")  # fmt: skip
             with self.subTest(args=args):
                 code, out, err = self.main(*args)
                 self.assertIn(server.place, out + err)
@@ -14606,7 +14245,7 @@ class MutatedRedactionTest(TransportCase):
     def test_configure_does_not_say_what_it_was_told(self):
         for status in ("200 OK", "401 x"):
             server = self.serve([READ, reply(b'{"r": {"errorcode": 401, "errortext": "no"}}', status), AGAIN])
-            told = "\n".join([server.url + self.QUERY, CANARY_KEY, CANARY_SECRET, "n", ""])
+            told = "\n".join([server.url + RedactionTest.QUERY, CANARY_KEY, CANARY_SECRET, "n", ""])
             with self.subTest(status=status), mock.patch.object(sys, "stdin", io.StringIO(told)):
                 code, out, err = self.main("--configure", "--region", "r" + status[:3])
                 self.assertEqual(0 if status == "200 OK" else 1, code, err)
@@ -14620,124 +14259,6 @@ class MutatedRedactionTest(TransportCase):
         self.assertIn("name=visible", err)
         self.assertIn("password=***", err)
         self.assert_tells_nothing(out, err)
-
-
-class IndentedLineTest(Case):
-    """An indented line goes on with the value above it; what it holds must not be quoted with that."""
-
-    def test_a_secret_on_an_indented_line_is_not_quoted(self):
-        for key in ("timeout", "method", "retry", "endpoint", "verify", "poll_interval", "trace"):
-            with self.subTest(key):
-                lines = ["[cloudstack]", "endpoint = http://127.0.0.1:9/api", "key = k", key + " = 1"]
-                lines.append("  secret = CANARY")
-                if key == "endpoint":
-                    del lines[1]
-                self.write(".cloudstack.ini", "\n".join(lines) + "\n")
-                code, out, err = self.main("listZones")
-                self.assertEqual((code, out, err.count("\n")), (2, "", 1), err)
-                self.assertIn(key, err)
-                self.assertNotIn("CANARY", err)
-
-
-class OverriddenHeadersTest(Case):
-    def test_headers_are_overridden_one_by_one_or_together(self):
-        self.write(".cloudstack.ini", "[cloudstack]\nendpoint = http://e/\nheader_x-a = file\nheader_x-b = file\n")
-        os.environ.update(CLOUDSTACK_HEADER_X_A="env", CLOUDSTACK_HEADER_X_B="env")
-        for overrides, expected in (
-            ("timeout", {"x-a": "file", "x-b": "file"}),
-            ("header_x-a", {"x-a": "env", "x-b": "file"}),
-            ("headers", {"x-a": "env", "x-b": "env"}),
-        ):
-            with self.subTest(overrides):
-                os.environ["CLOUDSTACK_OVERRIDES"] = overrides
-                self.assertEqual(cs.read_config()["headers"], expected)
-
-
-class SchemeInCapitalsTest(Case):
-    def test_the_scheme_of_an_endpoint_may_be_in_capitals(self):
-        with Simulator() as simulator:
-            endpoint = simulator.endpoint.replace("http://", "HTTP://")
-            with cs.CloudStack(endpoint, simulator.key, simulator.secret) as client:
-                self.assertEqual(client.listZones()["count"], 2)
-
-
-# === nothing is lost ================================================================================================
-
-
-class NothingLostTest(Case):
-    """The server drops a tenth of the connections, answers a tenth of the requests with 503 or 429, and restarts twice:
-    with `retry` set every row and every job's outcome still arrives, once."""
-
-    JOBS = 500 if os.environ.get("CS_ATTACK_RUNS") else 150
-
-    def setUp(self):
-        super().setUp()
-        self.seed = random.randrange(1 << 32)
-        self.draw = random.Random(self.seed)
-        self.simulator = Simulator(job_seconds=0.4).start()
-        self.addCleanup(self.simulator.stop)
-        self.settings = {
-            "endpoint": self.simulator.endpoint, "key": self.simulator.key, "secret": self.simulator.secret,
-            "retry": 25, "retry_backoff": 0.01, "poll_interval": 0.1, "timeout": 5,
-        }  # fmt: skip
-
-    def misbehave(self):
-        """From now on, until the script is used up."""
-        busy = {"errorresponse": {"errorcode": 429, "errortext": "please retry after [20] ms."}}
-        troubles = [DROP, DROP, Answer(503, "<html>restarting</html>"), Answer(429, busy)]
-
-        def trouble(record):
-            return self.draw.choice(troubles) if self.draw.random() < 0.2 else None
-
-        self.simulator.script(None, *[trouble] * 20000)
-
-    def restart_twice(self):
-        for _ in range(2):
-            time.sleep(0.15)
-            self.simulator.stop()
-            time.sleep(0.05)
-            self.simulator.start()
-
-    def while_it_restarts(self, work):
-        thread = threading.Thread(target=self.restart_twice)
-        thread.start()
-        try:
-            return work()
-        finally:
-            thread.join()
-
-    def test_every_row_of_a_list(self):
-        self.simulator.cloud.add_machines(1500)
-        with cs.CloudStack(**self.settings) as client:
-            expected = [row["id"] for row in client.listVirtualMachines(fetch_list=True)]
-            self.assertGreater(len(expected), 1500)
-            self.misbehave()
-            for walk in (
-                lambda: client.listVirtualMachines(fetch_list=True, pagesize=50),
-                lambda: list(client.iter_list("listVirtualMachines", pagesize=50)),
-            ):
-                with self.subTest(seed=self.seed):
-                    rows = self.while_it_restarts(walk)
-                    self.assertEqual([row["id"] for row in rows], expected)
-
-    def test_every_outcome_of_many_jobs(self):
-        with cs.CloudStack(**self.settings) as client:
-            zone = client.listZones()["zone"][0]["id"]
-            template = client.listTemplates(templatefilter="executable", zoneid=zone)["template"][0]["id"]
-            offering = client.listServiceOfferings()["serviceoffering"][0]["id"]
-            order = {"zoneid": zone, "templateid": template, "serviceofferingid": offering}
-            submitted = [client.deployVirtualMachine(**order) for _ in range(self.JOBS)]
-        self.misbehave()
-
-        async def wait_for_all():
-            async with cs.AIOCloudStack(concurrency=16, **self.settings) as client:
-                return await asyncio.gather(*[client.wait_job(answer["jobid"]) for answer in submitted])
-
-        with self.subTest(seed=self.seed):
-            results = self.while_it_restarts(lambda: run(wait_for_all()))
-            machines = [result["virtualmachine"]["id"] for result in results]
-            self.assertEqual(machines, [answer["id"] for answer in submitted])
-            self.assertEqual(len(set(machines)), self.JOBS)
 
 
 # === running them ===================================================================================================
