@@ -3740,6 +3740,11 @@ class ErrorsTest(ProtocolCase):
         self.assertEqual(("Cannot connect to http://h/", "refused"), error.args)
         self.assertEqual("Cannot connect to http://h/: refused", str(error))
 
+    def test_a_host_beyond_ascii_is_told_how_to_be_written(self):
+        played = self.play([], asking("listZones"), endpoint="https://b\u00fccher.example/client/api")
+        self.assertIsInstance(played.error, ValueError)
+        self.assertRegex(str(played.error), r"\Aendpoint: .*xn--")
+
     @each("status, ok", (200, True), (302, True), (399, True), (400, False), (431, False), (599, False))
     def test_the_answer_of_an_error_says_whether_it_is_ok_as_requests_has_it(self, status, ok):
         self.assertIs(answer({"x": 1}, status).ok, ok)
@@ -4270,6 +4275,15 @@ class DecodingTest(ProtocolCase):
         played = self.play([response], asking("listZones"))
         self.assertEqual((None, expected), (played.error, played.value))
 
+    def test_a_number_of_too_many_digits_is_refused(self):
+        """Python 3.6 and early ones of 3.7 to 3.10 would take minutes for a million of them."""
+        response = answer({})
+        response.content = b'{"x": {"a": ' + b"9" * 4301 + b"}}"
+        error = self.play([response], asking("listZones")).error
+        self.assertEqual((cs.CloudStackException, "HTTP 200 OK"), (type(error), error.args[0]))
+        response.content = b'{"x": {"a": ' + b"9" * 4300 + b"}}"
+        self.assertEqual(10**4300 - 1, self.play([response], asking("listZones")).value["a"])
+
     def test_answers_that_are_not_cloudstack_s(self):
         malformed = ("HTTP 200 OK", "Malformed JSON document. " + self.URL)
         unexpected = ("Unexpected response from CloudStack", "a single top-level key was expected")
@@ -4384,6 +4398,17 @@ class CollectorTest(unittest.TestCase):
     def test_an_answer_that_cannot_be_decoded_leaves_it_as_it_was(self):
         with self.assertRaises(ValueError):
             answer("{" * 100000).json()
+        self.assertTrue(gc.isenabled())
+
+    def test_an_interrupt_just_as_it_is_stopped_leaves_it_on(self):
+        really = gc.disable
+
+        def interrupted():
+            really()
+            raise KeyboardInterrupt
+
+        with mock.patch.object(gc, "disable", interrupted), self.assertRaises(KeyboardInterrupt):
+            cs._parse_json(answer({"x": "y" * 200000}))
         self.assertTrue(gc.isenabled())
 
     def test_a_thread_that_comes_in_between_leaves_it_off_and_the_first_one_turns_it_on(self):
@@ -5380,6 +5405,21 @@ class JobsTest(ProtocolCase):
     def test_everything_raised_after_the_submission_carries_the_id(self, error):
         played = self.play([SUBMITTED, afresh(error)], started(), job_timeout=0)
         self.assertEqual("job-1", played.error.jobid)
+
+    def test_an_interrupt_between_two_steps_of_a_wait_carries_the_job_s_id(self):
+        """Where no step is under way, it is raised in the driver and not in the protocol."""
+        really, steps = cs._advance, []
+
+        def advance(*args):
+            steps.append(really(*args))
+            if len(steps) == 3:
+                raise KeyboardInterrupt
+            return steps[-1]
+
+        client = answered_by(scripted([answer({"x": {"jobid": JOB}}), answer({"x": {"jobstatus": 0}})]), fetch_result=True)
+        with mock.patch.object(cs, "_advance", advance), self.assertRaises(KeyboardInterrupt) as caught:
+            client.deployVirtualMachine()
+        self.assertEqual(JOB, caught.exception.jobid)
 
     @each("interruption", KeyboardInterrupt(), SystemExit(3))
     def test_ctrl_c_carries_the_id(self, interruption):
@@ -7530,6 +7570,23 @@ class TlsTest(TransportCase):
         server, client = self.secure_pair(steps=[READ, reply()[:-5], HOLD], timeout=1)
         self.assertIn("nothing for 1 s", str(self.fails(client, cs.CloudStackTimeoutError)))
 
+    def test_no_version_of_tls_before_1_2_is_offered(self):
+        made = []
+        really = ssl.create_default_context
+
+        def make(*args, **options):
+            made.append(really(*args, **options))
+            return made[-1]
+
+        with mock.patch.object(ssl, "create_default_context", make):
+            self.assertEqual(RESULT, self.client(self.secure(), verify=self.ca).listZones())
+        (context,) = made
+        if hasattr(context, "minimum_version"):  # 3.7
+            self.assertGreaterEqual(context.minimum_version, ssl.TLSVersion.TLSv1_2)
+        else:
+            older = ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+            self.assertEqual(context.options & older, older)
+
     def test_one_context_serves_all_connections(self):
         made = []
         really = cs._make_context
@@ -8019,6 +8076,10 @@ class SessionTest(TransportCase):
         self.assertIs(raised, caught.exception)
         self.assertEqual(1, len(client.session.calls))
 
+    def test_a_mock_without_a_further_answer_raises_what_mocks_raise_then(self):
+        client = self.client(ENDPOINT, session=FakeSession(StopIteration()))
+        self.assertRaises(StopIteration, client.listZones)
+
     def test_a_mock_without_a_further_answer_does_not_hang_the_event_loop(self):
         """No future takes a StopIteration, which is what a mock raises then."""
         client = self.client(ENDPOINT, cs.AIOCloudStack, session=FakeSession(StopIteration()))
@@ -8498,6 +8559,28 @@ class ProcessTest(TransportCase):
         server, broken = self.serve(SERVE, tls=context), self.serve([READ, break_or_hang], tls=context)
         flags = ("-X", "dev", "-W", "error", "-bb")
         self.assertEqual("done\n", self.assert_child(code, server.url, broken.url, ca or "", flags=flags))
+
+    def test_an_interrupt_while_a_client_gets_ready_gives_no_warning(self):
+        """Its parts are unmade before they are made; os.getpid stands for any moment of theirs."""
+        code = (
+            "import asyncio, os, sys, unittest.mock as mock\n"
+            "import cs\n"
+            "for kind in (cs.CloudStack, cs.AIOCloudStack):\n"
+            "    for moment in range(12):\n"
+            "        loop = asyncio.new_event_loop()\n"
+            "        client = kind(sys.argv[1], 'k', 's')\n"
+            "        pids = [os.getpid()] * moment + [KeyboardInterrupt]\n"
+            "        with mock.patch('os.getpid', side_effect=pids) as getpid:\n"
+            "            try:\n"
+            "                if kind is cs.CloudStack: client.listZones()\n"
+            "                else: loop.run_until_complete(client.listZones())\n"
+            "            except (KeyboardInterrupt, StopIteration): print('interrupted')\n"
+            "            except RuntimeError: print('ended')\n"
+            "        del client\n"
+            "        loop.close()\n"
+        )
+        out = self.assert_child(code, self.serve(SERVE).url, flags=("-W", "ignore::RuntimeWarning"))  # asyncio's, 3.6
+        self.assertGreaterEqual(out.count("interrupted"), 4)
 
     @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
     @each("kind, tls", (cs.CloudStack, False), (cs.AIOCloudStack, False), (cs.CloudStack, bool(OPENSSL)))
