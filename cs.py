@@ -62,7 +62,6 @@ __all__ = [
     "CloudStackException",
     "CloudStackJobTimeout",
     "CloudStackTimeoutError",
-    "main",
     "read_config",
     "read_config_from_ini",
 ]
@@ -3599,6 +3598,8 @@ def read_config_from_ini(ini_group: "str | None" = None) -> "dict[str, Any]":
 # A line of words becomes a checked call (_checked_call), the call is made (_make_call), its answer
 # is printed (_print_answer). _Invocation holds what they share, and may serve one line after
 # another with the same client.
+
+__all__ += ["main"]
 
 
 # 9.1 Options: the words of a line, taken apart.
