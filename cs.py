@@ -285,10 +285,11 @@ _positive_seconds = functools.partial(_parse_seconds, positive=True)
 _optional_seconds = functools.partial(_parse_seconds, optional=True)
 _positive_count = functools.partial(_parse_count, least=1)
 
-_Setting = collections.namedtuple("_Setting", "name default convert where meaning")
+_Setting = collections.namedtuple("_Setting", "name default convert given_in meaning")
 
-# where: "both" is read from the environment (CLOUDSTACK_<NAME>) and from ini files under its name;
-# "code" is an argument of the constructor only.
+# given_in: "both" is read from the environment (CLOUDSTACK_<NAME>) and from ini files under its
+# name; "code" is an argument of the constructor only; "tool" is as "both", but for the command line
+# alone: the constructor takes it, since read_config() passes it on, and drops it.
 # fmt: off
 SETTINGS: "tuple[Any, ...]" = (
     _Setting("endpoint", None, _parse_text, "both", "URL of the API, http or https"),
@@ -336,18 +337,20 @@ SETTINGS: "tuple[Any, ...]" = (
              "bytes an answer may have, unpacked"),
     _Setting("recover", False, _parse_flag, "both",
              "find the job of a lost answer again; on for the command line"),
+    _Setting("output", None, _parse_text, "tool", "format of the command line's answers"),
+    _Setting("theme", None, _parse_text, "tool", "Pygments style of the command line's JSON"),
 )
 # fmt: on
-_SETTING = {setting.name: setting for setting in SETTINGS}
+_SETTING = {setting.name: setting for setting in SETTINGS if setting.given_in != "tool"}
 
 # These are not attributes of a client: 5.2.0 had none of these names, and subclasses written for it
-# use them for their own (issue 7: `self.domain = {...}`). They are kept in _ClientState.
-_HIDDEN = frozenset(
+# use them for their own, as in `self.domain = {...}`. They are kept in _ClientState.
+_NOT_ATTRIBUTES = frozenset(
     "cert_key dangerous_no_tls_verify username password domain concurrency max_response_size"
     " recover".split()
 )
 _CONVERTERS = {
-    setting.name: setting.convert for setting in SETTINGS if setting.name not in _HIDDEN
+    name: setting.convert for name, setting in _SETTING.items() if name not in _NOT_ATTRIBUTES
 }
 
 
@@ -512,7 +515,7 @@ def sign(params: "Mapping[str, str]", secret: str) -> str:
     """Return the signature of {name: text}: base64, not yet percent-encoded.
 
     As ApiServer.verifyRequest computes it: sorted by the raw name, values encoded but names not,
-    the whole lower-cased, HMAC-SHA1."""
+    the whole lower-cased, HMAC-SHA1. _Request.prepare() calls it, after it has added the expiry."""
     names = sorted(params)
     if max("".join(params), default="") > "\uffff":
         # Java compares UTF-16 code units, which is Python's order but for such characters.
@@ -549,11 +552,13 @@ def check_key(key: str, allowed: "Iterable[str]") -> bool:
 
 
 # --- 4 redaction ----------------------------------------------------------------------------------
-# Everything that a person may get to see of a request or an answer goes through here.
+# What a person may get to see of a request, an address, or an answer in a trace goes through here.
+# (An answer on standard output is the user's, and is shown as it came.)
 
 MASK = "***"
 
-# Names with secret values are known by how they end: `details[0].password`, `usersecretkey`.
+# Names with secret values are known by how they end: `details[0].password`, `usersecretkey`. A call
+# with such a parameter also goes out by POST (_needs_post), to stay out of the logs of proxies.
 _SECRET = (
     r"(?:password|passwd|passphrase|secret|secret[_-]?key|private[_-]?key|user[_-]?data"
     r"|session[_-]?key|jsessionid|signature|api[_-]?key|access[_-]?key|token|credentials?|psk"
@@ -563,7 +568,10 @@ _SECRET_NAME = re.compile(r"(?i)" + _SECRET + r"\Z")
 _SECRET_HEADER = re.compile(r"(?i)(?:" + _SECRET + r"|auth|authorization|cookie|key)\Z")
 _SECRET_FIELD = re.compile(r'(?i)("[\w.\[\]-]*' + _SECRET + r'"\s*:\s*)"(?:[^"\\]|\\.)*"?')
 _SECRET_ELEMENT = re.compile(r"(?i)(<[\w.-]*" + _SECRET + r">)[^<]*")
-_SECRET_QUERY = re.compile(r"(?i)([?&;][\w.%\[\]-]*" + _SECRET + r"=)[^\s&;\"'<>]*")
+_SECRET_QUERIES = [  # in an address, and in one that is a parameter of another
+    re.compile(rf"(?i)({_SECRET}{equals})(?:(?!{end})[^&\s\"'<>;\\])+")
+    for equals, end in (("=", "&"), ("%3D", "%26"))
+]
 
 # Control characters but line breaks and tabs, C1 controls, bidirectional overrides, surrogates.
 _UNPRINTABLE = re.compile(
@@ -610,6 +618,8 @@ def _mask_text(text, secrets):
     """Return text with secret fields, and the given secrets wherever they stand, replaced."""
     text = _SECRET_FIELD.sub(r'\1"' + MASK + '"', text)
     text = _SECRET_ELEMENT.sub(r"\1" + MASK, text)
+    for query in _SECRET_QUERIES:
+        text = query.sub(r"\1" + MASK, text)
     for secret in sorted(filter(None, secrets), key=len, reverse=True):
         if len(secret) > 3:  # shorter ones stand in half of all words
             for form in (secret, cs_encode(secret), quote(secret), jsonlib.dumps(secret)[1:-1]):
@@ -664,12 +674,13 @@ PAGES_AHEAD = 4  # page requests of one fetch_list that may be under way at once
 MOST_PAGES = 100000  # of one list: a longer walk goes in circles
 _AS_WALK = "walk"  # as fetch_list: return the _Walk, along which iter_list goes
 
-LONGEST_WAIT = 30.0  # seconds before a retry; a server that asks for more gets an error instead
+LONGEST_WAIT = 30.0  # seconds before a retry; if the server asks for more, the error is raised
 LONGEST_HEAD = 8000  # bytes of request line and headers; the server answers 414 over 8192
-_SIGNED = 150  # of them are kept for expiry, signature, and the words of the request line
+_SIGNED = 150  # bytes of LONGEST_HEAD that expiry, signature and the request line's words may take
 
-NEXT_LOOK = 0.5  # of the time a job was waited for passes until the next look at it,
-SOONEST_LOOK = 0.1  # but at least these seconds, and at most poll_interval
+# The first look at a job is due at once (_JobWait), each next one after a part of the time waited.
+NEXT_LOOK = 0.5  # that part,
+SHORTEST_PAUSE = 0.1  # the least number of seconds between two looks; poll_interval is the most
 OWN_LOOK = 15  # poll_intervals after which a job is asked for singly, whatever a list of jobs says
 LEASE = 3.0  # seconds that one caller may take for work that all callers wait for
 PATIENCE = 10  # failed looks in a row at a job without job_timeout (long enough for a restart)
@@ -832,7 +843,7 @@ class _Request:
 
 
 def _build_request(client, call, login=None, post=False):
-    """Return a _Request for a call; it is built anew for each attempt, with a fresh expiry."""
+    """Return a _Request for a call, anew for each attempt; prepare() will sign it."""
     params = dict(call.params)
     params[call.opcode_name] = call.command
     if call.json:
@@ -1222,7 +1233,7 @@ class _Turn:
     """Work that one caller does for all who need it; `done` is set when it is given back.
 
     It is lent for LEASE seconds: its holder may be a task of an event loop that was stopped, and
-    must not hold up the others for ever (finding 12)."""
+    must not hold up the others for ever."""
 
     def __init__(self):
         self.done = _Signal()
@@ -1422,7 +1433,7 @@ class _Walk:
             if isinstance(outcome, BaseException):
                 raise outcome
 
-        # Up to the first gap: what follows one is read again, from there (finding 04).
+        # Up to the first gap, lest rows are lost in it: what follows is read again, from there.
         self.buffered = [
             answers[page] for page in itertools.takewhile(answers.__contains__, pages)
         ]
@@ -1582,7 +1593,7 @@ class _JobList:
 
     def refresh(self, client, call):
         """Read the list, or wait for the caller who does; look for news afterwards."""
-        pause = self.make_pause(max(SOONEST_LOOK, client.poll_interval))
+        pause = self.make_pause(max(SHORTEST_PAUSE, client.poll_interval))
         token = self.reading.take()
         if token is None:
             yield pause
@@ -1609,7 +1620,7 @@ class _JobList:
 
         self.failures = 0
         if rows is not None:
-            # Servers up to 4.19 list finished jobs, too (finding 01).
+            # Servers up to 4.19 list finished jobs, too.
             pending = [row for row in rows if str(row.get("jobstatus", 0)) == "0"]
             self.pending = {str(row.get("jobid")) for row in pending}
             self.asked_at = asked_at
@@ -1661,7 +1672,7 @@ class _JobWait:
     def set_due(self, at):
         """Set the next look: at growing distances, so that a short job is seen early and a long
         one costs few looks."""
-        growing = max(SOONEST_LOOK, NEXT_LOOK * (at - self.started))
+        growing = max(SHORTEST_PAUSE, NEXT_LOOK * (at - self.started))
         self.due = _clock() + min(self.client.poll_interval, growing)
 
     def may_continue(self, error):
@@ -1727,7 +1738,7 @@ def _look_until_done(client, call, poll):
     while True:
         if client._state.progress:
             client._state.progress("job", call.command, _clock() - wait.started)
-        if (yield from _is_listed(client, call, poll, wait)):
+        if not (yield from _wait_for_look(client, call, poll, wait)):
             continue
 
         wait.looked = _clock()
@@ -1752,11 +1763,11 @@ def _look_until_done(client, call, poll):
             raise CloudStackJobTimeout(message, poll.params["jobid"], response=response)
 
 
-def _is_listed(client, call, poll, wait):
-    """Sleep until a look is due; True if the list of jobs has meanwhile shown the job as pending.
+def _wait_for_look(client, call, poll, wait):
+    """Sleep until a look at the job itself is due; False if the list of jobs spares that look.
 
-    Else it is to be asked for singly: without a list, when the list no longer shows it, and now
-    and then in any case."""
+    The list spares it while it shows the job as pending. The job is asked for singly without a
+    list, when the list no longer shows it, and now and then in any case."""
     jobs = client._server.jobs
     wait.is_missing = False
     while jobs.is_used() and not wait.failures:
@@ -1766,33 +1777,34 @@ def _is_listed(client, call, poll, wait):
                 return _note_listed(client, jobs, wait)
             if wait.was_listed or not pause.seconds:
                 wait.was_listed, wait.is_missing = False, True
-                return False
+                return True
 
         if pause.seconds:
             yield pause
         elif _clock() >= wait.deadline:
-            return False
-        elif _clock() - jobs.asked_at < min(SOONEST_LOOK, client.poll_interval):
-            yield jobs.make_pause(SOONEST_LOOK)
+            return True
+        elif _clock() - jobs.asked_at < min(SHORTEST_PAUSE, client.poll_interval):
+            yield jobs.make_pause(SHORTEST_PAUSE)
         elif _clock() > wait.due + max(1.0, client.poll_interval):
-            return False  # another caller reads the list, and does not come back
+            return True  # another caller reads the list, and does not come back
         else:
             yield from jobs.refresh(client, call)
 
     if wait.seconds_left():
         yield wait.seconds_left()
-    return False
+    return True
 
 
 def _note_listed(client, jobs, wait):
-    """Set the next look at a job that the list shows; False if it is to be asked for singly now.
+    """Set the next look at a job that the list shows; True if it is to be asked for singly now.
 
-    That is so at the deadline, and now and then: no list is believed for ever (finding 01)."""
+    That is so at the deadline, and now and then: no list is believed for ever. (Servers up to 4.19
+    list finished jobs, too.)"""
     wait.was_listed = True
     jobs.in_vain = 0
     wait.found_pending(jobs.asked_at)
-    own_look = wait.looked + OWN_LOOK * max(SOONEST_LOOK, client.poll_interval)
-    return _clock() < min(own_look, wait.deadline)
+    own_look = wait.looked + OWN_LOOK * max(SHORTEST_PAUSE, client.poll_interval)
+    return _clock() >= min(own_look, wait.deadline)
 
 
 def _read_job_status(answer, response):
@@ -1938,7 +1950,8 @@ class _Response:
 # 6.1 Route: how requests get to an endpoint.
 
 _Place = collections.namedtuple("_Place", "secure host port")  # secure: TLS is spoken there
-_Proxy = collections.namedtuple("_Proxy", "secure host port authorization")
+# headers: the lines that the proxy wants, in a request to it or in the one for a tunnel
+_Proxy = collections.namedtuple("_Proxy", "secure host port headers")
 _PROXY_ADDRESS = re.compile(
     r"(?:([^/]*)@)?"  # user:password
     r"(\[[0-9A-Fa-f:.]+\]|[^\s:/?#@\[\]]+)(?::([0-9]{1,5}))?"
@@ -1972,8 +1985,8 @@ class _Route:
         if "host" not in map(str.lower, request.headers):
             lines.append("Host: " + self.host)
         lines += [f"{name}: {value}" for name, value in request.headers.items()]
-        if self.absolute and self.proxy.authorization:
-            lines.append("Proxy-Authorization: " + self.proxy.authorization)
+        if self.absolute:
+            lines += self.proxy.headers
         if request.body is not None:
             lines.append(f"Content-Length: {len(request.body)}")
         return "\r\n".join(lines + ["", ""]).encode("latin-1")
@@ -2051,13 +2064,13 @@ def _parse_proxy(address):
     from urllib.parse import unquote
 
     login, host, port = found.groups()
-    authorization = None
+    headers = ()
     if login:
         user, _, password = map(unquote, login.partition(":"))
         code = b2a_base64(f"{user}:{password}".encode(), newline=False)
-        authorization = "Basic " + code.decode("ascii")
+        headers = ("Proxy-Authorization: Basic " + code.decode("ascii"),)
     secure = scheme == "https"
-    return _Proxy(secure, host.strip("[]"), int(port or _default_port(secure)), authorization)
+    return _Proxy(secure, host.strip("[]"), int(port or _default_port(secure)), headers)
 
 
 # 6.2 Connections: kept ones, new ones, TLS, and how they are cut off.
@@ -2239,9 +2252,7 @@ def _dial(place, flight):
 def _ask_for_tunnel(route, flight, sock):
     """Have the proxy connect to the origin: CONNECT (RFC 9110, 9.3.6)."""
     place = _join_port(route.origin.host, route.origin.port)
-    lines = [f"CONNECT {place} HTTP/1.1", "Host: " + place]
-    if route.proxy.authorization:
-        lines.append("Proxy-Authorization: " + route.proxy.authorization)
+    lines = [f"CONNECT {place} HTTP/1.1", "Host: " + place, *route.proxy.headers]
     flight.start_step(sock)
     sock.sendall("\r\n".join(lines + ["", ""]).encode("latin-1"))
 
@@ -2254,7 +2265,7 @@ def _ask_for_tunnel(route, flight, sock):
     finally:
         response.close()
     if not 200 <= response.status < 300:
-        reason = _mask_text(response.reason, (route.proxy.authorization or "").split())
+        reason = _mask_text(response.reason, " ".join(route.proxy.headers).split()[2:])
         raise OSError(f"Tunnel connection failed: {response.status} {reason}")
 
 
@@ -2748,7 +2759,7 @@ class CloudStack:
         concurrency: "_Number" = 128, max_response_size: "_Number" = 256 * 1024 * 1024,
         recover: "_Flag" = False
     ) -> None:  # fmt: skip
-        # theme and output are the command line's: an ini file may hold them.
+        # theme and output are taken and dropped: what an ini file holds, read_config() passes on.
         self._state = _ClientState()
         self._apply_settings(
             endpoint=endpoint, key=key, secret=secret, timeout=timeout, method=method,
@@ -2773,14 +2784,14 @@ class CloudStack:
 
     def get_setting(self, name: str) -> "Any":
         """Return the value of a setting, by its name in SETTINGS. Raises KeyError for another."""
-        return getattr(self._state if _SETTING[name].name in _HIDDEN else self, name)
+        return getattr(self._state if _SETTING[name].name in _NOT_ATTRIBUTES else self, name)
 
     def set_setting(self, name: str, value: "Any") -> None:
         """Set a setting, by its name in SETTINGS.
 
         It is the only way for those that are not attributes, since subclasses use names such as
         `domain` for their own. Raises ValueError for a wrong value, KeyError for another name."""
-        if name in _HIDDEN:
+        if name in _NOT_ATTRIBUTES:
             setattr(self._state, name, _convert(name, _SETTING[name].convert, value))
         else:
             setattr(self, _SETTING[name].name, value)
@@ -2950,7 +2961,7 @@ class _ClientState:
     def copy(self):
         """Return one with the same settings that has learned nothing yet."""
         fresh = _ClientState()
-        for name in ("ca_path", "pem_path") + tuple(_HIDDEN):
+        for name in ("ca_path", "pem_path") + tuple(_NOT_ATTRIBUTES):
             setattr(fresh, name, getattr(self, name))
         return fresh
 
@@ -3013,7 +3024,7 @@ def _map_in_threads(function, items):
     """Return [function(item) for item in items], done at once as far as there are threads for it.
 
     An item that gets no thread (a limit of the system, the interpreter's exit) is done by the
-    caller itself, one after another (finding 02)."""
+    caller itself, one after another."""
     results = [None] * len(items)
 
     def work(index):
@@ -3040,7 +3051,7 @@ class _Workers:
 
     They are daemons, so that the interpreter's exit waits for none of them. Work that gets no new
     thread waits for one of those there are; if there is none, the caller does it, since nobody can
-    tell work that was refused from work that runs all the same (finding 02)."""
+    tell work that was refused from work that runs all the same."""
 
     # For __del__, should an interrupt come before __init__ is done.
     _jobs: "Any" = None
@@ -3309,8 +3320,7 @@ def _with_context(function, *args):
 _PREFIX = "CLOUDSTACK_"
 _HEADER = "header_"
 _DEFAULT_REGION = "cloudstack"
-_INI_KEYS = [setting.name for setting in SETTINGS if setting.where == "both"]
-_INI_KEYS += ["theme", "output"]
+_CONFIG_KEYS = [setting.name for setting in SETTINGS if setting.given_in != "code"]
 
 # Where a request goes, as whom, and whom it trusts: never mixed from two files. Else a file with
 # nothing but an endpoint, left in a working directory, would be sent another file's key.
@@ -3351,7 +3361,7 @@ class _IniValues:
                 # It may hold a secret that was meant for the next line.
                 reason = "the value continues in the next, indented line; each setting stands on a"
                 raise ValueError(f"{path!a}: {key}: {reason} line of its own")
-            if key not in _INI_KEYS and not is_header:
+            if key not in _CONFIG_KEYS and not is_header:
                 used = any(f"%({key})s" in other for other in raw.values())
                 if not used and key not in parser.defaults():
                     self.unknown.append((key, path))
@@ -3478,7 +3488,7 @@ def _read_environment():
     """Return {key: text} of the CLOUDSTACK_* variables.
 
     Empty ones do not count, but for CLOUDSTACK_KEY: an empty one asks for unsigned requests."""
-    values = {key: os.environ.get(_PREFIX + key.upper()) for key in _INI_KEYS}
+    values = {key: os.environ.get(_PREFIX + key.upper()) for key in _CONFIG_KEYS}
     for name, value in os.environ.items():
         if name.upper().startswith(_PREFIX + "HEADER_"):
             header = name[len(_PREFIX + "HEADER_") :].lower().replace("_", "-")
@@ -3938,10 +3948,9 @@ class _Invocation:
 
     def _warn_of_unknown_keys(self, found):
         if found.unknown and not self.options["quiet"]:
-            names = [setting.name for setting in SETTINGS if setting.where == "both"]
             described = []
             for key, path in found.unknown:
-                near = _near(key, names + ["output", "theme"], most=1)
+                near = _near(key, _CONFIG_KEYS, most=1)
                 described.append(f"{key!a} in {path}" + (f" ({near[0]}?)" if near else ""))
             self.say("Warning: not known as settings: " + ", ".join(described))
 
@@ -4272,16 +4281,7 @@ def _masked_page(invocation, text):
     """Return the beginning of what is not CloudStack's: it may repeat the address, key and all."""
     client = invocation.client
     secrets = [client.key, client.secret, client.get_setting("password")]
-    text = _mask_text(text[:10000], secrets)  # more than is shown, lest one is cut in two
-
-    def mask(found):
-        name, equals, value = found.groups()
-        return name + equals + _mask_params({name: value})[name]
-
-    for equals, end in (("=", "&"), ("%3D", "%26")):  # as it is, and within another address
-        pattern = rf"([\w.\[\]-]{{1,60}})({equals})((?:(?!{end})[^&\s\"'<>;\\])+)"
-        text = re.sub(pattern, mask, text, flags=re.IGNORECASE)
-    return text[:2000]
+    return _mask_text(text[:10000], secrets)[:2000]  # masked first, lest a secret is cut in two
 
 
 def _report_unwritten(error):

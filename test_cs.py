@@ -3471,7 +3471,7 @@ class ConstructorTest(unittest.TestCase):
         """The constructors are written out for inspect; they must not say something else than the table."""
         shown = {name: parameter.default for name, parameter in inspect.signature(cs.CloudStack).parameters.items()}
         expected = {setting.name: setting.default for setting in cs.SETTINGS}
-        expected.update(endpoint=inspect.Parameter.empty, theme=None, output=None)
+        expected.update(endpoint=inspect.Parameter.empty)
         self.assertEqual(expected, shown)
 
     @both
@@ -3503,7 +3503,7 @@ class ConstructorTest(unittest.TestCase):
                 value = kind(ENDPOINT, **{name: text}).get_setting(name)
                 self.assertEqual((expected, type(expected)), (value, type(value)))
 
-    @each("setting", *[setting for setting in cs.SETTINGS if setting.name not in ("endpoint", "verify", "expiration")])
+    @each("setting", *[setting for setting in cs._SETTING.values() if setting.name not in ("endpoint", "verify", "expiration")])
     def test_none_means_the_default(self, setting):
         client = cs.CloudStack(ENDPOINT, **{setting.name: None})
         self.assertEqual(setting.convert(setting.default), client.get_setting(setting.name))
@@ -5963,7 +5963,7 @@ class ClientObjectTest(ProtocolCase):
             with self.subTest(copier=index):
                 twin = copier(original)
                 self.assertIs(type(twin), kind)
-                for setting in cs.SETTINGS:
+                for setting in cs._SETTING.values():
                     self.assertEqual(original.get_setting(setting.name), twin.get_setting(setting.name), setting.name)
                 self.assertEqual([1], twin.own)
                 self.assertIsNot(transport_of(twin), transport_of(original))
@@ -14347,24 +14347,22 @@ class HelpAndReadmeTest(CloudCase):
         for row, setting in zip(rows, cs.SETTINGS):
             with self.subTest(setting.name):
                 default = "" if setting.default is None else str(setting.default)
-                self.assertEqual(row, [setting.name, default, setting.where, setting.meaning])
+                self.assertEqual(row, [setting.name, default, setting.given_in, setting.meaning])
 
     def test_settings_are_what_the_constructor_takes(self):
         import inspect
 
         parameters = dict(inspect.signature(cs.CloudStack).parameters)
-        for name in ("theme", "output"):
-            del parameters[name]
         self.assertEqual(sorted(parameters), sorted(setting.name for setting in cs.SETTINGS))
         for setting in cs.SETTINGS[1:]:
             self.assertEqual(parameters[setting.name].default, setting.default, setting.name)
 
     def test_readme_names_every_variable_of_the_environment(self):
         text = readme()
-        for name in ("CONFIG", "REGION", "OVERRIDES", "OUTPUT", "THEME"):
+        for name in ("CONFIG", "REGION", "OVERRIDES"):
             self.assertIn("CLOUDSTACK_" + name, text)
         for name in set(re.findall(r"CLOUDSTACK_([A-Z_]+)", text)):
-            known = {setting.name.upper() for setting in cs.SETTINGS if setting.where == "both"}
+            known = {setting.name.upper() for setting in cs.SETTINGS if setting.given_in == "both"}
             known |= {"NAME", "CONFIG", "REGION", "OVERRIDES", "OUTPUT", "THEME", "HEADER_X_TENANT", "HEADER_"}
             self.assertIn(name, known)
 
