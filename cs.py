@@ -2064,7 +2064,7 @@ def _parse_proxy(address):
     from urllib.parse import unquote
 
     login, host, port = found.groups()
-    headers = ()
+    headers: tuple = ()
     if login:
         user, _, password = map(unquote, login.partition(":"))
         code = b2a_base64(f"{user}:{password}".encode(), newline=False)
