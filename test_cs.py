@@ -3584,6 +3584,13 @@ class ConstructorTest(unittest.TestCase):
             kind(ENDPOINT, session=foreign)
         self.assertNotIn("\n", str(caught.exception))
 
+    @each("name, value, says", ("timeout", decimal.Decimal("NaN"), "1e+09"), ("timeout", 2e9, "up to 1e+09"),
+          ("cert_key", ("/a", "/b"), "cert_key"))  # fmt: skip
+    def test_values_of_unusual_kinds_are_refused_as_all_others_are(self, name, value, says):
+        with self.assertRaisesRegex(ValueError, rf"\A{name}: ") as caught:
+            cs.CloudStack(ENDPOINT, **{name: value})
+        self.assertIn(says, str(caught.exception))
+
 
 class AttributesTest(ProtocolCase):
     @each("verify, dangerous, expected", (None, False, True), (True, False, True), (False, False, True),
@@ -4239,6 +4246,11 @@ class VerbTest(ProtocolCase):
         script = [api_error(400, "State changing command x needs to be sent using POST request")]
         self.assertNotIn("POST", self.verbs(script, asking("createTags"), **unsigned))
 
+    def test_characters_beyond_the_basic_plane_count_as_twelve_bytes(self):
+        text = "\U0001f600" * 700
+        self.assertEqual(["POST"], self.verbs(one(), asking("listZones", name=text)))
+        self.assertEqual(["GET"], self.verbs(one(), asking("listZones", name=text[:500])))
+
 
 # === [5.2] protocol: answer =========================================================================================
 
@@ -4735,6 +4747,30 @@ class LoginTest(ProtocolCase):
         in_threads(8, lambda number: values.append(client.listZones()))
         self.assertEqual(([{"a": 1}] * 8, 1), (values, commands.count("login")))
 
+    def test_another_domain_or_password_is_another_session(self):
+        for name, value in (("domain", "/b"), ("password", "other")):
+            asked = []
+
+            def exchange(request):
+                params = wire(request)
+                asked.append((params["command"], params.get("domain"), params.get("password")))
+                return login_answer() if params["command"] == "login" else one({"count": 1})[0]
+
+            client = answered_by(exchange, domain="/a", **LOGIN)
+            client.listZones()
+            client.set_setting(name, value)
+            client.listZones()
+            logins = [domain if name == "domain" else password for command, domain, password in asked if command == "login"]
+            self.assertEqual([{"domain": "/a", "password": "p"}[name], value], logins)
+
+    def test_the_domain_may_be_spelled_as_the_server_spells_it(self):
+        for given, sent in (("ROOT", "/"), ("ROOT/sub", "/sub"), ("/sub", "/sub"), ("ROOTS", "ROOTS"), (None, "/")):
+            played = self.play([login_answer(), one()[0]], asking("listZones"), **dict(USER, domain=given))
+            self.assertEqual(sent, played.params(0)["domain"])
+
+    def test_a_login_by_hand_in_another_case_logs_in_once(self):
+        self.assertEqual(["Login"], self.play([login_answer()], asking("Login", username="u", password="p"), **USER).commands)
+
 
 class SessionsAtOnceTest(JumpingCase):
     takes = 0.3  # seconds, to log in
@@ -5098,6 +5134,22 @@ class PagesTest(ProtocolCase):
             with self.subTest(total=total, size=size, how=how.__name__, **habits):
                 most = 2 + total // min(size, habits["limit"]) + cs.PAGES_AHEAD
                 self.walk(list_server(total, **habits), how(pagesize=size), rows_of(0, total), most)
+
+    @each("command", "deployVirtualMachine", "resetThings", "getUploadParamsForVolume")
+    def test_a_changing_command_is_sent_once_whatever_its_answer_looks_like(self, command):
+        played = self.play([answer({"r": {"count": 3, "thing": [{"id": 1}]}})], asking(command, fetch_list=True))
+        self.assertEqual(([command], {"count": 3, "thing": [{"id": 1}]}), (played.commands, played.value))
+        played = self.play([], lambda client: client.iter_list(command))
+        self.assertEqual((ValueError, []), (type(played.error), played.commands))
+
+    def test_reading_commands_of_other_names_are_lists_too(self):
+        played = self.play(list_server(1200), asking("quotaSummary", fetch_list=True))
+        self.assertEqual(rows_of(0, 1200), played.value)
+
+    @each_way
+    def test_a_page_that_was_asked_for_begins_where_it_should_under_a_lower_limit_too(self, how):
+        played = self.play(list_server(1000, limit=300), how(page=2, pagesize=500))
+        self.assertEqual(rows_of(500, 1000), played.value)
 
 
 class PagesAheadTest(JumpingCase):
@@ -5516,6 +5568,14 @@ class JobsTest(ProtocolCase):
         self.assertEqual(3, played.requests[-1].total)
         self.assertLessEqual(played.requests[1].total, 8)
 
+    def test_trouble_that_lasts_for_hours_is_ridden_out(self):
+        """Long enough for the growing distances to overflow, were they without a bound."""
+        for settings in ({"poll_interval": 2}, {"poll_interval": 0}):
+            script = [SUBMITTED] + [afresh(lost())] * 1100 + [DONE]
+            played = self.play(script, started(), job_timeout=10**6, **settings)
+            self.assertEqual((None, {"virtualmachine": {"id": "vm"}}), (played.error, played.value))
+            self.assertLess(0.09, min(played.pauses))
+
 
 class JobsAtOnceTest(JumpingCase):
     """Many waiters of one client share what listAsyncJobs tells."""
@@ -5768,6 +5828,12 @@ class JobsAtOnceTest(JumpingCase):
             with mock.patch.object(cs, "_clock", self.loop.time):
                 client._server.jobs.asked_at = float("-inf")  # each of these loops has a clock of its own
                 self.assertEqual(6, len([outcome for outcome in self.start(6, client) if isinstance(outcome, dict)]))
+
+    def test_a_list_of_others_jobs_is_never_thought_useful_for_fewer_than_four(self):
+        jobs = cs._JobList()
+        for _ in jobs._read_rows(answered_by(list_server(10**4, key="asyncjobs")), cs._Call("listAsyncJobs", {})):
+            self.fail("asked")
+        self.assertEqual(jobs.FEWEST, jobs.needed)
 
 
 # === [5.7] protocol: recovery =======================================================================================
@@ -7157,6 +7223,13 @@ class BodyTest(TransportCase):
             self.assertEqual(("<h1>M\u00fcll</h1>", page), (response.text, response.content))
             self.assertRaises(ValueError, response.json)
 
+    def test_what_follows_gzip_is_not_looked_at_again_and_again(self):
+        gunzip = cs._Gunzip()
+        self.assertEqual(ZONES, gunzip.unpack(PACKED + b"garbage", 10**6))
+        for part in (b"\x1f more", b"x", b"\x1f\x8b"):
+            self.assertEqual(b"", gunzip.unpack(part, 10**6))
+        self.assertEqual((True, b"garbage"), (gunzip.is_whole(), gunzip._member.unused_data))
+
 
 def full_listener(case):
     """A socket whose queue of connections is full: further ones are dropped, which keeps who connects waiting."""
@@ -7357,6 +7430,18 @@ class ConnectTest(TransportCase):
             endpoint = simulator.endpoint.replace("http://", "HTTP://")
             with cs.CloudStack(endpoint, simulator.key, simulator.secret) as client:
                 self.assertEqual(2, client.listZones()["count"])
+
+    def test_a_family_that_the_system_lacks_is_passed_over(self):
+        class Lacking(socket.socket):
+            def __init__(self, family=socket.AF_INET, *args, **options):
+                if family == socket.AF_INET6:
+                    raise OSError(97, "Address family not supported by protocol")
+                super().__init__(family, *args, **options)
+
+        server = self.serve(SERVE)
+        found = [(socket.AF_INET6, 1, 6, "", ("::1", server.port, 0, 0)), (socket.AF_INET, 1, 6, "", ("127.0.0.1", server.port))]
+        with mock.patch("socket.getaddrinfo", lambda *args: found), mock.patch("socket.socket", Lacking):
+            self.assertEqual(RESULT, self.client(server).listZones())
 
 
 @needs_openssl
@@ -7916,6 +8001,10 @@ class ProxyTest(TransportCase):
             client.endpoint = f"http://{host}/client/api"
             self.assertEqual(RESULT, client.listZones())
             self.assertEqual(["identity"], proxy.requests[-1].all("Accept-Encoding"), host)
+
+    def test_a_password_that_is_not_utf_8_is_sent_as_it_is(self):
+        proxy = cs._parse_proxy("http://user:p%E4ss\udcff@proxy:1")
+        self.assertEqual(b"user:p\xef\xbf\xbdss\xff", base64.b64decode(proxy.headers[0].split()[-1]))
 
 
 class HeaderTest(TransportCase):
@@ -9090,6 +9179,25 @@ class RedactionTest(TransportCase):
             error = caught.exception
             self.assert_tells_nothing(str(error), repr(error))
             self.assertTrue(error.__context__ is None or error.__suppress_context__)
+
+    @each("text", '"url": "https://c/?token=SECRET&x=1"', 'Location: https://c/x?apiKey=SECRET', "go to /x%3Fsignature%3DSECRET%26a",
+          '{"name": "saml2.password", "value": "SECRET"}', '{"value": "SECRET", "type": "s", "name": "saml2.password"}',
+          '"password":SECRET,', '{"text": "{\\"password\\":\\"SECRET\\"}"}', "<password>SECRET</password>")
+    def test_secrets_of_every_shape_are_masked(self, text):
+        masked = cs._mask_text(text, [])
+        self.assertNotIn("SECRET", masked)
+        self.assertIn(cs.MASK, masked)
+
+    @each("text", '"name": "web", "value": "kept"', '{"id": "kept"} {"name": "x.password"}', "?token&kept=1")
+    def test_what_is_no_secret_is_shown(self, text):
+        self.assertIn("kept", cs._mask_text(text, []))
+
+    @each("endpoint", "https://user:hunter/two@host/api", "https://user:pa#ss@host/api", "http://u:a?b@host/", "user:pw@host/x")
+    def test_a_password_with_a_slash_is_not_shown(self, endpoint):
+        self.assertRegex(cs._mask_address(endpoint), r"\A(https?://)?host/")
+        client = cs.CloudStack(endpoint, "k", "s")
+        for text in (repr(client), str(self.assertRaises(ValueError, client.listZones) or "")):
+            self.assertNotRegex(text, "hunter|two@|pa#|a[?]b|pw")
 
 
 # === [5.3] nothing is lost, whatever the server does ================================================================
