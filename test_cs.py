@@ -3528,7 +3528,7 @@ class ConstructorTest(unittest.TestCase):
         """The constructors are written out for inspect; they must not say something else than the table."""
         shown = {name: parameter.default for name, parameter in inspect.signature(cs.CloudStack).parameters.items()}
         expected = {setting.name: setting.default for setting in cs.SETTINGS}
-        expected.update(endpoint=inspect.Parameter.empty, theme=None, output=None)
+        expected.update(endpoint=inspect.Parameter.empty)
         self.assertEqual(expected, shown)
 
     @both
@@ -3560,7 +3560,7 @@ class ConstructorTest(unittest.TestCase):
                 value = kind(ENDPOINT, **{name: text}).get_setting(name)
                 self.assertEqual((expected, type(expected)), (value, type(value)))
 
-    @each("setting", *[setting for setting in cs.SETTINGS if setting.name not in ("endpoint", "verify", "expiration")])
+    @each("setting", *[setting for setting in cs._SETTING.values() if setting.name not in ("endpoint", "verify", "expiration")])
     def test_none_means_the_default(self, setting):
         client = cs.CloudStack(ENDPOINT, **{setting.name: None})
         self.assertEqual(setting.convert(setting.default), client.get_setting(setting.name))
@@ -3640,6 +3640,13 @@ class ConstructorTest(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, r"\Asession: .*aiohttp") as caught:
             kind(ENDPOINT, session=foreign)
         self.assertNotIn("\n", str(caught.exception))
+
+    @each("name, value, says", ("timeout", decimal.Decimal("NaN"), "1e+09"), ("timeout", 2e9, "up to 1e+09"),
+          ("cert_key", ("/a", "/b"), "cert_key"))  # fmt: skip
+    def test_values_of_unusual_kinds_are_refused_as_all_others_are(self, name, value, says):
+        with self.assertRaisesRegex(ValueError, rf"\A{name}: ") as caught:
+            cs.CloudStack(ENDPOINT, **{name: value})
+        self.assertIn(says, str(caught.exception))
 
 
 class AttributesTest(ProtocolCase):
@@ -4296,6 +4303,11 @@ class VerbTest(ProtocolCase):
         script = [api_error(400, "State changing command x needs to be sent using POST request")]
         self.assertNotIn("POST", self.verbs(script, asking("createTags"), **unsigned))
 
+    def test_characters_beyond_the_basic_plane_count_as_twelve_bytes(self):
+        text = "\U0001f600" * 700
+        self.assertEqual(["POST"], self.verbs(one(), asking("listZones", name=text)))
+        self.assertEqual(["GET"], self.verbs(one(), asking("listZones", name=text[:500])))
+
 
 # === [5.2] protocol: answer =========================================================================================
 
@@ -4792,6 +4804,30 @@ class LoginTest(ProtocolCase):
         in_threads(8, lambda number: values.append(client.listZones()))
         self.assertEqual(([{"a": 1}] * 8, 1), (values, commands.count("login")))
 
+    def test_another_domain_or_password_is_another_session(self):
+        for name, value in (("domain", "/b"), ("password", "other")):
+            asked = []
+
+            def exchange(request):
+                params = wire(request)
+                asked.append((params["command"], params.get("domain"), params.get("password")))
+                return login_answer() if params["command"] == "login" else one({"count": 1})[0]
+
+            client = answered_by(exchange, domain="/a", **LOGIN)
+            client.listZones()
+            client.set_setting(name, value)
+            client.listZones()
+            logins = [domain if name == "domain" else password for command, domain, password in asked if command == "login"]
+            self.assertEqual([{"domain": "/a", "password": "p"}[name], value], logins)
+
+    def test_the_domain_may_be_spelled_as_the_server_spells_it(self):
+        for given, sent in (("ROOT", "/"), ("ROOT/sub", "/sub"), ("/sub", "/sub"), ("ROOTS", "ROOTS"), (None, "/")):
+            played = self.play([login_answer(), one()[0]], asking("listZones"), **dict(USER, domain=given))
+            self.assertEqual(sent, played.params(0)["domain"])
+
+    def test_a_login_by_hand_in_another_case_logs_in_once(self):
+        self.assertEqual(["Login"], self.play([login_answer()], asking("Login", username="u", password="p"), **USER).commands)
+
 
 class SessionsAtOnceTest(JumpingCase):
     takes = 0.3  # seconds, to log in
@@ -5155,6 +5191,22 @@ class PagesTest(ProtocolCase):
             with self.subTest(total=total, size=size, how=how.__name__, **habits):
                 most = 2 + total // min(size, habits["limit"]) + cs.PAGES_AHEAD
                 self.walk(list_server(total, **habits), how(pagesize=size), rows_of(0, total), most)
+
+    @each("command", "deployVirtualMachine", "resetThings", "getUploadParamsForVolume")
+    def test_a_changing_command_is_sent_once_whatever_its_answer_looks_like(self, command):
+        played = self.play([answer({"r": {"count": 3, "thing": [{"id": 1}]}})], asking(command, fetch_list=True))
+        self.assertEqual(([command], {"count": 3, "thing": [{"id": 1}]}), (played.commands, played.value))
+        played = self.play([], lambda client: client.iter_list(command))
+        self.assertEqual((ValueError, []), (type(played.error), played.commands))
+
+    def test_reading_commands_of_other_names_are_lists_too(self):
+        played = self.play(list_server(1200), asking("quotaSummary", fetch_list=True))
+        self.assertEqual(rows_of(0, 1200), played.value)
+
+    @each_way
+    def test_a_page_that_was_asked_for_begins_where_it_should_under_a_lower_limit_too(self, how):
+        played = self.play(list_server(1000, limit=300), how(page=2, pagesize=500))
+        self.assertEqual(rows_of(500, 1000), played.value)
 
 
 class PagesAheadTest(JumpingCase):
@@ -5573,6 +5625,14 @@ class JobsTest(ProtocolCase):
         self.assertEqual(3, played.requests[-1].total)
         self.assertLessEqual(played.requests[1].total, 8)
 
+    def test_trouble_that_lasts_for_hours_is_ridden_out(self):
+        """Long enough for the growing distances to overflow, were they without a bound."""
+        for settings in ({"poll_interval": 2}, {"poll_interval": 0}):
+            script = [SUBMITTED] + [afresh(lost())] * 1100 + [DONE]
+            played = self.play(script, started(), job_timeout=10**6, **settings)
+            self.assertEqual((None, {"virtualmachine": {"id": "vm"}}), (played.error, played.value))
+            self.assertLess(0.09, min(played.pauses))
+
 
 class JobsAtOnceTest(JumpingCase):
     """Many waiters of one client share what listAsyncJobs tells."""
@@ -5826,6 +5886,12 @@ class JobsAtOnceTest(JumpingCase):
                 client._server.jobs.asked_at = float("-inf")  # each of these loops has a clock of its own
                 self.assertEqual(6, len([outcome for outcome in self.start(6, client) if isinstance(outcome, dict)]))
 
+    def test_a_list_of_others_jobs_is_never_thought_useful_for_fewer_than_four(self):
+        jobs = cs._JobList()
+        for _ in jobs._read_rows(answered_by(list_server(10**4, key="asyncjobs")), cs._Call("listAsyncJobs", {})):
+            self.fail("asked")
+        self.assertEqual(jobs.FEWEST, jobs.needed)
+
 
 # === [5.7] protocol: recovery =======================================================================================
 
@@ -6020,7 +6086,7 @@ class ClientObjectTest(ProtocolCase):
             with self.subTest(copier=index):
                 twin = copier(original)
                 self.assertIs(type(twin), kind)
-                for setting in cs.SETTINGS:
+                for setting in cs._SETTING.values():
                     self.assertEqual(original.get_setting(setting.name), twin.get_setting(setting.name), setting.name)
                 self.assertEqual([1], twin.own)
                 self.assertIsNot(transport_of(twin), transport_of(original))
@@ -7214,6 +7280,13 @@ class BodyTest(TransportCase):
             self.assertEqual(("<h1>M\u00fcll</h1>", page), (response.text, response.content))
             self.assertRaises(ValueError, response.json)
 
+    def test_what_follows_gzip_is_not_looked_at_again_and_again(self):
+        gunzip = cs._Gunzip()
+        self.assertEqual(ZONES, gunzip.unpack(PACKED + b"garbage", 10**6))
+        for part in (b"\x1f more", b"x", b"\x1f\x8b"):
+            self.assertEqual(b"", gunzip.unpack(part, 10**6))
+        self.assertEqual((True, b"garbage"), (gunzip.is_whole(), gunzip._member.unused_data))
+
 
 def full_listener(case):
     """A socket whose queue of connections is full: further ones are dropped, which keeps who connects waiting."""
@@ -7414,6 +7487,18 @@ class ConnectTest(TransportCase):
             endpoint = simulator.endpoint.replace("http://", "HTTP://")
             with cs.CloudStack(endpoint, simulator.key, simulator.secret) as client:
                 self.assertEqual(2, client.listZones()["count"])
+
+    def test_a_family_that_the_system_lacks_is_passed_over(self):
+        class Lacking(socket.socket):
+            def __init__(self, family=socket.AF_INET, *args, **options):
+                if family == socket.AF_INET6:
+                    raise OSError(97, "Address family not supported by protocol")
+                super().__init__(family, *args, **options)
+
+        server = self.serve(SERVE)
+        found = [(socket.AF_INET6, 1, 6, "", ("::1", server.port, 0, 0)), (socket.AF_INET, 1, 6, "", ("127.0.0.1", server.port))]
+        with mock.patch("socket.getaddrinfo", lambda *args: found), mock.patch("socket.socket", Lacking):
+            self.assertEqual(RESULT, self.client(server).listZones())
 
 
 @needs_openssl
@@ -7973,6 +8058,10 @@ class ProxyTest(TransportCase):
             client.endpoint = f"http://{host}/client/api"
             self.assertEqual(RESULT, client.listZones())
             self.assertEqual(["identity"], proxy.requests[-1].all("Accept-Encoding"), host)
+
+    def test_a_password_that_is_not_utf_8_is_sent_as_it_is(self):
+        proxy = cs._parse_proxy("http://user:p%E4ss\udcff@proxy:1")
+        self.assertEqual(b"user:p\xef\xbf\xbdss\xff", base64.b64decode(proxy.headers[0].split()[-1]))
 
 
 class HeaderTest(TransportCase):
@@ -9147,6 +9236,25 @@ class RedactionTest(TransportCase):
             error = caught.exception
             self.assert_tells_nothing(str(error), repr(error))
             self.assertTrue(error.__context__ is None or error.__suppress_context__)
+
+    @each("text", '"url": "https://c/?token=SECRET&x=1"', 'Location: https://c/x?apiKey=SECRET', "go to /x%3Fsignature%3DSECRET%26a",
+          '{"name": "saml2.password", "value": "SECRET"}', '{"value": "SECRET", "type": "s", "name": "saml2.password"}',
+          '"password":SECRET,', '{"text": "{\\"password\\":\\"SECRET\\"}"}', "<password>SECRET</password>")
+    def test_secrets_of_every_shape_are_masked(self, text):
+        masked = cs._mask_text(text, [])
+        self.assertNotIn("SECRET", masked)
+        self.assertIn(cs.MASK, masked)
+
+    @each("text", '"name": "web", "value": "kept"', '{"id": "kept"} {"name": "x.password"}', "?token&kept=1")
+    def test_what_is_no_secret_is_shown(self, text):
+        self.assertIn("kept", cs._mask_text(text, []))
+
+    @each("endpoint", "https://user:hunter/two@host/api", "https://user:pa#ss@host/api", "http://u:a?b@host/", "user:pw@host/x")
+    def test_a_password_with_a_slash_is_not_shown(self, endpoint):
+        self.assertRegex(cs._mask_address(endpoint), r"\A(https?://)?host/")
+        client = cs.CloudStack(endpoint, "k", "s")
+        for text in (repr(client), str(self.assertRaises(ValueError, client.listZones) or "")):
+            self.assertNotRegex(text, "hunter|two@|pa#|a[?]b|pw")
 
 
 # === [5.3] nothing is lost, whatever the server does ================================================================
@@ -13715,22 +13823,20 @@ class HelpAndReadmeTest(CloudCase):
         for row, setting in zip(rows, cs.SETTINGS):
             with self.subTest(setting.name):
                 default = "" if setting.default is None else str(setting.default)
-                self.assertEqual([setting.name, default, setting.where, setting.meaning], row)
+                self.assertEqual([setting.name, default, setting.given_in, setting.meaning], row)
 
     def test_settings_are_what_the_constructor_takes(self):
         parameters = dict(inspect.signature(cs.CloudStack).parameters)
-        for name in ("theme", "output"):
-            del parameters[name]
         self.assertEqual(sorted(setting.name for setting in cs.SETTINGS), sorted(parameters))
         for setting in cs.SETTINGS[1:]:
             self.assertEqual(setting.default, parameters[setting.name].default, setting.name)
 
     def test_readme_names_every_variable_of_the_environment(self):
         text = readme()
-        for name in ("CONFIG", "REGION", "OVERRIDES", "OUTPUT", "THEME"):
+        for name in ("CONFIG", "REGION", "OVERRIDES"):
             self.assertIn("CLOUDSTACK_" + name, text)
         for name in set(re.findall(r"CLOUDSTACK_([A-Z_]+)", text)):
-            known = {setting.name.upper() for setting in cs.SETTINGS if setting.where == "both"}
+            known = {setting.name.upper() for setting in cs.SETTINGS if setting.given_in == "both"}
             known |= {"NAME", "CONFIG", "REGION", "OVERRIDES", "OUTPUT", "THEME", "HEADER_X_TENANT", "HEADER_"}
             self.assertIn(name, known)
 
