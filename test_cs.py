@@ -9419,10 +9419,21 @@ def environ(**settings):
     os.environ.update({"CLOUDSTACK_" + name.upper(): str(value) for name, value in settings.items()})
 
 
+GOOD_INI = f"[cloudstack]\nendpoint = http://e/\nkey = {KEY}\nsecret = {SECRET}\n"
+
+
 class ConfigCase(Case):
     def assertReads(self, *args, **settings):
         """read_config gives these settings, and of all others the defaults."""
         self.assertEqual(dict(READ_CONFIG_DEFAULTS, **settings), cs.read_config(*args))
+
+    @contextlib.contextmanager
+    def standing(self, name, text):
+        """A file, for a moment, whose path CLOUDSTACK_CONFIG holds if it is called named.ini; the path."""
+        path = self.write(name, text)
+        with mock.patch.dict(os.environ, {"CLOUDSTACK_CONFIG": path} if name == "named.ini" else {}):
+            yield path
+        os.remove(path)
 
 
 class SourcesTest(ConfigCase):
@@ -9448,12 +9459,8 @@ class SourcesTest(ConfigCase):
 
     @each("name", "named.ini", "work/cloudstack.ini", ".cloudstack.ini")
     def test_each_file_alone_is_enough(self, name):
-        path = self.write(name, "[cloudstack]\nendpoint = http://e/\n")
-        if name == "named.ini":
-            environ(config=path)
-        self.assertReads(name="cloudstack", endpoint="http://e/")
-        os.environ.pop("CLOUDSTACK_CONFIG", None)
-        os.remove(path)
+        with self.standing(name, "[cloudstack]\nendpoint = http://e/\n"):
+            self.assertReads(name="cloudstack", endpoint="http://e/")
 
     def test_a_tilde_in_CLOUDSTACK_CONFIG_is_the_home_directory(self):
         self.write("named.ini", "[cloudstack]\nendpoint = http://e/\n")
@@ -9558,12 +9565,12 @@ class SourcesTest(ConfigCase):
         self.ini("[50% off]\nendpoint = http://e/\ntheme = a\n  [5%] b%\n")
         self.assertEqual("a\n[5%] b%", cs.read_config("50% off")["theme"])
 
-    def test_a_reference_that_leads_nowhere_is_an_error_that_names_file_section_and_key(self):
+    @each("read", cs.read_config, cs.read_config_from_ini)
+    def test_a_reference_that_leads_nowhere_is_an_error_that_names_file_section_and_key(self, read):
         path = self.ini("[eu]\nendpoint = http://e/\nsecret = {0}%(nope)s{0}\n".format(SECRET))
-        for read in (cs.read_config, cs.read_config_from_ini):
-            error = self.raised(ValueError, read, "eu")
-            self.assertHolds(str(error), path, "eu", "secret")
-            self.assertNotIn("CANARY", "".join(traceback.format_exception(None, error, None)))
+        error = self.raised(ValueError, read, "eu")
+        self.assertHolds(str(error), path, "eu", "secret")
+        self.assertNotIn("CANARY", "".join(traceback.format_exception(None, error, None)))
 
     def test_values_stay_strings(self):
         self.ini("[cloudstack]\nendpoint = http://e/\ntimeout = 5\nretry = 1\nexpiration = -1\nverify = no\n")
@@ -9571,17 +9578,17 @@ class SourcesTest(ConfigCase):
         values = {"timeout": "5", "retry": "1", "expiration": "-1", "verify": "no", "poll_interval": "3"}
         self.assertReads(endpoint="http://e/", name="cloudstack", **values)
 
-    def test_the_two_booleans_are_parsed_wherever_they_come_from(self):
+    @each("name", "trace", "dangerous_no_tls_verify")
+    def test_the_two_booleans_are_parsed_wherever_they_come_from(self, name):
         words = {True: "y YES t True on 1".split(), False: "n No f FALSE off 0".split()}
-        for name in ("trace", "dangerous_no_tls_verify"):
-            for value, word in [(value, word) for value, spelled in words.items() for word in spelled]:
-                with self.subTest(name, word=word):
-                    self.ini(f"[cloudstack]\nendpoint = http://e/\n{name} = {word}\n")
+        for value, word in [(value, word) for value, spelled in words.items() for word in spelled]:
+            with self.subTest(name, word=word):
+                self.ini(f"[cloudstack]\nendpoint = http://e/\n{name} = {word}\n")
+                self.assertIs(cs.read_config()[name], value)
+                self.assertIs(cs.read_config_from_ini()[name], value)
+                with mock.patch.dict(os.environ, {"CLOUDSTACK_ENDPOINT": "http://e/"}):
+                    os.environ["CLOUDSTACK_" + name.upper()] = word
                     self.assertIs(cs.read_config()[name], value)
-                    self.assertIs(cs.read_config_from_ini()[name], value)
-                    with mock.patch.dict(os.environ, {"CLOUDSTACK_ENDPOINT": "http://e/"}):
-                        os.environ["CLOUDSTACK_" + name.upper()] = word
-                        self.assertIs(cs.read_config()[name], value)
 
     @each("word", "nope", "False ; comment", "2", "tru")
     @each("name", "dangerous_no_tls_verify", "trace")
@@ -9659,7 +9666,8 @@ class ReadConfigTest(ConfigCase):
     def test_the_defaults_and_no_other_key(self):
         environ(endpoint="http://e/")
         settings = cs.read_config()
-        self.assertEqual((dict(READ_CONFIG_DEFAULTS, endpoint="http://e/"), float), (settings, type(settings["poll_interval"])))
+        self.assertEqual((dict(READ_CONFIG_DEFAULTS, endpoint="http://e/"), float),
+                         (settings, type(settings["poll_interval"])))  # fmt: skip
         self.assertIs(settings["dangerous_no_tls_verify"], False)
 
     def test_each_call_returns_a_dict_of_its_own(self):
@@ -9692,14 +9700,14 @@ class ReadConfigTest(ConfigCase):
         self.assertIn("mars", str(error))
         self.assertIn(path, str(error))
 
-    def test_an_unknown_explicit_region_is_NoSectionError(self):
+    @each("region", "mars", "DEFAULT", "Cloudstack")
+    def test_an_unknown_explicit_region_is_NoSectionError(self, region):
         self.ini("[DEFAULT]\ntimeout = 1\n[cloudstack]\nendpoint = http://e/\n")
-        for region in ("mars", "DEFAULT", "Cloudstack"):
-            for more in ({}, {"endpoint": "http://env/", "key": "k", "secret": "s"}):
-                with self.subTest(region, more=more):
-                    environ(**more)
-                    error = self.raised(configparser.NoSectionError, cs.read_config, region)
-                    self.assertEqual(region, error.section)
+        for more in ({}, {"endpoint": "http://env/", "key": "k", "secret": "s"}):
+            with self.subTest(region, more=more):
+                environ(**more)
+                error = self.raised(configparser.NoSectionError, cs.read_config, region)
+                self.assertEqual(region, error.section)
 
     def test_an_unknown_explicit_region_with_the_endpoint_in_the_environment_and_no_file(self):
         environ(endpoint="http://env/", key="k", secret="s")
@@ -9767,24 +9775,17 @@ class BadFilesTest(ConfigCase):
             self.assertNotIn("CANARY", "".join(traceback.format_exception(type(error), error, None)))
         return text
 
-    def test_files_that_are_no_ini_files(self):
-        good = f"[cloudstack]\nendpoint = http://e/\nkey = {KEY}\nsecret = {SECRET}\n"
-        for name, text, part in (("no section header", "secret = " + SECRET, "line 1"),
-                                 ("a section header late", "\n\n" + good.partition("\n")[2], "line 3"),
-                                 ("a line without =", good + SECRET + "\n", "line 5"),
-                                 ("a section without its end", f"[cloudstack\nsecret = {SECRET}\n", "line 1"),
-                                 ("a key twice", good + "Secret = " + SECRET, "secret"),
-                                 ("a section twice", good + good, "cloudstack"),
-                                 ("JSON", '{"secret": "%s"}' % SECRET, "line 1"),
-                                 ("a line that is only =", good + f"= {SECRET}\n", "line 5")):  # fmt: skip
-            for where in (".cloudstack.ini", "work/cloudstack.ini", "named.ini"):
-                with self.subTest(name, where=where):
-                    path = self.write(where, text)
-                    if where == "named.ini":
-                        environ(config=path)
-                    self.refused(path, part)
-                    os.environ.pop("CLOUDSTACK_CONFIG", None)
-                    os.remove(path)
+    @each("case, text, part", ("no section header", "secret = " + SECRET, "line 1"),
+          ("a section header late", "\n\n" + GOOD_INI.partition("\n")[2], "line 3"),
+          ("a line without =", GOOD_INI + SECRET + "\n", "line 5"),
+          ("a section without its end", f"[cloudstack\nsecret = {SECRET}\n", "line 1"),
+          ("a key twice", GOOD_INI + "Secret = " + SECRET, "secret"),
+          ("a section twice", GOOD_INI + GOOD_INI, "cloudstack"), ("JSON", '{"secret": "%s"}' % SECRET, "line 1"),
+          ("a line that is only =", GOOD_INI + f"= {SECRET}\n", "line 5"))  # fmt: skip
+    @each("name", ".cloudstack.ini", "work/cloudstack.ini", "named.ini")
+    def test_files_that_are_no_ini_files(self, case, text, part, name):
+        with self.standing(name, text) as path:
+            self.refused(path, part)
 
     @each("content", b"[cloudstack]\nsecret = CANARY\xff\n", "[cloudstack]\nendpoint = http://e/".encode("utf-16"))
     def test_a_file_that_is_not_UTF_8(self, content):
@@ -9883,12 +9884,8 @@ class FilesTogetherTest(ConfigCase, ServerCase):
           "cert = /c", "cert_key = /k", "dangerous_no_tls_verify = true", "header_x-tenant = t")  # fmt: skip
     @each("name", "work/cloudstack.ini", "named.ini")
     def test_each_of_them_is_refused_from_a_second_file(self, line, name):
-        path = self.write(name, f"[cloudstack]\n{line}\n")
-        if name == "named.ini":
-            environ(config=path)
-        self.assertRefused(self.own, path)
-        os.environ.pop("CLOUDSTACK_CONFIG", None)
-        os.remove(path)
+        with self.standing(name, f"[cloudstack]\n{line}\n") as path:
+            self.assertRefused(self.own, path)
 
     def test_a_whole_set_from_a_second_file_does_not_combine_with_leftovers_of_the_first(self):
         self.ini("[cloudstack]\nendpoint = http://a/\nkey = k\nsecret = s\ncert = /c\n")
@@ -9966,6 +9963,7 @@ def forever(record):
     return {}
 
 
+INTERRUPTED = "Interrupted. Job {0} may still be running; to go on waiting for it: cs --wait {0}\n"
 ZONES_ANSWER = {"listzonesresponse": {"count": 1, "zone": [{"name": "z\u00fcrich", "id": "1"}]}}
 ZONES_TEXT = '{\n  "count": 1,\n  "zone": [\n    {\n      "id": "1",\n      "name": "z\u00fcrich"\n    }\n  ]\n}\n'
 
@@ -10282,8 +10280,7 @@ class OutputTest(CommandLineCase):
         self.replies(listZones=(431, refusal(431, "a\x1b[2Jb\x9bc\u202ed\x07")))
         self.assertIn("a\\x1b[2Jb\\x9bc\\u202ed\\x07", self.says(1, "listZones"))
         self.replies(listZones=(503, "<html>\x1b]0;title\x07</html>"))
-        code, out, err = self.main("listZones")
-        self.assertIn("<html>\\x1b]0;title\\x07</html>", err)
+        self.assertIn("<html>\\x1b]0;title\\x07</html>", self.says(1, "listZones"))
 
     @each("status", 200, 403, 502)
     def test_an_answer_that_is_no_json_is_shown_on_standard_error(self, status):
@@ -10465,9 +10462,7 @@ class CommandLineJobsTest(CommandLineCase):
     def test_an_interrupt_while_waiting_tells_how_to_go_on(self):
         self.replies(queryAsyncJobResult=job_pending)
         with mock.patch.object(cs, "_sleep", side_effect=KeyboardInterrupt):
-            code, out, err = self.main("deployVirtualMachine")
-        self.assertEqual((130, ""), (code, out))
-        self.assertHolds(err, "job-1", "cs --wait job-1")
+            self.assertHolds(self.fails(130, "deployVirtualMachine"), "job-1", "cs --wait job-1")
 
     def test_an_interrupt_before_there_is_a_job(self):
         interrupted = mock.patch.object(cs.CloudStack, "_exchange", side_effect=KeyboardInterrupt)
@@ -10484,10 +10479,8 @@ class CommandLineJobsTest(CommandLineCase):
             raise KeyboardInterrupt
 
         with mock.patch.object(cs.CloudStack, "_exchange", exchange):
-            code, out, err = self.main("deployVirtualMachine")
-        self.assertEqual((130, ""), (code, out))
-        told = "Interrupted. Job {0} may still be running; to go on waiting for it: cs --wait {0}\n"
-        self.assertEqual(told.format(*sent), err)
+            err = self.fails(130, "deployVirtualMachine")
+        self.assertEqual(INTERRUPTED.format(*sent), err)
 
 
 class TraceTest(CommandLineCase):
@@ -10553,8 +10546,7 @@ class TraceTest(CommandLineCase):
 
     def test_the_setting_does_what_the_option_does(self):
         environ(trace="true")
-        code, out, err = self.main("listZones")
-        self.assertIn("GET " + self.server.endpoint, err)
+        self.assertIn("GET " + self.server.endpoint, self.says(0, "listZones"))
 
     def test_nothing_secret_is_shown(self):
         """Neither in what is sent, nor in an answer that repeats it, under any name."""
@@ -10647,8 +10639,7 @@ class DryRunTest(CommandLineCase):
         self.assertNotIn("Traceback", err)
 
     def test_control_characters_are_shown_escaped(self):
-        code, out, err = self.main("--dry-run", "listZones", "name=a\u202eb\x9bc")
-        self.assertIn("name=a\\u202eb\\x9bc", out)
+        self.assertIn("name=a\\u202eb\\x9bc", self.good("--dry-run", "listZones", "name=a\u202eb\x9bc"))
 
     def test_bad_input_is_refused_as_it_would_be(self):
         self.assertUsage("--dry-run", "listZones", "name=\x01", says=["name"])
@@ -10728,13 +10719,10 @@ class BadInputTest(CommandLineCase):
     def bad_settings(self):
         """Each case with an environment of its own: (settings, what the line says)."""
         for settings, says in BAD_SETTINGS:
-            settings = {name: value and value.replace("{", "{0[").replace("}", "]}") for name,
-                        value in settings.items()}  # fmt: skip
-            settings = {name: value and value.format(self.files) for name, value in settings.items()}
+            settings = {name: value and value.format(**self.files) for name, value in settings.items()}
             with self.subTest(settings), mock.patch.dict(os.environ):
-                for name, value in settings.items():
-                    os.environ.pop("CLOUDSTACK_" + name.upper(), None)
-                    environ(**{name: value} if value is not None else {})
+                self.unset(*settings)
+                environ(**{name: value for name, value in settings.items() if value is not None})
                 yield settings, says
             self.assertEqual([], self.server.requests)
 
@@ -10788,17 +10776,16 @@ class BadInputTest(CommandLineCase):
         with self.assertRaisesRegex(ValueError, "^" + name + ": "):
             client.set_setting(name, value)
 
-    def test_parameters_that_cannot_be_sent(self):
+    @each("value, says", (object(), "object"), ({"a": {"b": 1}}, "dict"), ([[1]], "list"),
+          ([{"a": object()}], "object"), (b"\xff" + PASSWORD.encode(), "UTF-8"), (PASSWORD + "\x00", "U+0000"),
+          (PASSWORD + "\ud800", "U+D800"), (len, type(len).__name__))  # fmt: skip
+    def test_parameters_that_cannot_be_sent(self, value, says):
         client = cs.CloudStack(self.server.endpoint, KEY, SECRET)
         self.addCleanup(client.close)
-        for value, says in ((object(), "object"), ({"a": {"b": 1}}, "dict"), ([[1]], "list"),
-                            ([{"a": object()}], "object"), (b"\xff" + PASSWORD.encode(), "UTF-8"),
-                            (PASSWORD + "\x00", "U+0000"), (PASSWORD + "\ud800", "U+D800"), (len, type(len).__name__)):
-            with self.subTest(ascii(value)):
-                error = self.raised(ValueError, client.listZones, userdata=value)
-                self.assertIn("userdata", str(error))
-                self.assertIn(says, str(error))
-                self.assertNoCanary(error)
+        error = self.raised(ValueError, client.listZones, userdata=value)
+        self.assertIn("userdata", str(error))
+        self.assertIn(says, str(error))
+        self.assertNoCanary(error)
         with self.assertRaisesRegex(ValueError, "'x'"):
             client.listZones(headers={"x": "a\r\nb"})
         self.assertEqual([], self.server.requests)
@@ -10863,6 +10850,14 @@ class CommandLineProcessTest(CommandLineCase):
             with open(f"/proc/{child.pid}/stat") as file:
                 states += file.read().rpartition(") ")[2][0]
             time.sleep(0.01)
+
+    def interrupt(self, child):
+        """Press Ctrl-C for a child that waits; what it says."""
+        self.until_blocked(child)
+        child.send_signal(signal.SIGINT)
+        code, out, err = self.finish(child)
+        self.assertEqual((130, ""), (code, out), err)
+        return err
 
     def held(self, reply):
         """A reply that is given once release is set, and sets asked before."""
@@ -10949,9 +10944,6 @@ class CommandLineProcessTest(CommandLineCase):
     @each("args", ["deployVirtualMachine"], ["--wait", "job-1"])
     def test_an_interrupt_while_waiting_for_a_job(self, holding, args):
         """While a look at it is under way, and between two looks. With 5.2.0 it never shows the job's id."""
-        self.interrupt_a_wait(args, holding)
-
-    def interrupt_a_wait(self, args, holding):
         wait, asked, release = self.held(job_pending())
         looks = []
 
@@ -10962,11 +10954,7 @@ class CommandLineProcessTest(CommandLineCase):
         self.replies(deployVirtualMachine={"r": {"jobid": "job-1"}}, queryAsyncJobResult=pending)
         child = self.start(*args, env=dict(os.environ, CLOUDSTACK_POLL_INTERVAL="0.05"))
         until(asked.is_set if holding else lambda: looks, "a look")
-        self.until_blocked(child)
-        child.send_signal(signal.SIGINT)
-        code, out, err = self.finish(child)
-        release.set()
-        self.assertEqual((130, ""), (code, out), err)
+        err = self.interrupt(child)
         self.assertIn("cs --wait job-1", err)
         self.assertNotIn("Traceback", err)
 
@@ -10976,11 +10964,7 @@ class CommandLineProcessTest(CommandLineCase):
         self.replies(listZones=wait)
         child = self.start("listZones")
         self.assertTrue(asked.wait(CHILD_LIMIT))
-        self.until_blocked(child)
-        child.send_signal(signal.SIGINT)
-        code, out, err = self.finish(child)
-        self.assertEqual((130, ""), (code, out), err)
-        self.assertLacks(err, "Traceback", "--wait")
+        self.assertLacks(self.interrupt(child), "Traceback", "--wait")
 
     @posix_only
     def test_an_interrupt_before_the_answer_shows_the_id_of_the_job(self):
@@ -10990,9 +10974,8 @@ class CommandLineProcessTest(CommandLineCase):
         self.assertTrue(asked.wait(10))
         child.send_signal(signal.SIGINT)
         code, out, err = self.finish(child)
-        told = "Interrupted. Job {0} may still be running; to go on waiting for it: cs --wait {0}\n"
-        ident = self.server.requests[0].params["customjobid"]
-        self.assertEqual((130, "", told.format(ident)), (code, out, err))
+        told = INTERRUPTED.format(self.server.requests[0].params["customjobid"])
+        self.assertEqual((130, "", told), (code, out, err))
 
     @unittest.skipUnless(os.path.exists("/proc/self/cmdline"), "needs /proc")
     def test_the_process_list_shows_no_secret(self):
@@ -11010,13 +10993,16 @@ class CommandLineProcessTest(CommandLineCase):
         self.assertEqual(PASSWORD, self.server.requests[0].params["password"])
 
 
-FAKE_PYGMENTS = {"__init__.py": "def highlight(text, lexer, formatter):\n"
-                 "    return '\\x1b[36m<' + lexer.name + ' in ' + formatter.style + '>\\n' + text + '\\x1b[39m\\n'\n",
-                 "formatters.py": "from .util import ClassNotFound\n" "class Terminal256Formatter:\n"
-                 "    def __init__(self, style='default', **options):\n"
-                 "        if style == 'nosuch':\n            raise ClassNotFound(style)\n"
-                 "        self.style = style\n", "lexers.py": "class JsonLexer:\n    name = 'JSON'\n",
-                 "util.py": "class ClassNotFound(ValueError):\n    pass\n"}  # fmt: skip
+FAKE_PYGMENTS = {
+    "__init__.py": "def highlight(text, lexer, formatter):\n"
+                   "    return '\\x1b[36m<' + lexer.name + ' in ' + formatter.style + '>\\n' + text + '\\x1b[39m\\n'\n",
+    "formatters.py": "from .util import ClassNotFound\n"
+                     "class Terminal256Formatter:\n"
+                     "    def __init__(self, style='default', **options):\n"
+                     "        if style == 'nosuch':\n            raise ClassNotFound(style)\n"
+                     "        self.style = style\n",
+    "lexers.py": "class JsonLexer:\n    name = 'JSON'\n",
+    "util.py": "class ClassNotFound(ValueError):\n    pass\n"}  # fmt: skip
 
 
 @unittest.skipIf(pty is None, "needs pseudo-terminals")
@@ -11041,11 +11027,7 @@ class TerminalTest(CommandLineCase):
         env = dict(os.environ, TERM="xterm", **env)
         child = Child([sys.executable, CS_PATH] + list(args), stdout=ends[0][1], stderr=ends[1][1], env=env)
         texts = [b"", b""]
-        readers = [threading.Thread(target=self.drain, args=(texts, n, ends[n])) for n in (0, 1)]
-        for reader in readers:
-            reader.start()
-        for reader in readers:
-            reader.join()
+        in_threads(2, lambda number: self.drain(texts, number, ends[number]))
         return [child.finish()[0]] + [text.decode("utf-8").replace("\r\n", "\n") for text in texts]
 
     @staticmethod
@@ -11103,9 +11085,8 @@ class TerminalTest(CommandLineCase):
 
     def test_what_the_server_sends_cannot_steer_the_terminal(self):
         folder = self.pygments(False)
-        as_json, as_text = ({"r": {"name": self.EVIL}},
-                            "a\\x1b[2J\\x1b[8mb\\x9b31mc\\u202ed\\x07e\\x1b]0;title\\x07\\x7f")  # fmt: skip
-        for name, reply, args, where, shown in (("JSON", as_json, [], 1, None),
+        as_text = "a\\x1b[2J\\x1b[8mb\\x9b31mc\\u202ed\\x07e\\x1b]0;title\\x07\\x7f"
+        for name, reply, args, where, shown in (("JSON", {"r": {"name": self.EVIL}}, [], 1, None),
                                                 ("text", (200, self.EVIL), ["json=false"], 1, as_text + "\n"),
                                                 ("an error", (431, refusal(431, self.EVIL)), [], 2, as_text)):
             with self.subTest(name):
@@ -11189,9 +11170,6 @@ class CommandLineSandboxTest(Case):
     @posix_only
     @each("number, code", (signal.SIGINT, 0), (signal.SIGTERM, 128 + signal.SIGTERM))
     def test_without_a_command_it_runs_until_interrupted(self, number, code):
-        self.check_stay(number, code)
-
-    def check_stay(self, number, code):
         child = self.sandbox(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         lines = [child.stdout.readline().decode("ascii") for _ in range(4)]
         settings = dict(re.match(r"export ([A-Z_]+)=(\S+)\n\Z", line).groups() for line in lines)
@@ -11437,6 +11415,11 @@ class CloudCase(Case):
         """Have the next exchanges of a command answered by these, whatever was asked."""
         key = command_name.lower() + "response"
         self.cloud.script(command_name, *[Answer(more.get("status", 200), {key: body}) for body in documents])
+
+    def printed(self, document, command_name, *args):
+        """What a command prints of this answer, and of nothing else."""
+        self.reply(command_name, document)
+        return self.good(command_name, *args)
 
     def say_error(self, command_name, code, text="no", **fields):
         document = dict({"uuidList": [], "errorcode": code, "cserrorcode": 4350, "errortext": text}, **fields)
@@ -11741,8 +11724,7 @@ class CatalogFileTest(CloudCase):
             self.assertTrue(self.good(name, "--help").startswith(name + "\n"))
         self.assertIn("listOdder", self.good("--list", "odder"))
         self.assertIn("listOddest", self.good("--complete=cs listO"))
-        self.reply("listOdd", {"ok": True})
-        self.assertIn("ok", self.good("listOdd"))
+        self.assertIn("ok", self.printed({"ok": True}, "listOdd"))
 
 
 class CatalogChecksTest(CloudCase):
@@ -11795,8 +11777,7 @@ class CatalogChecksTest(CloudCase):
                           ("updateVirtualMachine", False)], seen)  # fmt: skip
 
     def test_force_sends_it_all_the_same(self):
-        self.reply("listZones", {"ok": True})
-        self.good("listZones", "nam=x", "--force")
+        self.printed({"ok": True}, "listZones", "nam=x", "--force")
         self.assertEqual({"nam": "x"}, self.sent())
         self.reply("inventThings", {"ok": True})
         self.good("--force", "inventThings", "a=b")
@@ -11804,15 +11785,15 @@ class CatalogChecksTest(CloudCase):
         code, out, err = self.main("startVirtualMachine", "--force")
         self.assertEqual((1, "startVirtualMachine"), (code, self.asked[-1]))
 
-    def test_an_old_list_only_warns(self):
-        for seconds, old in ((29 * 86400, False), (31 * 86400, True), (-86400, True)):
-            with self.subTest(seconds), later(seconds):
-                self.reply("listZones", {"ok": True})
-                code, out, err = self.main("listZones", "nam=x")
-                self.assertEqual(0 if old else 2, code)
-                self.assertHolds(err, "listZones has no parameter 'nam'", "--sync")
-                self.assertEqual(old, err.startswith("Warning: "))
-                self.cloud._scripts.clear()
+    @each("seconds, old", (29 * 86400, False), (31 * 86400, True), (-86400, True))
+    def test_an_old_list_only_warns(self, seconds, old):
+        with self.subTest(seconds), later(seconds):
+            self.reply("listZones", {"ok": True})
+            code, out, err = self.main("listZones", "nam=x")
+            self.assertEqual(0 if old else 2, code)
+            self.assertHolds(err, "listZones has no parameter 'nam'", "--sync")
+            self.assertEqual(old, err.startswith("Warning: "))
+            self.cloud._scripts.clear()
         with later(31 * 86400):
             self.reply("listZones", {"ok": True})
             self.assertEqual("", self.main("listZones", "nam=x", "-q")[2])
@@ -11832,8 +11813,7 @@ class CatalogChecksTest(CloudCase):
     def test_a_required_parameter_without_a_value_is_missing(self):
         self.assertIn("stopVirtualMachine needs id", self.usage("stopVirtualMachine", "id="))
         self.assertIn("stopVirtualMachine needs id", self.usage("stopVirtualMachine", 'ID=""'))
-        self.reply("listZones", {"ok": True})
-        self.good("listZones", "name=")
+        self.printed({"ok": True}, "listZones", "name=")
         self.assertEqual({"name": ""}, self.sent())
 
     def test_what_is_only_missing_is_no_matter_for_sync_or_force(self):
@@ -11845,8 +11825,7 @@ class CatalogChecksTest(CloudCase):
         always = "response customjobid page pagesize expires signature signatureversion apikey sessionkey".split()
         for name in always + "ctxuserid ctxaccountid ctxstarteventid".split():
             with self.subTest(name):
-                self.reply("listZones", {"ok": True})
-                self.good("listZones", name + "=1", "json=false")
+                self.printed({"ok": True}, "listZones", name + "=1", "json=false")
 
     def test_control_arguments_are_known(self):
         self.reply("listZones", {"count": 1, "zone": [{"id": "1"}]})
@@ -11862,13 +11841,11 @@ class CatalogChecksTest(CloudCase):
     def test_a_case_that_fits_two_commands_is_not_guessed(self):
         self.path = self.sync_as(("listThings",), ("listthingS",))
         self.assertIn("no command", self.usage("LISTTHINGS"))
-        self.reply("listthingS", {"ok": True})
-        self.good("listthingS")
+        self.printed({"ok": True}, "listthingS")
 
     def test_without_a_list_everything_is_sent(self):
         os.unlink(self.path)
-        self.reply("inventThings", {"ok": True})
-        self.good("inventThings", "nam=x")
+        self.printed({"ok": True}, "inventThings", "nam=x")
         self.assertEqual({"nam": "x"}, self.sent())
 
     def test_a_dry_run_is_checked_too(self):
@@ -11892,8 +11869,7 @@ class CatalogChecksTest(CloudCase):
                 self.assertEqual(0, self.main(command, word, "-q")[0])
                 self.assertEqual(given, "customjobid" in self.cloud.requests[-1].params)
         os.unlink(self.path)
-        self.reply("createSecurityGroup", {"ok": True})
-        self.good("createSecurityGroup", "name=x")
+        self.printed({"ok": True}, "createSecurityGroup", "name=x")
         self.assertIn("customjobid", self.cloud.requests[-1].params)
 
     @each("word", "list.ones", "list[Z]ones=1", ".*=1", "(=1", "\\=1")
@@ -11929,12 +11905,12 @@ class CommandHelpTest(CloudCase):
                         {"name": "by", "type": "integer", "length": 255, "required": True, "description": "how far"},
                         {"name": "safe", "type": "boolean", "required": True, "description": "slowly"}],
              "response": [{"name": "id"}, {"name": "nic", "response": [{"name": "ip"}]}, {}]}]})  # fmt: skip
-        self.assertEqual("growThing (since 4.2)\n" "  Makes a thing grow.\n"
-                         "  It starts a job, which is waited for unless --async.\n" "\n" "Required:\n"
-                         "  by (integer)  how far\n" "  id (uuid)  the thing\n" "  safe (boolean)  slowly\n" "\n"
-                         "Optional:\n" "  note (string, at most 4096, since 4.9)  why\n" "  zeal (string)  how much\n"
-                         "\n" "Returns: id, nic\n" "\n" "Example: cs growThing by=1 id=ID safe=true\n",
-                         self.good("growthing", "--help", "-q"))  # fmt: skip
+        lines = ["growThing (since 4.2)", "  Makes a thing grow.",
+                 "  It starts a job, which is waited for unless --async.", "", "Required:", "  by (integer)  how far",
+                 "  id (uuid)  the thing", "  safe (boolean)  slowly", "", "Optional:",
+                 "  note (string, at most 4096, since 4.9)  why", "  zeal (string)  how much", "", "Returns: id, nic", "",
+                 "Example: cs growThing by=1 id=ID safe=true", ""]  # fmt: skip
+        self.assertEqual("\n".join(lines), self.good("growthing", "--help", "-q"))
 
     def test_the_example_of_every_command_is_one_that_passes_the_checks(self):
         self.sync()
@@ -12090,14 +12066,12 @@ class CompletionTest(CompletionCase):
     def test_a_value_that_is_not_known_is_not_completed_as_a_command(self, option):
         self.assertEqual([], self.words(f"cs {option} l"))
 
-    def test_regions(self):
+    @each("line, expected", ("cs -r ", ["cloudstack", "lab", "lagoon", "local"]),
+          ("cs listZones --region lag", ["lagoon"]), ("cs --region=la", ["--region=lab", "--region=lagoon"]))
+    def test_regions(self, line, expected):
         self.ini("[cloudstack]\nendpoint = x\n[lab]\n[lagoon]\n[my place]\n[$(touch x)]\n")
         self.write("work/cloudstack.ini", "[local]\n")
-        for line, expected in (("cs -r ", ["cloudstack", "lab", "lagoon", "local"]),
-                               ("cs listZones --region lag", ["lagoon"]),
-                               ("cs --region=la", ["--region=lab", "--region=lagoon"])):  # fmt: skip
-            with self.subTest(line):
-                self.assertEqual(expected, self.words(line))
+        self.assertEqual(expected, self.words(line))
         path = self.write("other.ini", "[elsewhere]\n")
         os.environ["CLOUDSTACK_CONFIG"] = path
         self.assertEqual(["elsewhere"], self.words("cs -r else"))
@@ -12668,13 +12642,11 @@ class FormatsTest(CloudCase):
     @each("document", {"success": True}, {"success": "true", "displaytext": ""})
     @each("shape", "table", "csv", "text")
     def test_an_answer_that_only_says_success(self, document, shape):
-        self.reply("deleteThing", document)
-        self.assertIn("true", self.good("deleteThing", "-o", shape))
+        self.assertIn("true", self.printed(document, "deleteThing", "-o", shape))
 
     @each("shape", *cs.FORMATS)
     def test_a_job_that_is_not_waited_for_shows_its_id_in_every_format(self, shape):
-        self.reply("startThing", {"jobid": "job-77"})
-        self.assertIn("job-77", self.good("startThing", "--async", "-o", shape))
+        self.assertIn("job-77", self.printed({"jobid": "job-77"}, "startThing", "--async", "-o", shape))
 
     @each("shape, expected", ("table", "value\na\n7\n"), ("csv", "value\r\na\r\n7\r\n"), ("text", "a\n7\n"),
           ("jsonl", '"a"\n7\n'))  # fmt: skip
@@ -12764,8 +12736,7 @@ class FormatsTest(CloudCase):
                 out = self.good("listVirtualMachines", "-o", shape, "-c", "name", *args)
                 self.assertEqual(32 + (shape in ("table", "csv")), out.count("\n"), (args, shape))
             self.assertEqual(32, len(json.loads(self.good("listVirtualMachines", *args))))
-        self.reply("getThing", {"thing": {"id": "1"}})
-        self.assertEqual({"thing": {"id": "1"}}, json.loads(self.good("getThing", "--all")))
+        self.assertEqual({"thing": {"id": "1"}}, json.loads(self.printed({"thing": {"id": "1"}}, "getThing", "--all")))
 
     def test_jsonl_of_a_long_list_is_written_as_it_arrives(self):
         """The second page is given only after the row of the first has come out of the process."""
@@ -12818,8 +12789,7 @@ class ColumnsTest(CloudCase):
     answer = {"count": 3, "thing": ROWS}
 
     def cells(self, *args):
-        self.reply("listThings", self.answer)
-        out = self.good("listThings", "-o", "text", "-q", *args)
+        out = self.printed(self.answer, "listThings", "-o", "text", "-q", *args)
         return [line.split("\t") for line in out.split("\n")[:-1]]
 
     @each("columns, expected", ("id", [["b"], ["a"], ["c"]]), ("name,id", [["two", "b"], ["one", "a"], ["Three", "c"]]),
@@ -12898,8 +12868,7 @@ class ColumnsTest(CloudCase):
     @each("columns", "", ",", " , ")
     def test_no_columns_at_all_are_those_of_every_day(self, columns):
         self.assertEqual(self.cells(), self.cells("-c", columns))
-        self.reply("listThings", self.answer)
-        self.assertEqual(self.answer, json.loads(self.good("listThings", "-c", columns)))
+        self.assertEqual(self.answer, json.loads(self.printed(self.answer, "listThings", "-c", columns)))
 
     @each("column, expected", ("id", "abc"), ("-id", "cba"), ("name", "acb"), ("-name", "bca"), ("size", "abc"), ("-size", "bac"),
             ("nic.ip", "bac"), ("nic.0.ip", "bac"), ("-nic.0.ip", "abc"), ("detail.cpu.n", "abc"), ("nosuch", "bac"))
@@ -12908,8 +12877,7 @@ class ColumnsTest(CloudCase):
         self.assertEqual(expected, "".join(row[0] for row in self.cells("--sort=" + column, "-c", "id")))
 
     def order(self, values, column="v"):
-        self.reply("listThings", {"thing": [{"v": value} for value in values]})
-        out = self.good("listThings", "--sort", column, "-o", "jsonl")
+        out = self.printed({"thing": [{"v": value} for value in values]}, "listThings", "--sort", column, "-o", "jsonl")
         return [json.loads(line)["v"] for line in out.splitlines()]
 
     def test_numbers_are_sorted_as_numbers_also_where_they_are_text(self):
@@ -13040,16 +13008,14 @@ class TableTest(CloudCase):
         self.rows({"id": "1", "name": "x" * 300000, "state": "x"})
         self.assertEqual("1   " + "x" * 68 + "…  x", self.table("listThings", "-c", "id,name,state")[1])
 
-    def test_the_header_is_bold_where_there_is_colour(self):
+    @each("args, env, colored", ([], {}, True), (["--color", "auto"], {}, True), (["--color", "never"], {}, False),
+          ([], {"NO_COLOR": "1"}, False), ([], {"NO_COLOR": ""}, True), ([], {"term": "dumb"}, False),
+          (["--color", "always"], {"NO_COLOR": "1", "term": "dumb"}, True))  # fmt: skip
+    def test_the_header_is_bold_where_there_is_colour(self, args, env, colored):
         bold = "\x1b[1mid\x1b[0m\n"
-        for args, env, colored in (([], {}, True), (["--color", "auto"], {}, True), (["--color", "never"], {}, False),
-                                   ([], {"NO_COLOR": "1"}, False), ([], {"NO_COLOR": ""}, True),
-                                   ([], {"term": "dumb"}, False),
-                                   (["--color", "always"], {"NO_COLOR": "1", "term": "dumb"}, True)):  # fmt: skip
-            with self.subTest(f"{args} {env}"):
-                self.rows({"id": "1"})
-                code, out, err = self.on_terminal("listThings", "-o", "table", *args, **env)
-                self.assertEqual((bold if colored else "id\n") + "1\n", out)
+        self.rows({"id": "1"})
+        code, out, err = self.on_terminal("listThings", "-o", "table", *args, **env)
+        self.assertEqual((bold if colored else "id\n") + "1\n", out)
         self.rows({"id": "1"})
         self.assertEqual("id\n1\n", self.good("listThings", "-o", "table"))  # no terminal
         self.rows({"id": "1"})
@@ -13148,8 +13114,7 @@ class ProgressTest(CloudCase):
 
         with mock.patch.object(cs, "_sleep", sleep):
             out, err = self.shown(130, "startThing")
-        told = "Interrupted. Job j-1 may still be running; to go on waiting for it: cs --wait j-1\n"
-        self.assertEqual(told, screen(err))
+        self.assertEqual(INTERRUPTED.format("j-1"), screen(err))
 
     def test_a_streamed_list_and_its_progress_do_not_mix(self):
         """Both on one terminal, as they are where nothing is redirected."""
@@ -13159,12 +13124,11 @@ class ProgressTest(CloudCase):
         lines = screen(text).rstrip("\n").split("\n")
         self.assertEqual([36] * 32, [len(json.loads(line)["id"]) for line in lines])
 
-    def test_there_is_none_where_it_is_not_wanted(self):
-        for args, env in ((["-q"], {}), (["-t"], {}), ([], {"CLOUDSTACK_TRACE": "true"}), ([], {"TERM": "dumb"})):
-            with self.subTest(f"{args} {env}"):
-                self.job(self.DONE)
-                out, err = self.shown(0, "startThing", *args, **env)
-                self.assertNotIn("\x1b", err)
+    @each("args, env", (["-q"], {}), (["-t"], {}), ([], {"CLOUDSTACK_TRACE": "true"}), ([], {"TERM": "dumb"}))
+    def test_there_is_none_where_it_is_not_wanted(self, args, env):
+        self.job(self.DONE)
+        out, err = self.shown(0, "startThing", *args, **env)
+        self.assertNotIn("\x1b", err)
         self.job(self.DONE)
         code, out, err = self.main("startThing")  # no terminal
         self.assertEqual((0, ""), (code, err))
@@ -13294,11 +13258,10 @@ class ErrorTextsTest(CloudCase):
         self.assertIn("<html>/client/api?", err)
         self.assertNotRegex(err, "(?i)(apikey|signature)=[^*]")
 
-    def test_where_there_is_no_api_the_usual_address_is_told(self):
-        for status in (200, 404, 405):
-            with self.subTest(status):
-                self.cloud.script("listZones", Answer(status, "<html>not here</html>"))
-                self.assertIn("  Try: Check the endpoint: it usually ends in /client/api.", self.error(1, "listZones"))
+    @each("status", 200, 404, 405)
+    def test_where_there_is_no_api_the_usual_address_is_told(self, status):
+        self.cloud.script("listZones", Answer(status, "<html>not here</html>"))
+        self.assertIn("  Try: Check the endpoint: it usually ends in /client/api.", self.error(1, "listZones"))
         self.say_error("listZones", 404)
         self.assertIn("/client/api.", self.error(1, "listZones").partition("  Try: ")[2])
         self.cloud.script("listZones", Answer(502, "<html>busy</html>"))
@@ -13728,9 +13691,8 @@ def section_of(title, underline):
     """The text under a heading of README, up to the next one of its kind or above."""
     text = readme()
     start = text.index("\n" + title + "\n" + underline * len(title) + "\n") + 2 * len(title) + 3
-    ends = [found.start() for found in re.finditer(r"(?m)^.+\n(={3,}|-{3,}|~{3,})$", text) if found.start() > start]
-    if underline == "-":
-        ends = [found.start() for found in re.finditer(r"(?m)^.+\n(={3,}|-{3,})$", text) if found.start() > start]
+    above = "={3,}|-{3,}" if underline == "-" else "={3,}|-{3,}|~{3,}"
+    ends = [found.start() for found in re.finditer(rf"(?m)^.+\n({above})$", text) if found.start() > start]
     return text[start : min(ends)] if ends else text[start:]
 
 
@@ -13966,7 +13928,7 @@ class SecretsOnTheCommandLineTest(TransportCase):
         field = {"name": nasty, "type": "string", "description": nasty, "since": nasty}
         api = {"name": "listZones", "description": nasty, "since": nasty, "params": [field], "response": [field]}
         server = self.serve([READ, reply(json.dumps({"r": {"count": 1, "api": [api]}}).encode()), AGAIN])
-        os.environ.update(CLOUDSTACK_ENDPOINT=server.url, CLOUDSTACK_KEY="k", CLOUDSTACK_SECRET="s")
+        environ(endpoint=server.url, key="k", secret="s")
         self.assertEqual(0, self.main("--sync")[0])
         for args in (["--list"], ["listZones", "--help"], ["--complete", "cs "]):
             with self.subTest(args=args):
@@ -13981,8 +13943,7 @@ class SecretsOnTheCommandLineTest(TransportCase):
         for args, document, status in ((["--sync"], catalog, "200 OK"), (["listZones", "--dry-run"], catalog, "200 OK"),
                                        (["listZones"], refused, "431 no")):  # fmt: skip
             server = self.serve([READ, reply(json.dumps(document).encode(), status), AGAIN])
-            os.environ.update(CLOUDSTACK_ENDPOINT=server.url + RedactionTest.QUERY, CLOUDSTACK_KEY="k",
-                              CLOUDSTACK_SECRET="s")  # fmt: skip
+            environ(endpoint=server.url + RedactionTest.QUERY, key="k", secret="s")
             with self.subTest(args=args):
                 code, out, err = self.main(*args)
                 self.assertIn(server.place, out + err)
@@ -13999,7 +13960,7 @@ class SecretsOnTheCommandLineTest(TransportCase):
 
     def test_the_report_of_an_error_shows_what_was_asked_without_secrets(self):
         server = self.serve([READ, reply(b'{"r": {"errorcode": 431, "errortext": "no"}}', "431 no"), AGAIN])
-        os.environ.update(CLOUDSTACK_ENDPOINT=server.url, CLOUDSTACK_KEY=CANARY_KEY, CLOUDSTACK_SECRET=CANARY_SECRET)
+        environ(endpoint=server.url, key=CANARY_KEY, secret=CANARY_SECRET)
         code, out, err = self.main("updateUser", "name=visible", "password=" + CANARY_PASSWORD)
         self.assertHolds(err, "name=visible", "password=***")
         self.assert_tells_nothing(out, err)
