@@ -9333,7 +9333,7 @@ class NothingLostTest(Case):
             self.assertEqual(len(set(machines)), self.JOBS)
 
 
-# === configuration ==================================================================================================
+# === [8] configuration ==============================================================================================
 
 # Values that may go over the wire where they belong, and may be shown nowhere. Their letters are what tests look for.
 KEY, SECRET, PASSWORD, USERDATA = "CANARY-key-6c1", "CANARY-secret-9d4", "CANARY-password-2b8", "CANARY-userdata-5e7"
@@ -9446,14 +9446,14 @@ class SourcesTest(ConfigCase):
 
     def test_every_setting_is_read_from_an_ini_file(self):
         values = {name: name + "-value" for name in FROM_ENVIRONMENT}
-        self.ini("[cloudstack]\n" + "\n".join(["{} = {}".format(*item) for item in values.items()]))
+        self.ini("[cloudstack]\n" + "\n".join([f"{name} = {value}" for name, value in values.items()]))
         self.assertReads(name="cloudstack", **values)
 
     def test_the_files_are_read_in_their_order_and_later_ones_win(self):
         text = "[cloudstack]\nretry = {0}\n{1} = {0}\n"
         self.ini("[cloudstack]\nendpoint = http://e/\nretry = 1\nmethod = 1\ntimeout = 1\n")
         self.write("work/cloudstack.ini", text.format(2, "method"))
-        self.assertReads(name="cloudstack", endpoint="http://e/", retry="2", method="2", timeout="1")  # fmt: skip
+        self.assertReads(name="cloudstack", endpoint="http://e/", retry="2", method="2", timeout="1")
         environ(config=self.write("named.ini", text.format(3, "theme")))
         self.assertReads(name="cloudstack", endpoint="http://e/", retry="3", method="2", timeout="1", theme="3")
 
@@ -9478,7 +9478,7 @@ class SourcesTest(ConfigCase):
         self.assertEqual({"endpoint": "http://eu/", "name": "eu"}, cs.read_config_from_ini())
 
     def test_with_an_endpoint_in_the_environment_it_wins_and_files_fill_what_it_leaves_open(self):
-        self.ini("[cloudstack]\nendpoint = http://file/\nkey = k\nsecret = s\ntimeout = 5\nretry = 5\n")  # fmt: skip
+        self.ini("[cloudstack]\nendpoint = http://file/\nkey = k\nsecret = s\ntimeout = 5\nretry = 5\n")
         environ(endpoint="http://env/", timeout="7")
         self.assertReads(endpoint="http://env/", key="k", secret="s", timeout="7", retry="5", name="cloudstack")
 
@@ -9508,7 +9508,7 @@ class SourcesTest(ConfigCase):
           (" timeout , RETRY ", {"timeout": "7", "retry": "8"}), ("endpoint", {"endpoint": "http://env/"}),
           ("theme", {}))  # fmt: skip
     def test_overrides_name_the_keys_for_which_the_environment_beats_the_section(self, overrides, changed):
-        self.ini("[cloudstack]\nendpoint = http://file/\nkey = k\nsecret = s\ntimeout = 5\nretry = 5\n")  # fmt: skip
+        self.ini("[cloudstack]\nendpoint = http://file/\nkey = k\nsecret = s\ntimeout = 5\nretry = 5\n")
         environ(endpoint="http://env/", key="ek", secret="es", timeout="7", retry="8", overrides=overrides)
         expected = {"endpoint": "http://file/", "key": "k", "secret": "s", "timeout": "5", "retry": "5"}
         self.assertReads(name="cloudstack", **dict(expected, **changed))
@@ -9528,7 +9528,7 @@ class SourcesTest(ConfigCase):
         self.assertReads(endpoint="http://e/", headers={"x-tenant": "a", "accept": "b"})
 
     def test_headers_of_the_environment_and_of_a_file_are_merged_one_by_one(self):
-        self.ini("[cloudstack]\nkey = k\nsecret = s\nheader_x-tenant = file\nheader_x-file = file\n")  # fmt: skip
+        self.ini("[cloudstack]\nkey = k\nsecret = s\nheader_x-tenant = file\nheader_x-file = file\n")
         environ(endpoint="http://e/", header_x_tenant="env", header_x_env="env")
         self.assertEqual({"x-tenant": "env", "x-file": "file", "x-env": "env"}, cs.read_config()["headers"])
 
@@ -9543,7 +9543,7 @@ class SourcesTest(ConfigCase):
         self.assertReads(endpoint="http://e/", timeout="3", name="cloudstack")
 
     def test_a_default_section_counts_within_its_file(self):
-        self.ini("[DEFAULT]\ntimeout = 3\nkey = k\n[cloudstack]\nendpoint = http://e/\nsecret = s\n")  # fmt: skip
+        self.ini("[DEFAULT]\ntimeout = 3\nkey = k\n[cloudstack]\nendpoint = http://e/\nsecret = s\n")
         self.assertReads(endpoint="http://e/", key="k", secret="s", timeout="3", name="cloudstack")
 
     def test_a_default_section_counts_in_no_other_file(self):
@@ -9592,7 +9592,7 @@ class SourcesTest(ConfigCase):
 
     @each("word", "nope", "False ; comment", "2", "tru")
     @each("name", "dangerous_no_tls_verify", "trace")
-    @each("kind", cs.CloudStack, cs.AIOCloudStack)
+    @both
     def test_what_is_no_boolean_is_handed_on_and_the_constructor_refuses_it(self, word, name, kind):
         """With 5.2.0 `dangerous_no_tls_verify = nope` turns TLS verification off."""
         self.ini(f"[cloudstack]\nendpoint = https://e/\n{name} = {word}\n")
@@ -9602,7 +9602,7 @@ class SourcesTest(ConfigCase):
             kind(**settings)
 
     def test_an_empty_value_is_none(self):
-        self.ini("[cloudstack]\nendpoint = http://e/\ntimeout =\nkey =\nverify =\ntheme =\nheader_x =\n")  # fmt: skip
+        self.ini("[cloudstack]\nendpoint = http://e/\ntimeout =\nkey =\nverify =\ntheme =\nheader_x =\n")
         environ(retry="", method="", secret="", header_y="")
         self.assertReads(endpoint="http://e/", name="cloudstack")
 
@@ -9638,7 +9638,7 @@ class SourcesTest(ConfigCase):
         environ(endpoint="http://env/", key="k", secret="s")
         self.assertReads(endpoint="http://env/", key="k", secret="s")
 
-    @each("kind", cs.CloudStack, cs.AIOCloudStack)
+    @both
     def test_every_configuration_can_be_given_to_both_clients(self, kind):
         """With 5.2.0 a file that has `theme` cannot."""
         self.ini(
@@ -9946,7 +9946,7 @@ class FilesTogetherTest(ConfigCase, ServerCase):
         self.assertEqual([], self.server.requests)
 
 
-# === command line ===================================================================================================
+# === [9] command line: options, run and report ======================================================================
 
 
 def job_pending(record=None):
@@ -10733,7 +10733,7 @@ class BadInputTest(CommandLineCase):
             self.assertIn(says, err)
             self.assertNoCanary(err)
 
-    @each("kind", cs.CloudStack, cs.AIOCloudStack)
+    @both
     def test_settings_in_the_library(self, kind):
         for _, says in self.bad_settings():
             with self.assertRaises((ValueError, cs.CloudStackException)) as caught:
@@ -10768,7 +10768,7 @@ class BadInputTest(CommandLineCase):
           ("expiration", object()), ("trace", 2), ("dangerous_no_tls_verify", "nope"), ("headers", "x: y"),
           ("headers", {"a b": "c"}), ("headers", {"a": ["c"]}), ("headers", {"a": "c\r\nd"}),
           ("fetch_result", "perhaps"), ("concurrency", 0), ("username", 7))  # fmt: skip
-    @each("kind", cs.CloudStack, cs.AIOCloudStack)
+    @both
     def test_settings_of_the_wrong_type(self, name, value, kind):
         with self.assertRaisesRegex(ValueError, "^" + name + ": "):
             kind(**dict({"endpoint": ENDPOINT}, **{name: value}))
@@ -11335,7 +11335,7 @@ def is_alive(pid):
         return not os.path.exists("/proc/self")  # macOS has no such place
 
 
-# === the command line's extras ======================================================================================
+# === [9] command line: what its further classes share ===============================================================
 # The list of commands, completion, formats, terminals, --configure, and what README says.
 
 README_PATH = os.path.join(os.path.dirname(CS_PATH), "README.rst")
@@ -11518,7 +11518,7 @@ def api_entry(api):
     return {"name": name, "description": f"Does {name}.", "isasync": False, "params": params, "response": []}
 
 
-# --- the cached list of commands ------------------------------------------------------------------------------------
+# === [9.4] the list of commands =====================================================================================
 
 
 class CatalogFileTest(CloudCase):
@@ -11908,8 +11908,8 @@ class CommandHelpTest(CloudCase):
         lines = ["growThing (since 4.2)", "  Makes a thing grow.",
                  "  It starts a job, which is waited for unless --async.", "", "Required:", "  by (integer)  how far",
                  "  id (uuid)  the thing", "  safe (boolean)  slowly", "", "Optional:",
-                 "  note (string, at most 4096, since 4.9)  why", "  zeal (string)  how much", "", "Returns: id, nic", "",
-                 "Example: cs growThing by=1 id=ID safe=true", ""]  # fmt: skip
+                 "  note (string, at most 4096, since 4.9)  why", "  zeal (string)  how much", "",
+                 "Returns: id, nic", "", "Example: cs growThing by=1 id=ID safe=true", ""]  # fmt: skip
         self.assertEqual("\n".join(lines), self.good("growthing", "--help", "-q"))
 
     def test_the_example_of_every_command_is_one_that_passes_the_checks(self):
@@ -11992,7 +11992,7 @@ class CommandHelpTest(CloudCase):
             self.assertEqual([], re.findall("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", out + err))
 
 
-# --- completion -----------------------------------------------------------------------------------------------------
+# === [9.5] completion ===============================================================================================
 
 
 class CompletionCase(CloudCase):
@@ -12509,7 +12509,7 @@ class FishCompletionTest(ShellCompletionCase):
         self.assertFalse([name for name in os.listdir(self.cwd) + os.listdir(self.home) if name.startswith("pwned")])
 
 
-# --- formats --------------------------------------------------------------------------------------------------------
+# === [9.3] formats ==================================================================================================
 
 
 class FormatsTest(CloudCase):
@@ -12669,10 +12669,11 @@ class FormatsTest(CloudCase):
         self.reply("listThings", document)
         self.assertEqual("id,nic.0.ip\r\n", self.shown("-o", "csv", "-c", "id,nic.0.ip", *args))
 
-    @each("rows", [{}], [{}, {"id": "1"}], [None], [[]], [[1, [2, [3]]]], [{"id": 1}, "text", None, [1], {"name": "n"}, 7.5],
-            [{"id": {"id": {"id": 1}}}], [{"": "nameless"}], [{"id": "a\0b"}], [{"a.b": 1, "a": {"b": 2}}],
-            [{"id": 10**400}], [{"id": 1e308}], [{"id": -0.0}], [{"name": "\u202e\u200b\ud7ff\uffff"}],
-            [{f"n{number}": number for number in range(500)}], [{"value": [None, True, {"x": 1}]}])
+    @each("rows", [{}], [{}, {"id": "1"}], [None], [[]], [[1, [2, [3]]]],
+          [{"id": 1}, "text", None, [1], {"name": "n"}, 7.5], [{"id": {"id": {"id": 1}}}], [{"": "nameless"}],
+          [{"id": "a\0b"}], [{"a.b": 1, "a": {"b": 2}}], [{"id": 10**400}], [{"id": 1e308}], [{"id": -0.0}],
+          [{"name": "\u202e\u200b\ud7ff\uffff"}], [{f"n{number}": number for number in range(500)}],
+          [{"value": [None, True, {"x": 1}]}])  # fmt: skip
     @each("shape", *cs.FORMATS)
     def test_odd_rows_do_no_harm(self, rows, shape):
         self.rows(*rows, times=2)
@@ -12870,8 +12871,9 @@ class ColumnsTest(CloudCase):
         self.assertEqual(self.cells(), self.cells("-c", columns))
         self.assertEqual(self.answer, json.loads(self.printed(self.answer, "listThings", "-c", columns)))
 
-    @each("column, expected", ("id", "abc"), ("-id", "cba"), ("name", "acb"), ("-name", "bca"), ("size", "abc"), ("-size", "bac"),
-            ("nic.ip", "bac"), ("nic.0.ip", "bac"), ("-nic.0.ip", "abc"), ("detail.cpu.n", "abc"), ("nosuch", "bac"))
+    @each("column, expected", ("id", "abc"), ("-id", "cba"), ("name", "acb"), ("-name", "bca"), ("size", "abc"),
+          ("-size", "bac"), ("nic.ip", "bac"), ("nic.0.ip", "bac"), ("-nic.0.ip", "abc"), ("detail.cpu.n", "abc"),
+          ("nosuch", "bac"))  # fmt: skip
     def test_sort(self, column, expected):
         self.assertEqual(expected, "".join(row[0] for row in self.cells("--sort", column, "-c", "id")))
         self.assertEqual(expected, "".join(row[0] for row in self.cells("--sort=" + column, "-c", "id")))
@@ -13038,7 +13040,7 @@ class TableTest(CloudCase):
         self.assertIn("\x1b[1mid", typed.text)
 
 
-# --- progress and errors --------------------------------------------------------------------------------------------
+# === [9.2] progress and errors ======================================================================================
 
 
 class ProgressTest(CloudCase):
@@ -13316,8 +13318,9 @@ class ErrorTextsTest(CloudCase):
         self.assertIn("j-1", err)
         self.assertNotIn("cs  ", err)
 
-    @each("document", {"errorcode": 431}, {"errortext": "only text"}, {"errorcode": None, "errortext": None}, {"errorcode": "x"},
-            {"errorcode": [431], "errortext": {"a": 1}}, {"errorcode": 431, "errortext": ""}, {}, [], "text", None, 7)
+    @each("document", {"errorcode": 431}, {"errortext": "only text"}, {"errorcode": None, "errortext": None},
+          {"errorcode": "x"}, {"errorcode": [431], "errortext": {"a": 1}}, {"errorcode": 431, "errortext": ""}, {}, [],
+          "text", None, 7)  # fmt: skip
     def test_errors_of_odd_shapes(self, document):
         self.reply("startThing", document, status=431)
         self.assertIn("HTTP 431", self.error(1, "startThing"))
@@ -13344,7 +13347,7 @@ class FlagSettingsTest(CloudCase):
     """--endpoint, --config, --timeout, --retry"""
 
     def section(self, name="cloudstack", **settings):
-        lines = ["{} = {}".format(*pair) for pair in sorted(settings.items())]
+        lines = [f"{key} = {value}" for key, value in sorted(settings.items())]
         return "\n".join(["[" + name + "]"] + lines) + "\n"
 
     def test_endpoint(self):
@@ -13445,7 +13448,63 @@ class FlagSettingsTest(CloudCase):
         self.assertNotRegex(option.name, "key|secret|password|token")
 
 
-# --- --configure ----------------------------------------------------------------------------------------------------
+class SecretsOnTheCommandLineTest(TransportCase):
+    @each("shape", *cs.FORMATS)
+    def test_no_format_steers_a_terminal(self, shape):
+        """Control characters out of names that tenants gave, in each format, as a cell and as a column."""
+
+        nasty = "a\x1b]0;x\x07\x9b2J\u202eb"
+        for row in ({"name": nasty}, {nasty: "x"}):
+            job = cs._Invocation(cs._parse_arguments(["-o", shape, "--color", "never"])[0])
+            out = FakeTerminal()
+            with self.subTest(shape=shape, row=row), contextlib.redirect_stdout(out):
+                cs._print_answer(job, {"count": 1, "row": [row]})
+            self.assertEqual([], re.findall("[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f\u202e]", out.getvalue()), shape)
+
+    def test_catalog_and_completion_do_not_steer_a_terminal(self):
+        nasty = "x\x1b]0;x\x07\x9b2J\u202ey"
+        field = {"name": nasty, "type": "string", "description": nasty, "since": nasty}
+        api = {"name": "listZones", "description": nasty, "since": nasty, "params": [field], "response": [field]}
+        server = self.serve([READ, reply(json.dumps({"r": {"count": 1, "api": [api]}}).encode()), AGAIN])
+        environ(endpoint=server.url, key="k", secret="s")
+        self.assertEqual(0, self.main("--sync")[0])
+        for args in (["--list"], ["listZones", "--help"], ["--complete", "cs "]):
+            with self.subTest(args=args):
+                code, out, err = self.main(*args)
+                self.assertIn("listZones", out)
+                self.assertEqual([], re.findall("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", out))
+
+    def test_no_message_of_the_command_line_quotes_the_query_of_the_endpoint(self):
+        """--sync, --dry-run and the report of an error."""
+        catalog = {"listapisresponse": {"count": 1, "api": [{"name": "listZones"}]}}
+        refused = {"r": {"errorcode": 431, "errortext": "no"}}
+        for args, document, status in ((["--sync"], catalog, "200 OK"), (["listZones", "--dry-run"], catalog, "200 OK"),
+                                       (["listZones"], refused, "431 no")):  # fmt: skip
+            server = self.serve([READ, reply(json.dumps(document).encode(), status), AGAIN])
+            environ(endpoint=server.url + RedactionTest.QUERY, key="k", secret="s")
+            with self.subTest(args=args):
+                code, out, err = self.main(*args)
+                self.assertIn(server.place, out + err)
+                self.assert_tells_nothing(out, err)
+
+    @each("status", "200 OK", "401 x")
+    def test_configure_does_not_say_what_it_was_told(self, status):
+        server = self.serve([READ, reply(b'{"r": {"errorcode": 401, "errortext": "no"}}', status), AGAIN])
+        told = "\n".join([server.url + RedactionTest.QUERY, CANARY_KEY, CANARY_SECRET, "n", ""])
+        with self.subTest(status=status), mock.patch.object(sys, "stdin", io.StringIO(told)):
+            code, out, err = self.main("--configure", "--region", "r" + status[:3])
+            self.assertEqual(0 if status == "200 OK" else 1, code, err)
+            self.assert_tells_nothing(out, err)
+
+    def test_the_report_of_an_error_shows_what_was_asked_without_secrets(self):
+        server = self.serve([READ, reply(b'{"r": {"errorcode": 431, "errortext": "no"}}', "431 no"), AGAIN])
+        environ(endpoint=server.url, key=CANARY_KEY, secret=CANARY_SECRET)
+        code, out, err = self.main("updateUser", "name=visible", "password=" + CANARY_PASSWORD)
+        self.assertHolds(err, "name=visible", "password=***")
+        self.assert_tells_nothing(out, err)
+
+
+# === [9.6] configure ================================================================================================
 
 
 class ConfigureTest(CloudCase):
@@ -13569,7 +13628,7 @@ class ConfigureTest(CloudCase):
           "'", "\u00e4\u20ac\U0001f680", "a  b", "a\tb", "%s", "$HOME", "key = value", "\\n", "x" * 3000)  # fmt: skip
     def test_secrets_of_every_kind_are_read_back_the_same(self, secret):
         self.ini("")
-        err = self.asking(0, answers=[self.cloud.endpoint, "k" + secret, secret, "y"])
+        self.asking(0, answers=[self.cloud.endpoint, "k" + secret, secret, "y"])
         settings = cs.read_config()
         self.assertEqual(("k" + secret, secret), (settings["key"], settings["secret"]))
 
@@ -13679,7 +13738,7 @@ def configparser_of(path):
     return parser
 
 
-# --- what is written about it ---------------------------------------------------------------------------------------
+# === [W] what is written about it ===================================================================================
 
 
 def readme():
@@ -13862,7 +13921,7 @@ class HelpAndReadmeTest(CloudCase):
                 self.assertRegex(printed, r"\A" + pattern + r"\Z")
 
 
-# --- what it costs --------------------------------------------------------------------------------------------------
+# === [W] what it costs ==============================================================================================
 
 
 class ImportCostTest(CloudCase):
@@ -13908,62 +13967,6 @@ sys.stderr.write(" ".join(sorted(imported)))
         self.unset("endpoint", "key", "secret")
         needless = self.EXTRAS | set("configparser hashlib ssl socket http email".split())
         self.assertEqual(set(), self.imported(["--help"], ["--version"], ["--completion", "bash"]) & needless)
-
-
-class SecretsOnTheCommandLineTest(TransportCase):
-    @each("shape", *cs.FORMATS)
-    def test_no_format_steers_a_terminal(self, shape):
-        """Control characters out of names that tenants gave, in each format, as a cell and as a column."""
-
-        nasty = "a\x1b]0;x\x07\x9b2J\u202eb"
-        for row in ({"name": nasty}, {nasty: "x"}):
-            job = cs._Invocation(cs._parse_arguments(["-o", shape, "--color", "never"])[0])
-            out = FakeTerminal()
-            with self.subTest(shape=shape, row=row), contextlib.redirect_stdout(out):
-                cs._print_answer(job, {"count": 1, "row": [row]})
-            self.assertEqual([], re.findall("[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f\u202e]", out.getvalue()), shape)
-
-    def test_catalog_and_completion_do_not_steer_a_terminal(self):
-        nasty = "x\x1b]0;x\x07\x9b2J\u202ey"
-        field = {"name": nasty, "type": "string", "description": nasty, "since": nasty}
-        api = {"name": "listZones", "description": nasty, "since": nasty, "params": [field], "response": [field]}
-        server = self.serve([READ, reply(json.dumps({"r": {"count": 1, "api": [api]}}).encode()), AGAIN])
-        environ(endpoint=server.url, key="k", secret="s")
-        self.assertEqual(0, self.main("--sync")[0])
-        for args in (["--list"], ["listZones", "--help"], ["--complete", "cs "]):
-            with self.subTest(args=args):
-                code, out, err = self.main(*args)
-                self.assertIn("listZones", out)
-                self.assertEqual([], re.findall("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", out))
-
-    def test_no_message_of_the_command_line_quotes_the_query_of_the_endpoint(self):
-        """--sync, --dry-run and the report of an error."""
-        catalog = {"listapisresponse": {"count": 1, "api": [{"name": "listZones"}]}}
-        refused = {"r": {"errorcode": 431, "errortext": "no"}}
-        for args, document, status in ((["--sync"], catalog, "200 OK"), (["listZones", "--dry-run"], catalog, "200 OK"),
-                                       (["listZones"], refused, "431 no")):  # fmt: skip
-            server = self.serve([READ, reply(json.dumps(document).encode(), status), AGAIN])
-            environ(endpoint=server.url + RedactionTest.QUERY, key="k", secret="s")
-            with self.subTest(args=args):
-                code, out, err = self.main(*args)
-                self.assertIn(server.place, out + err)
-                self.assert_tells_nothing(out, err)
-
-    @each("status", "200 OK", "401 x")
-    def test_configure_does_not_say_what_it_was_told(self, status):
-        server = self.serve([READ, reply(b'{"r": {"errorcode": 401, "errortext": "no"}}', status), AGAIN])
-        told = "\n".join([server.url + RedactionTest.QUERY, CANARY_KEY, CANARY_SECRET, "n", ""])
-        with self.subTest(status=status), mock.patch.object(sys, "stdin", io.StringIO(told)):
-            code, out, err = self.main("--configure", "--region", "r" + status[:3])
-            self.assertEqual(0 if status == "200 OK" else 1, code, err)
-            self.assert_tells_nothing(out, err)
-
-    def test_the_report_of_an_error_shows_what_was_asked_without_secrets(self):
-        server = self.serve([READ, reply(b'{"r": {"errorcode": 431, "errortext": "no"}}', "431 no"), AGAIN])
-        environ(endpoint=server.url, key=CANARY_KEY, secret=CANARY_SECRET)
-        code, out, err = self.main("updateUser", "name=visible", "password=" + CANARY_PASSWORD)
-        self.assertHolds(err, "name=visible", "password=***")
-        self.assert_tells_nothing(out, err)
 
 
 # === [H] the house: what its front page promises =====================================================================
