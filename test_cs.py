@@ -1057,7 +1057,8 @@ def select(call, rows):
             rows = [row for row in rows if str(row.get(name, "")).lower() == word]
     if "keyword" in call.args:
         word = call.args["keyword"].lower()
-        rows = [row for row in rows if word in row.get("name", "").lower()]
+        names = ("name", "displayname") if call.spec.entity == "virtualmachine" else ("name",)
+        rows = [row for row in rows if any(word in row.get(name, "").lower() for name in names)]
     return rows
 
 
@@ -12083,7 +12084,7 @@ class CatalogFileTest(CloudCase):
                 self.assertEqual(code, 1)
                 self.assertIn("listApis", err)
                 self.assertNotIn("cs --sync, then", err)  # which is what just failed
-        self.assertEqual(self.good("--complete=cs listZ"), "")
+        self.assertEqual(self.good("--complete=cs listZ")[:1], "\t")  # no word
 
     def test_sync_says_what_it_did(self):
         code, out, err = self.main("--sync")
@@ -12595,6 +12596,30 @@ class CompletionTest(CompletionCase):
         line = "cs listVirtualMachines ids={},{}".format(first, second[:6])
         self.assertEqual(self.words(line), ["ids={},{}".format(first, second)])
 
+    def test_the_beginning_of_a_name_does_for_an_id(self):
+        web, db = self.machine("web-01"), self.machine("db-01")
+        self.addCleanup(self.cloud.cloud.named("virtualmachine", "db-01").update, displayname="db-01")
+        self.cloud.cloud.named("virtualmachine", "db-01").update(displayname="Database:1")
+        for line, expected in (
+            ("cs stopVirtualMachine id=web-01", [["id=" + web, "web-01"]]),
+            ("cs stopVirtualMachine id=WEB-01", [["id=" + web, "web-01"]]),
+            ("cs stopVirtualMachine id=db-01", [["id=" + db, "db-01"]]),
+            ("cs stopVirtualMachine id=Data", [["id=" + db, "Database:1"]]),
+            ("cs listVirtualMachines ids={},web-01".format(db), [["ids={},{}".format(db, web), "web-01"]]),
+            ("cs stopVirtualMachine id=name:web-01", [["id=name:web-01", web]]),
+            ("cs stopVirtualMachine id=name:dat", [["id=name:Database:1", db]]),
+            ("cs listVirtualMachines ids=name:x,name:db", [["ids=name:x,name:db-01", db]]),
+        ):  # fmt: skip
+            with self.subTest(line):
+                shown = [pair for pair in self.completed(line) if line[-5:] != "name:db" or "01" in pair[0]]
+                self.assertIn(expected[0], shown)
+                if "ids=name" not in line:
+                    self.assertEqual(shown, expected)
+        both = self.words("cs stopVirtualMachine id=d")  # an id that begins so, and names
+        self.assertLessEqual({"id=" + db}, set(both))
+        self.assertEqual(len(both), len(set(both)))
+        self.assertEqual(self.asked, ["listVirtualMachines"])
+
     def test_ids_are_remembered_for_a_minute(self):
         line = "cs stopVirtualMachine id=" + self.machine()[:6]
         now = time.time()
@@ -12642,8 +12667,9 @@ class CompletionTest(CompletionCase):
     def test_without_a_list_options_and_regions_are_completed_all_the_same(self):
         os.unlink(self.path)
         self.write(".cloudstack.ini", "[lab]\n")
-        self.assertEqual(self.words("cs listZo"), [])
-        self.assertEqual(self.words("cs stopVirtualMachine id="), [])
+        for line in ("cs listZo", "cs stopVirtualMachine id=", "cs listZones -c na"):  # no word, but what to type
+            self.assertEqual(self.completed(line), [["", "to have commands completed, type: cs --sync"]])
+        self.assertEqual(self.words("cs --endpoint http://cloud.invalid/$(x) listZo"), [""])
         self.assertEqual(self.words("cs -r la"), ["lab"])
         self.assertEqual(self.words("cs --outp"), ["--output"])
         self.unset("endpoint", "key", "secret")
@@ -12919,6 +12945,8 @@ class ShellCompletionCase(CompletionCase):
              ["stopVirtualMachine", "forced=false", "id=" + machine]),
             ("cs listZones -r lag\t --output=ta\t", ["listZones", "-r", "lagoon", "--output=table"]),
             ("true; A=1 cs listZones -c internald\t", ["listZones", "-c", "internaldns1"]),
+            ("cs stopVirtualMachine id=web-01\t", ["stopVirtualMachine", "id=" + machine]),
+            ("cs stopVirtualMachine id=name:web-01\t", ["stopVirtualMachine", "id=name:web-01"]),
         ):  # fmt: skip
             self.assertEqual(self.typed(shell, line), expected)
 
@@ -12936,6 +12964,21 @@ class ShellCompletionCase(CompletionCase):
         self.assertFalse([name for name in os.listdir(self.cwd) if name.startswith("pwned")])
         self.assertFalse([name for name in os.listdir(self.home) if name.startswith("pwned")])
         self.assertNotIn(EVIL_TITLE, shell.text)
+
+
+    def assertAdvises(self, start):
+        """Without a list of commands what to type is shown, and nothing is put on the line."""
+        os.unlink(self.path)
+        shell = start()
+        shell.type("cs listZ\t\t")
+        shell.wait_for(b"type: cs --sync")
+        self.assertEqual(self.typed(shell, ""), ["listZ"])
+
+
+    def assertShowsRequiredFirst(self, shell):
+        shell.type("cs deployVirtualMachine \t")
+        for word in (b"serviceofferingid=", b"zoneid=", b"account="):
+            shell.wait_for(word)
 
 
 class BashCompletionTest(ShellCompletionCase):
@@ -12956,6 +12999,31 @@ class BashCompletionTest(ShellCompletionCase):
         shell.wait_for(b"good-i-i")
         self.assertEqual(self.typed(shell, "good-c\t"), ["stopVirtualMachine", "id=good-c-c"])
         self.assertUnharmed(shell)
+
+    def test_what_to_type_without_a_list(self):
+        self.assertAdvises(self.bash)
+
+    def test_required_parameters_come_first(self):
+        self.assertShowsRequiredFirst(self.bash())
+
+    def test_names_are_shown_and_what_was_typed_stays(self):
+        shell = self.bash()
+        shell.type("cs stopVirtualMachine id=web-0\t")
+        shell.wait_for((self.machine("web-01") + "  web-01").encode())
+        self.assertEqual(self.typed(shell, "1\t"), ["stopVirtualMachine", "id=" + self.machine()])
+
+    def test_descriptions_are_never_put_on_the_line(self):
+        """Only where words are listed: not where one after the other is put there, or all."""
+        self.write("script", self.good("--completion", "bash"))
+        program = """
+            source "$HOME/script"; COMP_LINE="cs stopVirtualMachine id=web-0" COMP_POINT=${#COMP_LINE}
+            COMP_WORDBREAKS=' =:' COMP_WORDS=(cs) COMP_CWORD=0 COMP_TYPE=$1
+            _cs_complete; printf '%s\\n' "${COMPREPLY[@]}"
+        """
+        for kind, described in ((9, False), (37, False), (42, False), (63, True), (33, True), (64, True)):
+            code, out, err = Child([self.shell("bash"), "-c", program, "bash", str(kind)], env=self.env).finish()
+            self.assertEqual((b"web-01" in out, code), (described, 0), err)
+            self.assertIn(self.machine().encode(), out)
 
     def test_a_word_is_taken_apart_or_not(self):
         """The script must do with and without `=` among the characters that end a word."""
@@ -12999,6 +13067,19 @@ class ZshCompletionTest(ShellCompletionCase):
         self.assertUnharmed(shell)
 
 
+    def test_what_to_type_without_a_list(self):
+        self.assertAdvises(self.zsh)
+
+    def test_required_parameters_come_first(self):
+        self.assertShowsRequiredFirst(self.zsh())
+
+    def test_names_are_shown_and_what_was_typed_stays(self):
+        shell = self.zsh()
+        shell.type("cs stopVirtualMachine id=web-0\t")
+        shell.wait_for((self.machine("web-01") + "  -- web-01").encode())
+        self.assertEqual(self.typed(shell, "1\t"), ["stopVirtualMachine", "id=" + self.machine()])
+
+
 class FishCompletionTest(ShellCompletionCase):
     def setUp(self):
         super().setUp()
@@ -13008,6 +13089,15 @@ class FishCompletionTest(ShellCompletionCase):
 
     def test_it_completes(self):
         self.assertCompletes(self.start([self.fish, "-i"]))
+
+    def test_what_to_type_without_a_list(self):
+        self.assertAdvises(lambda: self.start([self.fish, "-i"]))
+
+    def test_required_parameters_come_first(self):
+        program = 'complete -C "cs deployVirtualMachine " | head -n 3'
+        code, out, err = Child([self.fish, "-c", program], env=self.env).finish()
+        words = [line.partition(b"\t")[0] for line in out.splitlines()]
+        self.assertEqual(words, [b"serviceofferingid=", b"zoneid=", b"account="], err)
 
     def test_nothing_is_evaluated(self):
         """By the shell's own command for it."""
@@ -14347,6 +14437,170 @@ def configparser_of(path):
     with open(path, encoding="utf-8-sig") as file:
         parser.read_file(file)
     return parser
+
+
+# --- names for ids --------------------------------------------------------------------------------------------------
+
+
+class NamesForIdsTest(CloudCase):
+    """name:web-01 in the place of an id."""
+
+    def setUp(self):
+        super().setUp()
+        self.known()
+
+    def row(self, table, name, **where):
+        return next(row for row in self.cloud.cloud.tables[table] if row.get("name", row.get("username")) == name
+                    and all(row.get(key) == value for key, value in where.items()))  # fmt: skip
+
+    def change(self, row, **fields):
+        patched = mock.patch.dict(row, fields)
+        patched.start()
+        self.addCleanup(patched.stop)
+
+    def planned(self, *words):
+        """The parameters that --dry-run says would be sent."""
+        pairs = [line.partition("=")[::2] for line in self.good("--dry-run", *words).splitlines()[1:]]
+        return {name: value for name, value in pairs if name.lower() not in OWN_PARAMETERS}
+
+    def refused(self, *words):
+        """What is said of a call that is not made; lists are all that the server was asked for."""
+        del self.cloud.requests[:]
+        code, out, err = self.main(*words)
+        self.assertEqual((code, out), (2, ""))
+        self.assertEqual([name for name in self.asked if not name.startswith("list")], [])
+        self.assertRegex(err, r"\Acs: (?s:.*)\n    The call was not sent\.\n\Z")
+        return err
+
+    def test_what_names_become(self):
+        web, db = (self.row("virtualmachine", name)["id"] for name in ("web-01", "db-01"))
+        ours, north = self.row("virtualmachine", "cache-01"), self.row("zone", "north")["id"]
+        net = self.row("network", "web", zonename="north", account="admin")["id"]
+        self.change(ours, displayname="The cache, no. 1")
+        for words, expected in (
+            ("startVirtualMachine id=name:web-01", {"id": web}),
+            ("startvirtualmachine ID=name:web-01", {"ID": web}),
+            ("startVirtualMachine|id=name:The cache, no. 1", {"id": ours["id"]}),
+            ("startVirtualMachine id=name:WEB-01", {"id": web}),
+            ("startVirtualMachine id=name:web-11", {"id": self.row("virtualmachine", "web-11")["id"]}),  # a project's
+            ("listVirtualMachines ids=name:web-01,name:db-01", {"ids": web + "," + db}),
+            ("listVirtualMachines ids=name:web-01 ids=" + db, {"ids": web + "," + db}),
+            ("listVirtualMachines|ids=name:The cache, no. 1,{},name:web-01".format(db),
+             {"ids": ",".join([ours["id"], db, web])}),
+            ("listVirtualMachines|zoneid=name:north|templateid=name:Debian 12",  # one id in two zones
+             {"zoneid": north, "templateid": self.row("template", "Debian 12")["id"]}),
+            ("listVirtualMachines networkid=name:web zoneid=name:north domainid=name:ROOT",
+             {"networkid": net, "zoneid": north, "domainid": self.row("domain", "ROOT")["id"]}),
+            ("listUsers id=name:admin", {"id": self.row("user", "admin")["id"]}),
+            ("createVolume|name=x|projectid=name:apollo|diskofferingid=name:20 GB",
+             {"name": "x", "projectid": self.row("project", "apollo")["id"],
+              "diskofferingid": self.row("diskoffering", "20 GB")["id"]}),
+        ):  # fmt: skip
+            with self.subTest(words):
+                self.assertEqual(self.planned(*words.split("|" if "|" in words else " ")), expected)
+        self.assertLessEqual({name[:4] for name in self.asked}, {"list"})
+
+    def test_the_same_case_first(self):
+        self.change(self.row("virtualmachine", "db-01"), name="WEB-01")
+        for name in ("web-01", "WEB-01"):
+            expected = {"id": self.row("virtualmachine", name)["id"]}
+            self.assertEqual(self.planned("startVirtualMachine", "id=name:" + name), expected)
+        self.assertIn("has 2 of this name", self.refused("startVirtualMachine", "id=name:Web-01"))
+
+    def test_what_is_no_name(self):
+        path = self.write("id.txt", "name:web-01\n")
+        for word, expected in (
+            ('id="name:web-01"', "name:web-01"), ("id='name:x'", "name:x"), ("id=@" + path, "name:web-01"),
+            ("id=@@name:x", "@name:x"), ("id=x,name:web-01", "x,name:web-01"), ("id=Name:x", "Name:x"),
+        ):  # fmt: skip
+            self.assertEqual(self.planned("startVirtualMachine", word), {"id": expected})
+        for words in (["listVirtualMachines", "name=name:web-01"], ["createTags", "resourceids=name:x"]):
+            name, _, value = words[1].partition("=")
+            self.assertEqual(self.planned("--force", *words), {name: value})
+        self.assertEqual(self.asked, [])
+
+    def test_none(self):
+        err = self.refused("startVirtualMachine", "id=name:web-1")
+        self.assertIn("id=name:web-1: listVirtualMachines has nothing of this name; did you mean", err)
+        rows = re.findall(r"(?m)^      (\S+)  (web-\d+)  domain (\w+), (?:account|project) (\w+)", err)
+        self.assertIn((self.row("virtualmachine", "web-11")["id"], "web-11", "ROOT", "apollo"), rows)
+        self.assertIn((self.row("virtualmachine", "web-01")["id"], "web-01", "ROOT", "admin"), rows)
+        self.assertIn("Rocky Linux 9", self.refused("listVirtualMachines", "templateid=name:rocky"))
+        self.assertNotIn("did you mean", self.refused("startVirtualMachine", "id=name:nothing like it"))
+
+    def test_several(self):
+        err = self.refused("restartNetwork", "id=name:web", "--force")
+        self.assertIn("id=name:web: listNetworks has 4 of this name; did you mean", err)
+        for zone, account in itertools.product(("north", "south"), ("admin", "user")):
+            row = self.row("network", "web", zonename=zone, account=account)
+            facts = "zonename {}, domain {}, account {}".format(zone, row["domain"], account)
+            self.assertIn("      {}  web  {}\n".format(row["id"], facts), err)
+        self.change(self.row("virtualmachine", "db-01"), displayname="web-01")
+        err = self.refused("destroyVirtualMachine", "id=name:web-01")
+        self.assertIn("  db-01 / web-01  zonename south", err)
+
+    def test_names_are_shown_so_that_they_do_no_harm(self):
+        self.change(self.row("virtualmachine", "db-01"), name="evil" + EVIL_TITLE + "\nid")
+        err = self.refused("startVirtualMachine", "id=name:evil")
+        self.assertIn("evil\\x1b", err)
+        self.assertNotIn("\x1b", err)
+        self.assertEqual(err.count("\n"), 3)
+
+    def test_what_the_look_up_asks(self):
+        """One question for a name that is there, few rows; nothing is lost by that."""
+        self.planned("listVolumes", "virtualmachineid=name:web-01", "id=name:ROOT-1")
+        self.planned("listVirtualMachines", "templateid=name:Rocky Linux 9")
+        self.assertEqual([self.sent(0)["keyword"], self.sent(-1)["keyword"]], ["web-01", "Rocky Linux 9"])
+        self.assertEqual([self.sent(0)["listall"], self.sent(-1)["templatefilter"]], ["true", "executable"])
+
+        del self.cloud.requests[:]
+        last = self.cloud.cloud.tables["virtualmachine"][31]
+        self.change(last, displayname="Müller % 1")
+        with mock.patch.object(cs, "PAGE_SIZE", 5):
+            self.assertEqual(self.planned("startVirtualMachine", "id=name:Müller % 1"), {"id": last["id"]})
+        self.assertGreater(len(self.asked), 5)
+        self.assertEqual([number for number in range(len(self.asked)) if "keyword" in self.sent(number)], [])
+
+    def test_a_name_is_looked_up_once(self):
+        self.planned("listVirtualMachines", "ids=name:web-01,name:web-01", "id=name:web-01")
+        self.assertEqual(self.asked, ["listVirtualMachines"])
+
+    def test_a_list_that_not_everybody_may_see(self):
+        """`all` templates, and those of all projects."""
+        refusal = {"errorcode": 431, "errortext": "Filter all can be specified by root admin only"}
+
+        def answer(record):
+            if record.params.get("templatefilter") == "all":
+                return Answer(431, {"listtemplatesresponse": refusal})
+            return Answer(200, {"listtemplatesresponse": {}})
+
+        self.cloud.script("listTemplates", *[answer] * 20)
+        self.assertIn("has nothing of this name", self.refused("listVirtualMachines", "templateid=name:x"))
+        self.assertEqual({self.sent(number)["templatefilter"] for number in range(len(self.asked))},
+                         {"executable", "self", "all"})  # fmt: skip
+
+    def test_an_error_of_the_look_up_is_its_own(self):
+        self.say_error("listZones", 530, "out of order")
+        code, out, err = self.main("listVirtualMachines", "zoneid=name:north", "--dry-run")
+        self.assertEqual(code, 1)
+        self.assertIn("out of order\n  Asked: cs listZones keyword=north\n", err)
+
+    def test_an_error_of_the_call_shows_what_was_typed(self):
+        self.say_error("stopVirtualMachine", 530, "out of order")
+        code, out, err = self.main("stopVirtualMachine", "id=name:web-01")
+        self.assertEqual((code, self.sent()), (1, {"id": self.row("virtualmachine", "web-01")["id"]}))
+        self.assertIn("  Asked: cs stopVirtualMachine id=name:web-01\n", err)
+
+    def test_without_the_list_of_commands(self):
+        os.unlink(self.cache_file())
+        err = self.usage("startVirtualMachine", "id=name:web-01")
+        self.assertEqual(err, "cs: id: names need cs --sync first\n")
+        self.assertEqual(self.planned("listVirtualMachines", "name=name:x"), {"name": "name:x"})
+
+    def test_they_are_looked_up_with_a_command_that_is_not_known(self):
+        word = "virtualmachineid=name:web-01"
+        self.assertEqual(self.planned("startAnew", word, "--force")["virtualmachineid"],
+                         self.row("virtualmachine", "web-01")["id"])  # fmt: skip
 
 
 # --- what is written about it ---------------------------------------------------------------------------------------
