@@ -18,12 +18,13 @@ Contents (search for the tag; the numbers are those of the rooms of cs.py):
 
 To give it another command: `_list(...)` is one line for a command that lists a table; for any other write a function
 under `@command(name, parameters, description, table)`, which is given the Call and returns the answer, or, with
-job=True, a generator that returns the job's result. Parameters it does not know yet get a line in _PARAMETERS. What
-the server refuses is `raise ApiError(code, text)`. listApis and the checks of parameters come out of the same words.
+job=True, a generator that returns the job's result (`held` for one on a single row). Parameters it does not know yet
+get an entry in _PARAMETERS. What the server refuses is `require(condition, text, code)`, or `raise ApiError(code, text)`.
+listApis and the checks of parameters come out of the same words.
 
 To give it another fault: for the next requests `Simulator.script` says what happens (an Answer of any kind, a callable
 that may also sleep before the command runs, DROP, RUN_THEN_DROP); a way to be wrong for as long as it is wanted is
-an attribute of Simulator, named in OPTIONS, that is asked where it applies.
+an attribute of Simulator, above its OPTIONS, that is asked where it applies.
 """
 
 import asyncio
@@ -68,26 +69,27 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 import cs
 
-# --- simulator: wire ------------------------------------------------------------------------------------------------
+# === [S1] simulator: wire ===========================================================================================
 # Requests into parameters, the signature, and answers into bytes.
 
-MAX_HEAD = 8192  # request line and headers
-MAX_FORM = 1 << 20
-MAX_FORM_KEYS = 5000
+MAX_HEAD, MAX_FORM, MAX_FORM_KEYS = 8192, 1 << 20, 5000  # bytes of a head and of a form, and the fields of a form
 CREDENTIALS_TEXT = "unable to verify user credentials and/or request signature"
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
+DROP = "close the connection without running the command"
+RUN_THEN_DROP = "run the command, then close the connection without an answer"
+GO_ON = "answer as usual"
 
 _READING = re.compile(r"(get|list|query|find)\w+", re.ASCII)
 _ANNOTATED_READING = frozenset(
     "isAccountAllowedToCreateOfferingsWithTags quotaBalance quotaIsEnabled quotaStatement quotaSummary quotaTariffList "
-    "cloudianIsEnabled readyForShutdown verifyOAuthCodeAndGetUser".split()
-)
+    "cloudianIsEnabled readyForShutdown verifyOAuthCodeAndGetUser".split())  # fmt: skip
 _UUID = re.compile("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]*=*\s*")
 _CONTROL = re.compile("[\x00-\x09\x0b\x0c\x0e-\x1f\x7f]")
 _MAP_NAME = re.compile(r"([^\[\]]+)\[([0-9]+)\]\.([^\[\]]+)")
-_DATE = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.\d+)?(Z|[+-]\d\d:?\d\d)", re.ASCII)
+_DATE = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.\d+)?(Z|[+-]\d\d:?\d\d)", re.ASCII)
 _JAVA_UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789.-_*")
-_ENCODED = [chr(byte) if byte in _JAVA_UNRESERVED else "%{:02X}".format(byte) for byte in range(256)]
+_ENCODED = [chr(byte) if byte in _JAVA_UNRESERVED else f"%{byte:02X}" for byte in range(256)]
 
 
 class ApiError(Exception):
@@ -98,26 +100,30 @@ class ApiError(Exception):
     """
 
     def __init__(self, code, text, uuids=(), cserrorcode=0):
-        Exception.__init__(self, code, text)
+        super().__init__(code, text)
         self.code, self.text, self.uuids = code, text, uuids
         self.cserrorcode = {431: 4350, 531: 4365}.get(code, 9999) if cserrorcode == 0 else cserrorcode
 
     def body(self):
         named = [{"uuid": uuid, "description": description} for uuid, description in self.uuids]
-        body = {"uuidList": named, "errorcode": self.code, "cserrorcode": self.cserrorcode, "errortext": self.text}
-        if self.cserrorcode is None:
-            del body["cserrorcode"]
-        return body
+        stated = {} if self.cserrorcode is None else {"cserrorcode": self.cserrorcode}
+        return dict({"uuidList": named, "errorcode": self.code}, **stated, errortext=self.text)
 
     def headers(self):
         return {} if self.cserrorcode is None else {"X-Description": " ".join(self.text.splitlines())}
+
+
+def require(condition, text, code=431, *more, **named):
+    """Raise the ApiError that these words make, unless the condition is met."""
+    if not condition:
+        raise ApiError(code, text, *more, **named)
 
 
 class HtmlError(Exception):
     """An error of the servlet container, or of a proxy: an HTML page, and nothing ran."""
 
     def __init__(self, code, text=None, close=True):
-        Exception.__init__(self, code, text)
+        super().__init__(code, text)
         self.code, self.text, self.close = code, text or http.client.responses.get(code, str(code)), close
 
     def answer(self):
@@ -129,30 +135,26 @@ class HtmlError(Exception):
 class Silence(HtmlError):
     """What an unexpected error of the server comes out as: 200 with nothing."""
 
-    def __init__(self):
-        HtmlError.__init__(self, 200, close=False)
-
     def answer(self):
         return Answer(200, b"", {"Content-Type": "text/xml;charset=utf-8"})
 
 
 class Headers(dict):
-    """Header fields by name in any case; the names of the same spelling twice are joined by a comma."""
+    """Header fields by name in any case; what stands there twice is joined by a comma."""
 
-    def __init__(self, pairs=()):
-        dict.__init__(self)
+    def __init__(self, pairs):
+        super().__init__()
         for name, value in pairs:
-            name = name.lower()
-            self[name] = dict.get(self, name) + ", " + value if name in self else value
+            self[name.lower()] = f"{self[name]}, {value}" if name in self else value
 
     def get(self, name, default=None):
-        return dict.get(self, name.lower(), default)
+        return super().get(name.lower(), default)
 
     def __getitem__(self, name):
-        return dict.__getitem__(self, name.lower())
+        return super().__getitem__(name.lower())
 
     def __contains__(self, name):
-        return dict.__contains__(self, name.lower())
+        return super().__contains__(name.lower())
 
 
 class Record:
@@ -161,9 +163,7 @@ class Record:
     def __init__(self, method, target, version, headers, connection):
         self.method, self.version, self.headers, self.connection = method, version, headers, connection
         self.path, _, self.query = target.partition("?")
-        self.body = b""
-        self.params = {}
-        self.time = time.monotonic()
+        self.body, self.params = b"", {}
 
     @property
     def command(self):
@@ -172,7 +172,7 @@ class Record:
     def read_parameters(self, form=True):
         """Merge query and form: the last of a name wins in a query, the first in a form, the query over the form."""
         content_type = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        if form and self.body and content_type == "application/x-www-form-urlencoded":
+        if form and self.body and content_type == FORM["Content-Type"]:
             pairs = parse_pairs(self.body.decode("utf-8", "replace"))
             if len(self.body) > MAX_FORM or len(pairs) > MAX_FORM_KEYS:
                 raise HtmlError(400, "Unable to parse form content")
@@ -185,7 +185,7 @@ class Record:
         return {name.strip(): value.strip().strip('"') for name, _, value in pairs}
 
     def __repr__(self):
-        return "<Record {} {}>".format(self.method, self.command)
+        return f"<Record {self.method} {self.command}>"
 
 
 class Answer:
@@ -200,23 +200,13 @@ class Answer:
         if not any(name.lower() == "content-type" for name in self.headers):
             kind = "application/json" if isinstance(body, dict) else "text/html"
             self.headers["Content-Type"] = kind + ";charset=utf-8"
-        if isinstance(body, dict):
-            body = to_json(body)
-        self.body = body.encode("utf-8", "surrogatepass") if isinstance(body, str) else body
-
-
-DROP = "close the connection without running the command"
-RUN_THEN_DROP = "run the command, then close the connection without an answer"
-GO_ON = "answer as usual"
-
-
-def decode(text):
-    return unquote(text.replace("+", " "), errors="replace")
+        text = to_json(body) if isinstance(body, dict) else body
+        self.body = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
 
 
 def parse_pairs(text):
-    pairs = (piece.partition("=") for piece in text.split("&") if piece)
-    return [(decode(name), decode(value)) for name, _, value in pairs]
+    pairs = (piece.partition("=")[::2] for piece in text.replace("+", " ").split("&") if piece)
+    return [(unquote(name), unquote(value)) for name, value in pairs]
 
 
 def java_encode(value):
@@ -234,18 +224,26 @@ def signature_of(params, secret):
 
 def parse_date(text):
     """Seconds since 1970 of a date with an offset, or None."""
-    match = _DATE.match(text)
-    if not match or match.end() != len(text):
-        return None
+    match = _DATE.fullmatch(text)
     try:
-        seconds = calendar.timegm(time.strptime("".join(match.group(1, 2, 3, 4, 5, 6)), "%Y%m%d%H%M%S"))
+        seconds = calendar.timegm(time.strptime(match.group(1), "%Y-%m-%dT%H:%M:%S")) if match else None
     except ValueError:
         return None
-    offset = match.group(7)
-    if offset == "Z":
+    if match is None or match.group(2) == "Z":
         return seconds
+    offset = match.group(2)
     shift = int(offset[1:3]) * 3600 + int(offset[-2:]) * 60
     return seconds - shift if offset[0] == "+" else seconds + shift
+
+
+def read_date(text):
+    """Seconds of a date parameter; without an offset it is in the server's time zone, which is UTC here."""
+    text = text.strip().replace(" ", "T")
+    for dated in (text, text + "Z", text + "T00:00:00Z"):
+        seconds = parse_date(dated)
+        if seconds is not None:
+            return seconds
+    raise ValueError(text)
 
 
 def format_date(seconds):
@@ -264,11 +262,11 @@ def lower_names(params):
         if "[" not in name and "]" not in name:
             plain[name.lower()] = value
             continue
-        match = _MAP_NAME.match(name)
-        if not match or match.end() != len(name):
-            text = "Unable to decode parameter: {}; an array of objects is written parameter[index].field=value"
-            raise ApiError(430, text.format(name))
-        maps.setdefault(match.group(1).lower(), {}).setdefault(int(match.group(2)), {})[match.group(3)] = value
+        match = _MAP_NAME.fullmatch(name)
+        text = f"Unable to decode parameter: {name}; an array of objects is written parameter[index].field=value"
+        require(match, text, 430)
+        table, index, field = match.groups()
+        maps.setdefault(table.lower(), {}).setdefault(int(index), {})[field] = value
     return plain, maps
 
 
@@ -282,123 +280,81 @@ def to_json(tree):
 
 def to_xml(tree):
     (key, value), = tree.items()
-    parts = ['<?xml version="1.0" encoding="UTF-8"?><{} cloud-stack-version="4.23.0.0">'.format(key)]
-    for name, member in value.items():
-        _xml(name, member, parts)
-    return "".join(parts) + "</{}>".format(key)
+    members = "".join([_xml(name, member) for name, member in value.items()])
+    return f'<?xml version="1.0" encoding="UTF-8"?><{key} cloud-stack-version="4.23.0.0">{members}</{key}>'
 
 
-def _xml(name, value, parts):
+def _xml(name, value):
     if isinstance(value, list):
-        for item in value:
-            _xml(name, item, parts)
-    elif isinstance(value, dict):
-        parts.append("<{}>".format(name))
-        for inner, member in value.items():
-            _xml(inner, member, parts)
-        parts.append("</{}>".format(name))
+        return "".join([_xml(name, item) for item in value])
+    if isinstance(value, dict):
+        text = "".join([_xml(inner, member) for inner, member in value.items()])
     else:
         text = str(value).lower() if isinstance(value, bool) else html.escape(str(value), quote=False)
-        parts.append("<{0}>{1}</{0}>".format(name, text))
+    return f"<{name}>{text}</{name}>"
 
 
-# --- simulator: the cloud -------------------------------------------------------------------------------------------
+# === [S2] simulator: the cloud ======================================================================================
 # Rows in tables, jobs, and one registry of commands; listApis and the checks of parameters both come from the registry.
 
 Parameter = collections.namedtuple("Parameter", "name type entity required description length since")
 Rows = collections.namedtuple("Rows", "member rows")
-PAGING = ("keyword", "page", "pagesize")
-OWNING = ("account", "domainid", "projectid", "listall", "isrecursive")
+OWNING, PAGING = "account domainid projectid listall isrecursive".split(), "keyword page pagesize".split()
 OWNER_FIELDS = ("account", "domainid", "domain", "domainpath", "projectid", "project")
-LONGEST = {"userdata": 1048576, "publickey": 5120}
+LONGEST = {"userdata": 1048576}
 SILENT = frozenset(["activateProject"])  # 200 with nothing where the id is missing
 LENIENT = ("userdataid", "backupofferingid")  # newer ones: what is no UUID is dropped in silence, with the filter
+FURNISHED = "2026-01-12T09:30:00+0000"  # when all that is there from the beginning was made
 COMMANDS = {}
 OWNED = set("virtualmachine volume snapshot network securitygroup affinitygroup sshkeypair project event".split())
 TABLES = (
     "zone pod cluster host template serviceoffering diskoffering networkoffering network account domain project user "
     "virtualmachine volume snapshot securitygroup affinitygroup sshkeypair event resourcelimit counter hosttag provider"
-).split()
+).split()  # fmt: skip
 
 # name, type ("uuid:zone": an id of that table), what it is; ids without a table are those of the command's own entity
 _PARAMETERS = """
-account string the account of the resource, used with domainid
-affinitygroupid uuid:affinitygroup list by affinity group
-affinitygroupids list the ids of the affinity groups the machine belongs to
-affinitygroupnames list the names of the affinity groups the machine belongs to
-available boolean true for zones that take new machines
-backupofferingid uuid list by backup offering
-cidrlist list the CIDR list associated
-clusterid uuid:cluster the cluster
-description string the description
-details map details as key and value
-deviceid long the device of the volume in the machine
-diskofferingid uuid:diskoffering the disk offering
-displayname string the name to show
-domain string the path of the domain that the user belongs to
-domainid uuid:domain the domain of the resource, used with account
-enddate date nothing after this date
-endport integer the last port of the rule
-expunge boolean true to expunge the machine at once
-fingerprint string the fingerprint of the public key
-forced boolean force it
-format string the format of the volume
-group string a group for the machine
-haenable boolean true for high availability
-hostid uuid:host the host
-hypervisor string the hypervisor
-icmpcode integer the code of the ICMP message
-icmptype integer the type of the ICMP message
-id uuid the id
-ids list the ids, mutually exclusive with id
-iptonetworklist map ip and networkid of each nic, instead of networkids
-isrecursive boolean true to include the domains below domainid
-key string list by tag key
-keypair string the name of the ssh key pair for the machine
-keyword string list by keyword
-level string the level of the event
-listall boolean true to list all the caller may see, not only what is its own; false by default
-maxiops long the most input and output operations a second
-name string the name
-networkid uuid:network list by network
-networkids list the networks of the machine, the default one first
-networktype string list by type of network
-page integer the page to list
-pagesize integer the rows of a page
-password string the password
-podid uuid:pod list by pod
-projectid uuid:project the project; -1 for all projects
-protocol string tcp, udp, icmp or all
-publickey string the public key
-resourceid string list by resource
-resourceids list the resources to tag
-resourcetype string the type of the resource
-rootdisksize long the size of the root disk in GB
-securitygroupid uuid:securitygroup the security group
-securitygroupids list the ids of the security groups of the machine
-securitygroupname string the name of the security group
-securitygroupnames list the names of the security groups of the machine
-serviceofferingid uuid:serviceoffering the service offering
-size long the size in GB
-snapshotid uuid:snapshot the snapshot to start from
-startdate date nothing before this date
-startport integer the first port of the rule
-startvm boolean false to leave the machine stopped; true by default
-state string list by state
-tags map list by tags, or the tags, as key and value
-templatefilter string featured, self, selfexecutable, sharedexecutable, executable, community or all
-templateid uuid:template the template
-type string list by type
-userdata string user data, base64
-userdataid uuid the registered user data
-username string the name of the user
-value string list by tag value
-virtualmachineid uuid:virtualmachine the virtual machine
-volumeid uuid:volume the volume
-zoneid uuid:zone the zone
+account string the account of the resource, used with domainid |
+affinitygroupid uuid:affinitygroup list by affinity group |
+affinitygroupids list the ids of the affinity groups the machine belongs to |
+affinitygroupnames list the names of the affinity groups the machine belongs to |
+available boolean true for zones that take new machines | backupofferingid uuid list by backup offering |
+cidrlist list the CIDR list associated | clusterid uuid:cluster the cluster | description string the description |
+details map details as key and value | deviceid long the device of the volume in the machine |
+diskofferingid uuid:diskoffering the disk offering | displayname string the name to show |
+domain string the path of the domain that the user belongs to |
+domainid uuid:domain the domain of the resource, used with account | enddate date nothing after this date |
+endport integer the last port of the rule | expunge boolean true to expunge the machine at once |
+fingerprint string the fingerprint of the public key | forced boolean force it |
+format string the format of the volume | group string a group for the machine |
+haenable boolean true for high availability | hostid uuid:host the host | hypervisor string the hypervisor |
+icmpcode integer the code of the ICMP message | icmptype integer the type of the ICMP message | id uuid the id |
+ids list the ids, mutually exclusive with id | iptonetworklist map ip and networkid of each nic, instead of networkids |
+isrecursive boolean true to include the domains below domainid | key string list by tag key |
+keypair string the name of the ssh key pair for the machine | keyword string list by keyword |
+level string the level of the event |
+listall boolean true to list all the caller may see, not only what is its own; false by default |
+maxiops long the most input and output operations a second | name string the name |
+networkid uuid:network list by network | networkids list the networks of the machine, the default one first |
+networktype string list by type of network | page integer the page to list | pagesize integer the rows of a page |
+password string the password | podid uuid:pod list by pod | projectid uuid:project the project; -1 for all projects |
+protocol string tcp, udp, icmp or all | resourceid string list by resource | resourceids list the resources to tag |
+resourcetype string the type of the resource | rootdisksize long the size of the root disk in GB |
+securitygroupid uuid:securitygroup the security group |
+securitygroupids list the ids of the security groups of the machine |
+securitygroupname string the name of the security group |
+securitygroupnames list the names of the security groups of the machine |
+serviceofferingid uuid:serviceoffering the service offering | size long the size in GB |
+snapshotid uuid:snapshot the snapshot to start from | startdate date nothing before this date |
+startport integer the first port of the rule | startvm boolean false to leave the machine stopped; true by default |
+state string list by state | tags map list by tags, or the tags, as key and value |
+templatefilter string featured, self, selfexecutable, sharedexecutable, executable, community or all |
+templateid uuid:template the template | type string list by type | userdata string user data, base64 |
+userdataid uuid the registered user data | username string the name of the user | value string list by tag value |
+virtualmachineid uuid:virtualmachine the virtual machine | volumeid uuid:volume the volume | zoneid uuid:zone the zone |
 jobid uuid:job the job
 """
-_PARAMETERS = {line.split()[0]: line.split(None, 2)[1:] for line in _PARAMETERS.strip().splitlines()}
+_PARAMETERS = {name: rest for name, *rest in (entry.strip().split(None, 2) for entry in _PARAMETERS.split("|"))}
 _INSTANCES = {"virtualmachine": "VirtualMachine", "volume": "Volume", "snapshot": "Snapshot"}
 
 
@@ -414,21 +370,16 @@ class Command:
         self.job, self.key, self.admin = job, key or name.lower() + "response", admin
         self.parameters = [self._parameter(word) for word in parameters.split()]
         self.reading = is_reading(name)
+        self.short = self.key[:-len("response")]  # what errors call it
 
     def _parameter(self, word):
-        word, required = word.rstrip("!"), word.endswith("!")
-        word, _, since = word.partition("@")
+        required, (word, _, since) = word.endswith("!"), word.rstrip("!").partition("@")
         name, _, own = word.partition(":")
         kind, text = _PARAMETERS[name]
         kind, _, entity = kind.partition(":")
         if name == "id":
             entity, text = self.entity, "the id of the " + self.entity
         return Parameter(name, own or kind, entity, required, text, LONGEST.get(name, 255), since or None)
-
-    @property
-    def short(self):
-        """What errors call the command."""
-        return self.key[:-len("response")]
 
 
 def command(name, parameters, description, entity="success", job=False, key=None, admin=False):
@@ -447,27 +398,22 @@ def command(name, parameters, description, entity="success", job=False, key=None
 class User:
     """Who calls: key and secret, or user name, password and domain (a path)."""
 
-    def __init__(self, row, password, domain, account_type):
-        self.id, self.username, self.account = row["id"], row["username"], row["account"]
-        self.accountid, self.domainid = row["accountid"], row["domainid"]
-        self.row, self.password, self.domain = row, password, domain
-        self.domainpath = ("ROOT" + domain).rstrip("/")
-        self.admin = account_type == 1
-        self.key, self.secret = row["apikey"], make_key(self.username + " secret")
-
-    @property
-    def owner(self):
-        return {"account": self.account, "domainid": self.domainid, "domain": self.row["domain"],
-                "domainpath": self.domainpath}
+    def __init__(self, row, password, domain):
+        self.row, self.password, self.domain, self.admin = row, password, domain, row["accounttype"] == 1
+        self.id, self.username, self.key = row["id"], row["username"], row["apikey"]
+        self.account, self.accountid, self.domainid = row["account"], row["accountid"], row["domainid"]
+        self.secret, self.domainpath = make_key(self.username + " secret"), ("ROOT" + domain).rstrip("/")
+        self.owner = {"account": self.account, "domainid": self.domainid, "domain": row["domain"],
+                      "domainpath": self.domainpath}  # fmt: skip
 
 
 class Job:
     """An asynchronous job. What its state is depends on the clock alone: nothing runs until somebody asks."""
 
-    def __init__(self, uuid, spec, user, created, begins, seconds):
-        self.id, self.spec, self.user, self.created = uuid, spec, user, created
-        self.begins, self.due, self.begun, self.body = begins, begins + seconds, False, None
-        self.status, self.code, self.result, self.completed, self.lost = 0, 0, None, None, False
+    def __init__(self, uuid, spec, user, body, created, begins, due, lost):
+        self.id, self.spec, self.user, self.body, self.lost = uuid, spec, user, body, lost
+        self.created, self.begins, self.due, self.completed, self.begun = created, begins, due, None, False
+        self.status, self.code, self.result = 0, 0, None
         self.kind = self.instance = None  # what it works on, and the id of it
 
     def advance(self, now):
@@ -491,12 +437,10 @@ class Job:
 
     def row(self):
         user, name = self.user, self.spec.name
-        row = collections.OrderedDict(account=user.account, accountid=user.accountid, userid=user.id)
-        row.update(domainid=user.domainid, domainpath=user.domainpath)
-        row["cmd"] = "org.apache.cloudstack.api.command.user.{}Cmd".format(name[0].upper() + name[1:])
-        row.update(jobstatus=self.status, jobprocstatus=0, jobresultcode=self.code)
-        row.update((name, value) for name, value in (("jobinstancetype", self.kind), ("jobinstanceid", self.instance))
-                   if value)
+        row = {"account": user.account, "accountid": user.accountid, "userid": user.id, "domainid": user.domainid,
+               "domainpath": user.domainpath, "jobstatus": self.status, "jobprocstatus": 0, "jobresultcode": self.code,
+               "cmd": f"org.apache.cloudstack.api.command.user.{name[0].upper()}{name[1:]}Cmd"}  # fmt: skip
+        row.update(without_none(jobinstancetype=self.kind, jobinstanceid=self.instance))
         if self.status == 0:
             row.update(managementserverid="00000000-0000-4000-a000-000000000000", managementservername="simulator")
         if self.result is not None:
@@ -504,12 +448,25 @@ class Job:
         row["created"] = format_date(self.created)
         if self.completed is not None:
             row["completed"] = format_date(self.completed)
-        row["jobid"] = self.id
-        return row
+        return dict(row, jobid=self.id)
 
 
 def make_key(seed):
     return base64.urlsafe_b64encode(hashlib.sha512(seed.encode()).digest()).decode().rstrip("=")
+
+
+def without_none(**fields):
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def owned_by(row, owner):
+    mine = ("projectid",) if "projectid" in owner else ("account", "domainid")
+    return all(row.get(field) == owner[field] for field in mine)
+
+
+def brief(rows):
+    """What other rows show of these."""
+    return [{"id": row["id"], "name": row["name"]} for row in rows]
 
 
 class Cloud:
@@ -521,11 +478,11 @@ class Cloud:
         self.clock, self.lock = clock, threading.RLock()
         self.jobs, self._pending, self._busy = collections.OrderedDict(), [], {}
         if Cloud._furnished is None:
+            kept_apart = set(vars(self))
             self.tables, self.users, self.userdata, self.removed = {name: [] for name in TABLES}, {}, {}, set()
             self._serial = self._machines = self._addresses = 0
             self._furnish()
-            skipped = ("clock", "lock", "jobs", "_pending", "_busy")
-            Cloud._furnished = pickle.dumps({k: v for k, v in vars(self).items() if k not in skipped}, 4)
+            Cloud._furnished = pickle.dumps({k: v for k, v in vars(self).items() if k not in kept_apart}, 4)
         vars(self).update(pickle.loads(Cloud._furnished))
 
     def uuid(self):
@@ -535,21 +492,23 @@ class Cloud:
 
     def add(self, table, name=None, *more, **values):
         """Append a row; dicts in `more` and keywords are its fields, None ones left out as the server does."""
-        row = {"id": self.uuid()}
-        if name is not None:
-            row["name"] = name
+        row = without_none(id=self.uuid(), name=name)
         for fields in more + (values,):
-            row.update((field, value) for field, value in fields.items() if value is not None)
+            row.update(without_none(**fields))
         if table == "sshkeypair":
             row.pop("domainpath", None)  # the one thing with an owner that does not show it
         self.tables[table].append(row)
         return row
 
+    def rows(self, table, **fields):
+        """The rows that have these fields."""
+        return [row for row in self.tables[table] if all(row.get(name) == fields[name] for name in fields)]
+
     def find(self, table, uuid):
-        for row in self.tables[table]:
-            if row["id"] == uuid:
-                return row
-        return None
+        return next((row for row in self.tables[table] if row["id"] == uuid), None)
+
+    def named(self, table, name):
+        return next(iter(self.rows(table, name=name)), None)
 
     def number(self, table, uuid):
         """The id of a row in the server's database, which some texts name."""
@@ -560,31 +519,27 @@ class Cloud:
         self.tables[table] = [other for other in self.tables[table] if other is not row]
         self.removed.add(row["id"])
 
-    def named(self, table, name):
-        return next((row for row in self.tables[table] if row.get("name") == name), None)
-
     # the furniture
 
     def _furnish(self):
-        created = "2026-01-12T09:30:00+0000"
         root = self.add("domain", "ROOT", level=0, path="ROOT", haschild=True, state="Active")
-        lab = self.add("domain", "research", level=1, path="ROOT/research", haschild=False, state="Active")
-        lab["parentdomainid"] = root["id"]
-        admin = self._account("admin", root, 1, "Root Admin", "correct horse battery staple", "/")
+        lab = self.add("domain", "research", level=1, path="ROOT/research", haschild=False, state="Active",
+                       parentdomainid=root["id"])  # fmt: skip
+        self.admin = self._account("admin", root, 1, "Root Admin", "correct horse battery staple", "/")
         user = self._account("user", lab, 0, "User", "tilde~and+plus*", "/research")
-        self.admin, self.owner = admin, admin.owner
-        for name, kind in (("north", "Advanced"), ("south", "Advanced")):
-            self._zone(name, kind, created)
-        self._offerings(created)
-        project = self.add("project", "apollo", admin.owner, displaytext="The Apollo project", state="Suspended",
-                           owner=[{"account": "admin"}], created=created)
+        self.owner = self.admin.owner
+        for name in ("north", "south"):
+            self._zone(name)
+        self._offerings()
+        project = self.add("project", "apollo", self.owner, displaytext="The Apollo project", state="Suspended",
+                           owner=[{"account": "admin"}], created=FURNISHED)  # fmt: skip
         self.apollo = {"projectid": project["id"], "project": "apollo", "domainid": root["id"], "domain": "ROOT",
-                       "domainpath": "ROOT"}
-        for owner in (admin.owner, user.owner, self.apollo):
-            self._properties(owner, created)
-        for owner, count in ((admin.owner, 32), (user.owner, 6), (self.apollo, 4)):
+                       "domainpath": "ROOT"}  # fmt: skip
+        for owner in (self.owner, user.owner, self.apollo):
+            self._properties(owner)
+        for owner, count in ((self.owner, 32), (user.owner, 6), (self.apollo, 4)):
             self.add_machines(count, owner)
-        self._small_tables(admin, created)
+        self._small_tables(user)
 
     def _account(self, name, domain, kind, role, password, path):
         place = {"domainid": domain["id"], "domain": domain["name"]}
@@ -592,88 +547,82 @@ class Cloud:
                            domainpath=("ROOT" + path).rstrip("/"))
         row = self.add("user", None, place, username=name, firstname=name.title(), lastname="Sample", state="enabled",
                        email=name + "@cloud.example", account=name, accountid=account["id"], accounttype=kind,
-                       rolename=role, apikey=make_key(name + " key"))
+                       rolename=role, apikey=make_key(name + " key"))  # fmt: skip
         account["user"] = [row]
-        self.users[name] = User(row, password, path, kind)
+        self.users[name] = User(row, password, path)
         return self.users[name]
 
-    def _zone(self, name, kind, created):
-        zone = self.add("zone", name, networktype=kind, securitygroupsenabled=False, allocationstate="Enabled",
+    def _zone(self, name):
+        zone = self.add("zone", name, networktype="Advanced", securitygroupsenabled=False, allocationstate="Enabled",
                         dns1="192.0.2.53", internaldns1="10.0.0.53", localstorageenabled=True, tags=[])
         place = {"zoneid": zone["id"], "zonename": name}
         pod = self.add("pod", name + "-pod-1", place, netmask="255.255.255.0", allocationstate="Enabled")
-        place = dict(place, podid=pod["id"], podname=pod["name"])
+        place.update(podid=pod["id"], podname=pod["name"])
         cluster = self.add("cluster", name + "-cluster-1", place, hypervisortype="KVM", clustertype="CloudManaged")
         place.update(clusterid=cluster["id"], clustername=cluster["name"])
-        for number in range(1, 4):
-            self.add("host", "{}-kvm-{}".format(name, number), place, state="Up", type="Routing", hypervisor="KVM",
-                     cpunumber=64, memorytotal=549755813888, resourcestate="Enabled", created=created,
-                     ipaddress="10.0.{}.{}".format(len(self.tables["zone"]), number), hosttags="ssd")
+        for number in (1, 2, 3):
+            self.add("host", f"{name}-kvm-{number}", place, state="Up", type="Routing", hypervisor="KVM", cpunumber=64,
+                     memorytotal=549755813888, resourcestate="Enabled", created=FURNISHED, hosttags="ssd",
+                     ipaddress=f"10.0.{len(self.tables['zone'])}.{number}")  # fmt: skip
 
-    def _offerings(self, created):
+    def _offerings(self):
         north, south = self.tables["zone"]
-        both = {"ostypename": "Debian GNU/Linux 12 (64-bit)", "passwordenabled": False}
-        rocky = {"ostypename": "Rocky Linux 9", "passwordenabled": True}
-        ubuntu = {"ostypename": "Ubuntu 24.04 LTS", "passwordenabled": False}
         debian = None
-        for name, system, zone in (("Debian 12", both, north), ("Debian 12", both, south),
-                                   ("Rocky Linux 9", rocky, north), ("Ubuntu 24.04", ubuntu, south)):
-            row = self.add("template", name, system, self.owner, zoneid=zone["id"], zonename=zone["name"],
-                           displaytext=name + " cloud image", ispublic=True, isfeatured=True, isready=True,
-                           status="Download Complete", format="QCOW2", hypervisor="KVM", templatetype="USER",
-                           size=2147483648, created=created, tags=[])
-            if system is both:  # one template in two zones is two rows of one id
-                debian = debian or row["id"]
-                row["id"] = debian
+        for name, system, has_password, zone in (
+                ("Debian 12", "Debian GNU/Linux 12 (64-bit)", False, north),
+                ("Debian 12", "Debian GNU/Linux 12 (64-bit)", False, south),
+                ("Rocky Linux 9", "Rocky Linux 9", True, north),
+                ("Ubuntu 24.04", "Ubuntu 24.04 LTS", False, south)):  # fmt: skip
+            row = self.add(
+                "template", name, self.owner, ostypename=system, passwordenabled=has_password, zoneid=zone["id"],
+                zonename=zone["name"], displaytext=name + " cloud image", ispublic=True, isfeatured=True, isready=True,
+                status="Download Complete", format="QCOW2", hypervisor="KVM", templatetype="USER", size=2147483648,
+                created=FURNISHED, tags=[])  # fmt: skip
+            if name == "Debian 12":  # one template in two zones is two rows of one id
+                debian = row["id"] = debian or row["id"]
+        common = {"issystem": False, "state": "Active", "storagetype": "shared", "created": FURNISHED}
         for name, cpus, memory in (("Small", 1, 1024), ("Medium", 2, 4096), ("Large", 4, 16384),
-                                   ("Titan", 512, 4194304)):
-            self.add("serviceoffering", name, displaytext="{} CPUs, {} MB".format(cpus, memory), cpunumber=cpus,
-                     cpuspeed=2000, memory=memory, storagetype="shared", iscustomized=False, issystem=False,
-                     state="Active", created=created)
-        self.add("serviceoffering", "Custom", displaytext="As you like it", iscustomized=True, issystem=False,
-                 state="Active", storagetype="shared", created=created)
+                                   ("Titan", 512, 4194304)):  # fmt: skip
+            self.add("serviceoffering", name, displaytext=f"{cpus} CPUs, {memory} MB", cpunumber=cpus, cpuspeed=2000,
+                     memory=memory, iscustomized=False, **common)  # fmt: skip
+        self.add("serviceoffering", "Custom", displaytext="As you like it", iscustomized=True, **common)
+        del common["issystem"]
         for name, size in (("20 GB", 20), ("100 GB", 100)):
-            self.add("diskoffering", name, displaytext=name + " disk", disksize=size, iscustomized=False,
-                     state="Active", storagetype="shared", created=created)
-        self.add("diskoffering", "Any size", displaytext="A disk of any size", iscustomized=True, state="Active",
-                 storagetype="shared", created=created)
-        for name, kind in (("Isolated with source NAT", "Isolated"), ("Layer 2", "L2")):
+            self.add("diskoffering", name, displaytext=name + " disk", disksize=size, iscustomized=False, **common)
+        self.add("diskoffering", "Any size", displaytext="A disk of any size", iscustomized=True, **common)
+        for name, kind, services in (("Isolated with source NAT", "Isolated", [{"name": "Dhcp"}, {"name": "Dns"}]),
+                                     ("Layer 2", "L2", [])):  # fmt: skip
             self.add("networkoffering", name, displaytext=name, guestiptype=kind, traffictype="Guest", state="Enabled",
-                     created=created, service=[{"name": "Dhcp"}, {"name": "Dns"}] if kind == "Isolated" else [])
+                     created=FURNISHED, service=services)
 
-    def _properties(self, owner, created):
+    def _properties(self, owner):
         offering = self.tables["networkoffering"][0]
         for zone in self.tables["zone"]:
             for name in ("web", "backend"):
                 number = len(self.tables["network"]) + 1
                 self.add("network", name, owner, displaytext=name + " tier", traffictype="Guest", type="Isolated",
                          zoneid=zone["id"], zonename=zone["name"], networkofferingid=offering["id"],
-                         networkofferingname=offering["name"], cidr="10.1.{}.0/24".format(number), state="Implemented",
-                         gateway="10.1.{}.1".format(number), netmask="255.255.255.0", issystem=False, created=created,
-                         tags=[])
-        self.add("securitygroup", "default", owner, description="Default Security Group", ingressrule=[], egressrule=[],
-                 tags=[])
-        web = self.add("securitygroup", "web", owner, description="HTTP and HTTPS", ingressrule=[], egressrule=[],
-                       tags=[])
-        for port in (80, 443):
-            web["ingressrule"].append(self.rule("tcp", port, port, "0.0.0.0/0"))
+                         networkofferingname=offering["name"], cidr=f"10.1.{number}.0/24", state="Implemented",
+                         gateway=f"10.1.{number}.1", netmask="255.255.255.0", issystem=False, created=FURNISHED, tags=[])
+        for name, text, ports in (("default", "Default Security Group", ()), ("web", "HTTP and HTTPS", (80, 443))):
+            group = self.add("securitygroup", name, owner, description=text, ingressrule=[], egressrule=[], tags=[])
+            group["ingressrule"] += [self.rule("tcp", port, port, "0.0.0.0/0") for port in ports]
         self.add("affinitygroup", "spread", owner, type="host anti-affinity", description="Not on one host")
         self.add("sshkeypair", "laptop", owner, fingerprint="4b:5d:1f:aa:02:1c:44:9e:7e:91:3a:0c:55:61:de:12")
 
-    def _small_tables(self, admin, created):
+    def _small_tables(self, user):
         kinds = "user_vm public_ip volume snapshot template project network vpc cpu memory primary_storage".split()
-        for number, kind in enumerate(kinds):
-            for owner in (admin.owner, self.users["user"].owner):
-                self.tables["resourcelimit"].append(
-                    dict(owner, resourcetype=str(number), resourcetypename=kind, max=-1 if number else 500))
+        self.tables["resourcelimit"] = [
+            dict(owner, resourcetype=str(number), resourcetypename=kind, max=-1 if number else 500)
+            for number, kind in enumerate(kinds) for owner in (self.owner, user.owner)]  # fmt: skip
         for source in ("cpu", "memory", "network", "virtualrouter", "snmp", "netscaler", "vpn"):
             self.add("counter", source + " used", source=source, value=source, provider="VirtualRouter")
         self.tables["hosttag"] = [{"id": self.uuid(), "name": name} for name in ("gpu", "ssd", "windows")]
         self.tables["provider"] = [{"name": name, "type": "PRIMARY"} for name in ("DefaultPrimary", "StorPool")]
 
     def rule(self, protocol, first, last, cidr, **more):
-        values = dict(more, ruleid=self.uuid(), protocol=protocol, startport=first, endport=last, cidr=cidr, tags=[])
-        return {field: value for field, value in values.items() if value is not None}
+        return without_none(
+            ruleid=self.uuid(), protocol=protocol, startport=first, endport=last, cidr=cidr, tags=[], **more)  # fmt: skip
 
     def add_machines(self, count, owner=None):
         """Put `count` more machines, each with its root volume, into the cloud; the admin's unless told otherwise."""
@@ -682,25 +631,21 @@ class Cloud:
 
     def _furnished_machine(self, owner):
         number = self._machines
-        zone = self.tables["zone"][number % 2]
-        templates = [row for row in self.tables["template"] if row["zoneid"] == zone["id"]]
-        networks = [row for row in self.tables["network"] if row["zoneid"] == zone["id"] and owned_by(row, owner)]
-        role = ("web", "db", "cache", "worker")[number % 4]
-        machine = self.new_machine(
-            owner, zone, templates[number // 2 % 2], self.tables["serviceoffering"][number % 3], networks[:1],
-            "{}-{:02d}".format(role, number // 4 + 1))
-        machine["created"] = format_date(1771200000 + 3600 * number)
-        self.tables["volume"][-1]["created"] = machine["created"]
+        zone, role = self.tables["zone"][number % 2], ("web", "db", "cache", "worker")[number % 4]
+        template = self.rows("template", zoneid=zone["id"])[number // 2 % 2]
+        machine = self.new_machine(owner, zone, template, self.tables["serviceoffering"][number % 3],
+                                   self.networks_of(owner, zone), f"{role}-{number // 4 + 1:02d}")  # fmt: skip
+        seconds = 1771200000 + 3600 * number
+        machine["created"] = self.tables["volume"][-1]["created"] = format_date(seconds)
         if number % 5 == 4:
             machine["state"] = "Stopped"
         else:
             self.place(machine)
         self.tag(machine, "UserVm", "role", role)
         if number % 8 == 1:
-            volume = self.new_volume(owner, zone, "data-{:02d}".format(number), 20, machine, 1)
+            volume = self.new_volume(owner, zone, f"data-{number:02d}", 20, machine, 1)
             volume["created"] = machine["created"]
-        self.event("VM.CREATE", "Successfully completed starting Vm. Vm Id: " + machine["id"], owner,
-                   1771200000 + 3600 * number)
+        self.event("VM.CREATE", "Successfully completed starting Vm. Vm Id: " + machine["id"], owner, seconds)
         return machine
 
     # what commands do
@@ -709,40 +654,41 @@ class Cloud:
         self._machines += 1
         number = self._machines
         machine = self.add(
-            "virtualmachine", name, owner, displayname=name, instancename="i-2-{}-VM".format(number),
+            "virtualmachine", name, owner, displayname=name, instancename=f"i-2-{number}-VM",
             userid=self.users["admin"].id, username="admin", created=format_date(self.clock()), state="Stopped",
             haenable=False, zoneid=zone["id"], zonename=zone["name"], templateid=template["id"],
             templatename=template["name"], templatedisplaytext=template["displaytext"],
-            osdisplayname=template["ostypename"], passwordenabled=template["passwordenabled"],
-            rootdeviceid=0, rootdevicetype="ROOT", hypervisor="KVM",
-            securitygroup=[], nic=[], tags=[], affinitygroup=[], isdynamicallyscalable=False, details={})
+            osdisplayname=template["ostypename"], passwordenabled=template["passwordenabled"], rootdeviceid=0,
+            rootdevicetype="ROOT", hypervisor="KVM", securitygroup=[], nic=[], tags=[], affinitygroup=[],
+            isdynamicallyscalable=False, details={})  # fmt: skip
         self.size(machine, offering, custom or {})
-        for index, network in enumerate(networks):
-            address = addresses[index] if index < len(addresses) else None
-            machine["nic"].append(self._nic(network, index == 0, address))
-        if machine["nic"]:
+        for network, address in itertools.zip_longest(networks, addresses):
+            machine["nic"].append(self._nic(network, not machine["nic"], address))
             machine["ipaddress"] = machine["nic"][0]["ipaddress"]
-        self.new_volume(owner, zone, "ROOT-{}".format(number), 20, machine, 0)
+        self.new_volume(owner, zone, f"ROOT-{number}", 20, machine, 0)
         return machine
 
     def size(self, machine, offering, custom):
         machine.update(serviceofferingid=offering["id"], serviceofferingname=offering["name"])
-        machine["cpunumber"] = int(custom.get("cpuNumber") or offering.get("cpunumber", 1))
-        machine["cpuspeed"] = int(custom.get("cpuSpeed") or offering.get("cpuspeed", 1000))
-        machine["memory"] = int(custom.get("memory") or offering.get("memory", 512))
+        for field, detail, least in (("cpunumber", "cpuNumber", 1), ("cpuspeed", "cpuSpeed", 1000),
+                                     ("memory", "memory", 512)):  # fmt: skip
+            machine[field] = int(custom.get(detail) or offering.get(field, least))
         machine["details"].update(custom)
 
     def _nic(self, network, default, address=None):
         self._addresses += 1
         number = self._addresses
-        address = address or "{}.{}".format(network["cidr"].rpartition(".")[0], 10 + number % 240)
+        address = address or f"{network['cidr'].rpartition('.')[0]}.{10 + number % 240}"
         return {"id": self.uuid(), "networkid": network["id"], "networkname": network["name"], "isdefault": default,
                 "gateway": network["gateway"], "ipaddress": address, "traffictype": "Guest", "type": network["type"],
-                "netmask": "255.255.255.0",
-                "macaddress": "02:01:00:{:02x}:{:02x}:01".format(number >> 8 & 255, number & 255)}
+                "netmask": "255.255.255.0", "macaddress": f"02:01:00:{number >> 8 & 255:02x}:{number & 255:02x}:01"}
 
-    def new_volume(self, owner, zone, name, gigabytes, machine=None, device=None, **more):
-        volume = self.add("volume", name, owner, more, zoneid=zone["id"], zonename=zone["name"], size=gigabytes << 30,
+    def networks_of(self, owner, zone):
+        """The network, if any, of a machine that names none."""
+        return [row for row in self.rows("network", zoneid=zone["id"]) if owned_by(row, owner)][:1]
+
+    def new_volume(self, owner, zone, name, gigabytes, machine=None, device=None):
+        volume = self.add("volume", name, owner, zoneid=zone["id"], zonename=zone["name"], size=gigabytes << 30,
                           type="ROOT" if device == 0 else "DATADISK", state="Ready" if machine else "Allocated",
                           created=format_date(self.clock()), storagetype="shared", hypervisor="KVM", tags=[])
         if machine:
@@ -754,19 +700,18 @@ class Cloud:
             taken = {row.get("deviceid") for row in self.volumes_of(machine)}
             device = next(number for number in range(1, 1000) if number not in taken)
         volume.update(virtualmachineid=machine["id"], vmname=machine["name"], vmdisplayname=machine["displayname"],
-                      vmstate=machine["state"], deviceid=device, state="Ready")
+                      vmstate=machine["state"], deviceid=device, state="Ready")  # fmt: skip
 
     def detach(self, volume):
         for field in ("virtualmachineid", "vmname", "vmdisplayname", "vmstate", "deviceid"):
             volume.pop(field, None)
 
     def volumes_of(self, machine):
-        return [row for row in self.tables["volume"] if row.get("virtualmachineid") == machine["id"]]
+        return self.rows("volume", virtualmachineid=machine["id"])
 
     def place(self, machine, host=None):
-        if host is None:
-            hosts = [row for row in self.tables["host"] if row["zoneid"] == machine["zoneid"]]
-            host = hosts[int(machine["instancename"].split("-")[2]) % len(hosts)]
+        hosts = self.rows("host", zoneid=machine["zoneid"])
+        host = host or hosts[int(machine["instancename"].split("-")[2]) % len(hosts)]
         machine.update(state="Running", hostid=host["id"], hostname=host["name"])
 
     def unplace(self, machine, state):
@@ -783,14 +728,13 @@ class Cloud:
         self.remove("virtualmachine", machine)
 
     def tag(self, row, kind, key, value):
-        row["tags"] = [tag for tag in row.get("tags", ()) if tag["key"] != key]
         tag = {"key": key, "value": value, "resourcetype": kind, "resourceid": row["id"]}
         tag.update((field, row[field]) for field in OWNER_FIELDS if field in row)
-        row["tags"].append(tag)
+        row["tags"] = [other for other in row.get("tags", ()) if other["key"] != key] + [tag]
 
     def event(self, kind, text, owner, seconds):
         self.add("event", None, owner, username="admin", type=kind, level="INFO", description=text, state="Completed",
-                 created=format_date(seconds))
+                 created=format_date(seconds))  # fmt: skip
 
     # jobs
 
@@ -800,10 +744,13 @@ class Cloud:
         custom is the caller's own id for it. It is looked at last: what the generator has made by then stays.
         """
         lock, entity = next(body)
-        self._check_custom(custom, user)
+        require(not custom or _UUID.fullmatch(custom), f"UUID: {custom} doesn't follow the UUID format")
+        if custom in self.jobs:
+            require(not user.admin, "Entity already exists ", 530)
+            raise ApiError(431, f"UUID: {custom} already exists so can't create/update with custom id")
         now = self.clock()
-        job = Job(custom or self.uuid(), spec, user, now, max(now, self._busy.get(lock, 0)), seconds)
-        job.body, job.lost = body, lost
+        begins = max(now, self._busy.get(lock, 0))
+        job = Job(custom or self.uuid(), spec, user, body, now, begins, begins + seconds, lost)
         if spec.entity in _INSTANCES:
             job.kind, job.instance = _INSTANCES[spec.entity], entity or lock
         elif spec.entity == "affinitygroup" and entity:
@@ -813,15 +760,7 @@ class Cloud:
         self.jobs[job.id] = job
         self._pending.append(job)
         self.settle()
-        return dict({"id": entity} if entity else {}, jobid=job.id)
-
-    def _check_custom(self, custom, user):
-        if custom and not _UUID.fullmatch(custom):
-            raise ApiError(431, "UUID: {} doesn't follow the UUID format".format(custom))
-        if custom in self.jobs and user.admin:
-            raise ApiError(530, "Entity already exists ")
-        if custom in self.jobs:
-            raise ApiError(431, "UUID: {} already exists so can't create/update with custom id".format(custom))
+        return without_none(id=entity, jobid=job.id)
 
     def settle(self):
         """Let every job come as far as the clock says it is."""
@@ -837,8 +776,8 @@ class Cloud:
             except StopIteration as stop:
                 job.succeed(stop.value)
                 name = job.spec.name
-                self.event(re.sub("(?<=[a-z])(?=[A-Z])", ".", name).upper(), "Successfully completed " + name,
-                           job.user.owner, now)
+                kind = re.sub("(?<=[a-z])(?=[A-Z])", ".", name).upper()
+                self.event(kind, "Successfully completed " + name, job.user.owner, now)
             except ApiError as error:
                 job.fail(error.code, error.text)
             if job.status == 0:
@@ -852,11 +791,6 @@ class Cloud:
         return job if job and self.clock() < job.created + retention else None
 
 
-def owned_by(row, owner):
-    mine = ("projectid",) if "projectid" in owner else ("account", "domainid")
-    return all(row.get(field) == owner[field] for field in mine)
-
-
 class Call:
     """One command being run: who asks, with which converted arguments."""
 
@@ -864,6 +798,7 @@ class Call:
         self.simulator, self.cloud, self.user, self.spec = simulator, simulator.cloud, user, spec
         self.plain, self.maps = lower_names(params)
         self.args, self.cookies = {}, ()
+        self.get = self.args.get
 
     def convert(self):
         """Fill args from the parameters the command declares; everything else is ignored in silence."""
@@ -874,33 +809,28 @@ class Call:
                 value = self._converted(parameter, value)
                 if value is not None:
                     self.args[name] = value
-            elif parameter.required and self.spec.name in SILENT:
-                raise Silence
             elif parameter.required:
-                text = "Unable to execute API command {} due to missing parameter {}"
-                raise ApiError(431, text.format(self.spec.short, name), cserrorcode=9999)
+                if self.spec.name in SILENT:
+                    raise Silence(200)
+                text = f"Unable to execute API command {self.spec.short} due to missing parameter {name}"
+                raise ApiError(431, text, cserrorcode=9999)
 
     def _converted(self, parameter, value):
-        kind = parameter.type
+        kind, name = parameter.type, parameter.name
         if kind == "map":
             return [value[index] for index in sorted(value)]
-        if kind == "string" and len(value) > parameter.length:
-            text = "Value greater than max allowed length {} for param: {}"
-            raise ApiError(431, text.format(parameter.length, parameter.name), cserrorcode=9999)
         if kind == "boolean":
             return value.lower() == "true"
         if kind == "list":
             return value.split(",")
         if kind == "uuid":
             return self._entity_id(parameter, value)
+        text = f"Value greater than max allowed length {parameter.length} for param: {name}"
+        require(kind != "string" or len(value) <= parameter.length, text, cserrorcode=9999)
         try:
-            if kind in ("integer", "long"):
-                return int(value)
-            if kind == "date":
-                return read_date(value)
+            return {"integer": int, "long": int, "date": read_date}.get(kind, str)(value)
         except ValueError:
-            raise self.invalid(parameter.name, value) from None
-        return value
+            raise self.invalid(name, value) from None
 
     def _entity_id(self, parameter, value):
         if parameter.name in LENIENT:
@@ -912,96 +842,73 @@ class Call:
         return value
 
     def invalid(self, name, value):
-        text = ("Unable to execute API command {} due to invalid value. Invalid parameter {} value={} due to incorrect "
-                "long value format, or entity does not exist or due to incorrect parameter annotation for the field in "
-                "api cmd class.")
-        return ApiError(431, text.format(self.spec.short, name, value), cserrorcode=9999)
-
-    def get(self, name, default=None):
-        return self.args.get(name, default)
+        text = (f"Unable to execute API command {self.spec.short} due to invalid value. Invalid parameter {name} "
+                f"value={value} due to incorrect long value format, or entity does not exist or due to incorrect "
+                "parameter annotation for the field in api cmd class.")  # fmt: skip
+        return ApiError(431, text, cserrorcode=9999)
 
     def entity(self, table, name="id"):
         """The row an argument names, the caller's right to it checked; None without the argument."""
-        row = self.cloud.find(table, self.args.get(name)) if name in self.args else None
+        row = self.cloud.find(table, self.args[name]) if name in self.args else None
         if row and table in OWNED:
             self.check_access(row)
         return row
 
     def check_access(self, row):
-        if not self.user.admin and not owned_by(row, self.user.owner):
-            raise ApiError(531, "Caller does not have permission to operate with provided resource.")
+        text = "Caller does not have permission to operate with provided resource."
+        require(self.user.admin or owned_by(row, self.user.owner), text, 531)
 
     def entities(self, table, name, names=None):
         """The rows a list of ids, or of names, stands for, in the order given."""
-        rows = [(uuid, self.cloud.find(table, uuid)) for uuid in self.args.get(name, ())]
-        rows += [(word, self.mine(table, word)) for word in self.args.get(names, ())]
+        rows = [(uuid, self.cloud.find(table, uuid)) for uuid in self.get(name, ())]
+        rows += [(word, self.mine(table, word)) for word in self.get(names, ())]
         for word, row in rows:
-            if row is None:
-                raise ApiError(431, "Unable to find {} {}".format(table, word))
+            require(row is not None, f"Unable to find {table} {word}")
             self.check_access(row)
         return [row for _, row in rows]
 
     def mine(self, table, name):
         owner = self.owner()
-        return next((row for row in self.cloud.tables[table] if row["name"] == name and owned_by(row, owner)), None)
+        return next((row for row in self.cloud.rows(table, name=name) if owned_by(row, owner)), None)
 
     def owner(self):
         """Who will own what is created: the caller, or the account or project it names."""
         if "projectid" in self.args:
             project = self.entity("project", "projectid")
             return dict({field: project[field] for field in ("domainid", "domain", "domainpath")},
-                        projectid=project["id"], project=project["name"])
+                        projectid=project["id"], project=project["name"])  # fmt: skip
         for user in self.cloud.users.values():
-            if user.account == self.args.get("account") and user.domainid == self.args.get("domainid", user.domainid):
+            if user.account == self.get("account") and user.domainid == self.get("domainid", user.domainid):
                 self.check_access(user.owner)
                 return user.owner
         return self.user.owner
 
-    def details(self, name="details"):
+    def details(self):
         """A map written flat, all in index 0, or with an index an entry; as one dict."""
-        merged = {}
-        for entry in self.args.get(name, ()):
-            merged.update(entry)
-        return merged
+        return {name: value for entry in self.get("details", ()) for name, value in entry.items()}
 
-    def pairs(self, name="tags"):
+    def tags(self):
         """A map in key and value style."""
-        entries = self.args.get(name, ())
-        if any("key" not in entry for entry in entries):
-            raise ApiError(430, "Malformed parameter {}: key and value are needed".format(name))
-        return [(entry["key"], entry.get("value")) for entry in entries]
+        tags = self.get("tags", ())
+        require(all("key" in tag for tag in tags), "Malformed parameter tags: key and value are needed", 430)
+        return [(tag["key"], tag.get("value")) for tag in tags]
 
     def page(self, rows):
         """The part of the rows that the page parameters ask for."""
-        limit = self.simulator.default_page_size
-        page, size = self.args.get("page"), self.args.get("pagesize")
+        limit, page, size = self.simulator.default_page_size, self.get("page"), self.get("pagesize")
         if (page is None) != (size is None):
             given, needed = ("pagesize", "page") if page is None else ("page", "pagesize")
-            text = '"{}" parameter is required when "{}" is specified'
-            raise ApiError(431, text.format(needed, given), cserrorcode=9999)
+            raise ApiError(431, f'"{needed}" parameter is required when "{given}" is specified', cserrorcode=9999)
         if page is None:
             return rows[:limit]
-        if size > limit:
-            raise ApiError(431, "Page size can't exceed max allowed page size value: {}".format(limit))
-        if page < 1 or size < 1:
-            raise ApiError(431, "page and pagesize have to be positive")
+        require(size <= limit, f"Page size can't exceed max allowed page size value: {limit}")
+        require(page >= 1 and size >= 1, "page and pagesize have to be positive")
         return rows[(page - 1) * size:page * size]
-
-
-def read_date(text):
-    """Seconds of a date parameter; without an offset it is in the server's time zone, which is UTC here."""
-    text = text.strip().replace(" ", "T")
-    seconds = parse_date(text)
-    if seconds is None:
-        seconds = parse_date((text if "T" in text else text + "T00:00:00") + "Z")
-    if seconds is None:
-        raise ValueError(text)
-    return seconds
 
 
 # lists
 
-_NO_FILTER = set(OWNING + PAGING + ("templatefilter", "details"))
+_NO_FILTER = {*OWNING, *PAGING, "templatefilter", "details"}
 _FILTERS = {
     "ids": lambda row, ids: row["id"] in ids,
     "networkid": lambda row, uuid: any(nic["networkid"] == uuid for nic in row["nic"]),
@@ -1022,32 +929,29 @@ def visible(call, rows):
     if project:
         return [row for row in rows if row.get("projectid") == project]
     rows = [row for row in rows if "projectid" not in row]
-    if not user.admin:
-        return [row for row in rows if owned_by(row, user.owner)]
-    if "account" in call.args:
+    if user.admin and "account" in call.args:
         owner = {"account": call.args["account"], "domainid": call.get("domainid", user.domainid)}
         return [row for row in rows if owned_by(row, owner)]
-    if "domainid" in call.args:
+    if user.admin and "domainid" in call.args:
         return [row for row in rows if row["domainid"] == call.args["domainid"]]
-    return rows if call.get("listall") else [row for row in rows if owned_by(row, user.owner)]
+    return rows if user.admin and call.get("listall") else [row for row in rows if owned_by(row, user.owner)]
 
 
 def select(call, rows):
     """The rows that pass every filter among the arguments."""
-    if "id" in call.args and "ids" in call.args:
-        raise ApiError(431, "Specify either id or ids but not both parameters")
+    require(not ("id" in call.args and "ids" in call.args), "Specify either id or ids but not both parameters")
     for name, value in call.args.items():
         if name in _NO_FILTER:
             continue
+        word = str(value).lower()
         if name == "tags":
-            wanted = call.pairs()
+            wanted = call.tags()
             rows = [row for row in rows if has_tags(row, wanted)]
         elif name in _FILTERS:
             rows = [row for row in rows if _FILTERS[name](row, value)]
         elif name == "name" and call.spec.entity == "virtualmachine":
-            rows = [row for row in rows if value.lower() in row["name"].lower()]
+            rows = [row for row in rows if word in row["name"].lower()]
         else:
-            word = str(value).lower()
             rows = [row for row in rows if str(row.get(name, "")).lower() == word]
     if "keyword" in call.args:
         word = call.args["keyword"].lower()
@@ -1070,8 +974,7 @@ def _list(name, table, parameters="", description=None, member=None, key=None, a
         rows = call.cloud.tables[table][::-1 if newest_first else 1]
         return Rows(member or table, select(call, visible(call, rows) if owned else rows))
 
-    text = description or "Lists {}s.".format(table)
-    COMMANDS[name] = Command(name, parameters, text, table, run, False, key, admin)
+    command(name, parameters, description or f"Lists {table}s.", table, False, key, admin)(run)
 
 
 _list("listZones", "zone", "id name available networktype tags@4.3")
@@ -1100,41 +1003,32 @@ _LIST = " ".join(PAGING + OWNING)
 
 
 @command("listTemplates", "templatefilter! id ids@4.9 name zoneid hypervisor tags " + _LIST, "Lists templates.",
-         "template")
+         "template")  # fmt: skip
 def _list_templates(call):
     known = "featured self selfexecutable sharedexecutable executable community all".split()
-    if call.args["templatefilter"] not in known:
-        raise ApiError(431, "Please specify a valid template filter")
+    require(call.args["templatefilter"] in known, "Please specify a valid template filter")
     return Rows("template", select(call, call.cloud.tables["template"]))
 
 
 @command("listAccounts", "id name state domainid listall isrecursive keyword page pagesize", "Lists accounts.",
-         "account")
+         "account")  # fmt: skip
 def _list_accounts(call):
     every = call.user.admin and call.get("listall")
     rows = [row for row in call.cloud.tables["account"] if every or row["id"] == call.user.accountid]
     return Rows("account", select(call, rows))
 
 
-@command("listSecurityGroups", "id securitygroupname virtualmachineid tags " + _LIST, "Lists security groups.",
-         "securitygroup")
-def _list_security_groups(call):
-    return Rows("securitygroup", of_machine(call, "securitygroup"))
-
-
 @command("listAffinityGroups", "id name type virtualmachineid " + _LIST, "Lists affinity groups.", "affinitygroup")
-def _list_affinity_groups(call):
-    return Rows("affinitygroup", of_machine(call, "affinitygroup"))
-
-
-def of_machine(call, table):
-    """The groups of the table, or those of the machine that the call names."""
-    rows = visible(call, call.cloud.tables[table])
-    machine = call.entity("virtualmachine", "virtualmachineid")
+@command("listSecurityGroups", "id securitygroupname virtualmachineid tags " + _LIST, "Lists security groups.",
+         "securitygroup")  # fmt: skip
+def _list_groups(call):
+    """The groups of the caller, or those of the machine that the call names."""
+    table = call.spec.entity
+    rows, machine = visible(call, call.cloud.tables[table]), call.entity("virtualmachine", "virtualmachineid")
     if machine:
         del call.args["virtualmachineid"]
         rows = [row for row in rows if any(group["id"] == row["id"] for group in machine[table])]
-    return select(call, rows)
+    return Rows(table, select(call, rows))
 
 
 @command("listTags", "key value resourceid resourcetype " + _LIST, "Lists the tags of resources.", "tag")
@@ -1145,28 +1039,26 @@ def _list_tags(call):
 
 
 @command("listAsyncJobs", "startdate account domainid listall isrecursive keyword page pagesize",
-         "Lists the jobs that are not done yet.", "job")
+         "Lists the jobs that are not done yet.", "job")  # fmt: skip
 def _list_async_jobs(call):
     cloud, retention = call.cloud, call.simulator.job_retention
-    pending = [job for job in cloud.jobs.values() if job.status == 0 and cloud.job(job.id, retention)]
-    if not (call.user.admin and call.get("listall")):
-        pending = [job for job in pending if job.user.account == call.user.account]
-    pending = [job for job in pending if job.created >= call.get("startdate", 0)]
+    every = call.user.admin and call.get("listall")
+    pending = [job for job in cloud.jobs.values() if job.status == 0 and cloud.job(job.id, retention)
+               and (every or job.user.account == call.user.account) and job.created >= call.get("startdate", 0)]
     return Rows("asyncjobs", [job.row() for job in sorted(pending, key=lambda job: job.created)])
 
 
 @command("queryAsyncJobResult", "jobid", "Asks for the state and the result of a job.", "job")
 def _query_job(call):
-    if "jobid" not in call.args:
-        raise ApiError(431, "Expected parameter job id or parameters resource type and resource id")
-    job = call.cloud.job(call.args["jobid"], call.simulator.job_retention)
+    require("jobid" in call.args, "Expected parameter job id or parameters resource type and resource id")
+    user, job = call.user, call.cloud.job(call.args["jobid"], call.simulator.job_retention)
     if job is None:
         raise call.invalid("jobid", call.args["jobid"])
-    if not call.user.admin and job.user.account != call.user.account:
-        who = {"accountName": call.user.account, "id": call.cloud.number("account", call.user.accountid),
-               "uuid": call.user.accountid}
-        text = "Account Account [{}] is not authorized to see job id={}"
-        raise ApiError(531, text.format(to_json(who), list(call.cloud.jobs).index(job.id) + 1))
+    if not user.admin and job.user.account != user.account:
+        who = to_json({"accountName": user.account, "id": call.cloud.number("account", user.accountid),
+                       "uuid": user.accountid})  # fmt: skip
+        number = list(call.cloud.jobs).index(job.id) + 1
+        raise ApiError(531, f"Account Account [{who}] is not authorized to see job id={number}")
     return job.row()
 
 
@@ -1181,112 +1073,109 @@ def _list_capabilities(call):
 @command("getApiLimit", "", "Tells what is left of the caller's API limit.", "apilimit")
 def _get_api_limit(call):
     issued, limit = call.simulator.issued(call.user), call.simulator.rate_limit
-    if not limit:
-        raise ApiError(432, "This api is only available when api.throttling.enabled = true.")
+    require(limit, "This api is only available when api.throttling.enabled = true.", 432)
     return {"apilimit": {"account": call.user.account, "accountid": call.user.accountid, "apiIssued": issued,
-                         "apiAllowed": max(0, limit - issued), "expireAfter": 1000}}
+                         "apiAllowed": max(0, limit - issued), "expireAfter": 1000}}  # fmt: skip
 
 
 @command("getVirtualMachineUserData", "virtualmachineid!", "Returns the user data of a machine.", "virtualmachine")
 def _get_user_data(call):
-    machine = call.entity("virtualmachine", "virtualmachineid")
-    found = {"virtualmachineid": machine["id"], "userdata": call.cloud.userdata.get(machine["id"])}
-    return {"virtualmachineuserdata": {name: value for name, value in found.items() if value is not None}}
+    uuid = call.entity("virtualmachine", "virtualmachineid")["id"]
+    return {"virtualmachineuserdata": without_none(virtualmachineid=uuid, userdata=call.cloud.userdata.get(uuid))}
 
 
 @command("getUploadParamsForVolume", "name! zoneid! format! diskofferingid projectid account domainid",
-         "Makes a volume to upload to.", "volume", key="postuploadvolumeresponse")
+         "Makes a volume to upload to.", "volume", key="postuploadvolumeresponse")  # fmt: skip
 def _get_upload_params(call):
     volume = call.cloud.new_volume(call.owner(), call.entity("zone", "zoneid"), call.args["name"], 1)
-    volume["state"] = "NotUploaded"
-    return {"getuploadparams": {"id": volume["id"], "postURL": "https://upload.cloud.example/upload/" + volume["id"],
+    volume["state"], uuid = "NotUploaded", volume["id"]
+    return {"getuploadparams": {"id": uuid, "postURL": "https://upload.cloud.example/upload/" + uuid,
                                 "metadata": "c2ltdWxhdGVk", "expires": format_date(call.cloud.clock() + 600),
-                                "signature": make_key(volume["id"])}}
+                                "signature": make_key(uuid)}}  # fmt: skip
 
 
 # virtual machines
 
 
-def need(row, *states):
-    """A job that finds its resource in another state fails."""
-    if row["state"] not in states:
-        text = "Unable to do this with {} {}: it is {}, not {}"
-        raise ApiError(530, text.format(row.get("instancename") or row["name"], row["id"], row["state"],
-                                        " or ".join(states)), [(row["id"], "")])
+def need(row, states):
+    """A job that finds its resource in none of the states fails."""
+    if row["state"] not in states.split():
+        name, wanted = row.get("instancename") or row["name"], " or ".join(states.split())
+        raise ApiError(530, f"Unable to do this with {name} {row['id']}: it is {row['state']}, not {wanted}")
+
+
+def held(call, table, name="id", states="", meanwhile=None):
+    """The course of a job on the one row that an argument names, up to its end: the row."""
+    row = call.entity(table, name)
+    yield row["id"], None
+    if states:
+        need(row, states)
+    if meanwhile:
+        row["state"] = meanwhile
+    yield
+    return row
 
 
 def check_userdata(call):
-    if not _BASE64.fullmatch(call.get("userdata", "")):
-        raise ApiError(431, "User data is not base64 encoded")
+    require(_BASE64.fullmatch(call.get("userdata", "")), "User data is not base64 encoded")
 
 
 def check_host_name(call, name, networks):
     """A name stands once in a network."""
-    wanted = {network["id"]: network for network in networks}
-    for machine in call.cloud.tables["virtualmachine"]:
+    for machine in call.cloud.rows("virtualmachine", name=name):
         for nic in machine["nic"]:
-            if machine["name"] == name and nic["networkid"] in wanted:
-                text = "The vm with hostName {} already exists in the network domain: {}; network={}"
-                raise ApiError(431, text.format(name, "cs2cloud.internal", nic["networkname"]))
+            network = nic["networkname"]
+            text = f"The vm with hostName {name} already exists in the network domain: cs2cloud.internal; network={network}"
+            require(nic["networkid"] not in networks, text)
 
 
 @command("deployVirtualMachine",
          "serviceofferingid! zoneid! templateid name displayname networkids iptonetworklist diskofferingid size "
          "rootdisksize@4.4 details@4.3 userdata keypair securitygroupids securitygroupnames affinitygroupids "
          "affinitygroupnames hostid group startvm hypervisor account domainid projectid",
-         "Creates a virtual machine and starts it.", "virtualmachine", job=True)
+         "Creates a virtual machine and starts it.", "virtualmachine", job=True)  # fmt: skip
 def _deploy(call):
-    cloud, get = call.cloud, call.get
-    machine = deployed(call)
-    host = call.entity("host", "hostid")
-    yield machine["id"], machine["id"]
+    machine, host = deployed(call), call.entity("host", "hostid")
+    uuid = machine["id"]
+    yield uuid, uuid
     machine["state"] = "Starting"
     yield
     if machine["memory"] > 1 << 20 or machine["cpunumber"] > 64:
         machine["state"] = "Error"
-        who = {"id": cloud.number("virtualmachine", machine["id"]), "instanceName": machine["instancename"],
-               "state": "Stopped", "type": "User", "uuid": machine["id"]}
+        who = {"id": call.cloud.number("virtualmachine", uuid), "instanceName": machine["instancename"],
+               "state": "Stopped", "type": "User", "uuid": uuid}  # fmt: skip
         raise ApiError(533, "No destination found for a deployment for VM instance " + to_json(who))
-    if get("startvm", True):
-        cloud.place(machine, host)
+    if call.get("startvm", True):
+        call.cloud.place(machine, host)
     else:
-        cloud.unplace(machine, "Stopped")
-    result = dict(machine)
-    if machine["passwordenabled"]:
-        result["password"] = make_key(machine["id"])[:12]
-    return {"virtualmachine": result}
+        call.cloud.unplace(machine, "Stopped")
+    return {"virtualmachine": dict(machine, password=make_key(uuid)[:12]) if machine["passwordenabled"] else machine}
 
 
 def deployed(call):
     """The new row of a machine, its arguments checked."""
     cloud, get, owner = call.cloud, call.get, call.owner()
-    if "templateid" not in call.args:
-        raise ApiError(431, "Unable to use template null")
+    require("templateid" in call.args, "Unable to use template null")
     check_userdata(call)
-    if "networkids" in call.args and "iptonetworklist" in call.args:
-        raise ApiError(431, "networkids can't be given along with iptonetworklist")
+    both_given = "networkids" in call.args and "iptonetworklist" in call.args
+    require(not both_given, "networkids can't be given along with iptonetworklist")
     zone = call.entity("zone", "zoneid")
     networks, addresses = call.entities("network", "networkids"), []
     for entry in get("iptonetworklist", ()):
-        network = cloud.find("network", entry.get("networkid"))
-        if network is None:
-            raise ApiError(431, "Unable to find network {}".format(entry.get("networkid")))
-        networks.append(network)
+        networks.append(cloud.find("network", entry.get("networkid")))
+        require(networks[-1] is not None, f"Unable to find network {entry.get('networkid')}")
         addresses.append(entry.get("ip"))
-    if not networks:
-        mine = (row for row in cloud.tables["network"] if row["zoneid"] == zone["id"] and owned_by(row, owner))
-        networks = list(mine)[:1]
+    networks = networks or cloud.networks_of(owner, zone)
     groups = call.entities("securitygroup", "securitygroupids", "securitygroupnames")
     affinity = call.entities("affinitygroup", "affinitygroupids", "affinitygroupnames")
-    if "keypair" in call.args and not cloud.named("sshkeypair", get("keypair")):
-        raise ApiError(431, "A key pair with name '{}' was not found.".format(get("keypair")))
+    is_known = "keypair" not in call.args or cloud.named("sshkeypair", get("keypair"))
+    require(is_known, f"A key pair with name '{get('keypair')}' was not found.")
     template, offering = call.entity("template", "templateid"), call.entity("serviceoffering", "serviceofferingid")
     name = get("name") or "VM-" + cloud.uuid()
-    check_host_name(call, name, networks)
+    check_host_name(call, name, [network["id"] for network in networks])
     machine = cloud.new_machine(owner, zone, template, offering, networks, name, addresses, call.details())
     machine.update({field: get(field) for field in ("displayname", "keypair", "group") if field in call.args})
-    machine["securitygroup"] = [{"id": row["id"], "name": row["name"]} for row in groups]
-    machine["affinitygroup"] = [{"id": row["id"], "name": row["name"]} for row in affinity]
+    machine.update(securitygroup=brief(groups), affinitygroup=brief(affinity))
     for row in affinity:
         row.setdefault("virtualmachineIds", []).append(machine["id"])
     if "userdata" in call.args:
@@ -1301,8 +1190,8 @@ def deployed(call):
 def _start(call):
     machine, host = call.entity("virtualmachine"), call.entity("host", "hostid")
     yield machine["id"], None
-    if machine["state"] == "Running":
-        raise ApiError(431, "The virtual machine {id} ({name}) is already running".format(**machine))
+    text = f"The virtual machine {machine['id']} ({machine['name']}) is already running"
+    require(machine["state"] != "Running", text)
     need(machine, "Stopped")
     machine["state"] = "Starting"
     yield
@@ -1312,30 +1201,19 @@ def _start(call):
 
 @command("stopVirtualMachine", "id! forced", "Stops a virtual machine.", "virtualmachine", job=True)
 def _stop(call):
-    machine = call.entity("virtualmachine")
-    yield machine["id"], None
-    need(machine, "Running", "Stopped")
-    machine["state"] = "Stopping"
-    yield
+    machine = yield from held(call, "virtualmachine", "id", "Running Stopped", "Stopping")
     call.cloud.unplace(machine, "Stopped")
     return {"virtualmachine": machine}
 
 
 @command("rebootVirtualMachine", "id! forced@4.16.0", "Reboots a virtual machine.", "virtualmachine", job=True)
 def _reboot(call):
-    machine = call.entity("virtualmachine")
-    yield machine["id"], None
-    need(machine, "Running")
-    yield
-    return {"virtualmachine": machine}
+    return {"virtualmachine": (yield from held(call, "virtualmachine", "id", "Running"))}
 
 
 @command("destroyVirtualMachine", "id! expunge@4.2.1", "Destroys a virtual machine.", "virtualmachine", job=True)
 def _destroy(call):
-    machine = call.entity("virtualmachine")
-    yield machine["id"], None
-    need(machine, "Running", "Stopped", "Error", "Destroyed")
-    yield
+    machine = yield from held(call, "virtualmachine", "id", "Running Stopped Error Destroyed")
     call.cloud.unplace(machine, "Destroyed")
     if not call.get("expunge"):
         return {"virtualmachine": machine}
@@ -1345,24 +1223,22 @@ def _destroy(call):
 
 
 @command("restoreVirtualMachine", "virtualmachineid! templateid", "Puts a machine back to its template.",
-         "virtualmachine", job=True, key="restorevmresponse")
+         "virtualmachine", job=True, key="restorevmresponse")  # fmt: skip
 def _restore(call):
-    machine, template = call.entity("virtualmachine", "virtualmachineid"), call.entity("template", "templateid")
-    yield machine["id"], None
-    need(machine, "Running", "Stopped")
-    yield
+    machine = yield from held(call, "virtualmachine", "virtualmachineid", "Running Stopped")
+    template = call.entity("template", "templateid")
     if template:
         machine.update(templateid=template["id"], templatename=template["name"])
     return {"virtualmachine": machine}
 
 
 @command("updateVirtualMachine", "id! name@4.4 displayname group haenable userdata@4.16.0 details securitygroupids",
-         "Changes the properties of a machine.", "virtualmachine")
+         "Changes the properties of a machine.", "virtualmachine")  # fmt: skip
 def _update(call):
-    machine = call.entity("virtualmachine")
+    machine, name = call.entity("virtualmachine"), call.get("name")
     check_userdata(call)
-    if call.get("name", machine["name"]) != machine["name"]:
-        check_host_name(call, call.get("name"), [{"id": nic["networkid"]} for nic in machine["nic"]])
+    if name not in (None, machine["name"]):
+        check_host_name(call, name, [nic["networkid"] for nic in machine["nic"]])
     for field in ("name", "displayname", "group", "haenable"):
         if field in call.args:
             machine[field] = call.args[field]
@@ -1370,8 +1246,7 @@ def _update(call):
     if "userdata" in call.args:
         call.cloud.userdata[machine["id"]] = call.args["userdata"]
     if "securitygroupids" in call.args:
-        groups = call.entities("securitygroup", "securitygroupids")
-        machine["securitygroup"] = [{"id": row["id"], "name": row["name"]} for row in groups]
+        machine["securitygroup"] = brief(call.entities("securitygroup", "securitygroupids"))
     return {"virtualmachine": machine}
 
 
@@ -1379,14 +1254,13 @@ def _update(call):
 
 
 @command("createVolume", "name zoneid diskofferingid snapshotid size maxiops account domainid projectid",
-         "Creates a volume.", "volume", job=True)
+         "Creates a volume.", "volume", job=True)  # fmt: skip
 def _create_volume(call):
-    zone, offering = call.entity("zone", "zoneid"), call.entity("diskoffering", "diskofferingid")
-    snapshot = call.entity("snapshot", "snapshotid")
-    if not offering and not snapshot:
-        raise ApiError(431, "Missing parameter(s), either a positive volume size or snapshotid must be specified.")
+    zone = call.entity("zone", "zoneid") or call.cloud.tables["zone"][0]
+    offering, snapshot = call.entity("diskoffering", "diskofferingid"), call.entity("snapshot", "snapshotid")
+    text = "Missing parameter(s), either a positive volume size or snapshotid must be specified."
+    require(offering or snapshot, text)
     size = call.get("size") or (offering or {}).get("disksize") or (snapshot or {}).get("virtualsize", 1 << 30) >> 30
-    zone = zone or call.cloud.tables["zone"][0]
     volume = call.cloud.new_volume(call.owner(), zone, call.get("name") or "VOL-" + call.cloud.uuid(), size)
     if offering:
         volume.update(diskofferingid=offering["id"], diskofferingname=offering["name"])
@@ -1395,13 +1269,17 @@ def _create_volume(call):
     return {"volume": volume}
 
 
+def check_detached(volume):
+    text = "Please specify a volume that is not attached to any VM."
+    require("virtualmachineid" not in volume, text, 431, [(volume["id"], "volumeId")])
+
+
 @command("attachVolume", "id! virtualmachineid! deviceid", "Attaches a volume to a machine.", "volume", job=True)
 def _attach(call):
     volume, machine = call.entity("volume"), call.entity("virtualmachine", "virtualmachineid")
     yield volume["id"], None
-    need(machine, "Running", "Stopped")
-    if "virtualmachineid" in volume:
-        raise ApiError(431, "Please specify a volume that is not attached to any VM.", [(volume["id"], "volumeId")])
+    need(machine, "Running Stopped")
+    check_detached(volume)
     yield
     call.cloud.attach(volume, machine, call.get("deviceid"))
     return {"volume": volume}
@@ -1411,13 +1289,11 @@ def _attach(call):
 def _detach(call):
     volume, machine = call.entity("volume"), call.entity("virtualmachine", "virtualmachineid")
     if machine and not volume:
-        found = [row for row in call.cloud.volumes_of(machine) if row["deviceid"] == call.get("deviceid")]
-        volume = found[0] if found else None
-    if volume is None:
-        raise ApiError(431, "Please provide either a volume id, or a tuple(device id, instance id)")
+        volume = next((row for row in call.cloud.volumes_of(machine) if row["deviceid"] == call.get("deviceid")), None)
+    require(volume, "Please provide either a volume id, or a tuple(device id, instance id)")
     yield volume["id"], None
-    if "virtualmachineid" not in volume or volume["type"] == "ROOT":
-        raise ApiError(431, "The specified volume is not attached, or is a root volume.", [(volume["id"], "volumeId")])
+    may_go = "virtualmachineid" in volume and volume["type"] != "ROOT"
+    require(may_go, "The specified volume is not attached, or is a root volume.")
     yield
     call.cloud.detach(volume)
     return {"volume": volume}
@@ -1426,63 +1302,48 @@ def _detach(call):
 @command("deleteVolume", "id!", "Deletes a detached volume.", "volume")
 def _delete_volume(call):
     volume = call.entity("volume")
-    if "virtualmachineid" in volume:
-        raise ApiError(431, "Please specify a volume that is not attached to any VM.", [(volume["id"], "volumeId")])
+    check_detached(volume)
     call.cloud.remove("volume", volume)
     return {"success": True}
 
 
 @command("deleteSnapshot", "id!", "Deletes a snapshot.", "snapshot", job=True)
 def _delete_snapshot(call):
-    snapshot = call.entity("snapshot")
-    yield snapshot["id"], None
-    yield
-    call.cloud.remove("snapshot", snapshot)
+    call.cloud.remove("snapshot", (yield from held(call, "snapshot")))
     return {"success": True}
 
 
 # tags, groups, keys, projects
 
-_TAGGED = {"uservm": "virtualmachine", "virtualmachine": "virtualmachine"}
-
-
-def _resources(call):
-    table = call.args["resourcetype"].lower()
-    table = _TAGGED.get(table, table)
-    if table not in OWNED and table != "template":
-        raise ApiError(431, "Unknown resource type {}".format(call.args["resourcetype"]))
-    return call.entities(table, "resourceids")
-
 
 @command("createTags", "tags! resourcetype! resourceids!", "Puts tags on resources.", "tag", job=True)
 def _create_tags(call):
-    rows, pairs = _resources(call), call.pairs()
+    kind = call.args["resourcetype"]
+    table = {"uservm": "virtualmachine"}.get(kind.lower(), kind.lower())
+    require(table in OWNED or table == "template", f"Unknown resource type {kind}")
+    rows, tags = call.entities(table, "resourceids"), call.tags()
     yield None, None
     yield
-    kind = call.args["resourcetype"]
-    for row in rows:
-        for key, _ in pairs:
-            if has_tags(row, [(key, None)]):
-                raise ApiError(530, "tag {} already on {} with id {}".format(key, kind, row["id"]))
-    for row in rows:
-        for key, value in pairs:
-            call.cloud.tag(row, kind, key, value)
+    given = [(row, key, value) for row in rows for key, value in tags]
+    for row, key, _ in given:
+        require(not has_tags(row, [(key, None)]), f"tag {key} already on {kind} with id {row['id']}", 530)
+    for row, key, value in given:
+        call.cloud.tag(row, kind, key, value)
     return {"success": True}
 
 
 def _new(call, table, **values):
     """A row of the caller's with a name that it has not given before."""
     name, owner = call.args["name"], call.owner()
-    if call.mine(table, name):
-        raise ApiError(431, "A {} with name '{}' already exists.".format(table, name))
+    require(not call.mine(table, name), f"A {table} with name '{name}' already exists.")
     return call.cloud.add(table, name, owner, **values)
 
 
 @command("createSecurityGroup", "name! description account domainid projectid", "Creates a security group.",
-         "securitygroup")
+         "securitygroup")  # fmt: skip
 def _create_security_group(call):
-    return {"securitygroup": _new(call, "securitygroup", description=call.get("description", ""), ingressrule=[],
-                                  egressrule=[], tags=[])}
+    text = call.get("description", "")
+    return {"securitygroup": _new(call, "securitygroup", description=text, ingressrule=[], egressrule=[], tags=[])}
 
 
 def _traffic(rule):
@@ -1492,31 +1353,27 @@ def _traffic(rule):
 
 @command("authorizeSecurityGroupIngress",
          "securitygroupid securitygroupname protocol startport endport icmptype icmpcode cidrlist account domainid "
-         "projectid",
-         "Lets traffic into a security group.", "securitygroup", job=True)
+         "projectid", "Lets traffic into a security group.", "securitygroup", job=True)  # fmt: skip
 def _authorize(call):
     group = call.entity("securitygroup", "securitygroupid")
     group = group or call.mine("securitygroup", call.get("securitygroupname"))
-    if group is None:
-        raise ApiError(431, "Unable to find security group")
+    require(group is not None, "Unable to find security group")
     protocol, first = call.get("protocol", "all").lower(), call.get("startport")
-    if protocol in ("tcp", "udp") and first is None:
-        raise ApiError(431, "Invalid port: startport and endport are needed for " + protocol)
+    needs_ports = protocol in ("tcp", "udp")
+    require(not needs_ports or first is not None, "Invalid port: startport and endport are needed for " + protocol)
     yield group["id"], None
     yield
-    last = call.get("endport", first)
+    last, known = call.get("endport", first), {_traffic(rule) for rule in group["ingressrule"]}
     codes = {name: call.get(name) for name in ("icmptype", "icmpcode")}
-    there = {_traffic(rule) for rule in group["ingressrule"]}
     rules = [call.cloud.rule(protocol, first, last, cidr, **codes) for cidr in call.get("cidrlist", ["0.0.0.0/0"])]
-    rules = [rule for rule in rules if _traffic(rule) not in there]
-    if not rules:
-        raise ApiError(530, "Failed to authorize security group ingress rule(s)")
+    rules = [rule for rule in rules if _traffic(rule) not in known]
+    require(rules, "Failed to authorize security group ingress rule(s)", 530)
     group["ingressrule"] += rules
     return {"securitygroup": dict(group, ingressrule=rules)}
 
 
 @command("createAffinityGroup", "name! type! description account domainid projectid", "Creates an affinity group.",
-         "affinitygroup", job=True)
+         "affinitygroup", job=True)  # fmt: skip
 def _create_affinity_group(call):
     group = _new(call, "affinitygroup", type=call.args["type"], description=call.get("description"))
     yield group["id"], group["id"]
@@ -1525,35 +1382,30 @@ def _create_affinity_group(call):
 
 
 @command("deleteAffinityGroup", "id name account domainid projectid", "Deletes an affinity group.", "affinitygroup",
-         job=True)
+         job=True)  # fmt: skip
 def _delete_affinity_group(call):
     group = call.entity("affinitygroup") or call.mine("affinitygroup", call.get("name"))
-    if group is None:
-        raise ApiError(431, "Unable to find affinity group")
+    require(group is not None, "Unable to find affinity group")
     yield group["id"], None
     yield
     call.cloud.remove("affinitygroup", group)
     return {"success": True}
 
 
-def _fingerprint(seed):
-    digest = hashlib.md5(seed.encode("utf-8")).hexdigest()
-    return ":".join(digest[index:index + 2] for index in range(0, 32, 2))
-
-
 @command("createSSHKeyPair", "name! account domainid projectid", "Creates an ssh key pair.", "sshkeypair")
 def _create_key_pair(call):
-    pair = _new(call, "sshkeypair", fingerprint=_fingerprint(call.args["name"]))
+    digest = hashlib.md5(call.args["name"].encode("utf-8")).hexdigest()
+    pair = _new(call, "sshkeypair", fingerprint=":".join(re.findall("..", digest)))
     lines = "\n".join(make_key(pair["id"] + str(line))[:64] for line in range(4))
-    pem = "-----BEGIN RSA PRIVATE KEY-----\n{}\n-----END RSA PRIVATE KEY-----\n".format(lines)
+    pem = f"-----BEGIN RSA PRIVATE KEY-----\n{lines}\n-----END RSA PRIVATE KEY-----\n"
     return {"keypair": dict(pair, privatekey=pem)}
 
 
 @command("deleteSSHKeyPair", "name! account domainid projectid", "Deletes an ssh key pair.", "sshkeypair")
 def _delete_key_pair(call):
-    pair = call.mine("sshkeypair", call.args["name"])
-    if pair is None:
-        raise ApiError(431, "A key pair with name '{}' does not exist.".format(call.args["name"]))
+    name = call.args["name"]
+    pair = call.mine("sshkeypair", name)
+    require(pair is not None, f"A key pair with name '{name}' does not exist.")
     call.cloud.remove("sshkeypair", pair)
     return {"success": True}
 
@@ -1571,9 +1423,7 @@ def _register_user_keys(call):
 
 @command("activateProject", "id!", "Activates a project.", "project", job=True, key="activaterojectresponse")
 def _activate(call):
-    project = call.entity("project")
-    yield project["id"], None
-    yield
+    project = yield from held(call, "project")
     project["state"] = "Active"
     return {"project": project}
 
@@ -1581,7 +1431,10 @@ def _activate(call):
 # listApis
 
 _KINDS = {bool: "boolean", int: "integer", dict: "map", list: "list"}
-_schema = []
+_JOB_FIELDS = [
+    {"name": "jobid", "description": "the UUID of the latest async job acting on this object", "type": "string"},
+    {"name": "jobstatus", "description": "the current status of the latest async job acting on this object",
+     "type": "integer"}]  # fmt: skip
 
 
 def _response_fields(entity, rows):
@@ -1594,51 +1447,39 @@ def _response_fields(entity, rows):
     described = []
     for name, value in fields.items():
         kind = "date" if name == "created" else _KINDS.get(type(value), "string")
-        field = {"name": name, "description": "the {} of the {}".format(name, entity), "type": kind}
+        described.append({"name": name, "description": f"the {name} of the {entity}", "type": kind})
         if kind == "list" and value and isinstance(value[0], dict):
-            field["response"] = _response_fields(name, value)
-        described.append(field)
+            described[-1]["response"] = _response_fields(name, value)
     return described
 
 
+@functools.lru_cache(maxsize=None)
 def schema():
     """Pairs of a command and its entry in listApis, made once: (Command, dict)."""
-    if not _schema:
-        tables = Cloud().tables
-        by_entity = collections.defaultdict(list)
-        for spec in COMMANDS.values():
-            by_entity[spec.entity].append(spec.name)
-        _schema.extend((spec, _api(spec, tables, by_entity[spec.entity])) for spec in COMMANDS.values())
-    return _schema
+    tables = Cloud().tables
+    return [(spec, _api(spec, tables)) for spec in COMMANDS.values()]
 
 
-def _api(spec, tables, related):
-    success = [{"success": True, "displaytext": ""}]
-    response = _response_fields(spec.entity, tables.get(spec.entity) or success)
-    if spec.job:
-        response += [{"name": name, "description": text, "type": kind} for name, text, kind in (
-            ("jobid", "the UUID of the latest async job acting on this object", "string"),
-            ("jobstatus", "the current status of the latest async job acting on this object", "integer"))]
-    entry = {"name": spec.name, "description": spec.description, "isasync": spec.job, "params": [
-        dict({"name": p.name, "description": p.description, "type": p.type, "length": p.length, "required": p.required},
-             **({"since": p.since} if p.since else {})) for p in spec.parameters]}
-    others = ",".join(name for name in related if name != spec.name)
-    if others:
-        entry["related"] = others
-    entry["response"] = response + [{}]
-    entry["httprequesttype"] = "GET" if spec.reading else "POST"
-    return entry
+def _api(spec, tables):
+    params = [without_none(name=p.name, description=p.description, type=p.type, length=p.length, required=p.required,
+                           since=p.since) for p in spec.parameters]  # fmt: skip
+    related = [other.name for other in COMMANDS.values() if other.entity == spec.entity and other is not spec]
+    response = _response_fields(spec.entity, tables.get(spec.entity) or [{"success": True, "displaytext": ""}])
+    return without_none(
+        name=spec.name, description=spec.description, isasync=spec.job, params=params,
+        related=",".join(related) or None, response=response + (_JOB_FIELDS if spec.job else []) + [{}],
+        httprequesttype="GET" if spec.reading else "POST")  # fmt: skip
 
 
 @command("listApis", "name", "Lists the commands the caller may use.", "api")
 def _list_apis(call):
     entries = [entry for spec, entry in schema() if call.simulator.allowed(call.user, spec)]
-    entries += [dict(schema()[0][1], name="listSynthetic{:04d}".format(number), description="Made for tests.")
-                for number in range(call.simulator.extra_apis)]
+    entries += [dict(schema()[0][1], name=f"listSynthetic{number:04d}", description="Made for tests.")
+                for number in range(call.simulator.extra_apis)]  # fmt: skip
     if "name" in call.args:
-        entries = [entry for entry in entries if entry["name"].lower() == call.args["name"].lower()]
-        if not entries:
-            raise ApiError(431, "Unable to find the API {}".format(call.args["name"]))
+        name = call.args["name"]
+        entries = [entry for entry in entries if entry["name"].lower() == name.lower()]
+        require(entries, f"Unable to find the API {name}")
     random.shuffle(entries)
     return {"count": len(entries), "api": entries}
 
@@ -1653,7 +1494,7 @@ def _logout(call):
     return {"description": "success"}
 
 
-# --- simulator: server ----------------------------------------------------------------------------------------------
+# === [S3] simulator: server =========================================================================================
 # Sessions, the checks before a command runs, connections, and the Simulator that holds them together.
 
 
@@ -1661,40 +1502,33 @@ class Sessions:
     """Who has logged in. A session is a cookie and a session key that has to come with it."""
 
     def __init__(self, simulator):
-        self.simulator, self.open_sessions, self.opened = simulator, {}, 0
+        self.simulator, self.open_sessions = simulator, {}
 
     def open(self, call):
+        name, secret = call.args["username"], call.args["password"]
         path = ("/" + call.get("domain", "/").strip("/") + "/").replace("//", "/")
         paths = [row["path"][len("ROOT"):] + "/" for row in call.cloud.tables["domain"]]
-        if path not in paths:
-            raise ApiError(531, "Unable to find the domain from the path " + path, cserrorcode=None)
-        for user in call.cloud.users.values():
-            if (user.username, user.password) == (call.args["username"], call.args["password"]):
-                if user.domain.rstrip("/") + "/" == path:
-                    return self._opened(call, user)
-        text = "Failed to authenticate user {} in domain {}; please provide valid credentials"
-        raise ApiError(531, text.format(call.args["username"], paths.index(path) + 1), cserrorcode=None)
-
-    def _opened(self, call, user):
-        self.opened += 1
+        require(path in paths, "Unable to find the domain from the path " + path, 531, cserrorcode=None)
+        text = f"Failed to authenticate user {name} in domain {paths.index(path) + 1}; please provide valid credentials"
+        user = call.cloud.users.get(name)
+        is_known = user and user.password == secret and user.domain.rstrip("/") + "/" == path
+        require(is_known, text, 531, cserrorcode=None)
         uuid, key = "node0" + call.cloud.uuid().replace("-", ""), make_key(call.cloud.uuid())[:27]
         self.open_sessions[uuid] = [user, key, self.simulator.clock()]
-        call.cookies = ["JSESSIONID={}; Path=/client; HttpOnly".format(uuid), "sessionkey={}; HttpOnly".format(key)]
+        call.cookies = [f"JSESSIONID={uuid}; Path=/client; HttpOnly", f"sessionkey={key}; HttpOnly"]
         return {"username": user.username, "userid": user.id, "domainid": user.domainid, "account": user.account,
                 "timeout": self.simulator.session_timeout, "firstname": user.row["firstname"], "registered": "false",
                 "lastname": user.row["lastname"], "type": str(user.row["accounttype"]), "sessionkey": key}
 
     def user(self, record, cookies):
         """The user of a live session, or None without one. What does not know the session key ends the session."""
-        uuid = cookies.get("JSESSIONID")
+        uuid, now = cookies.get("JSESSIONID"), self.simulator.clock()
         session = self.open_sessions.get(uuid)
-        now = self.simulator.clock()
-        if session and now > session[2] + self.simulator.session_timeout:
-            session = self.open_sessions.pop(uuid, None) and None
-        if session is None:
+        if session is None or now > session[2] + self.simulator.session_timeout:
+            self.close(cookies)
             return None
         if not session[1] == cookies.get("sessionkey") == record.params.get("sessionkey"):
-            del self.open_sessions[uuid]
+            self.close(cookies)
             raise ApiError(401, CREDENTIALS_TEXT, cserrorcode=None)
         session[2] = now
         return session[0]
@@ -1731,22 +1565,19 @@ class Simulator:
     session_timeout = 1800
     job_fails_without_result = frozenset()  # commands whose jobs end as if the server had been restarted
     extra_apis = 0  # synthetic entries more in listApis
+    OPTIONS = frozenset(name for name in vars() if not name.startswith("_"))
 
     def __init__(self, port=0, host="127.0.0.1", tls=None, **options):
         self.port, self.host, self.tls = port, host, tls
         for name, value in options.items():
-            if name not in OPTIONS:
-                raise TypeError("Simulator has no option {!r}".format(name))
+            if name not in self.OPTIONS:
+                raise TypeError(f"Simulator has no option {name!r}")
             setattr(self, name, value)
-        self.requests = []
-        self.sessions = Sessions(self)
+        self.requests, self.sessions = [], Sessions(self)
         self._received, self._accepted = collections.Counter(), collections.Counter()
-        self._scripts = collections.defaultdict(collections.deque)
-        self._windows = {}
-        self._cloud, self._lock = None, threading.RLock()
-        self._listeners, self._connections, self._connected = [], set(), 0
-        self._integration = None
-        self._stopping = threading.Event()
+        self._scripts, self._windows = collections.defaultdict(collections.deque), {}
+        self._cloud, self._lock, self._stopping = None, threading.RLock(), threading.Event()
+        self._listeners, self._connections, self._connected, self._integration = [], set(), 0, None
 
     # the public face
 
@@ -1777,20 +1608,18 @@ class Simulator:
 
     @property
     def endpoint(self):
-        return "{}://{}/client/api".format("https" if self.tls else "http", self._authority(self.port))
+        return self._url("https" if self.tls else "http", self.port)
 
     @property
     def integration_endpoint(self):
         with self._lock:
-            if self._integration is None:
-                self._integration = self._listen(0, None, True)
-        return "http://{}/client/api".format(self._authority(self._integration))
+            self._integration = self._integration or self._listen(0, None, True)
+        return self._url("http", self._integration)
 
     @property
     def cloud(self):
         with self._lock:
-            if self._cloud is None:
-                self._cloud = Cloud(lambda: self.clock())
+            self._cloud = self._cloud or Cloud(lambda: self.clock())
         return self._cloud
 
     @property
@@ -1830,13 +1659,13 @@ class Simulator:
 
     # sockets
 
-    def _authority(self, port):
-        return "{}:{}".format("[" + self.host + "]" if ":" in self.host else self.host, port)
+    def _url(self, scheme, port):
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{scheme}://{host}:{port}/client/api"
 
     def _listen(self, port, tls, integration):
-        listener = Listener(self, self.host, port, tls, integration)
-        self._listeners.append(listener)
-        return listener.port
+        self._listeners.append(Listener(self, self.host, port, tls, integration))
+        return self._listeners[-1].port
 
     def connected(self, sock, tls, integration):
         """Serve a connection in a thread of its own."""
@@ -1877,8 +1706,8 @@ class Simulator:
         if not integration and record.path.rstrip("/") != "/client/api":
             raise HtmlError(404, close=False)
         if record.method not in ("GET", "POST"):
-            raise HtmlError(405, "HTTP method {} is not supported by this URL".format(record.method), close=False)
-        name = record.params.get("command")
+            raise HtmlError(405, f"HTTP method {record.method} is not supported by this URL", close=False)
+        name = record.command
         if name == "login" and record.method != "POST" and not integration:
             return Answer(405, "login takes POST requests only", {"Content-Type": "text/plain", "Allow": "POST"})
         if name in self.empty_200:
@@ -1894,7 +1723,7 @@ class Simulator:
             except HtmlError as error:
                 return error.answer()
             except Exception as error:  # a mistake in the simulator itself must not look like a network failure
-                failure = ApiError(530, "Internal error: {!r}".format(error))
+                failure = ApiError(530, f"Internal error: {error!r}")
             if failure.code == 432:
                 key = "errorresponse" if spec else "null"
             answer = self._written(record, failure.code, {key: failure.body()})
@@ -1916,19 +1745,17 @@ class Simulator:
         self.cloud.settle()
         user = self._authenticated(record, spec, integration)
         if user and spec and not self.allowed(user, spec):
-            text = "The API [{}] does not exist or is not available for the account {}."
-            raise ApiError(432, text.format(spec.name, user.account))
-        if spec is None:
-            raise ApiError(432, "The given command '{}' either does not exist, is not available for user, or not "
-                                "available from ip address '127.0.0.1'.".format(record.command))
-        if self.maintenance:
-            raise ApiError(503, "The server is in maintenance and does not take requests")
+            text = f"The API [{spec.name}] does not exist or is not available for the account {user.account}."
+            raise ApiError(432, text)
+        require(spec, f"The given command '{record.command}' either does not exist, is not available for user, or not "
+                      "available from ip address '127.0.0.1'.", 432)  # fmt: skip
+        require(not self.maintenance, "The server is in maintenance and does not take requests", 503)
         if user and not integration:
             self._throttle(user)
         for name, value in record.params.items():
-            if _CONTROL.search(value) or _CONTROL.search(name):
-                text = "Received value containing illegal ASCII non-printable characters for parameter {}"
-                raise ApiError(431, text.format(_CONTROL.sub("?", name)), cserrorcode=9999)
+            shown = _CONTROL.sub("?", name)
+            text = "Received value containing illegal ASCII non-printable characters for parameter " + shown
+            require(shown == name and not _CONTROL.search(value), text, cserrorcode=9999)
         call = Call(self, user, spec, record.params)
         call.convert()
         body = self._run(call)
@@ -1940,26 +1767,25 @@ class Simulator:
         """The user who asks; None where nobody needs to be known."""
         params, cookies = record.params, record.cookies()
         if integration:
-            if any(name.lower() in ("apikey", "signature") for name in params):
-                raise ApiError(401, "The integration port takes no credentials")
+            has_credentials = any(name.lower() in ("apikey", "signature") for name in params)
+            require(not has_credentials, "The integration port takes no credentials", 401)
             return self.cloud.users["admin"]
         if spec and spec.name in ("login", "logout"):
             if spec.name == "logout":
                 self.sessions.close(cookies)
             return None
         if self.enforce_post and record.method != "POST" and not is_reading(params.get("command", "")):
-            text = "State changing command {} needs to be sent using POST request"
-            raise ApiError(400, text.format(record.command))
+            raise ApiError(400, f"State changing command {record.command} needs to be sent using POST request")
         user = self.sessions.user(record, cookies)
         if user is None:
             return self._verified(params, spec)
-        if self.two_factor:
-            raise ApiError(511, "Two factor authentication is mandatory, and this session has not passed it")
+        text = "Two factor authentication is mandatory, and this session has not passed it"
+        require(not self.two_factor, text, 511)
         return user
 
     def _verified(self, params, spec):
         """The user whose key and signature these are. What is wrong is not told."""
-        user = next((user for user in self.cloud.users.values() if user.key == params.get("apiKey")), None)
+        user = next((user for user in self.users.values() if user.key == params.get("apiKey")), None)
         if user and spec and "signature" in params and self._fresh(params):
             given = params["signature"].encode("utf-8", "replace")
             if hmac.compare_digest(signature_of(params, user.secret).encode(), given):
@@ -1980,9 +1806,9 @@ class Simulator:
         start, count = self._windows.get(user.account, (0, 0))
         if now >= start + 1:
             start, count = now, 0
-        if count >= self.rate_limit:
-            text = "The given user has reached his/her account api limit, please retry after [{}] ms."
-            raise ApiError(429, text.format(max(1, int((start + 1 - now) * 1000))))
+        wait = max(1, int((start + 1 - now) * 1000))
+        text = f"The given user has reached his/her account api limit, please retry after [{wait}] ms."
+        require(count < self.rate_limit, text, 429)
         self._windows[user.account] = (start, count + 1)
 
     def _run(self, call):
@@ -1994,25 +1820,14 @@ class Simulator:
         return self._paged(call, result) if isinstance(result, Rows) else result
 
     def _paged(self, call, result):
-        name, total = call.spec.name, len(result.rows)
-        page = call.page(result.rows)
+        name, page = call.spec.name, call.page(result.rows)
         if name in self.ignores_paging:
             page = result.rows
-        if name in self.count_is_page_length:
-            total = len(page)
+        total = len(page if name in self.count_is_page_length else result.rows)
         if not total:
             return {}
         body = {} if name in self.count_missing else {"count": total}
-        if page:
-            body[result.member] = page
-        return body
-
-
-OPTIONS = frozenset(
-    "job_seconds job_retention clock enforce_post default_page_size count_is_page_length count_missing ignores_paging "
-    "role_lacks rate_limit gzip chunk_over idle_close json_content_type latency maintenance html_error empty_200 "
-    "two_factor session_timeout job_fails_without_result extra_apis".split()
-)
+        return dict(body, **{result.member: page}) if page else body
 
 
 class Listener:
@@ -2028,7 +1843,7 @@ class Listener:
         except BaseException:
             self.sock.close()
             raise
-        self.address = self.sock.getsockname()
+        self.address = self.sock.getsockname()[:2]
         self.port = self.address[1]
         self.thread = threading.Thread(target=self._accept, name="simulator", daemon=True)
         self.thread.start()
@@ -2047,7 +1862,7 @@ class Listener:
     def close(self):
         self.closing = True
         try:  # wakes accept on every system, which closing the socket does not
-            socket.create_connection(self.address[:2], 1).close()
+            socket.create_connection(self.address, 1).close()
         except OSError:
             pass
         self.thread.join(1)
@@ -2092,16 +1907,16 @@ class Connection:
             self._send(error.answer(), None, False)
             self._linger()
             return False
-        keep = self._keeps(record)
-        step = self.simulator.scripted(record)
-        if self.simulator.pause() or step is DROP:
+        options = record.headers.get("Connection", "").lower()
+        keep = not self.integration and "close" not in options
+        keep = keep and (record.version == "HTTP/1.1" or "keep-alive" in options)
+        answer = self.simulator.scripted(record)
+        if self.simulator.pause() or answer is DROP:
             return False
-        if step in (GO_ON, RUN_THEN_DROP):
-            answer = self._answer(record)
+        if answer in (GO_ON, RUN_THEN_DROP):
+            step, answer = answer, self._answer(record)
             if step is RUN_THEN_DROP:
                 return False
-        else:
-            answer = step
         keep = keep and not answer.close
         self._send(answer, record, keep)
         if not keep and self.integration:
@@ -2116,12 +1931,6 @@ class Connection:
         except HtmlError as error:
             return error.answer()
 
-    def _keeps(self, record):
-        options = record.headers.get("Connection", "").lower()
-        if self.integration or "close" in options:
-            return False
-        return record.version == "HTTP/1.1" or "keep-alive" in options
-
     # reading
 
     def _more(self):
@@ -2130,10 +1939,20 @@ class Connection:
             raise EOFError
         self.buffer += data
 
+    def _take(self, size):
+        while len(self.buffer) < size:
+            self._more()
+        data, self.buffer = self.buffer[:size], self.buffer[size:]
+        return data
+
+    def _line(self):
+        while b"\r\n" not in self.buffer:
+            self._more()
+        line, _, self.buffer = self.buffer.partition(b"\r\n")
+        return line
+
     def _head(self):
-        while b"\r\n\r\n" not in self.buffer:
-            if len(self.buffer) > MAX_HEAD:
-                break
+        while b"\r\n\r\n" not in self.buffer and len(self.buffer) <= MAX_HEAD:
             self._more()
             self.buffer = self.buffer.lstrip(b"\r\n")
         head, _, rest = self.buffer.partition(b"\r\n\r\n")
@@ -2149,10 +1968,10 @@ class Connection:
             raise HtmlError(400)
         pairs = (line.partition(":") for line in lines[1:])
         headers = Headers((name.strip(), value.strip()) for name, _, value in pairs)
-        target = words[1]
+        method, target, version = words
         if "://" in target[:8]:  # what a proxy is sent
             target = "/" + target.partition("://")[2].partition("/")[2]
-        record = Record(words[0], target, words[2], headers, self.number)
+        record = Record(method, target, version, headers, self.number)
         try:
             if not self.integration:
                 self._read_body(record)
@@ -2175,28 +1994,14 @@ class Connection:
             raise HtmlError(413)
         record.body = self._take(int(length))
 
-    def _take(self, size):
-        while len(self.buffer) < size:
-            self._more()
-        data, self.buffer = self.buffer[:size], self.buffer[size:]
-        return data
-
-    def _line(self):
-        while b"\r\n" not in self.buffer:
-            self._more()
-        line, _, self.buffer = self.buffer.partition(b"\r\n")
-        return line
-
     def _chunks(self):
-        body = b""
-        while True:
+        body, size = b"", -1
+        while size:
             size = int(self._line().partition(b";")[0], 16)
-            if not size:
-                while self._line():
-                    pass
-                return body
             body += self._take(size)
-            self._line()
+            while self._line() and not size:  # behind the last one trailers, too
+                pass
+        return body
 
     # writing
 
@@ -2206,14 +2011,14 @@ class Connection:
             packer = zlib.compressobj(4, zlib.DEFLATED, 31)
             body = packer.compress(body) + packer.flush()
             headers.update({"Content-Encoding": "gzip", "Vary": "Accept-Encoding"})
-        lowered = {name.lower() for name in headers}
-        chunks = answer.gzip is not None and record.version == "HTTP/1.1"
-        if chunks and len(body) > self.simulator.chunk_over:
+        may_chunk = answer.gzip is not None and record.version == "HTTP/1.1"
+        if may_chunk and len(body) > self.simulator.chunk_over:
             headers["Transfer-Encoding"] = "chunked"
             pieces = [body[start:start + 8192] for start in range(0, len(body), 8192)]
             body = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
-        elif not lowered & {"content-length", "transfer-encoding"} and answer.status not in (204, 304):
-            headers["Content-Length"] = str(len(body))
+        elif not {"content-length", "transfer-encoding"}.intersection(map(str.lower, headers)):
+            if answer.status not in (204, 304):
+                headers["Content-Length"] = str(len(body))
         if not keep:
             headers["Connection"] = "close"
         elif record.version == "HTTP/1.0":
@@ -2221,10 +2026,9 @@ class Connection:
         reason = answer.reason
         if reason is None:
             reason = http.client.responses.get(answer.status, str(answer.status))
-        lines = ["HTTP/1.1 {} {}".format(answer.status, reason)]
-        lines += ["{}: {}".format(name, value) for name, value in headers.items()]
-        lines += ["Set-Cookie: " + cookie for cookie in answer.cookies]
-        self.sock.sendall("\r\n".join(lines + ["", ""]).encode("latin-1", "replace") + body)
+        lines = [f"HTTP/1.1 {answer.status} {reason}"] + [f"{name}: {value}" for name, value in headers.items()]
+        lines += ["Set-Cookie: " + cookie for cookie in answer.cookies] + ["", ""]
+        self.sock.sendall("\r\n".join(lines).encode("latin-1", "replace") + body)
 
     def _linger(self):
         """Read what the client still sends, so that closing does not tear the answer away from it."""
