@@ -19,7 +19,7 @@ Contents (search for the tag; the numbers are those of the rooms of cs.py):
 To give it another command: `_list(...)` is one line for a command that lists a table; for any other write a function
 under `@command(name, parameters, description, table)`, which is given the Call and returns the answer, or, with
 job=True, a generator that returns the job's result (`held` for one on a single row). Parameters it does not know yet
-get an entry in _PARAMETERS. What the server refuses is `require(condition, text, code)`, or `raise ApiError(code, text)`.
+get an entry in _PARAMETERS. What the server refuses is `require(condition, text, code)` or `raise ApiError(code, text)`.
 listApis and the checks of parameters come out of the same words.
 
 To give it another fault: for the next requests `Simulator.script` says what happens (an Answer of any kind, a callable
@@ -603,7 +603,8 @@ class Cloud:
                 self.add("network", name, owner, displaytext=name + " tier", traffictype="Guest", type="Isolated",
                          zoneid=zone["id"], zonename=zone["name"], networkofferingid=offering["id"],
                          networkofferingname=offering["name"], cidr=f"10.1.{number}.0/24", state="Implemented",
-                         gateway=f"10.1.{number}.1", netmask="255.255.255.0", issystem=False, created=FURNISHED, tags=[])
+                         gateway=f"10.1.{number}.1", netmask="255.255.255.0", issystem=False, created=FURNISHED,
+                         tags=[])
         for name, text, ports in (("default", "Default Security Group", ()), ("web", "HTTP and HTTPS", (80, 443))):
             group = self.add("securitygroup", name, owner, description=text, ingressrule=[], egressrule=[], tags=[])
             group["ingressrule"] += [self.rule("tcp", port, port, "0.0.0.0/0") for port in ports]
@@ -621,8 +622,8 @@ class Cloud:
         self.tables["provider"] = [{"name": name, "type": "PRIMARY"} for name in ("DefaultPrimary", "StorPool")]
 
     def rule(self, protocol, first, last, cidr, **more):
-        return without_none(
-            ruleid=self.uuid(), protocol=protocol, startport=first, endport=last, cidr=cidr, tags=[], **more)  # fmt: skip
+        return without_none(ruleid=self.uuid(), protocol=protocol, startport=first, endport=last, cidr=cidr, tags=[],
+                            **more)  # fmt: skip
 
     def add_machines(self, count, owner=None):
         """Put `count` more machines, each with its root volume, into the cloud; the admin's unless told otherwise."""
@@ -1124,9 +1125,8 @@ def check_host_name(call, name, networks):
     """A name stands once in a network."""
     for machine in call.cloud.rows("virtualmachine", name=name):
         for nic in machine["nic"]:
-            network = nic["networkname"]
-            text = f"The vm with hostName {name} already exists in the network domain: cs2cloud.internal; network={network}"
-            require(nic["networkid"] not in networks, text)
+            text = f"The vm with hostName {name} already exists in the network domain: cs2cloud.internal; network="
+            require(nic["networkid"] not in networks, text + nic["networkname"])
 
 
 @command("deployVirtualMachine",
@@ -2151,20 +2151,21 @@ def stay(settings):
         return 0
 
 
-# --- tests of the simulator -----------------------------------------------------------------------------------------
+# === [S4] tests of the simulator ====================================================================================
 # It is held to how the server behaves, with raw requests; the client has no part in these.
 
 
 class SimulatorCase(unittest.TestCase):
     """A simulator whose clock stands still unless a test moves it, and requests written by hand."""
 
-    options = {}
-
     def setUp(self):
         self.now = 1788249600.25  # 2026-09-01T08:00:00.25Z
-        self.simulator = Simulator(clock=lambda: self.now, **self.options).start()
+        self.simulator = Simulator(clock=lambda: self.now).start()
         self.addCleanup(self.simulator.stop)
-        self.connection = http.client.HTTPConnection("127.0.0.1", self.simulator.port, timeout=5)
+        self.connect(f"127.0.0.1:{self.simulator.port}")
+
+    def connect(self, address):
+        self.connection = http.client.HTTPConnection(address, timeout=5)
         self.addCleanup(self.connection.close)
 
     def exchange(self, method="GET", target="/client/api", body=None, headers=None):
@@ -2173,30 +2174,35 @@ class SimulatorCase(unittest.TestCase):
         response = self.connection.getresponse()
         return response.status, response.headers, response.read()
 
+    def value(self, body):
+        """What stands under the single key of an answer, which is kept as self.key."""
+        (self.key, value), = json.loads(body.decode("utf-8"), strict=False).items()
+        return value
+
     def signed(self, params, user="admin"):
         account = self.simulator.users[user]
         params = dict(params, apiKey=account.key)
         return urlencode(dict(params, signature=signature_of(params, account.secret)))
 
+    def target(self, command_name, **params):
+        """What a signed GET for JSON asks for."""
+        return "/client/api?" + self.signed(dict(params, command=command_name, response="json"))
+
     def call(self, command_name, params=None, user="admin", method="GET", **more):
         """(status, the value of the single key) of a signed command."""
         query = self.signed(dict(params or {}, command=command_name, response="json", **more), user)
-        form = {"Content-Type": "application/x-www-form-urlencoded"}
-        if method == "GET":
-            status, _, body = self.exchange(target="/client/api?" + query)
-        else:
-            status, _, body = self.exchange(method, body=query, headers=form)
-        (self.key, value), = json.loads(body.decode("utf-8"), strict=False).items()
-        return status, value
+        where = {"target": "/client/api?" + query} if method == "GET" else {"body": query, "headers": FORM}
+        status, _, body = self.exchange(method, **where)
+        return status, self.value(body)
 
     def ok(self, command_name, params=None, **more):
         status, value = self.call(command_name, params, **more)
-        self.assertEqual(status, 200, value)
+        self.assertEqual(200, status, value)
         return value
 
     def fails(self, code, command_name, params=None, **more):
         status, value = self.call(command_name, params, **more)
-        self.assertEqual((status, value["errorcode"]), (code, code))
+        self.assertEqual((code, code), (status, value["errorcode"]))
         return value["errortext"]
 
     def first(self, command_name, **params):
@@ -2207,40 +2213,42 @@ class SimulatorCase(unittest.TestCase):
         self.now += self.simulator.job_seconds
         return self.ok("queryAsyncJobResult", jobid=submitted["jobid"])
 
+    def done(self, command_name, params=None, **more):
+        """The answer of the job that a command makes, once its time has come."""
+        return self.finish(self.ok(command_name, params, **more))
+
 
 class SimulatorSignatureTest(SimulatorCase):
     # The vectors were made with the openssl program from texts written by hand.
 
     def test_vector_of_every_kind_of_value(self):
         params = {"name": "a~b *+\u00e9-_.\n", "apiallowed": "1", "command": "listZones", "response": "json",
-                  "empty": "", "apiKey": "KEY", "details[0].key": "x/Y", "signature": "left out"}
-        self.assertEqual(signature_of(params, "Secret"), "QW63KNEFjGW2GXgJMtwL9vZ9jbM=")
+                  "empty": "", "apiKey": "KEY", "details[0].key": "x/Y", "signature": "left out"}  # fmt: skip
+        self.assertEqual("QW63KNEFjGW2GXgJMtwL9vZ9jbM=", signature_of(params, "Secret"))
 
     def test_names_in_the_order_of_java_strings(self):
         params = {"\uff61": "4", "\U0001f600": "3", "a": "2", "Z": "1"}  # UTF-16 puts U+1F600 before U+FF61
-        self.assertEqual(signature_of(params, "s"), "v179xoXYWeGVoHIu3e+soppR7A0=")
+        self.assertEqual("v179xoXYWeGVoHIu3e+soppR7A0=", signature_of(params, "s"))
 
     def test_vector_over_the_wire(self):
-        target = "/client/api?command=listZones&response=json&apiKey={}&signature={}".format(
-            "0VUlN_mkn8wZCj9DfJtuvxU3L132iHiXGj9VoMqCXASv620-Tgbk5hmgt-24q0CAR_ZIihPRwHAMVm_D0p0S0w",
-            "xPiwwaJ%2Bbbu03C%2Fb%2B%2BeoVI3i7QY%3D")
-        self.assertEqual(self.exchange(target=target)[0], 200)
+        key = "0VUlN_mkn8wZCj9DfJtuvxU3L132iHiXGj9VoMqCXASv620-Tgbk5hmgt-24q0CAR_ZIihPRwHAMVm_D0p0S0w"
+        signature = "xPiwwaJ%2Bbbu03C%2Fb%2B%2BeoVI3i7QY%3D"
+        target = f"/client/api?command=listZones&response=json&apiKey={key}&signature={signature}"
+        self.assertEqual(200, self.exchange(target=target)[0])
 
     def test_refusals_are_all_alike(self):
-        good = {"command": "listZones", "response": "json", "apiKey": self.simulator.key}
+        plain = {"command": "listZones", "response": "json"}
+        good = dict(plain, apiKey=self.simulator.key)
         signature = signature_of(good, self.simulator.secret)
         bad = [dict(good, signature="x"), good, dict(good, signature=signature, name="added"),
-               dict(good, apiKey="nobody", signature=signature), {"command": "listZones", "response": "json"}]
-        unknown = dict(good, command="noSuchCommand")
-        bad.append(dict(unknown, signature=signature_of(unknown, self.simulator.secret)))
-        misspelt = {"command": "listZones", "response": "json", "apikey": self.simulator.key}
-        bad.append(dict(misspelt, signature=signature_of(misspelt, self.simulator.secret)))
+               dict(good, apiKey="nobody", signature=signature), plain]  # fmt: skip
+        for params in (dict(good, command="noSuchCommand"), dict(plain, apikey=self.simulator.key)):
+            bad.append(dict(params, signature=signature_of(params, self.simulator.secret)))
         for params in bad:
             status, _, body = self.exchange(target="/client/api?" + urlencode(params))
-            (_, value), = json.loads(body.decode()).items()
-            self.assertEqual((status, value["errorcode"], value["errortext"]), (401, 401, CREDENTIALS_TEXT))
-        self.assertEqual(self.simulator.accepted("listZones"), 0)
-        self.assertEqual(self.simulator.count("listZones"), 6)
+            value = self.value(body)
+            self.assertEqual((401, 401, CREDENTIALS_TEXT), (status, value["errorcode"], value["errortext"]))
+        self.assertEqual((0, 6), (self.simulator.accepted("listZones"), self.simulator.count("listZones")))
 
     def test_a_bare_plus_in_the_signature_is_a_space(self):
         for number in range(100):
@@ -2249,126 +2257,120 @@ class SimulatorSignatureTest(SimulatorCase):
             if "+" in signature:
                 break
         bare = urlencode(params) + "&signature=" + signature.replace("=", "%3D").replace("/", "%2F")
-        self.assertEqual(self.exchange(target="/client/api?" + bare)[0], 401)
-        self.assertEqual(self.exchange(target="/client/api?" + bare.replace("+", "%2B"))[0], 200)
+        self.assertEqual(401, self.exchange(target="/client/api?" + bare)[0])
+        self.assertEqual(200, self.exchange(target="/client/api?" + bare.replace("+", "%2B"))[0])
 
     def test_expiry(self):
         for expires, status in (
                 ("2026-09-01T08:00:01+0000", 200), ("2026-09-01T08:00:01Z", 200), ("2026-09-01T08:00:01+00:00", 200),
                 ("2026-09-01T10:00:01+0200", 200), ("2026-09-01T08:00:00+0000", 401), ("2026-09-01T09:00:00+0200", 401),
-                ("2026-09-01T08:00:01", 401), ("soon", 401), ("", 401)):
-            got, _ = self.call("listZones", signatureVersion="3", expires=expires)
-            self.assertEqual(got, status, expires)
-        self.assertEqual(self.call("listZones", signatureVersion="3")[0], 401)
-        self.assertEqual(self.call("listZones", expires="2001-01-01T00:00:00+0000")[0], 200)  # read by version 3 only
+                ("2026-09-01T08:00:01", 401), ("soon", 401), ("", 401)):  # fmt: skip
+            self.assertEqual(status, self.call("listZones", signatureVersion="3", expires=expires)[0], expires)
+        self.assertEqual(401, self.call("listZones", signatureVersion="3")[0])
+        self.assertEqual(200, self.call("listZones", expires="2001-01-01T00:00:00+0000")[0])  # read by version 3 only
 
 
 class SimulatorParameterTest(SimulatorCase):
     def test_the_last_of_a_name_in_a_query_the_first_in_a_form_and_the_query_over_the_form(self):
-        form = {"Content-Type": "application/x-www-form-urlencoded"}
-        self.exchange("POST", "/client/api?a=1&a=2&b=3", "b=4&c=5&c=6", form)
-        self.assertEqual(self.simulator.requests[-1].params, {"a": "2", "b": "3", "c": "5"})
+        self.exchange("POST", "/client/api?a=1&a=2&b=3", "b=4&c=5&c=6", FORM)
+        self.assertEqual({"a": "2", "b": "3", "c": "5"}, self.simulator.requests[-1].params)
         self.exchange("POST", "/client/api?a=1", "b=4", {"Content-Type": "multipart/form-data; boundary=x"})
-        self.assertEqual(self.simulator.requests[-1].params, {"a": "1"})
+        self.assertEqual({"a": "1"}, self.simulator.requests[-1].params)
 
     def test_names_in_any_case_once_verified(self):
         zone = self.first("listZones")
-        self.assertEqual(self.ok("listZones", {"ID": zone["id"], "Nonsense": "x"})["count"], 1)
-        self.assertEqual(self.call("LISTZONES")[0], 401)
+        self.assertEqual(1, self.ok("listZones", {"ID": zone["id"], "Nonsense": "x"})["count"])
+        self.assertEqual(401, self.call("LISTZONES")[0])
 
     def test_only_true_is_true(self):
-        everything = self.ok("listVirtualMachines", listall="TRUE")["count"]
         own = self.ok("listVirtualMachines")["count"]
-        self.assertGreater(everything, own)
+        self.assertGreater(self.ok("listVirtualMachines", listall="TRUE")["count"], own)
         for word in ("1", "yes", "on", "false"):
-            self.assertEqual(self.ok("listVirtualMachines", listall=word)["count"], own)
+            self.assertEqual(own, self.ok("listVirtualMachines", listall=word)["count"])
         projects = self.ok("listVirtualMachines", projectid="-1")["virtualmachine"]
-        self.assertEqual({row["project"] for row in projects}, {"apollo"})
+        self.assertEqual({"apollo"}, {row["project"] for row in projects})
 
     def test_maps(self):
-        self.assertEqual(self.ok("listVirtualMachines", {"tags[0].key": "role", "tags[0].value": "db"})["count"], 8)
+        self.assertEqual(8, self.ok("listVirtualMachines", {"tags[0].key": "role", "tags[0].value": "db"})["count"])
         for name in ("tags[a].key", "tags[0]", "tags[0].a[1]", "tags[", "tags[0]key", "[0].key"):
             self.fails(430, "listVirtualMachines", {name: "x"})
-        plain, maps = lower_names({"Details[0].cpuNumber": "2", "details[0].a.b": "c", "DETAILS[1].x": "y"})
-        self.assertEqual((plain, maps), ({}, {"details": {0: {"cpuNumber": "2", "a.b": "c"}, 1: {"x": "y"}}}))
+        lowered = lower_names({"Details[0].cpuNumber": "2", "details[0].a.b": "c", "DETAILS[1].x": "y"})
+        self.assertEqual(({}, {"details": {0: {"cpuNumber": "2", "a.b": "c"}, 1: {"x": "y"}}}), lowered)
 
     def test_what_is_refused(self):
         self.assertIn("missing parameter id", self.fails(431, "startVirtualMachine"))
         self.fails(431, "listZones", id="no-such-id")
         self.fails(431, "listZones", name="a\x07b")
-        text = self.fails(431, "listZones", name="a\tb")
-        self.assertEqual(text, "Received value containing illegal ASCII non-printable characters for parameter name")
+        text = "Received value containing illegal ASCII non-printable characters for parameter name"
+        self.assertEqual(text, self.fails(431, "listZones", name="a\tb"))
         self.ok("listZones", name="b\r\nc")
         self.fails(431, "createSecurityGroup", name="x" * 256)
-        self.assertEqual(self.ok("listVirtualMachines", userdataid="no-such-id")["count"], 32)  # dropped in silence
+        self.assertEqual(32, self.ok("listVirtualMachines", userdataid="no-such-id")["count"])  # dropped in silence
         nobody = "00000000-0000-0000-0000-000000000000"
-        text = self.fails(431, "queryAsyncJobResult", jobid=nobody)
-        self.assertEqual(text, "Unable to execute API command queryasyncjobresult due to invalid value. Invalid "
-                         "parameter jobid value=" + nobody + " due to incorrect long value format, or entity does not "
-                         "exist or due to incorrect parameter annotation for the field in api cmd class.")
+        text = ("Unable to execute API command queryasyncjobresult due to invalid value. Invalid parameter jobid "
+                f"value={nobody} due to incorrect long value format, or entity does not exist or due to incorrect "
+                "parameter annotation for the field in api cmd class.")  # fmt: skip
+        self.assertEqual(text, self.fails(431, "queryAsyncJobResult", jobid=nobody))
         self.assertIn("command restorevm due", self.fails(431, "restoreVirtualMachine"))
 
     def test_dates(self):
-        self.assertEqual(parse_date("2026-01-01T00:00:00+0130"), parse_date("2025-12-31T22:30:00Z"))
+        self.assertEqual(parse_date("2025-12-31T22:30:00Z"), parse_date("2026-01-01T00:00:00+0130"))
         self.assertIsNone(parse_date("2026-13-01T00:00:00Z"))
-        self.assertEqual(read_date("2026-01-01"), read_date("2026-01-01 00:00:00"))
+        self.assertEqual(read_date("2026-01-01 00:00:00"), read_date("2026-01-01"))
 
 
 class SimulatorHttpTest(SimulatorCase):
     def test_kept_alive_and_without_a_date(self):
-        headers = [self.exchange(target="/client/api?" + self.signed({"command": "listZones"}))[1] for _ in range(3)]
-        self.assertEqual({record.connection for record in self.simulator.requests}, {1})
+        headers = [self.exchange(target=self.target("listZones"))[1] for _ in range(3)]
+        self.assertEqual({1}, {record.connection for record in self.simulator.requests})
         self.assertNotIn("Date", headers[0])
 
     def test_idle_connections_are_closed(self):
         self.simulator.idle_close = 0.05
         with socket.create_connection(("127.0.0.1", self.simulator.port), 5) as sock:
-            self.assertEqual(sock.recv(1), b"")
+            self.assertEqual(b"", sock.recv(1))
 
     def test_a_long_request_line(self):
         status, headers, body = self.exchange(target="/client/api?" + "x" * 8200)
-        self.assertEqual((status, headers.get_content_type(), headers["Connection"]), (414, "text/html", "close"))
+        self.assertEqual((414, "text/html", "close"), (status, headers.get_content_type(), headers["Connection"]))
         self.assertTrue(body.startswith(b"<html>"))
-        self.assertEqual(self.exchange(headers={"X-Long": "x" * 8200})[0], 431)
+        self.assertEqual(431, self.exchange(headers={"X-Long": "x" * 8200})[0])
 
     def test_request_bodies(self):
-        form = {"Content-Type": "application/x-www-form-urlencoded"}
-        self.assertEqual(self.call("listZones", method="POST", name="x" * 200)[0], 200)
-        self.assertEqual(self.exchange("POST", body="a=" + "x" * (1 << 20), headers=form)[0], 400)
-        self.assertEqual(self.exchange("POST", body="a=1&" * 5001, headers=form)[0], 400)
-        self.assertEqual(self.exchange("POST", body="x", headers=dict(form, **{"Content-Encoding": "gzip"}))[0], 415)
+        self.assertEqual(200, self.call("listZones", method="POST", name="x" * 200)[0])
+        self.assertEqual(400, self.exchange("POST", body="a=" + "x" * (1 << 20), headers=FORM)[0])
+        self.assertEqual(400, self.exchange("POST", body="a=1&" * 5001, headers=FORM)[0])
+        self.assertEqual(415, self.exchange("POST", body="x", headers=dict(FORM, **{"Content-Encoding": "gzip"}))[0])
         query = self.signed({"command": "listZones", "response": "json"}).encode()
         self.connection.putrequest("POST", "/client/api")
-        self.connection.putheader("Content-Type", form["Content-Type"])
-        self.connection.putheader("Transfer-Encoding", "chunked")
+        for name, value in dict(FORM, **{"Transfer-Encoding": "chunked"}).items():
+            self.connection.putheader(name, value)
         self.connection.endheaders(b"%x\r\n%b\r\n0\r\n\r\n" % (len(query), query))
         response = self.connection.getresponse()
-        self.assertEqual((response.status, response.read()[:20]), (200, b'{"listzonesresponse"'))
+        self.assertEqual((200, b'{"listzonesresponse"'), (response.status, response.read()[:20]))
 
     def test_paths_and_methods(self):
-        cases = ("GET", "/client", 404), ("PUT", "/client/api", 405), ("GET", "/client/api/", 401)
-        for method, path, status in cases:
-            self.assertEqual(self.exchange(method, path)[0], status)
+        for method, path, status in ("GET", "/client", 404), ("PUT", "/client/api", 405), ("GET", "/client/api/", 401):
+            self.assertEqual(status, self.exchange(method, path)[0])
 
     def test_gzip_and_chunks(self):
-        target = "/client/api?" + self.signed({"command": "listVirtualMachines", "response": "json"})
+        target, accepting = self.target("listVirtualMachines"), {"Accept-Encoding": "gzip"}
         _, headers, plain = self.exchange(target=target)
-        self.assertEqual((headers["Transfer-Encoding"], headers["Content-Length"]), ("chunked", None))
+        self.assertEqual(("chunked", None), (headers["Transfer-Encoding"], headers["Content-Length"]))
         for method in ("GET", "POST"):
-            _, headers, packed = self.exchange(method, target, headers={"Accept-Encoding": "gzip"})
-            self.assertEqual((headers["Content-Encoding"], zlib.decompress(packed, 31)), ("gzip", plain))
+            _, headers, packed = self.exchange(method, target, headers=accepting)
+            self.assertEqual(("gzip", plain), (headers["Content-Encoding"], zlib.decompress(packed, 31)))
         self.simulator.gzip, self.simulator.chunk_over = False, 1 << 20
-        _, headers, body = self.exchange(target=target, headers={"Accept-Encoding": "gzip"})
-        self.assertEqual((headers["Content-Encoding"], headers["Content-Length"]), (None, str(len(body))))
+        _, headers, body = self.exchange(target=target, headers=accepting)
+        self.assertEqual((None, str(len(body))), (headers["Content-Encoding"], headers["Content-Length"]))
 
     def test_http_1_0(self):
         with socket.create_connection(("127.0.0.1", self.simulator.port), 5) as sock:
-            query = self.signed({"command": "listVirtualMachines", "response": "json"})
-            sock.sendall("GET /client/api?{} HTTP/1.0\r\n\r\n".format(query).encode())
+            sock.sendall(f"GET {self.target('listVirtualMachines')} HTTP/1.0\r\n\r\n".encode())
             with sock.makefile("rb") as stream:
                 head, _, body = stream.read().partition(b"\r\n\r\n")
         self.assertNotIn(b"chunked", head)
-        self.assertEqual(json.loads(body.decode())["listvirtualmachinesresponse"]["count"], 32)
+        self.assertEqual(32, json.loads(body.decode())["listvirtualmachinesresponse"]["count"])
 
     def test_stopping_is_quick_and_closes_what_is_open(self):
         self.simulator.latency = 60
@@ -2384,91 +2386,85 @@ class SimulatorHttpTest(SimulatorCase):
             socket.create_connection(("127.0.0.1", self.simulator.port), 5)
         self.simulator.latency = 0
         self.simulator.start()  # on the same port
-        self.assertEqual(self.call("listZones")[0], 200)
+        self.assertEqual(200, self.call("listZones")[0])
 
 
 class SimulatorAnswerTest(SimulatorCase):
     def test_xml_unless_json_is_asked_for(self):
         _, headers, body = self.exchange(target="/client/api?" + self.signed({"command": "listZones"}))
-        self.assertEqual(headers.get_content_type(), "text/xml")
+        self.assertEqual("text/xml", headers.get_content_type())
         self.assertIn(b"<listzonesresponse cloud-stack-version=", body)
         self.assertIn(b"<count>2</count><zone><id>", body)
 
     def test_keys(self):
-        for name, key in (("listZones", "listzonesresponse"), ("listCounters", "counterresponse"),
-                          ("restoreVirtualMachine", "restorevmresponse"),
-                          ("activateProject", "activaterojectresponse")):
+        for name, key in (
+                ("listZones", "listzonesresponse"), ("listCounters", "counterresponse"),
+                ("restoreVirtualMachine", "restorevmresponse"), ("activateProject", "activaterojectresponse"),
+                ("noSuchCommand", "errorresponse")):  # fmt: skip
             self.call(name, id="no-such-id")
-            self.assertEqual(self.key, key)
-        self.call("noSuchCommand")
-        self.assertEqual(self.key, "errorresponse")
+            self.assertEqual(key, self.key)
 
     def test_errors(self):
         status, value = self.call("deleteVolume", id=self.first("listVolumes")["id"])
-        self.assertEqual((status, value["errorcode"], value["cserrorcode"]), (431, 431, 4350))
-        self.assertEqual(set(value["uuidList"][0]), {"uuid", "description"})
+        self.assertEqual((431, 431, 4350), (status, value["errorcode"], value["cserrorcode"]))
+        self.assertEqual({"uuid", "description"}, set(value["uuidList"][0]))
         self.fails(432, "listApis", user="user")
-        self.assertEqual(self.fails(432, "listHosts", user="user"),
-                         "The API [listHosts] does not exist or is not available for the account user.")
-        self.assertEqual(self.key, "errorresponse")
+        text = "The API [listHosts] does not exist or is not available for the account user."
+        self.assertEqual((text, "errorresponse"), (self.fails(432, "listHosts", user="user"), self.key))
         text = self.fails(531, "stopVirtualMachine", user="user", id=self.first("listVirtualMachines")["id"])
-        self.assertEqual(text, "Caller does not have permission to operate with provided resource.")
+        self.assertEqual("Caller does not have permission to operate with provided resource.", text)
 
     def test_errors_are_told_twice_unless_they_come_early(self):
-        query = self.signed({"command": "startVirtualMachine", "response": "json", "id": "5\u20ac"})
-        status, headers, body = self.exchange(target="/client/api?" + query)
+        status, headers, body = self.exchange(target=self.target("startVirtualMachine", id="5\u20ac"))
         error = json.loads(body.decode())["startvirtualmachineresponse"]
-        self.assertEqual(headers["X-Description"], error["errortext"].replace("\u20ac", "?"))
-        self.assertEqual((status, error["cserrorcode"], headers["Content-Type"]),
-                         (431, 9999, "application/json;charset=utf-8"))
+        self.assertEqual(error["errortext"].replace("\u20ac", "?"), headers["X-Description"])
+        self.assertEqual((431, 9999, "application/json;charset=utf-8"),
+                         (status, error["cserrorcode"], headers["Content-Type"]))  # fmt: skip
         _, headers, body = self.exchange(target="/client/api?command=listZones&response=json")
         error = json.loads(body.decode())["listzonesresponse"]
-        self.assertEqual((headers["X-Description"], set(error)), (None, {"uuidList", "errorcode", "errortext"}))
+        self.assertEqual((None, {"uuidList", "errorcode", "errortext"}), (headers["X-Description"], set(error)))
 
     def test_nothing_at_all_instead_of_a_missing_parameter(self):
-        query = self.signed({"command": "activateProject", "response": "json"})
-        status, headers, body = self.exchange(target="/client/api?" + query)
-        self.assertEqual((status, headers["Content-Type"], body), (200, "text/xml;charset=utf-8", b""))
+        status, headers, body = self.exchange(target=self.target("activateProject"))
+        self.assertEqual((200, "text/xml;charset=utf-8", b""), (status, headers["Content-Type"], body))
 
     def test_objects_control_characters_and_content_type(self):
         self.assertIsInstance(self.ok("listCapabilities")["capability"], dict)
-        self.assertEqual(to_json({"a": "\x1b\n\\u001b"}), '{"a":"\x1b\\n\\\\u001b"}')
+        self.assertEqual('{"a":"\x1b\\n\\\\u001b"}', to_json({"a": "\x1b\n\\u001b"}))
         self.simulator.json_content_type = "text/javascript; charset=UTF-8"
-        target = "/client/api?" + self.signed({"command": "listZones", "response": "json"})
-        self.assertEqual(self.exchange(target=target)[1]["Content-Type"], "text/javascript; charset=UTF-8")
+        headers = self.exchange(target=self.target("listZones"))[1]
+        self.assertEqual("text/javascript; charset=UTF-8", headers["Content-Type"])
 
     def test_list_apis(self):
         self.simulator.extra_apis = 2
         answer = self.ok("listApis")
-        self.assertEqual(answer["count"], len(answer["api"]))
         apis = {api["name"]: api for api in answer["api"]}
-        self.assertEqual(len(apis), len(COMMANDS) + 2)
+        self.assertEqual([len(COMMANDS) + 2] * 3, [answer["count"], len(answer["api"]), len(apis)])
         deploy = apis["deployVirtualMachine"]
-        self.assertEqual((deploy["isasync"], deploy["httprequesttype"]), (True, "POST"))
-        self.assertEqual(apis["getUploadParamsForVolume"]["httprequesttype"], "GET")
+        self.assertEqual((True, "POST"), (deploy["isasync"], deploy["httprequesttype"]))
+        self.assertEqual("GET", apis["getUploadParamsForVolume"]["httprequesttype"])
         params = {param["name"]: param for param in deploy["params"]}
-        self.assertEqual((params["zoneid"]["type"], params["zoneid"]["required"]), ("uuid", True))
-        self.assertEqual((params["details"]["type"], params["startvm"]["type"]), ("map", "boolean"))
+        self.assertEqual(("uuid", True), (params["zoneid"]["type"], params["zoneid"]["required"]))
+        self.assertEqual(("map", "boolean"), (params["details"]["type"], params["startvm"]["type"]))
         self.assertIn({}, deploy["response"])
         self.assertIn("nic", {field.get("name") for field in deploy["response"] if "response" in field})
         self.assertFalse({"response", "customjobid"} & set(params))
 
     def test_switches(self):
         self.simulator.empty_200 = {"listZones"}
-        target = "/client/api?" + self.signed({"command": "listZones", "response": "json"})
-        self.assertEqual(self.exchange(target=target)[::2], (200, b""))
+        self.assertEqual((200, b""), self.exchange(target=self.target("listZones"))[::2])
         self.simulator.maintenance = True
         self.fails(503, "listPods")
         self.simulator.html_error = 502
-        status, headers, _ = self.exchange(target=target)
-        self.assertEqual((status, headers.get_content_type()), (502, "text/html"))
+        status, headers, _ = self.exchange(target=self.target("listZones"))
+        self.assertEqual((502, "text/html"), (status, headers.get_content_type()))
         with self.assertRaises(TypeError):
             Simulator(start=1)
 
     def test_rate_limit(self):
         self.simulator.rate_limit = 2
         self.ok("listZones")
-        self.assertEqual(self.ok("getApiLimit")["apilimit"]["apiIssued"], 2)
+        self.assertEqual(2, self.ok("getApiLimit")["apilimit"]["apiIssued"])
         self.assertRegex(self.fails(429, "listZones"), r"please retry after \[1000\] ms\.$")
         self.ok("listZones", user="user")
         self.now += 1
@@ -2483,8 +2479,8 @@ class SimulatorAnswerTest(SimulatorCase):
         self.fails(401, "listZones")
         self.fails(401, "listZones", dict(fresh, expires="2026-09-01T08:15:02+0000"))
         text = self.fails(400, "createSecurityGroup", dict(fresh, name="x"))
-        self.assertEqual(text, "State changing command createSecurityGroup needs to be sent using POST request")
-        self.assertEqual(self.simulator.accepted("createSecurityGroup"), 0)
+        self.assertEqual("State changing command createSecurityGroup needs to be sent using POST request", text)
+        self.assertEqual(0, self.simulator.accepted("createSecurityGroup"))
         self.ok("createSecurityGroup", dict(fresh, name="x"), method="POST")
         zone = self.first("listZones", **fresh)["id"]
         self.ok("getUploadParamsForVolume", dict(fresh, name="v", format="RAW", zoneid=zone))
@@ -2498,106 +2494,33 @@ class SimulatorPagesTest(SimulatorCase):
         for page in (1, 2, 3, 4):
             answer = self.ok("listVirtualMachines", page=str(page), pagesize="15")
             names += [row["id"] for row in answer.get("virtualmachine", ())]
-        self.assertEqual(answer, {"count": 32})  # past the last page: no list
-        self.assertEqual(len(set(names)), 32)
-        self.assertEqual(self.ok("listVirtualMachines", name="no such machine"), {})
+        self.assertEqual({"count": 32}, answer)  # past the last page: no list
+        self.assertEqual(32, len(set(names)))
+        self.assertEqual({}, self.ok("listVirtualMachines", name="no such machine"))
 
     def test_limits(self):
         self.simulator.default_page_size = 10
         answer = self.ok("listVirtualMachines")
-        self.assertEqual((answer["count"], len(answer["virtualmachine"])), (32, 10))
+        self.assertEqual((32, 10), (answer["count"], len(answer["virtualmachine"])))
         text = self.fails(431, "listVirtualMachines", page="1", pagesize="11")
-        self.assertEqual(text, "Page size can't exceed max allowed page size value: 10")
+        self.assertEqual("Page size can't exceed max allowed page size value: 10", text)
         for given, missing in ("page", "pagesize"), ("pagesize", "page"):
             text = self.fails(431, "listVirtualMachines", {given: "1"})
-            self.assertEqual(text, '"{}" parameter is required when "{}" is specified'.format(missing, given))
+            self.assertEqual(f'"{missing}" parameter is required when "{given}" is specified', text)
         self.fails(431, "listVirtualMachines", page="one", pagesize="5")
 
     def test_quirks(self):
-        self.assertEqual(self.ok("listResourceLimits", page="2", pagesize="4")["count"], 4)
-        self.assertEqual(self.ok("listResourceLimits", page="3", pagesize="4")["count"], 3)
+        for page, count in (("2", 4), ("3", 3)):
+            self.assertEqual(count, self.ok("listResourceLimits", page=page, pagesize="4")["count"])
         first, second = (self.ok("listHostTags", page=page, pagesize="2") for page in "12")
         self.assertEqual(first, second)
         self.simulator.count_missing = {"listZones"}
-        self.assertEqual(set(self.ok("listZones")), {"zone"})
+        self.assertEqual({"zone"}, set(self.ok("listZones")))
         templates = self.ok("listTemplates", templatefilter="featured")["template"]
-        self.assertEqual(len(templates), len({row["id"] for row in templates}) + 1)  # one stands in both zones
+        self.assertEqual(len({row["id"] for row in templates}) + 1, len(templates))  # one stands in both zones
 
 
 class SimulatorJobsTest(SimulatorCase):
-    def test_a_job_from_submission_to_expiry(self):
-        machine = self.first("listVirtualMachines", state="Running")
-        submitted = self.ok("stopVirtualMachine", id=machine["id"])
-        self.assertEqual(set(submitted), {"jobid"})
-        self.assertEqual(self.ok("listVirtualMachines", id=machine["id"])["virtualmachine"][0]["state"], "Stopping")
-        job = self.ok("queryAsyncJobResult", submitted)
-        self.assertEqual((job["jobstatus"], "jobresult" in job, "completed" in job), (0, False, False))
-        self.assertEqual(self.ok("listAsyncJobs")["asyncjobs"][0]["jobid"], submitted["jobid"])
-        job = self.finish(submitted)
-        self.assertEqual((job["jobstatus"], job["jobresulttype"]), (1, "object"))
-        self.assertEqual(job["jobresult"]["virtualmachine"]["state"], "Stopped")
-        self.assertEqual(self.ok("listAsyncJobs"), {})
-        self.assertEqual((job["jobinstancetype"], job["jobinstanceid"], job["domainpath"]),
-                         ("VirtualMachine", machine["id"], "ROOT"))
-        self.assertEqual((job["jobresult"]["virtualmachine"]["jobid"], "jobid" in machine), (job["jobid"], False))
-        self.now += self.simulator.job_retention
-        self.fails(431, "queryAsyncJobResult", submitted)
-
-    def test_jobs_on_one_machine_run_one_after_another(self):
-        machine = self.first("listVirtualMachines", state="Running")
-        jobs = [self.ok(name, id=machine["id"]) for name in ("stopVirtualMachine", "startVirtualMachine")]
-        self.assertEqual(self.finish(jobs[0])["jobstatus"], 1)
-        self.assertEqual(self.ok("queryAsyncJobResult", jobs[1])["jobstatus"], 0)
-        self.assertEqual(self.finish(jobs[1])["jobresult"]["virtualmachine"]["state"], "Running")
-
-    def test_failures(self):
-        machine = self.first("listVirtualMachines", state="Running")
-        job = self.finish(self.ok("startVirtualMachine", id=machine["id"]))
-        self.assertEqual((job["jobstatus"], job["jobresultcode"], job["jobresult"]["errorcode"]), (2, 431, 431))
-        zone, template = machine["zoneid"], machine["templateid"]
-        titan = self.first("listServiceOfferings", name="Titan")["id"]
-        submitted = self.ok("deployVirtualMachine", zoneid=zone, templateid=template, serviceofferingid=titan)
-        self.assertEqual(set(submitted), {"id", "jobid"})
-        self.assertEqual(self.finish(submitted)["jobresult"]["errorcode"], 533)
-        self.simulator.job_fails_without_result = {"rebootVirtualMachine"}
-        job = self.finish(self.ok("rebootVirtualMachine", id=machine["id"]))
-        self.assertEqual((job["jobstatus"], "jobresult" in job), (2, False))
-
-    def test_a_machine_from_deployment_to_expunging(self):
-        zone, other = self.ok("listZones")["zone"]
-        template = self.ok("listTemplates", templatefilter="all", zoneid=zone["id"])["template"][-1]
-        networks = self.ok("listNetworks", zoneid=zone["id"])["network"]
-        params = {"networkids": networks[1]["id"] + "," + networks[0]["id"], "details[0].cpuNumber": "3",
-                  "details[0].memory": "2048", "name": "web-99", "keypair": "laptop", "userdata": "aGVsbG8="}
-        machine = self.finish(self.ok(
-            "deployVirtualMachine", params, zoneid=zone["id"], templateid=template["id"],
-            serviceofferingid=self.first("listServiceOfferings", name="Custom")["id"]))["jobresult"]["virtualmachine"]
-        self.assertEqual([nic["networkid"] for nic in machine["nic"]], [networks[1]["id"], networks[0]["id"]])
-        self.assertEqual((machine["state"], machine["cpunumber"], machine["memory"]), ("Running", 3, 2048))
-        self.assertTrue(machine["password"])
-        userdata = self.ok("getVirtualMachineUserData", virtualmachineid=machine["id"])["virtualmachineuserdata"]
-        self.assertEqual(userdata["userdata"], "aGVsbG8=")
-        job = self.finish(self.ok("destroyVirtualMachine", id=machine["id"], expunge="true"))
-        self.assertEqual(sorted(job["jobresult"]["virtualmachine"]),
-                         "affinitygroup deleteprotection nic securitygroup tags".split())
-        self.assertEqual(self.ok("listVirtualMachines", id=machine["id"]), {})
-        self.fails(431, "startVirtualMachine", id=machine["id"])
-
-    def test_list_async_jobs_is_the_caller_s_own_and_paged(self):
-        jobs = []
-        for machine in self.ok("listVirtualMachines", state="Running")["virtualmachine"][:3]:
-            jobs.append(self.ok("rebootVirtualMachine", id=machine["id"])["jobid"])
-            self.now += 0.01
-        theirs = self.ok("listVirtualMachines", user="user", state="Running")["virtualmachine"][0]["id"]
-        self.ok("rebootVirtualMachine", user="user", id=theirs)
-        self.assertEqual([row["jobid"] for row in self.ok("listAsyncJobs")["asyncjobs"]], jobs)
-        self.assertEqual(self.ok("listAsyncJobs", listall="true")["count"], 4)
-        page = self.ok("listAsyncJobs", page="2", pagesize="2")
-        self.assertEqual((page["count"], [row["jobid"] for row in page["asyncjobs"]]), (3, jobs[2:]))
-        self.fails(432, "listAsyncJobs", user="user")
-        self.fails(531, "queryAsyncJobResult", user="user", jobid=jobs[0])
-
-
     OWN = "4d6eea3d-729f-493b-894f-7048159c4bd9"
 
     def deploy(self, **params):
@@ -2605,58 +2528,127 @@ class SimulatorJobsTest(SimulatorCase):
         user = params.get("user", "admin")
         found = {"zoneid": self.first("listZones", user=user)["id"],
                  "templateid": self.first("listTemplates", user=user, templatefilter="all")["id"],
-                 "serviceofferingid": self.first("listServiceOfferings", user=user)["id"]}
+                 "serviceofferingid": self.first("listServiceOfferings", user=user)["id"]}  # fmt: skip
         return self.call("deployVirtualMachine", method="POST", **dict(found, **params))
+
+    def test_a_job_from_submission_to_expiry(self):
+        machine = self.first("listVirtualMachines", state="Running")
+        submitted = self.ok("stopVirtualMachine", id=machine["id"])
+        self.assertEqual({"jobid"}, set(submitted))
+        self.assertEqual("Stopping", self.first("listVirtualMachines", id=machine["id"])["state"])
+        job = self.ok("queryAsyncJobResult", submitted)
+        self.assertEqual((0, False, False), (job["jobstatus"], "jobresult" in job, "completed" in job))
+        self.assertEqual(submitted["jobid"], self.ok("listAsyncJobs")["asyncjobs"][0]["jobid"])
+        job = self.finish(submitted)
+        stopped = job["jobresult"]["virtualmachine"]
+        self.assertEqual((1, "object", "Stopped"), (job["jobstatus"], job["jobresulttype"], stopped["state"]))
+        self.assertEqual({}, self.ok("listAsyncJobs"))
+        self.assertEqual(("VirtualMachine", machine["id"], "ROOT"),
+                         (job["jobinstancetype"], job["jobinstanceid"], job["domainpath"]))  # fmt: skip
+        self.assertEqual((job["jobid"], False), (stopped["jobid"], "jobid" in machine))
+        self.now += self.simulator.job_retention
+        self.fails(431, "queryAsyncJobResult", submitted)
+
+    def test_jobs_on_one_machine_run_one_after_another(self):
+        machine = self.first("listVirtualMachines", state="Running")
+        jobs = [self.ok(name, id=machine["id"]) for name in ("stopVirtualMachine", "startVirtualMachine")]
+        self.assertEqual(1, self.finish(jobs[0])["jobstatus"])
+        self.assertEqual(0, self.ok("queryAsyncJobResult", jobs[1])["jobstatus"])
+        self.assertEqual("Running", self.finish(jobs[1])["jobresult"]["virtualmachine"]["state"])
+
+    def test_failures(self):
+        machine = self.first("listVirtualMachines", state="Running")
+        job = self.done("startVirtualMachine", id=machine["id"])
+        self.assertEqual((2, 431, 431), (job["jobstatus"], job["jobresultcode"], job["jobresult"]["errorcode"]))
+        titan = self.first("listServiceOfferings", name="Titan")["id"]
+        submitted = self.ok("deployVirtualMachine", zoneid=machine["zoneid"], templateid=machine["templateid"],
+                            serviceofferingid=titan)  # fmt: skip
+        self.assertEqual({"id", "jobid"}, set(submitted))
+        self.assertEqual(533, self.finish(submitted)["jobresult"]["errorcode"])
+        self.simulator.job_fails_without_result = {"rebootVirtualMachine"}
+        job = self.done("rebootVirtualMachine", id=machine["id"])
+        self.assertEqual((2, False), (job["jobstatus"], "jobresult" in job))
+
+    def test_a_machine_from_deployment_to_expunging(self):
+        zone, _ = self.ok("listZones")["zone"]
+        template = self.ok("listTemplates", templatefilter="all", zoneid=zone["id"])["template"][-1]
+        networks = [row["id"] for row in self.ok("listNetworks", zoneid=zone["id"])["network"][1::-1]]
+        params = {"networkids": ",".join(networks), "details[0].cpuNumber": "3", "details[0].memory": "2048",
+                  "name": "web-99", "keypair": "laptop", "userdata": "aGVsbG8=", "zoneid": zone["id"],
+                  "templateid": template["id"],
+                  "serviceofferingid": self.first("listServiceOfferings", name="Custom")["id"]}  # fmt: skip
+        machine = self.done("deployVirtualMachine", params)["jobresult"]["virtualmachine"]
+        self.assertEqual(networks, [nic["networkid"] for nic in machine["nic"]])
+        self.assertEqual(("Running", 3, 2048), (machine["state"], machine["cpunumber"], machine["memory"]))
+        self.assertTrue(machine["password"])
+        userdata = self.ok("getVirtualMachineUserData", virtualmachineid=machine["id"])["virtualmachineuserdata"]
+        self.assertEqual("aGVsbG8=", userdata["userdata"])
+        job = self.done("destroyVirtualMachine", id=machine["id"], expunge="true")
+        self.assertEqual("affinitygroup deleteprotection nic securitygroup tags".split(),
+                         sorted(job["jobresult"]["virtualmachine"]))  # fmt: skip
+        self.assertEqual({}, self.ok("listVirtualMachines", id=machine["id"]))
+        self.fails(431, "startVirtualMachine", id=machine["id"])
+
+    def test_list_async_jobs_is_the_caller_s_own_and_paged(self):
+        jobs = []
+        for machine in self.ok("listVirtualMachines", state="Running")["virtualmachine"][:3]:
+            jobs.append(self.ok("rebootVirtualMachine", id=machine["id"])["jobid"])
+            self.now += 0.01
+        theirs = self.first("listVirtualMachines", user="user", state="Running")["id"]
+        self.ok("rebootVirtualMachine", user="user", id=theirs)
+        self.assertEqual(jobs, [row["jobid"] for row in self.ok("listAsyncJobs")["asyncjobs"]])
+        self.assertEqual(4, self.ok("listAsyncJobs", listall="true")["count"])
+        page = self.ok("listAsyncJobs", page="2", pagesize="2")
+        self.assertEqual((3, jobs[2:]), (page["count"], [row["jobid"] for row in page["asyncjobs"]]))
+        self.fails(432, "listAsyncJobs", user="user")
+        self.fails(531, "queryAsyncJobResult", user="user", jobid=jobs[0])
 
     def test_a_job_under_the_caller_s_own_id(self):
         _, submitted = self.deploy(customjobid=self.OWN, name="mine")
-        self.assertEqual((set(submitted), submitted["jobid"]), ({"id", "jobid"}, self.OWN))
+        self.assertEqual(({"id", "jobid"}, self.OWN), (set(submitted), submitted["jobid"]))
         job = self.ok("queryAsyncJobResult", jobid=self.OWN)  # at once
-        self.assertEqual((job["jobstatus"], job["jobinstanceid"]), (0, submitted["id"]))
-        self.assertEqual(self.ok("listAsyncJobs")["asyncjobs"][0]["jobid"], self.OWN)
-        self.assertEqual(self.finish(submitted)["jobresult"]["virtualmachine"]["state"], "Running")
-        self.assertEqual(self.ok("createSecurityGroup", customjobid=self.OWN, name="g")["securitygroup"]["name"], "g")
+        self.assertEqual((0, submitted["id"]), (job["jobstatus"], job["jobinstanceid"]))
+        self.assertEqual(self.OWN, self.ok("listAsyncJobs")["asyncjobs"][0]["jobid"])
+        self.assertEqual("Running", self.finish(submitted)["jobresult"]["virtualmachine"]["state"])
+        self.assertEqual("g", self.ok("createSecurityGroup", customjobid=self.OWN, name="g")["securitygroup"]["name"])
 
     def test_an_own_id_is_refused_after_the_row_was_made(self):
         self.deploy(customjobid=self.OWN)
-        twice = "UUID: {} already exists so can't create/update with custom id".format(self.OWN)
+        twice = f"UUID: {self.OWN} already exists so can't create/update with custom id"
         for user, own, code, text in (
                 ("admin", self.OWN, 530, "Entity already exists "), ("user", self.OWN, 431, twice),
-                ("admin", "mine", 431, "UUID: mine doesn't follow the UUID format")):
-            name = "left-" + str(code) + user
+                ("admin", "mine", 431, "UUID: mine doesn't follow the UUID format")):  # fmt: skip
+            name = f"left-{code}{user}"
             status, error = self.deploy(user=user, customjobid=own, name=name)
-            self.assertEqual((status, error["errorcode"], error["errortext"]), (code, code, text))
+            self.assertEqual((code, code, text), (status, error["errorcode"], error["errortext"]))
             self.now += 60
-            left = self.first("listVirtualMachines", user=user, name=name)
-            self.assertEqual(left["state"], "Stopped")
-        self.assertEqual(len(self.simulator.cloud.jobs), 1)
+            self.assertEqual("Stopped", self.first("listVirtualMachines", user=user, name=name)["state"])
+        self.assertEqual(1, len(self.simulator.cloud.jobs))
 
     def test_what_is_given_twice(self):
         network = self.first("listNetworks")
         for status in (200, 431):
-            self.assertEqual(self.deploy(name="twin", networkids=network["id"])[0], status)
-        self.assertEqual(self.ok("listVirtualMachines", name="twin")["count"], 1)
-        machine = self.first("listVirtualMachines", state="Running")
-        group = self.first("listSecurityGroups")
+            self.assertEqual(status, self.deploy(name="twin", networkids=network["id"])[0])
+        self.assertEqual(1, self.ok("listVirtualMachines", name="twin")["count"])
+        machine, group = self.first("listVirtualMachines", state="Running"), self.first("listSecurityGroups")
         rule = {"securitygroupid": group["id"], "protocol": "tcp", "startport": "22", "endport": "22"}
         tag = {"tags[0].key": "a", "tags[0].value": "b", "resourceids": machine["id"], "resourcetype": "UserVm"}
-        stop = {"id": machine["id"]}
-        for command_name, params, codes in (("authorizeSecurityGroupIngress", rule, [0, 530]),
-                                            ("createTags", tag, [0, 530]), ("stopVirtualMachine", stop, [0, 0])):
-            jobs = [self.finish(self.ok(command_name, params)) for _ in codes]
-            self.assertEqual([job["jobresultcode"] for job in jobs], codes, command_name)
-        self.assertEqual(len(self.first("listSecurityGroups", id=group["id"])["ingressrule"]), 1)
+        for command_name, params, codes in (
+                ("authorizeSecurityGroupIngress", rule, [0, 530]), ("createTags", tag, [0, 530]),
+                ("stopVirtualMachine", {"id": machine["id"]}, [0, 0])):  # fmt: skip
+            self.assertEqual(codes, [self.done(command_name, params)["jobresultcode"] for _ in codes], command_name)
+        self.assertEqual(1, len(self.first("listSecurityGroups", id=group["id"])["ingressrule"]))
 
     def test_user_data_is_base64(self):
         for userdata, status in (("aGVsbG8=", 200), ("aGVsbG8", 200), ("#!/bin/sh", 431), ("caf\u00e9", 431)):
-            self.assertEqual(self.deploy(userdata=userdata)[0], status, userdata)
+            self.assertEqual(status, self.deploy(userdata=userdata)[0], userdata)
 
     def test_events_newest_first(self):
         self.finish(self.deploy(name="newest")[1])
         events = self.ok("listEvents")["event"]
-        self.assertEqual(events[0]["type"], "DEPLOY.VIRTUAL.MACHINE")
+        self.assertEqual("DEPLOY.VIRTUAL.MACHINE", events[0]["type"])
         created = [event["created"] for event in events]
-        self.assertEqual(created, sorted(created, reverse=True))
+        self.assertEqual(sorted(created, reverse=True), created)
 
 
 class SimulatorScriptTest(SimulatorCase):
@@ -2664,106 +2656,94 @@ class SimulatorScriptTest(SimulatorCase):
         self.simulator.script("listZones", Answer(504, "<html>", reason="Gateway Time-out"), GO_ON, DROP)
         self.simulator.script(None, lambda record: Answer(200, {record.command.lower(): {"scripted": True}}))
         self.simulator.script("createSecurityGroup", RUN_THEN_DROP)
-        target = "/client/api?" + self.signed({"command": "listZones", "response": "json"})
-        self.assertEqual(self.exchange(target=target)[::2], (504, b"<html>"))
-        self.assertEqual(self.ok("listZones")["count"], 2)
+        self.assertEqual((504, b"<html>"), self.exchange(target=self.target("listZones"))[::2])
+        self.assertEqual(2, self.ok("listZones")["count"])
         with self.assertRaises((http.client.HTTPException, OSError)):
-            self.exchange(target=target)
+            self.call("listZones")
         self.connection.close()
-        self.assertEqual(self.ok("listZones"), {"scripted": True})
+        self.assertEqual({"scripted": True}, self.ok("listZones"))
         with self.assertRaises((http.client.HTTPException, OSError)):
             self.call("createSecurityGroup", name="x")
         self.connection.close()
-        self.assertEqual(self.simulator.accepted("createSecurityGroup"), 1)
-        self.assertEqual((self.simulator.count("listZones"), self.simulator.accepted("listZones")), (4, 1))
+        self.assertEqual(1, self.simulator.accepted("createSecurityGroup"))
+        self.assertEqual((4, 1), (self.simulator.count("listZones"), self.simulator.accepted("listZones")))
 
 
 class SimulatorSessionTest(SimulatorCase):
-    def login(self, password="tilde~and+plus*", method="POST", user="user", domain="/research"):
-        fields = {"username": user, "password": password, "domain": domain}
-        body = urlencode(dict(fields, command="login", response="json"))
-        form = {"Content-Type": "application/x-www-form-urlencoded"}
-        status, headers, answer = self.exchange(method, body=body, headers=form)
-        cookies = headers.get_all("Set-Cookie") or ()
+    def login(self, password="tilde~and+plus*", domain="/research"):
+        fields = {"username": "user", "password": password, "domain": domain, "command": "login", "response": "json"}
+        status, headers, answer = self.exchange("POST", body=urlencode(fields), headers=FORM)
+        cookies = headers.get_all("Set-Cookie") or []
         self.cookie = "; ".join(cookie.partition(";")[0] for cookie in cookies)
         return status, cookies, json.loads(answer.decode())["loginresponse"]
 
     def use(self, command_name="listVirtualMachines", cookie=None, **params):
-        headers = {"Cookie": self.cookie if cookie is None else cookie}
         query = urlencode(dict(params, command=command_name, response="json"))
+        headers = {"Cookie": self.cookie if cookie is None else cookie}
         status, _, body = self.exchange(target="/client/api?" + query, headers=headers)
-        (_, value), = json.loads(body.decode()).items()
-        return status, value
+        return status, self.value(body)
 
     def test_a_session(self):
         status, cookies, answer = self.login()
-        self.assertEqual((status, answer["username"], answer["timeout"]), (200, "user", 1800))
-        self.assertIn("sessionkey={}; HttpOnly".format(answer["sessionkey"]), cookies)
+        self.assertEqual((200, "user", 1800), (status, answer["username"], answer["timeout"]))
         key = answer["sessionkey"]
+        self.assertIn(f"sessionkey={key}; HttpOnly", cookies)
         status, value = self.use(sessionkey=key, signature="ignored", apiKey="ignored")
-        self.assertEqual((status, value["count"]), (200, 6))
-        self.assertEqual(self.use("noSuchCommand", sessionkey=key)[0], 432)
-        self.assertEqual(self.use("logout", sessionkey=key)[0], 200)
-        self.assertEqual(self.use(sessionkey=key)[0], 401)
+        self.assertEqual((200, 6), (status, value["count"]))
+        for command_name, status in (("noSuchCommand", 432), ("logout", 200), ("listVirtualMachines", 401)):
+            self.assertEqual(status, self.use(command_name, sessionkey=key)[0])
 
     def test_both_cookies_and_the_parameter_are_needed(self):
         for spoil in ("parameter", "cookie"):
             key = self.login()[2]["sessionkey"]
             cookie = self.cookie.partition(";")[0] if spoil == "cookie" else None
             parameter = {"sessionkey": key} if spoil == "cookie" else {}
-            self.assertEqual(self.use(cookie=cookie, **parameter)[0], 401)
-            self.assertEqual(self.use(sessionkey=key)[0], 401)  # and the session is gone
+            self.assertEqual(401, self.use(cookie=cookie, **parameter)[0])
+            self.assertEqual(401, self.use(sessionkey=key)[0])  # and the session is gone
 
     def test_refusals(self):
         status, headers, body = self.exchange(target="/client/api?command=login&username=user&password=x&response=json")
-        self.assertEqual((status, headers.get_content_type()), (405, "text/plain"))
+        self.assertEqual((405, "text/plain"), (status, headers.get_content_type()))
+        text = "Failed to authenticate user user in domain 2; please provide valid credentials"
         status, cookies, error = self.login(password="wrong")
-        self.assertEqual((status, list(cookies), error["errorcode"], error["errortext"]), (
-            531, [], 531, "Failed to authenticate user user in domain 2; please provide valid credentials"))
-        self.assertEqual(self.login(domain="/")[0], 531)
+        self.assertEqual((531, [], 531, text), (status, cookies, error["errorcode"], error["errortext"]))
+        self.assertEqual(531, self.login(domain="/")[0])
         for domain, path in (("ROOT", "/ROOT/"), ("ROOT/research", "/ROOT/research/"), ("/nowhere", "/nowhere/")):
-            error = self.login(domain=domain)[2]
-            self.assertEqual((error["errorcode"], error["errortext"]),
-                             (531, "Unable to find the domain from the path " + path))
+            error, text = self.login(domain=domain)[2], "Unable to find the domain from the path " + path
+            self.assertEqual((531, text), (error["errorcode"], error["errortext"]))
 
     def test_idle_for_too_long(self):
         key = self.login()[2]["sessionkey"]
         for pause, status in ((1800, 200), (1800, 200), (1801, 401)):
             self.now += pause
-            self.assertEqual(self.use(sessionkey=key)[0], status)
+            self.assertEqual(status, self.use(sessionkey=key)[0])
 
     def test_the_second_factor_is_for_sessions(self):
         self.simulator.two_factor = True
         key = self.login()[2]["sessionkey"]
-        self.assertEqual(self.use(sessionkey=key)[0], 511)
-        self.assertEqual(self.call("listZones")[0], 200)
+        self.assertEqual(511, self.use(sessionkey=key)[0])
+        self.assertEqual(200, self.call("listZones")[0])
 
 
 class SimulatorIntegrationTest(SimulatorCase):
     def test_the_integration_port(self):
-        address = self.simulator.integration_endpoint.partition("//")[2].partition("/")[0]
-        self.connection.close()
-        self.connection = http.client.HTTPConnection(address, timeout=5)
-        self.addCleanup(self.connection.close)
+        self.connect(self.simulator.integration_endpoint.partition("//")[2].partition("/")[0])
         status, headers, body = self.exchange(target="/?command=listZones&response=json")
-        self.assertEqual((status, headers["Connection"]), (200, "close"))
-        self.assertEqual(json.loads(body.decode())["listzonesresponse"]["count"], 2)
-        self.assertEqual(self.call("listZones")[0], 401)  # a key and a signature
+        self.assertEqual((200, "close"), (status, headers["Connection"]))
+        self.assertEqual(2, json.loads(body.decode())["listzonesresponse"]["count"])
+        self.assertEqual(401, self.call("listZones")[0])  # a key and a signature
         status, _, body = self.exchange(target="/client/api?command=noSuchCommand&response=json")
-        self.assertEqual((status, list(json.loads(body.decode()))), (432, ["null"]))
-        form = {"Content-Type": "application/x-www-form-urlencoded"}
-        self.assertEqual(self.exchange("POST", "/client/api", "command=listZones&response=json", form)[0], 432)
+        self.assertEqual((432, ["null"]), (status, list(json.loads(body.decode()))))
+        self.assertEqual(432, self.exchange("POST", "/client/api", "command=listZones&response=json", FORM)[0])
 
 
 class SandboxTest(unittest.TestCase):
     def test_environment(self):
         names = {"CLOUDSTACK_REGION": "x", "HTTP_PROXY": "x", "https_proxy": "x"}
-        kept = dict(os.environ)
-        self.addCleanup(lambda: (os.environ.clear(), os.environ.update(kept)))
-        os.environ.update(names)
-        environment = sandbox_environment(CLOUDSTACK_KEY="k")
+        with mock.patch.dict(os.environ, names):
+            environment = sandbox_environment(CLOUDSTACK_KEY="k")
         self.assertFalse(set(names) & set(environment))
-        self.assertEqual((environment["CLOUDSTACK_KEY"], environment.get("HOME")), ("k", kept.get("HOME")))
+        self.assertEqual(("k", os.environ.get("HOME")), (environment["CLOUDSTACK_KEY"], environment.get("HOME")))
 
 
 # === [C] what the tests share =======================================================================================
