@@ -124,46 +124,30 @@ class HtmlError(Exception):
 
     def __init__(self, code, text=None, close=True):
         super().__init__(code, text)
-        self.code, self.text, self.close = code, text or http.client.responses.get(code, str(code)), close
-
-    def answer(self):
-        page = "<html>\n<head><title>Error {0} {1}</title></head>\n<body><h2>HTTP ERROR {0} {1}</h2></body>\n</html>\n"
-        body = page.format(self.code, html.escape(self.text))
-        return Answer(self.code, body, {"Content-Type": "text/html;charset=iso-8859-1"}, close=self.close)
+        page = "<html>\n<head><title>Error {0}</title></head>\n<body><h2>HTTP ERROR {0}</h2></body>\n</html>\n"
+        body = page.format(f"{code} {html.escape(text or reason_of(code))}")
+        self.answer = Answer(code, body, {"Content-Type": "text/html;charset=iso-8859-1"}, close=close)
 
 
 class Silence(HtmlError):
     """What an unexpected error of the server comes out as: 200 with nothing."""
 
-    def answer(self):
-        return Answer(200, b"", {"Content-Type": "text/xml;charset=utf-8"})
-
-
-class Headers(dict):
-    """Header fields by name in any case; what stands there twice is joined by a comma."""
-
-    def __init__(self, pairs):
-        super().__init__()
-        for name, value in pairs:
-            self[name.lower()] = f"{self[name]}, {value}" if name in self else value
-
-    def get(self, name, default=None):
-        return super().get(name.lower(), default)
-
-    def __getitem__(self, name):
-        return super().__getitem__(name.lower())
-
-    def __contains__(self, name):
-        return super().__contains__(name.lower())
+    def __init__(self):
+        Exception.__init__(self)
+        self.answer = Answer(200, b"", {"Content-Type": "text/xml;charset=utf-8"})
 
 
 class Record:
-    """One request as it was received."""
+    """One request as it was received; of a header that it has twice the values are joined by a comma."""
 
-    def __init__(self, method, target, version, headers, connection):
-        self.method, self.version, self.headers, self.connection = method, version, headers, connection
+    def __init__(self, method, target, version, lines, connection):
+        self.method, self.version, self.connection = method, version, connection
         self.path, _, self.query = target.partition("?")
-        self.body, self.params = b"", {}
+        self.headers, self.body, self.params = email.message.Message(), b"", {}
+        for name, _, value in (line.partition(":") for line in lines):
+            values = self.headers.get_all(name.strip(), []) + [value.strip()]
+            del self.headers[name.strip()]
+            self.headers[name.strip()] = ", ".join(values)
 
     @property
     def command(self):
@@ -202,6 +186,10 @@ class Answer:
             self.headers["Content-Type"] = kind + ";charset=utf-8"
         text = to_json(body) if isinstance(body, dict) else body
         self.body = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+
+
+def reason_of(status):
+    return http.client.responses.get(status, str(status))
 
 
 def parse_pairs(text):
@@ -812,7 +800,7 @@ class Call:
                     self.args[name] = value
             elif parameter.required:
                 if self.spec.name in SILENT:
-                    raise Silence(200)
+                    raise Silence
                 text = f"Unable to execute API command {self.spec.short} due to missing parameter {name}"
                 raise ApiError(431, text, cserrorcode=9999)
 
@@ -1574,7 +1562,7 @@ class Simulator:
                 raise TypeError(f"Simulator has no option {name!r}")
             setattr(self, name, value)
         self.requests, self.sessions = [], Sessions(self)
-        self._received, self._accepted = collections.Counter(), collections.Counter()
+        self.received, self.accepted = collections.Counter(), collections.Counter()  # of each command; those that ran
         self._scripts, self._windows = collections.defaultdict(collections.deque), {}
         self._cloud, self._lock, self._stopping = None, threading.RLock(), threading.Event()
         self._listeners, self._connections, self._connected, self._integration = [], set(), 0, None
@@ -1635,14 +1623,6 @@ class Simulator:
     def secret(self):
         return self.users["admin"].secret
 
-    def count(self, command_name):
-        """How many requests of the command were received."""
-        return self._received[command_name]
-
-    def accepted(self, command_name):
-        """How many requests of the command passed every check and ran."""
-        return self._accepted[command_name]
-
     def script(self, command_name, *answers):
         """Have the next exchanges of a command (None: of any) answered by these: an Answer, a callable that is given
         the Record and returns an Answer or None, DROP, RUN_THEN_DROP or GO_ON.
@@ -1688,7 +1668,7 @@ class Simulator:
     def receive(self, record):
         with self._lock:
             self.requests.append(record)
-            self._received[record.command] += 1
+            self.received[record.command] += 1
 
     def scripted(self, record):
         """What the script has for this exchange: an Answer, DROP, RUN_THEN_DROP, or GO_ON."""
@@ -1721,7 +1701,7 @@ class Simulator:
             except ApiError as error:
                 failure = error
             except HtmlError as error:
-                return error.answer()
+                return error.answer
             except Exception as error:  # a mistake in the simulator itself must not look like a network failure
                 failure = ApiError(530, f"Internal error: {error!r}")
             if failure.code == 432:
@@ -1760,7 +1740,7 @@ class Simulator:
         call.convert()
         body = self._run(call)
         with self._lock:
-            self._accepted[spec.name] += 1
+            self.accepted[spec.name] += 1
         return body, call.cookies
 
     def _authenticated(self, record, spec, integration):
@@ -1874,8 +1854,7 @@ class Connection:
 
     def __init__(self, simulator, sock, tls, integration, number):
         self.simulator, self.sock, self.tls, self.integration, self.number = simulator, sock, tls, integration, number
-        self.buffer = b""
-        self.thread = threading.Thread(target=self._serve, name="simulator", daemon=True)
+        self.stream, self.thread = None, threading.Thread(target=self._serve, name="simulator", daemon=True)
 
     def abort(self):
         """Make whatever the thread does on the socket end, from outside."""
@@ -1891,12 +1870,15 @@ class Connection:
             if self.tls:
                 self.sock = self.tls.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
                 self.sock.do_handshake()
+            self.stream = self.sock.makefile("rb")
             while self._exchange():
                 self.sock.settimeout(max(0.001, self.simulator.idle_close))
         except (OSError, EOFError, ValueError):  # gone, idle for too long, or no HTTP
             pass
         finally:
             self.simulator.disconnected(self)
+            if self.stream:
+                self.stream.close()
             self.sock.close()
 
     def _exchange(self):
@@ -1904,7 +1886,7 @@ class Connection:
         try:
             record = self._request()
         except HtmlError as error:
-            self._send(error.answer(), None, False)
+            self._send(error.answer, None, False)
             self._linger()
             return False
         options = record.headers.get("Connection", "").lower()
@@ -1929,49 +1911,40 @@ class Connection:
                 raise HtmlError(415, close=False)
             return self.simulator.answer(record, self.integration)
         except HtmlError as error:
-            return error.answer()
+            return error.answer
 
     # reading
 
-    def _more(self):
-        data = self.sock.recv(65536)
-        if not data:
-            raise EOFError
-        self.buffer += data
-
     def _take(self, size):
-        while len(self.buffer) < size:
-            self._more()
-        data, self.buffer = self.buffer[:size], self.buffer[size:]
+        data = self.stream.read(size)
+        if len(data) < size:
+            raise EOFError
         return data
 
     def _line(self):
-        while b"\r\n" not in self.buffer:
-            self._more()
-        line, _, self.buffer = self.buffer.partition(b"\r\n")
+        line = self.stream.readline(MAX_HEAD + 4)
+        if not line:
+            raise EOFError
         return line
 
     def _head(self):
-        while b"\r\n\r\n" not in self.buffer and len(self.buffer) <= MAX_HEAD:
-            self._more()
-            self.buffer = self.buffer.lstrip(b"\r\n")
-        head, _, rest = self.buffer.partition(b"\r\n\r\n")
-        if len(head) > MAX_HEAD:
-            raise HtmlError(414 if len(head.partition(b"\r\n")[0]) > MAX_HEAD else 431)
-        self.buffer = rest
-        return head.decode("latin-1")
+        """The lines of a head."""
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head = (head + self._line()).lstrip(b"\r\n")
+            if len(head) > MAX_HEAD + 4:
+                raise HtmlError(414 if len(head.partition(b"\r\n")[0]) > MAX_HEAD else 431)
+        return head[:-4].decode("latin-1").split("\r\n")
 
     def _request(self):
-        lines = self._head().split("\r\n")
-        words = lines[0].split(" ")
+        first, *lines = self._head()
+        words = first.split(" ")
         if len(words) != 3 or not words[2].startswith("HTTP/1."):
             raise HtmlError(400)
-        pairs = (line.partition(":") for line in lines[1:])
-        headers = Headers((name.strip(), value.strip()) for name, _, value in pairs)
         method, target, version = words
         if "://" in target[:8]:  # what a proxy is sent
             target = "/" + target.partition("://")[2].partition("/")[2]
-        record = Record(method, target, version, headers, self.number)
+        record = Record(method, target, version, lines, self.number)
         try:
             if not self.integration:
                 self._read_body(record)
@@ -1999,7 +1972,7 @@ class Connection:
         while size:
             size = int(self._line().partition(b";")[0], 16)
             body += self._take(size)
-            while self._line() and not size:  # behind the last one trailers, too
+            while self._line().strip() and not size:  # behind the last one trailers, too
                 pass
         return body
 
@@ -2023,9 +1996,7 @@ class Connection:
             headers["Connection"] = "close"
         elif record.version == "HTTP/1.0":
             headers["Connection"] = "keep-alive"
-        reason = answer.reason
-        if reason is None:
-            reason = http.client.responses.get(answer.status, str(answer.status))
+        reason = reason_of(answer.status) if answer.reason is None else answer.reason
         lines = [f"HTTP/1.1 {answer.status} {reason}"] + [f"{name}: {value}" for name, value in headers.items()]
         lines += ["Set-Cookie: " + cookie for cookie in answer.cookies] + ["", ""]
         self.sock.sendall("\r\n".join(lines).encode("latin-1", "replace") + body)
@@ -2039,7 +2010,7 @@ class Connection:
             pass
 
 
-# --- sandbox --------------------------------------------------------------------------------------------------------
+# === [X] sandbox ====================================================================================================
 # The simulator for people: one command against it, or the server alone until Ctrl-C.
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
@@ -2048,9 +2019,8 @@ PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 def sandbox_environment(**more):
     """The environment without what would lead cs.py elsewhere: its own settings and proxies."""
     kept = {name: value for name, value in os.environ.items()
-            if not name.upper().startswith("CLOUDSTACK_") and name.lower() not in PROXIES}
-    kept.update(more)
-    return kept
+            if not name.upper().startswith("CLOUDSTACK_") and name.lower() not in PROXIES}  # fmt: skip
+    return dict(kept, **more)
 
 
 SANDBOX_HELP = """usage: test_cs.py sandbox [--port N] [COMMAND [name=value ...]]
@@ -2071,12 +2041,11 @@ def sandbox(argv):
         if argv[:1] in (["--help"], ["-h"]):
             print(SANDBOX_HELP)
             return 0
-        simulator = Simulator(port)
-        simulator.start()
+        simulator = Simulator(port).start()
     except ValueError as error:
-        return complain("sandbox: {}".format(error))
+        return complain(f"sandbox: {error}")
     except OSError as error:
-        return complain("sandbox: port {}: {}".format(port, error.strerror))
+        return complain(f"sandbox: port {port}: {error.strerror}")
     try:
         end_on_signals()
         with tempfile.TemporaryDirectory(prefix="cs-sandbox-") as home:
@@ -2098,26 +2067,21 @@ def take_port(argv):
             continue
         text = word[len("--port="):] or next(rest, "")
         if not re.match(r"[0-9]{1,5}\Z", text) or int(text) > 65535:
-            raise ValueError("--port wants a number from 0 to 65535, not {!r}".format(text))
+            raise ValueError(f"--port wants a number from 0 to 65535, not {text!r}")
         port = int(text)
     return port, words
 
 
 def complain(text):
     """Say in one line what was wrong with the words; returns the exit code for that."""
-    print("test_cs.py {} (see --help)".format(text), file=sys.stderr)
+    print(f"test_cs.py {text} (see --help)", file=sys.stderr)
     return 2
 
 
 def end_on_signals():
     """Let SIGTERM and SIGHUP end this process in order, so that what it started ends as well."""
-
-    def end(number, _):
-        sys.exit(128 + number)
-
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), end)
+    for number in {getattr(signal, name, signal.SIGTERM) for name in ("SIGTERM", "SIGHUP")}:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def run_command(argv, settings):
@@ -2125,12 +2089,10 @@ def run_command(argv, settings):
     program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cs.py")
     child = subprocess.Popen([sys.executable, program] + argv, env=sandbox_environment(**settings))
     try:
-        while True:
-            try:
-                code = child.wait()
-            except KeyboardInterrupt:
-                continue
-            return code if code >= 0 else 128 - code
+        while child.returncode is None:
+            with contextlib.suppress(KeyboardInterrupt):
+                child.wait()
+        return child.returncode if child.returncode >= 0 else 128 - child.returncode
     finally:
         if child.poll() is None:
             child.terminate()
@@ -2139,16 +2101,15 @@ def run_command(argv, settings):
 
 def stay(settings):
     """Print the settings as lines for a shell, and wait for Ctrl-C."""
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         for name, value in sorted(settings.items()):
-            print("export {}={}".format(name, value))
+            print(f"export {name}={value}")
         sys.stdout.flush()
         print("A small cloud answers until Ctrl-C. Paste these lines into another shell, then: python3 cs.py listZones",
               file=sys.stderr, flush=True)
         while True:
             time.sleep(3600)
-    except KeyboardInterrupt:
-        return 0
+    return 0
 
 
 # === [S4] tests of the simulator ====================================================================================
@@ -2248,7 +2209,7 @@ class SimulatorSignatureTest(SimulatorCase):
             status, _, body = self.exchange(target="/client/api?" + urlencode(params))
             value = self.value(body)
             self.assertEqual((401, 401, CREDENTIALS_TEXT), (status, value["errorcode"], value["errortext"]))
-        self.assertEqual((0, 6), (self.simulator.accepted("listZones"), self.simulator.count("listZones")))
+        self.assertEqual((0, 6), (self.simulator.accepted["listZones"], self.simulator.received["listZones"]))
 
     def test_a_bare_plus_in_the_signature_is_a_space(self):
         for number in range(100):
@@ -2480,7 +2441,7 @@ class SimulatorAnswerTest(SimulatorCase):
         self.fails(401, "listZones", dict(fresh, expires="2026-09-01T08:15:02+0000"))
         text = self.fails(400, "createSecurityGroup", dict(fresh, name="x"))
         self.assertEqual("State changing command createSecurityGroup needs to be sent using POST request", text)
-        self.assertEqual(0, self.simulator.accepted("createSecurityGroup"))
+        self.assertEqual(0, self.simulator.accepted["createSecurityGroup"])
         self.ok("createSecurityGroup", dict(fresh, name="x"), method="POST")
         zone = self.first("listZones", **fresh)["id"]
         self.ok("getUploadParamsForVolume", dict(fresh, name="v", format="RAW", zoneid=zone))
@@ -2665,8 +2626,8 @@ class SimulatorScriptTest(SimulatorCase):
         with self.assertRaises((http.client.HTTPException, OSError)):
             self.call("createSecurityGroup", name="x")
         self.connection.close()
-        self.assertEqual(1, self.simulator.accepted("createSecurityGroup"))
-        self.assertEqual((4, 1), (self.simulator.count("listZones"), self.simulator.accepted("listZones")))
+        self.assertEqual(1, self.simulator.accepted["createSecurityGroup"])
+        self.assertEqual((4, 1), (self.simulator.received["listZones"], self.simulator.accepted["listZones"]))
 
 
 class SimulatorSessionTest(SimulatorCase):
@@ -14665,7 +14626,7 @@ class SecretsOnTheCommandLineTest(TransportCase):
         self.assert_tells_nothing(out, err)
 
 
-# === running them ===================================================================================================
+# === [R] running the tests ==========================================================================================
 # The tests run in two processes that share them, each watched by this one: a test that hangs is ended from within, by
 # an alarm, so that it cleans up as any failing test does; and where it does not heed that, with its process.
 
@@ -14698,7 +14659,7 @@ class Overdue(BaseException):
 
 
 def ring(*_):
-    raise Overdue("not done after {:g} s".format(TEST_LIMIT))
+    raise Overdue(f"not done after {TEST_LIMIT:g} s")
 
 
 class CountingResult(unittest.TextTestResult):
@@ -14706,9 +14667,20 @@ class CountingResult(unittest.TextTestResult):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.failed_ids = set()
-        self.broken = 0
         self.parent = os.getppid()
+
+    def _failed(self):
+        """The tests that failed, and what stands for classes and modules that could not be set up."""
+        failed = [getattr(test, "test_case", test) for test, _ in self.errors + self.failures]  # a subtest's own test
+        return failed + self.unexpectedSuccesses
+
+    @property
+    def failed_ids(self):
+        return {test.id() for test in self._failed() if isinstance(test, unittest.TestCase)}
+
+    @property
+    def broken(self):
+        return sum(not isinstance(test, unittest.TestCase) for test in self._failed())
 
     def startTest(self, test):
         note("start", test.id())
@@ -14721,32 +14693,9 @@ class CountingResult(unittest.TextTestResult):
     def stopTest(self, test):
         if _journal is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        super().stopTest(test)
-
-    def _failed(self, test):
-        test = getattr(test, "test_case", test)  # a subtest's own test
-        if isinstance(test, unittest.TestCase):
-            self.failed_ids.add(test.id())
+        if test.id() in self.failed_ids:
             note("failed", test.id())
-        else:
-            self.broken += 1  # a class or module that could not be set up
-
-    def addError(self, test, err):
-        super().addError(test, err)
-        self._failed(test)
-
-    def addFailure(self, test, err):
-        super().addFailure(test, err)
-        self._failed(test)
-
-    def addSubTest(self, test, subtest, err):
-        super().addSubTest(test, subtest, err)
-        if err is not None:
-            self._failed(test)
-
-    def addUnexpectedSuccess(self, test):
-        super().addUnexpectedSuccess(test)
-        self._failed(test)
+        super().stopTest(test)
 
 
 def chosen_tests(words):
@@ -14771,9 +14720,8 @@ def run_part(part, path, argv):
     signal.signal(signal.SIGALRM, ring)
     number, parts = map(int, part.split("/"))
     tests = list(chosen_tests([word for word in argv if word != "-v"]))[number - 1::parts]
-    runner = unittest.TextTestRunner(
-        stream=sys.stdout, verbosity=2 if "-v" in argv else 1, resultclass=CountingResult, warnings="default"
-    )
+    runner = unittest.TextTestRunner(stream=sys.stdout, verbosity=2 if "-v" in argv else 1, warnings="default",
+                                     resultclass=CountingResult)  # fmt: skip
     result = runner.run(unittest.TestSuite(tests))
     for reason in sorted({reason for _, reason in result.skipped}):
         print("skipped: " + reason)
@@ -14796,11 +14744,10 @@ class Part:
     def __init__(self, part, folder, argv, **options):
         self.path = os.path.join(folder, "journal-" + part.replace("/", "-of-"))
         open(self.path, "w").close()
-        program = os.path.abspath(sys.modules["__main__"].__file__)
-        command = [sys.executable] + subprocess._args_from_interpreter_flags() + [program, "--part", part, self.path]
-        self.process = subprocess.Popen(
-            command + argv, stdin=subprocess.DEVNULL, env=part_environment(), start_new_session=True, **options
-        )
+        program, flags = os.path.abspath(sys.modules["__main__"].__file__), subprocess._args_from_interpreter_flags()
+        command = [sys.executable, *flags, program, "--part", part, self.path, *argv]
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=part_environment(),
+                                        start_new_session=True, **options)  # fmt: skip
         self.size, self.since, self.ended = 0, time.monotonic(), ""
 
     def journal(self, word):
@@ -14812,7 +14759,7 @@ class Part:
     def is_running(self):
         """Whether it still runs; where nothing has happened for too long, end it."""
         if self.process.poll() is not None:
-            self.ended = self.ended or "ended with status {}".format(self.process.returncode)
+            self.ended = self.ended or f"ended with status {self.process.returncode}"
             return False
         size, now = os.path.getsize(self.path), time.monotonic()
         if size != self.size:
@@ -14841,7 +14788,7 @@ class Part:
             return list(map(int, line.split()))
         begun, failed = self.journal("start"), set(self.journal("failed"))
         last = begun[-1] if begun else "no test yet"
-        print("\nFAIL: {}: the process that ran it {}; the tests after it were not run".format(last, self.ended))
+        print(f"\nFAIL: {last}: the process that ran it {self.ended}; the tests after it were not run")
         for test in sorted(failed - {last}):
             print("FAIL: " + test)
         failed.add(last)
@@ -14855,7 +14802,7 @@ def run_parts(argv, count):
         try:
             for number in range(1, count + 1):
                 options = {"stdout": out, "stderr": subprocess.STDOUT} if number > 1 else {}
-                parts.append(Part("{}/{}".format(number, count), folder, argv, **options))
+                parts.append(Part(f"{number}/{count}", folder, argv, **options))
             while [part for part in parts if part.is_running()]:
                 time.sleep(0.05)
             out.seek(0)
@@ -14876,11 +14823,10 @@ def run_tests(argv):
         return 0
     unknown = [word for word in argv if word.startswith("-") and word not in ("-v", "--verbose")]
     if unknown:
-        return complain("knows no option {}".format(unknown[0]))
+        return complain("knows no option " + unknown[0])
     words = [word for word in argv if not word.startswith("-")]
     if not list(chosen_tests(words)):
-        print("no test has a name with " + " or ".join(words))
-        print("0 passed, 1 failed")
+        print("no test has a name with " + " or ".join(words) + "\n0 passed, 1 failed")
         return 1
     begun = time.time()
     end_on_signals()
@@ -14889,8 +14835,8 @@ def run_tests(argv):
         passed, failed, skipped = run_parts(verbose + words, 1 if words else 2)
     except KeyboardInterrupt:
         return 130
-    print("Python {}, {:.1f} s".format(sys.version.split()[0], time.time() - begun))
-    print("{} passed, {} failed".format(passed, failed) + (", {} skipped".format(skipped) if skipped else ""))
+    print(f"Python {sys.version.split()[0]}, {time.time() - begun:.1f} s")
+    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
     return 1 if failed else 0
 
 
