@@ -350,13 +350,14 @@ class Command:
     """What a command is called, takes and answers with, and the function that runs it.
 
     Parameters are words, the required ones in the order in which the server misses them: name, then, where they apply,
-    ":type" unless it is the one of _PARAMETERS, "@release" that brought it, "!" if it is required.
+    ":type" unless it is the one of _PARAMETERS, "@release" that brought it, "!" if it is required. "+owner" is three.
     """
 
     def __init__(self, name, parameters, description, entity, run, job, key, admin):
         self.name, self.description, self.entity, self.run = name, description, entity, run
         self.job, self.key, self.admin = job, key or name.lower() + "response", admin
-        self.parameters = [self._parameter(word) for word in parameters.split()]
+        words = parameters.replace("+owner", "account domainid projectid").split()
+        self.parameters = [self._parameter(word) for word in words]
         self.reading = is_reading(name)
         self.short = self.key[:-len("response")]  # what errors call it
 
@@ -898,11 +899,12 @@ class Call:
 # lists
 
 _NO_FILTER = {*OWNING, *PAGING, "templatefilter", "details"}
+_TEMPLATE_FILTERS = "featured self selfexecutable sharedexecutable executable community all".split()
 _FILTERS = {
     "ids": lambda row, ids: row["id"] in ids,
-    "networkid": lambda row, uuid: any(nic["networkid"] == uuid for nic in row["nic"]),
-    "securitygroupid": lambda row, uuid: any(group["id"] == uuid for group in row["securitygroup"]),
-    "affinitygroupid": lambda row, uuid: any(group["id"] == uuid for group in row["affinitygroup"]),
+    "networkid": lambda row, uuid: uuid in [nic["networkid"] for nic in row["nic"]],
+    "securitygroupid": lambda row, uuid: uuid in [group["id"] for group in row["securitygroup"]],
+    "affinitygroupid": lambda row, uuid: uuid in [group["id"] for group in row["affinitygroup"]],
     "securitygroupname": lambda row, name: row["name"] == name,
     "startdate": lambda row, seconds: parse_date(row["created"]) >= seconds,
     "enddate": lambda row, seconds: parse_date(row["created"]) <= seconds,
@@ -929,6 +931,7 @@ def visible(call, rows):
 def select(call, rows):
     """The rows that pass every filter among the arguments."""
     require(not ("id" in call.args and "ids" in call.args), "Specify either id or ids but not both parameters")
+    require(call.get("templatefilter", "all") in _TEMPLATE_FILTERS, "Please specify a valid template filter")
     for name, value in call.args.items():
         if name in _NO_FILTER:
             continue
@@ -953,15 +956,34 @@ def has_tags(row, wanted):
     return all(key in tags and value in (None, tags[key]) for key, value in wanted)
 
 
-def _list(name, table, parameters="", description=None, member=None, key=None, admin=False, newest_first=False):
-    """Register a command that lists a table."""
-    owned = table in OWNED or table == "resourcelimit"
-    owning = [name for name in OWNING if owned and (table, name) != ("project", "projectid")]
-    parameters = " ".join([parameters, *PAGING, *owning])
+def of_machine(call):
+    """The groups of the caller, or those of the machine that the call names."""
+    table = call.spec.entity
+    rows, machine = visible(call, call.cloud.tables[table]), call.entity("virtualmachine", "virtualmachineid")
+    if machine is None:
+        return rows
+    del call.args["virtualmachineid"]
+    return [row for row in rows if row["id"] in [group["id"] for group in machine[table]]]
+
+
+def accounts(call):
+    every = call.user.admin and call.get("listall")
+    return [row for row in call.cloud.tables["account"] if every or row["id"] == call.user.accountid]
+
+
+def all_tags(call):
+    rows = (row for table in sorted(OWNED) for row in call.cloud.tables[table])
+    return visible(call, [tag for row in rows for tag in row.get("tags", ())])
+
+
+def _list(name, table, parameters="", description=None, member=None, key=None, admin=False, rows=None):
+    """Register a command that lists a table, or of it what `rows` gives for a call."""
+    owned = table in OWNED or table in ("resourcelimit", "template", "tag")
+    parameters = " ".join([parameters, *PAGING, *(word for word in OWNING if owned and word != table + "id")])
 
     def run(call):
-        rows = call.cloud.tables[table][::-1 if newest_first else 1]
-        return Rows(member or table, select(call, visible(call, rows) if owned else rows))
+        found = rows(call) if rows else call.cloud.tables[table]
+        return Rows(member or table, select(call, visible(call, found) if owned and not rows else found))
 
     command(name, parameters, description or f"Lists {table}s.", table, False, key, admin)(run)
 
@@ -983,48 +1005,20 @@ _list("listVirtualMachines", "virtualmachine",
 _list("listVolumes", "volume", "id ids@4.9 name zoneid type state virtualmachineid diskofferingid@4.4 tags")
 _list("listSnapshots", "snapshot", "id ids@4.9 name volumeid zoneid tags")
 _list("listSSHKeyPairs", "sshkeypair", "id name fingerprint", "Lists ssh key pairs.")
-_list("listEvents", "event", "id type level startdate enddate", newest_first=True)
+_list("listEvents", "event", "id type level startdate enddate",
+      rows=lambda call: visible(call, call.cloud.tables["event"][::-1]))  # fmt: skip
 _list("listResourceLimits", "resourcelimit", "resourcetype:integer", "Lists resource limits.")
 _list("listCounters", "counter", "id name", key="counterresponse")
 _list("listHostTags", "hosttag", "", "Lists the tags of hosts.", admin=True)
 _list("listStorageProviders", "provider", "type!", "Lists storage providers.", "dataStoreProvider", admin=True)
-_LIST = " ".join(PAGING + OWNING)
-
-
-@command("listTemplates", "templatefilter! id ids@4.9 name zoneid hypervisor tags " + _LIST, "Lists templates.",
-         "template")  # fmt: skip
-def _list_templates(call):
-    known = "featured self selfexecutable sharedexecutable executable community all".split()
-    require(call.args["templatefilter"] in known, "Please specify a valid template filter")
-    return Rows("template", select(call, call.cloud.tables["template"]))
-
-
-@command("listAccounts", "id name state domainid listall isrecursive keyword page pagesize", "Lists accounts.",
-         "account")  # fmt: skip
-def _list_accounts(call):
-    every = call.user.admin and call.get("listall")
-    rows = [row for row in call.cloud.tables["account"] if every or row["id"] == call.user.accountid]
-    return Rows("account", select(call, rows))
-
-
-@command("listAffinityGroups", "id name type virtualmachineid " + _LIST, "Lists affinity groups.", "affinitygroup")
-@command("listSecurityGroups", "id securitygroupname virtualmachineid tags " + _LIST, "Lists security groups.",
-         "securitygroup")  # fmt: skip
-def _list_groups(call):
-    """The groups of the caller, or those of the machine that the call names."""
-    table = call.spec.entity
-    rows, machine = visible(call, call.cloud.tables[table]), call.entity("virtualmachine", "virtualmachineid")
-    if machine:
-        del call.args["virtualmachineid"]
-        rows = [row for row in rows if any(group["id"] == row["id"] for group in machine[table])]
-    return Rows(table, select(call, rows))
-
-
-@command("listTags", "key value resourceid resourcetype " + _LIST, "Lists the tags of resources.", "tag")
-def _list_tags(call):
-    tables = [call.cloud.tables[table] for table in sorted(OWNED)]
-    tags = [tag for table in tables for row in table for tag in row.get("tags", ())]
-    return Rows("tag", select(call, visible(call, tags)))
+_list("listTemplates", "template", "templatefilter! id ids@4.9 name zoneid hypervisor tags",
+      rows=lambda call: call.cloud.tables["template"])  # fmt: skip
+_list("listAccounts", "account", "id name state domainid listall isrecursive", rows=accounts)
+_list("listSecurityGroups", "securitygroup", "id securitygroupname virtualmachineid tags", "Lists security groups.",
+      rows=of_machine)  # fmt: skip
+_list("listAffinityGroups", "affinitygroup", "id name type virtualmachineid", "Lists affinity groups.",
+      rows=of_machine)  # fmt: skip
+_list("listTags", "tag", "key value resourceid resourcetype", "Lists the tags of resources.", rows=all_tags)
 
 
 @command("listAsyncJobs", "startdate account domainid listall isrecursive keyword page pagesize",
@@ -1120,7 +1114,7 @@ def check_host_name(call, name, networks):
 @command("deployVirtualMachine",
          "serviceofferingid! zoneid! templateid name displayname networkids iptonetworklist diskofferingid size "
          "rootdisksize@4.4 details@4.3 userdata keypair securitygroupids securitygroupnames affinitygroupids "
-         "affinitygroupnames hostid group startvm hypervisor account domainid projectid",
+         "affinitygroupnames hostid group startvm hypervisor +owner",
          "Creates a virtual machine and starts it.", "virtualmachine", job=True)  # fmt: skip
 def _deploy(call):
     machine, host = deployed(call), call.entity("host", "hostid")
@@ -1241,8 +1235,8 @@ def _update(call):
 # volumes and snapshots
 
 
-@command("createVolume", "name zoneid diskofferingid snapshotid size maxiops account domainid projectid",
-         "Creates a volume.", "volume", job=True)  # fmt: skip
+@command("createVolume", "name zoneid diskofferingid snapshotid size maxiops +owner", "Creates a volume.", "volume",
+         job=True)  # fmt: skip
 def _create_volume(call):
     zone = call.entity("zone", "zoneid") or call.cloud.tables["zone"][0]
     offering, snapshot = call.entity("diskoffering", "diskofferingid"), call.entity("snapshot", "snapshotid")
@@ -1327,8 +1321,7 @@ def _new(call, table, **values):
     return call.cloud.add(table, name, owner, **values)
 
 
-@command("createSecurityGroup", "name! description account domainid projectid", "Creates a security group.",
-         "securitygroup")  # fmt: skip
+@command("createSecurityGroup", "name! description +owner", "Creates a security group.", "securitygroup")
 def _create_security_group(call):
     text = call.get("description", "")
     return {"securitygroup": _new(call, "securitygroup", description=text, ingressrule=[], egressrule=[], tags=[])}
@@ -1340,8 +1333,8 @@ def _traffic(rule):
 
 
 @command("authorizeSecurityGroupIngress",
-         "securitygroupid securitygroupname protocol startport endport icmptype icmpcode cidrlist account domainid "
-         "projectid", "Lets traffic into a security group.", "securitygroup", job=True)  # fmt: skip
+         "securitygroupid securitygroupname protocol startport endport icmptype icmpcode cidrlist +owner",
+         "Lets traffic into a security group.", "securitygroup", job=True)  # fmt: skip
 def _authorize(call):
     group = call.entity("securitygroup", "securitygroupid")
     group = group or call.mine("securitygroup", call.get("securitygroupname"))
@@ -1360,8 +1353,7 @@ def _authorize(call):
     return {"securitygroup": dict(group, ingressrule=rules)}
 
 
-@command("createAffinityGroup", "name! type! description account domainid projectid", "Creates an affinity group.",
-         "affinitygroup", job=True)  # fmt: skip
+@command("createAffinityGroup", "name! type! description +owner", "Creates an affinity group.", "affinitygroup", True)
 def _create_affinity_group(call):
     group = _new(call, "affinitygroup", type=call.args["type"], description=call.get("description"))
     yield group["id"], group["id"]
@@ -1369,8 +1361,7 @@ def _create_affinity_group(call):
     return {"affinitygroup": group}
 
 
-@command("deleteAffinityGroup", "id name account domainid projectid", "Deletes an affinity group.", "affinitygroup",
-         job=True)  # fmt: skip
+@command("deleteAffinityGroup", "id name +owner", "Deletes an affinity group.", "affinitygroup", job=True)
 def _delete_affinity_group(call):
     group = call.entity("affinitygroup") or call.mine("affinitygroup", call.get("name"))
     require(group is not None, "Unable to find affinity group")
@@ -1380,7 +1371,7 @@ def _delete_affinity_group(call):
     return {"success": True}
 
 
-@command("createSSHKeyPair", "name! account domainid projectid", "Creates an ssh key pair.", "sshkeypair")
+@command("createSSHKeyPair", "name! +owner", "Creates an ssh key pair.", "sshkeypair")
 def _create_key_pair(call):
     digest = hashlib.md5(call.args["name"].encode("utf-8")).hexdigest()
     pair = _new(call, "sshkeypair", fingerprint=":".join(re.findall("..", digest)))
@@ -1389,7 +1380,7 @@ def _create_key_pair(call):
     return {"keypair": dict(pair, privatekey=pem)}
 
 
-@command("deleteSSHKeyPair", "name! account domainid projectid", "Deletes an ssh key pair.", "sshkeypair")
+@command("deleteSSHKeyPair", "name! +owner", "Deletes an ssh key pair.", "sshkeypair")
 def _delete_key_pair(call):
     name = call.args["name"]
     pair = call.mine("sshkeypair", name)
@@ -1564,19 +1555,19 @@ class Simulator:
         self.requests, self.sessions = [], Sessions(self)
         self.received, self.accepted = collections.Counter(), collections.Counter()  # of each command; those that ran
         self._scripts, self._windows = collections.defaultdict(collections.deque), {}
-        self._cloud, self._lock, self._stopping = None, threading.RLock(), threading.Event()
+        self._cloud, self._lock, self.stopping = None, threading.RLock(), threading.Event()
         self._listeners, self._connections, self._connected, self._integration = [], set(), 0, None
 
     # the public face
 
     def start(self):
-        self._stopping.clear()
+        self.stopping.clear()
         self.port = self._listen(self.port, self.tls, False)
         return self
 
     def stop(self):
         """Close every socket, and wait a moment for the threads."""
-        self._stopping.set()
+        self.stopping.set()
         listeners, self._listeners, self._integration = self._listeners, [], None
         for listener in listeners:
             listener.close()
@@ -1658,10 +1649,6 @@ class Simulator:
     def disconnected(self, connection):
         with self._lock:
             self._connections.discard(connection)
-
-    def pause(self):
-        """Sit out the latency; whether the server is stopping."""
-        return self._stopping.wait(self.latency) if self.latency else self._stopping.is_set()
 
     # one exchange
 
@@ -1893,7 +1880,7 @@ class Connection:
         keep = not self.integration and "close" not in options
         keep = keep and (record.version == "HTTP/1.1" or "keep-alive" in options)
         answer = self.simulator.scripted(record)
-        if self.simulator.pause() or answer is DROP:
+        if self.simulator.stopping.wait(self.simulator.latency) or answer is DROP:
             return False
         if answer in (GO_ON, RUN_THEN_DROP):
             step, answer = answer, self._answer(record)
