@@ -19,7 +19,7 @@ Contents (search for the tag; the numbers are those of the rooms of cs.py):
 To give it another command: `_list(...)` is one line for a command that lists a table; for any other write a function
 under `@command(name, parameters, description, table)`, which is given the Call and returns the answer, or, with
 job=True, a generator that returns the job's result (`held` for one on a single row). Parameters it does not know yet
-get an entry in _PARAMETERS. What the server refuses is `require(condition, text, code)` or `raise ApiError(code, text)`.
+get an entry in _PARAMETERS. What the server refuses is `require(condition, text, code)`, or an ApiError that is raised.
 listApis and the checks of parameters come out of the same words.
 
 To give it another fault: for the next requests `Simulator.script` says what happens (an Answer of any kind, a callable
@@ -392,8 +392,7 @@ class User:
         self.id, self.username, self.key = row["id"], row["username"], row["apikey"]
         self.account, self.accountid, self.domainid = row["account"], row["accountid"], row["domainid"]
         self.secret, self.domainpath = make_key(self.username + " secret"), ("ROOT" + domain).rstrip("/")
-        self.owner = {"account": self.account, "domainid": self.domainid, "domain": row["domain"],
-                      "domainpath": self.domainpath}  # fmt: skip
+        self.owner = dict({name: row[name] for name in ("account", "domainid", "domain")}, domainpath=self.domainpath)
 
 
 class Job:
@@ -451,6 +450,10 @@ def without_none(**fields):
 def owned_by(row, owner):
     mine = ("projectid",) if "projectid" in owner else ("account", "domainid")
     return all(row.get(field) == owner[field] for field in mine)
+
+
+def in_zone(zone):
+    return {"zoneid": zone["id"], "zonename": zone["name"]}
 
 
 def brief(rows):
@@ -512,8 +515,8 @@ class Cloud:
 
     def _furnish(self):
         root = self.add("domain", "ROOT", level=0, path="ROOT", haschild=True, state="Active")
-        lab = self.add("domain", "research", level=1, path="ROOT/research", haschild=False, state="Active",
-                       parentdomainid=root["id"])  # fmt: skip
+        lab = self.add("domain", "research", level=1, path="ROOT/research", haschild=False, state="Active")
+        lab["parentdomainid"] = root["id"]
         self.admin = self._account("admin", root, 1, "Root Admin", "correct horse battery staple", "/")
         user = self._account("user", lab, 0, "User", "tilde~and+plus*", "/research")
         self.owner = self.admin.owner
@@ -522,11 +525,12 @@ class Cloud:
         self._offerings()
         project = self.add("project", "apollo", self.owner, displaytext="The Apollo project", state="Suspended",
                            owner=[{"account": "admin"}], created=FURNISHED)  # fmt: skip
-        self.apollo = {"projectid": project["id"], "project": "apollo", "domainid": root["id"], "domain": "ROOT",
-                       "domainpath": "ROOT"}  # fmt: skip
-        for owner in (self.owner, user.owner, self.apollo):
+        apollo = dict(self.owner, projectid=project["id"], project="apollo")
+        del apollo["account"]
+        owners = (self.owner, user.owner, apollo)
+        for owner in owners:
             self._properties(owner)
-        for owner, count in ((self.owner, 32), (user.owner, 6), (self.apollo, 4)):
+        for owner, count in zip(owners, (32, 6, 4)):
             self.add_machines(count, owner)
         self._small_tables(user)
 
@@ -544,7 +548,7 @@ class Cloud:
     def _zone(self, name):
         zone = self.add("zone", name, networktype="Advanced", securitygroupsenabled=False, allocationstate="Enabled",
                         dns1="192.0.2.53", internaldns1="10.0.0.53", localstorageenabled=True, tags=[])
-        place = {"zoneid": zone["id"], "zonename": name}
+        place = in_zone(zone)
         pod = self.add("pod", name + "-pod-1", place, netmask="255.255.255.0", allocationstate="Enabled")
         place.update(podid=pod["id"], podname=pod["name"])
         cluster = self.add("cluster", name + "-cluster-1", place, hypervisortype="KVM", clustertype="CloudManaged")
@@ -557,21 +561,19 @@ class Cloud:
     def _offerings(self):
         north, south = self.tables["zone"]
         debian = None
+        debian_12 = ("Debian 12", "Debian GNU/Linux 12 (64-bit)", False)
         for name, system, has_password, zone in (
-                ("Debian 12", "Debian GNU/Linux 12 (64-bit)", False, north),
-                ("Debian 12", "Debian GNU/Linux 12 (64-bit)", False, south),
-                ("Rocky Linux 9", "Rocky Linux 9", True, north),
+                (*debian_12, north), (*debian_12, south), ("Rocky Linux 9", "Rocky Linux 9", True, north),
                 ("Ubuntu 24.04", "Ubuntu 24.04 LTS", False, south)):  # fmt: skip
             row = self.add(
-                "template", name, self.owner, ostypename=system, passwordenabled=has_password, zoneid=zone["id"],
-                zonename=zone["name"], displaytext=name + " cloud image", ispublic=True, isfeatured=True, isready=True,
-                status="Download Complete", format="QCOW2", hypervisor="KVM", templatetype="USER", size=2147483648,
-                created=FURNISHED, tags=[])  # fmt: skip
+                "template", name, self.owner, in_zone(zone), ostypename=system, passwordenabled=has_password,
+                displaytext=name + " cloud image", ispublic=True, isfeatured=True, isready=True, hypervisor="KVM",
+                status="Download Complete", format="QCOW2", templatetype="USER", size=2147483648, created=FURNISHED,
+                tags=[])  # fmt: skip
             if name == "Debian 12":  # one template in two zones is two rows of one id
                 debian = row["id"] = debian or row["id"]
         common = {"issystem": False, "state": "Active", "storagetype": "shared", "created": FURNISHED}
-        for name, cpus, memory in (("Small", 1, 1024), ("Medium", 2, 4096), ("Large", 4, 16384),
-                                   ("Titan", 512, 4194304)):  # fmt: skip
+        for name, cpus, memory in ("Small", 1, 1024), ("Medium", 2, 4096), ("Large", 4, 16384), ("Titan", 512, 1 << 22):
             self.add("serviceoffering", name, displaytext=f"{cpus} CPUs, {memory} MB", cpunumber=cpus, cpuspeed=2000,
                      memory=memory, iscustomized=False, **common)  # fmt: skip
         self.add("serviceoffering", "Custom", displaytext="As you like it", iscustomized=True, **common)
@@ -579,21 +581,20 @@ class Cloud:
         for name, size in (("20 GB", 20), ("100 GB", 100)):
             self.add("diskoffering", name, displaytext=name + " disk", disksize=size, iscustomized=False, **common)
         self.add("diskoffering", "Any size", displaytext="A disk of any size", iscustomized=True, **common)
-        for name, kind, services in (("Isolated with source NAT", "Isolated", [{"name": "Dhcp"}, {"name": "Dns"}]),
-                                     ("Layer 2", "L2", [])):  # fmt: skip
+        services = [{"name": "Dhcp"}, {"name": "Dns"}]
+        for name, kind, number in ("Isolated with source NAT", "Isolated", 2), ("Layer 2", "L2", 0):
             self.add("networkoffering", name, displaytext=name, guestiptype=kind, traffictype="Guest", state="Enabled",
-                     created=FURNISHED, service=services)
+                     created=FURNISHED, service=services[:number])
 
     def _properties(self, owner):
         offering = self.tables["networkoffering"][0]
         for zone in self.tables["zone"]:
             for name in ("web", "backend"):
                 number = len(self.tables["network"]) + 1
-                self.add("network", name, owner, displaytext=name + " tier", traffictype="Guest", type="Isolated",
-                         zoneid=zone["id"], zonename=zone["name"], networkofferingid=offering["id"],
-                         networkofferingname=offering["name"], cidr=f"10.1.{number}.0/24", state="Implemented",
-                         gateway=f"10.1.{number}.1", netmask="255.255.255.0", issystem=False, created=FURNISHED,
-                         tags=[])
+                self.add("network", name, owner, in_zone(zone), displaytext=name + " tier", traffictype="Guest",
+                         type="Isolated", networkofferingid=offering["id"], networkofferingname=offering["name"],
+                         cidr=f"10.1.{number}.0/24", gateway=f"10.1.{number}.1", netmask="255.255.255.0",
+                         state="Implemented", issystem=False, created=FURNISHED, tags=[])
         for name, text, ports in (("default", "Default Security Group", ()), ("web", "HTTP and HTTPS", (80, 443))):
             group = self.add("securitygroup", name, owner, description=text, ingressrule=[], egressrule=[], tags=[])
             group["ingressrule"] += [self.rule("tcp", port, port, "0.0.0.0/0") for port in ports]
@@ -611,8 +612,8 @@ class Cloud:
         self.tables["provider"] = [{"name": name, "type": "PRIMARY"} for name in ("DefaultPrimary", "StorPool")]
 
     def rule(self, protocol, first, last, cidr, **more):
-        return without_none(ruleid=self.uuid(), protocol=protocol, startport=first, endport=last, cidr=cidr, tags=[],
-                            **more)  # fmt: skip
+        more.update(ruleid=self.uuid(), protocol=protocol, startport=first, endport=last, cidr=cidr, tags=[])
+        return without_none(**more)
 
     def add_machines(self, count, owner=None):
         """Put `count` more machines, each with its root volume, into the cloud; the admin's unless told otherwise."""
@@ -644,13 +645,12 @@ class Cloud:
         self._machines += 1
         number = self._machines
         machine = self.add(
-            "virtualmachine", name, owner, displayname=name, instancename=f"i-2-{number}-VM",
+            "virtualmachine", name, owner, in_zone(zone), displayname=name, instancename=f"i-2-{number}-VM",
             userid=self.users["admin"].id, username="admin", created=format_date(self.clock()), state="Stopped",
-            haenable=False, zoneid=zone["id"], zonename=zone["name"], templateid=template["id"],
-            templatename=template["name"], templatedisplaytext=template["displaytext"],
-            osdisplayname=template["ostypename"], passwordenabled=template["passwordenabled"], rootdeviceid=0,
-            rootdevicetype="ROOT", hypervisor="KVM", securitygroup=[], nic=[], tags=[], affinitygroup=[],
-            isdynamicallyscalable=False, details={})  # fmt: skip
+            haenable=False, templateid=template["id"], templatename=template["name"], details={}, securitygroup=[],
+            templatedisplaytext=template["displaytext"], osdisplayname=template["ostypename"], nic=[], tags=[],
+            passwordenabled=template["passwordenabled"], rootdeviceid=0, rootdevicetype="ROOT", hypervisor="KVM",
+            affinitygroup=[], isdynamicallyscalable=False)  # fmt: skip
         self.size(machine, offering, custom or {})
         for network, address in itertools.zip_longest(networks, addresses):
             machine["nic"].append(self._nic(network, not machine["nic"], address))
@@ -660,9 +660,8 @@ class Cloud:
 
     def size(self, machine, offering, custom):
         machine.update(serviceofferingid=offering["id"], serviceofferingname=offering["name"])
-        for field, detail, least in (("cpunumber", "cpuNumber", 1), ("cpuspeed", "cpuSpeed", 1000),
-                                     ("memory", "memory", 512)):  # fmt: skip
-            machine[field] = int(custom.get(detail) or offering.get(field, least))
+        for detail, least in ("cpuNumber", 1), ("cpuSpeed", 1000), ("memory", 512):
+            machine[detail.lower()] = int(custom.get(detail) or offering.get(detail.lower(), least))
         machine["details"].update(custom)
 
     def _nic(self, network, default, address=None):
@@ -678,9 +677,9 @@ class Cloud:
         return [row for row in self.rows("network", zoneid=zone["id"]) if owned_by(row, owner)][:1]
 
     def new_volume(self, owner, zone, name, gigabytes, machine=None, device=None):
-        volume = self.add("volume", name, owner, zoneid=zone["id"], zonename=zone["name"], size=gigabytes << 30,
+        volume = self.add("volume", name, owner, in_zone(zone), size=gigabytes << 30, storagetype="shared", tags=[],
                           type="ROOT" if device == 0 else "DATADISK", state="Ready" if machine else "Allocated",
-                          created=format_date(self.clock()), storagetype="shared", hypervisor="KVM", tags=[])
+                          created=format_date(self.clock()), hypervisor="KVM")
         if machine:
             self.attach(volume, machine, device)
         return volume
@@ -706,8 +705,8 @@ class Cloud:
 
     def unplace(self, machine, state):
         machine["state"] = state
-        machine.pop("hostid", None)
-        machine.pop("hostname", None)
+        for field in ("hostid", "hostname"):
+            machine.pop(field, None)
 
     def expunge(self, machine):
         for volume in self.volumes_of(machine):
@@ -864,9 +863,9 @@ class Call:
     def owner(self):
         """Who will own what is created: the caller, or the account or project it names."""
         if "projectid" in self.args:
-            project = self.entity("project", "projectid")
-            return dict({field: project[field] for field in ("domainid", "domain", "domainpath")},
-                        projectid=project["id"], project=project["name"])  # fmt: skip
+            row = self.entity("project", "projectid")
+            place = {field: row[field] for field in ("domainid", "domain", "domainpath")}
+            return dict(place, projectid=row["id"], project=row["name"])
         for user in self.cloud.users.values():
             if user.account == self.get("account") and user.domainid == self.get("domainid", user.domainid):
                 self.check_access(user.owner)
@@ -976,6 +975,10 @@ def all_tags(call):
     return visible(call, [tag for row in rows for tag in row.get("tags", ())])
 
 
+def newest_first(call):
+    return visible(call, call.cloud.tables["event"])[::-1]
+
+
 def _list(name, table, parameters="", description=None, member=None, key=None, admin=False, rows=None):
     """Register a command that lists a table, or of it what `rows` gives for a call."""
     owned = table in OWNED or table in ("resourcelimit", "template", "tag")
@@ -1005,8 +1008,7 @@ _list("listVirtualMachines", "virtualmachine",
 _list("listVolumes", "volume", "id ids@4.9 name zoneid type state virtualmachineid diskofferingid@4.4 tags")
 _list("listSnapshots", "snapshot", "id ids@4.9 name volumeid zoneid tags")
 _list("listSSHKeyPairs", "sshkeypair", "id name fingerprint", "Lists ssh key pairs.")
-_list("listEvents", "event", "id type level startdate enddate",
-      rows=lambda call: visible(call, call.cloud.tables["event"][::-1]))  # fmt: skip
+_list("listEvents", "event", "id type level startdate enddate", rows=newest_first)
 _list("listResourceLimits", "resourcelimit", "resourcetype:integer", "Lists resource limits.")
 _list("listCounters", "counter", "id name", key="counterresponse")
 _list("listHostTags", "hosttag", "", "Lists the tags of hosts.", admin=True)
@@ -1016,8 +1018,7 @@ _list("listTemplates", "template", "templatefilter! id ids@4.9 name zoneid hyper
 _list("listAccounts", "account", "id name state domainid listall isrecursive", rows=accounts)
 _list("listSecurityGroups", "securitygroup", "id securitygroupname virtualmachineid tags", "Lists security groups.",
       rows=of_machine)  # fmt: skip
-_list("listAffinityGroups", "affinitygroup", "id name type virtualmachineid", "Lists affinity groups.",
-      rows=of_machine)  # fmt: skip
+_list("listAffinityGroups", "affinitygroup", "id name type virtualmachineid", "Lists affinity groups.", rows=of_machine)
 _list("listTags", "tag", "key value resourceid resourcetype", "Lists the tags of resources.", rows=all_tags)
 
 
@@ -1055,7 +1056,7 @@ def _list_capabilities(call):
 
 @command("getApiLimit", "", "Tells what is left of the caller's API limit.", "apilimit")
 def _get_api_limit(call):
-    issued, limit = call.simulator.issued(call.user), call.simulator.rate_limit
+    (_, issued), limit = call.simulator.window(call.user), call.simulator.rate_limit
     require(limit, "This api is only available when api.throttling.enabled = true.", 432)
     return {"apilimit": {"account": call.user.account, "accountid": call.user.accountid, "apiIssued": issued,
                          "apiAllowed": max(0, limit - issued), "expireAfter": 1000}}  # fmt: skip
@@ -1353,7 +1354,7 @@ def _authorize(call):
     return {"securitygroup": dict(group, ingressrule=rules)}
 
 
-@command("createAffinityGroup", "name! type! description +owner", "Creates an affinity group.", "affinitygroup", True)
+@command("createAffinityGroup", "name! type! description +owner", "Creates an affinity group.", "affinitygroup", job=True)
 def _create_affinity_group(call):
     group = _new(call, "affinitygroup", type=call.args["type"], description=call.get("description"))
     yield group["id"], group["id"]
@@ -1411,9 +1412,8 @@ def _activate(call):
 
 _KINDS = {bool: "boolean", int: "integer", dict: "map", list: "list"}
 _JOB_FIELDS = [
-    {"name": "jobid", "description": "the UUID of the latest async job acting on this object", "type": "string"},
-    {"name": "jobstatus", "description": "the current status of the latest async job acting on this object",
-     "type": "integer"}]  # fmt: skip
+    {"name": name, "description": f"the {text} of the latest async job acting on this object", "type": kind}
+    for name, text, kind in (("jobid", "UUID", "string"), ("jobstatus", "current status", "integer"))]  # fmt: skip
 
 
 def _response_fields(entity, rows):
@@ -1624,9 +1624,10 @@ class Simulator:
     def allowed(self, user, spec):
         return user.admin or not (spec.admin or spec.name in self.role_lacks)
 
-    def issued(self, user):
+    def window(self, user):
+        """When the second began in which the account's requests are counted, and their number."""
         start, count = self._windows.get(user.account, (0, 0))
-        return count if self.clock() < start + 1 else 0
+        return (start, count) if self.clock() < start + 1 else (self.clock(), 0)
 
     # sockets
 
@@ -1668,6 +1669,8 @@ class Simulator:
 
     def answer(self, record, integration):
         """Check and run the command of a request; the Answer in JSON or XML."""
+        if "Content-Encoding" in record.headers and not integration:
+            raise HtmlError(415, close=False)
         if self.html_error:
             raise HtmlError(self.html_error, close=False)
         if not integration and record.path.rstrip("/") != "/client/api":
@@ -1685,12 +1688,10 @@ class Simulator:
             try:
                 body, cookies = self._checked(record, spec, integration)
                 return self._written(record, 200, {key: body}, cookies)
-            except ApiError as error:
-                failure = error
-            except HtmlError as error:
-                return error.answer
+            except HtmlError:
+                raise
             except Exception as error:  # a mistake in the simulator itself must not look like a network failure
-                failure = ApiError(530, f"Internal error: {error!r}")
+                failure = error if isinstance(error, ApiError) else ApiError(530, f"Internal error: {error!r}")
             if failure.code == 432:
                 key = "errorresponse" if spec else "null"
             answer = self._written(record, failure.code, {key: failure.body()})
@@ -1769,11 +1770,8 @@ class Simulator:
     def _throttle(self, user):
         if not self.rate_limit:
             return
-        now = self.clock()
-        start, count = self._windows.get(user.account, (0, 0))
-        if now >= start + 1:
-            start, count = now, 0
-        wait = max(1, int((start + 1 - now) * 1000))
+        start, count = self.window(user)
+        wait = max(1, int((start + 1 - self.clock()) * 1000))
         text = f"The given user has reached his/her account api limit, please retry after [{wait}] ms."
         require(count < self.rate_limit, text, 429)
         self._windows[user.account] = (start, count + 1)
@@ -1883,22 +1881,18 @@ class Connection:
         if self.simulator.stopping.wait(self.simulator.latency) or answer is DROP:
             return False
         if answer in (GO_ON, RUN_THEN_DROP):
-            step, answer = answer, self._answer(record)
-            if step is RUN_THEN_DROP:
+            drops = answer is RUN_THEN_DROP
+            try:
+                answer = self.simulator.answer(record, self.integration)
+            except HtmlError as error:
+                answer = error.answer
+            if drops:
                 return False
         keep = keep and not answer.close
         self._send(answer, record, keep)
         if not keep and self.integration:
             self._linger()
         return keep
-
-    def _answer(self, record):
-        try:
-            if "Content-Encoding" in record.headers and not self.integration:
-                raise HtmlError(415, close=False)
-            return self.simulator.answer(record, self.integration)
-        except HtmlError as error:
-            return error.answer
 
     # reading
 
@@ -2532,8 +2526,8 @@ class SimulatorJobsTest(SimulatorCase):
         userdata = self.ok("getVirtualMachineUserData", virtualmachineid=machine["id"])["virtualmachineuserdata"]
         self.assertEqual("aGVsbG8=", userdata["userdata"])
         job = self.done("destroyVirtualMachine", id=machine["id"], expunge="true")
-        self.assertEqual("affinitygroup deleteprotection nic securitygroup tags".split(),
-                         sorted(job["jobresult"]["virtualmachine"]))  # fmt: skip
+        fields = sorted(job["jobresult"]["virtualmachine"])
+        self.assertEqual("affinitygroup deleteprotection nic securitygroup tags".split(), fields)
         self.assertEqual({}, self.ok("listVirtualMachines", id=machine["id"]))
         self.fails(431, "startVirtualMachine", id=machine["id"])
 
