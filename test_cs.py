@@ -1354,7 +1354,8 @@ def _authorize(call):
     return {"securitygroup": dict(group, ingressrule=rules)}
 
 
-@command("createAffinityGroup", "name! type! description +owner", "Creates an affinity group.", "affinitygroup", job=True)
+@command("createAffinityGroup", "name! type! description +owner", "Creates an affinity group.", "affinitygroup",
+         job=True)  # fmt: skip
 def _create_affinity_group(call):
     group = _new(call, "affinitygroup", type=call.args["type"], description=call.get("description"))
     yield group["id"], group["id"]
