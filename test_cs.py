@@ -3231,7 +3231,7 @@ class ConstructorTest(unittest.TestCase):
                 value = kind(ENDPOINT, **{name: text}).get_setting(name)
                 self.assertEqual((expected, type(expected)), (value, type(value)))
 
-    @each("setting", *[setting for setting in cs._SETTING.values() if setting.name not in ("endpoint", "verify", "expiration")])
+    @each("setting", *[setting for name, setting in cs._SETTING.items() if name not in "endpoint verify expiration"])
     def test_none_means_the_default(self, setting):
         client = cs.CloudStack(ENDPOINT, **{setting.name: None})
         self.assertEqual(setting.convert(setting.default), client.get_setting(setting.name))
@@ -4476,20 +4476,20 @@ class LoginTest(ProtocolCase):
         self.assertEqual(([{"a": 1}] * 8, 1), (values, commands.count("login")))
 
     def test_another_domain_or_password_is_another_session(self):
+        asked = []
+
+        def exchange(request):
+            asked.append(wire(request))
+            return login_answer() if asked[-1]["command"] == "login" else one({"count": 1})[0]
+
         for name, value in (("domain", "/b"), ("password", "other")):
-            asked = []
-
-            def exchange(request):
-                params = wire(request)
-                asked.append((params["command"], params.get("domain"), params.get("password")))
-                return login_answer() if params["command"] == "login" else one({"count": 1})[0]
-
+            asked.clear()
             client = answered_by(exchange, domain="/a", **LOGIN)
             client.listZones()
             client.set_setting(name, value)
             client.listZones()
-            logins = [domain if name == "domain" else password for command, domain, password in asked if command == "login"]
-            self.assertEqual([{"domain": "/a", "password": "p"}[name], value], logins)
+            self.assertEqual([dict(LOGIN, domain="/a")[name], value],
+                             [params[name] for params in asked if params["command"] == "login"])  # fmt: skip
 
     def test_the_domain_may_be_spelled_as_the_server_spells_it(self):
         for given, sent in (("ROOT", "/"), ("ROOT/sub", "/sub"), ("/sub", "/sub"), ("ROOTS", "ROOTS"), (None, "/")):
@@ -4497,7 +4497,8 @@ class LoginTest(ProtocolCase):
             self.assertEqual(sent, played.params(0)["domain"])
 
     def test_a_login_by_hand_in_another_case_logs_in_once(self):
-        self.assertEqual(["Login"], self.play([login_answer()], asking("Login", username="u", password="p"), **USER).commands)
+        played = self.play([login_answer()], asking("Login", username="u", password="p"), **USER)
+        self.assertEqual(["Login"], played.commands)
 
 
 class SessionsAtOnceTest(JumpingCase):
@@ -5196,7 +5197,8 @@ class JobsTest(ProtocolCase):
                 raise KeyboardInterrupt
             return steps[-1]
 
-        client = answered_by(scripted([answer({"x": {"jobid": JOB}}), answer({"x": {"jobstatus": 0}})]), fetch_result=True)
+        script = [answer({"x": {"jobid": JOB}}), answer({"x": {"jobstatus": 0}})]
+        client = answered_by(scripted(script), fetch_result=True)
         with mock.patch.object(cs, "_advance", advance), self.assertRaises(KeyboardInterrupt) as caught:
             client.deployVirtualMachine()
         self.assertEqual(JOB, caught.exception.jobid)
@@ -7167,7 +7169,8 @@ class ConnectTest(TransportCase):
                 super().__init__(family, *args, **options)
 
         server = self.serve(SERVE)
-        found = [(socket.AF_INET6, 1, 6, "", ("::1", server.port, 0, 0)), (socket.AF_INET, 1, 6, "", ("127.0.0.1", server.port))]
+        found = [(socket.AF_INET6, 1, 6, "", ("::1", server.port, 0, 0)),
+                 (socket.AF_INET, 1, 6, "", ("127.0.0.1", server.port))]  # fmt: skip
         with mock.patch("socket.getaddrinfo", lambda *args: found), mock.patch("socket.socket", Lacking):
             self.assertEqual(RESULT, self.client(server).listZones())
 
@@ -8908,7 +8911,8 @@ class RedactionTest(TransportCase):
             self.assert_tells_nothing(str(error), repr(error))
             self.assertTrue(error.__context__ is None or error.__suppress_context__)
 
-    @each("text", '"url": "https://c/?token=SECRET&x=1"', 'Location: https://c/x?apiKey=SECRET', "go to /x%3Fsignature%3DSECRET%26a",
+    @each("text", '"url": "https://c/?token=SECRET&x=1"', "Location: https://c/x?apiKey=SECRET",
+          "go to /x%3Fsignature%3DSECRET%26a",
           '{"name": "saml2.password", "value": "SECRET"}', '{"value": "SECRET", "type": "s", "name": "saml2.password"}',
           '"password":SECRET,', '{"text": "{\\"password\\":\\"SECRET\\"}"}', "<password>SECRET</password>")
     def test_secrets_of_every_shape_are_masked(self, text):
@@ -8920,7 +8924,8 @@ class RedactionTest(TransportCase):
     def test_what_is_no_secret_is_shown(self, text):
         self.assertIn("kept", cs._mask_text(text, []))
 
-    @each("endpoint", "https://user:hunter/two@host/api", "https://user:pa#ss@host/api", "http://u:a?b@host/", "user:pw@host/x")
+    @each("endpoint", "https://user:hunter/two@host/api", "https://user:pa#ss@host/api", "http://u:a?b@host/",
+          "user:pw@host/x")  # fmt: skip
     def test_a_password_with_a_slash_is_not_shown(self, endpoint):
         self.assertRegex(cs._mask_address(endpoint), r"\A(https?://)?host/")
         client = cs.CloudStack(endpoint, "k", "s")
