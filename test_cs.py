@@ -3231,7 +3231,8 @@ class ConstructorTest(unittest.TestCase):
                 value = kind(ENDPOINT, **{name: text}).get_setting(name)
                 self.assertEqual((expected, type(expected)), (value, type(value)))
 
-    @each("setting", *[setting for name, setting in cs._SETTING.items() if name not in "endpoint verify expiration"])
+    @each("setting", *[setting for name, setting in cs._SETTING.items()
+                       if name not in ("endpoint", "verify", "expiration")])  # fmt: skip
     def test_none_means_the_default(self, setting):
         client = cs.CloudStack(ENDPOINT, **{setting.name: None})
         self.assertEqual(setting.convert(setting.default), client.get_setting(setting.name))
@@ -14670,16 +14671,17 @@ class HouseTest(Case):
     def test_the_auditor_s_paragraph_is_true(self):
         for wanted, expected in (
             (r"socket|ssl|select|http\.client|urllib\.request|socket\..*|ssl\..*", [6]),
-            (r"open", [8, 9]), (r"tempfile|os\.(open|fdopen|replace|unlink|makedirs|dup2|mkdir|rename)|.*\.write_text", [9]),
-            (r"eval|exec|compile|__import__|subprocess.*|pickle.*|marshal.*|os\.(system|popen|exec.*|spawn.*)|ctypes.*", []),
+            (r"open", [8, 9]), (r"tempfile|os\.(open|fdopen|replace|unlink|makedirs|dup2|mkdir|rename)", [9]),
+            (r"eval|exec|compile|__import__|subprocess.*|pickle.*|marshal.*|ctypes.*", []),
+            (r"os\.(system|popen|exec.*|spawn.*)", []),
             (r"argparse|readline", [9]), (r"asyncio", [7]),
         ):  # fmt: skip
             with self.subTest(wanted):
                 self.assertEqual(expected, self.found_in(wanted))
 
     def test_nothing_runs_at_import_but_definitions(self):
-        allowed = r"(re\.compile|frozenset|functools\..*|collections\.namedtuple|jsonlib\.JSONDecoder|hasattr|dict|tuple" \
-                  r"|_Setting|_Option|_FLAGS\.update|sys\.exit|main|.*\.split|.*\.items)\Z"  # fmt: skip
+        allowed = r"(re\.compile|frozenset|functools\..*|collections\.namedtuple|jsonlib\.JSONDecoder|hasattr|dict" \
+                  r"|tuple|_Setting|_Option|_FLAGS\.update|sys\.exit|main|.*\.split|.*\.items)\Z"  # fmt: skip
         for statement in ast.parse(self.source).body:
             self.assertNotIsInstance(statement, (ast.For, ast.While, ast.With, ast.Try))
             if not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -14696,7 +14698,8 @@ class HouseTest(Case):
             self.assertEqual("\n".join(self.source.split("\n")[: rooms()[9][0] - 1]) + "\n", file.read())
         code = "import sys\nsys.path.insert(0, sys.argv[1])\nfrom cloud import *\nimport cloud\n" \
                "c = CloudStack(*sys.argv[2:5], fetch_result=True, poll_interval=0.02)\n" \
-               "print(c.listZones()['count'], len(c.listVirtualMachines(fetch_list=True)), cloud.read_config.__module__)\n" \
+               "print(c.listZones()['count'], len(c.listVirtualMachines(fetch_list=True)))\n" \
+               "print(cloud.read_config.__module__)\n" \
                "print(c.rebootVirtualMachine(id=next(c.iter_list('listVirtualMachines', state='Running'))['id'])" \
                "['virtualmachine']['state'], hasattr(cloud, 'main'))\n"  # fmt: skip
         with Simulator(job_seconds=0.02) as cloud:
@@ -14704,7 +14707,7 @@ class HouseTest(Case):
             run = subprocess.run([sys.executable, "-I", "-c", code, self.home, cloud.endpoint, admin.key, admin.secret],
                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)  # fmt: skip
         self.assertEqual(b"", run.stderr)
-        self.assertEqual("2 32 cloud\nRunning False\n", run.stdout.decode().replace("\r", ""))
+        self.assertEqual("2 32\ncloud\nRunning False\n", run.stdout.decode().replace("\r", ""))
 
 
 # === [R] running the tests ==========================================================================================
