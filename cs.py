@@ -12,7 +12,7 @@
 Every API call, present or future, is a method; AIOCloudStack has the same ones as coroutines.
 On the command line: `cs listZones`, `python -m cs listZones` or `python cs.py listZones`.
 
-Contents
+Rooms (the numbered parts of this file)
     1 settings          the one table of them, and how each is converted
     2 errors            the tree of exceptions
     3 parameters        keyword arguments to names and texts, and their signature
@@ -26,16 +26,18 @@ Contents
     9 command line      everything of the tool `cs`; a library can do without it
 
 Data flows one way: keyword arguments -> parameters -> signed request -> exchange -> decoded
-answer -> page or job loop -> result. Rooms 1 to 5 decide everything and do no I/O: the protocol is
-made of generators that yield what they need done. Room 6 does it, room 7 brings the two together.
+answer -> page or job loop -> result. Rooms 1 to 5 decide everything and do no I/O, but for the
+trace that room 4 writes: the protocol is made of generators that yield what they need done. Room 6
+does it, room 7 brings the two together.
 
 For the auditor
     Sockets are opened in room 6 only. Files are read in rooms 6 (certificates, by ssl), 8 (ini
-    files) and 9 (what @file and --configure name, the cache, the history); files are written in
-    room 9 only: the ini file of --configure, the cache of commands below ~/.cache/cs, and the
-    shell's history below ~/.local/state/cs. There is no eval, no exec, no subprocess, no pickle.
-    Nothing runs at import but definitions.
-    A copy of rooms 0 to 8, cut at the banner of room 9, is a whole library under any module name.
+    files) and 9 (what @file and --configure name, the cache, the shell's history); files are
+    written in room 9 only: the ini file of --configure, the cache of commands and ids in
+    ~/.cache/cs or $XDG_CACHE_HOME/cs, and that history in ~/.local/state/cs or $XDG_STATE_HOME/cs.
+    There is no eval, no exec, no subprocess, no pickle. Nothing runs at import but definitions.
+    A copy of the head and rooms 1 to 8, cut at the banner of room 9, is a whole library under any
+    module name.
 
 License: BSD, see LICENSE.
 """
@@ -63,7 +65,6 @@ __all__ = [
     "CloudStackException",
     "CloudStackJobTimeout",
     "CloudStackTimeoutError",
-    "main",
     "read_config",
     "read_config_from_ini",
 ]
@@ -137,11 +138,11 @@ def _parse_number(value, most=1e9):
         if isinstance(value, bool):
             raise ValueError
         if isinstance(value, str):
-            value = float(value) if re.search("[.eEnN]", value) else int(value)
+            value = int(value) if re.match(r"\s*[-+]?[0-9_]+\s*\Z", value) else float(value)
         if not abs(value) <= most:
             raise ValueError
-    except (TypeError, ValueError):
-        raise ValueError(f"{value!r} is not a number of seconds") from None
+    except (TypeError, ValueError, ArithmeticError):
+        raise ValueError(f"{value!r} is not a number of seconds up to {most:g}") from None
     return value if isinstance(value, (int, float)) else float(value)
 
 
@@ -217,8 +218,8 @@ def _parse_domain(value):
 def _parse_ca_path(value):
     """Return a path, or None for the system's CA certificates.
 
-    No value turns verification off: an ini file's `verify = false` reads as None, and only
-    dangerous_no_tls_verify does that."""
+    A boolean word, such as an ini file's `verify = false`, reads as None: only
+    dangerous_no_tls_verify turns verification off. (A file of such a name needs ./ before it.)"""
     if value is None or isinstance(value, bool):
         return None
     value = os.fsdecode(value)
@@ -237,6 +238,11 @@ def _parse_pem_path(value):
         certificate, key = map(os.fsdecode, value)
         return certificate, key
     return os.fsdecode(value)
+
+
+def _parse_path(value):
+    """Return a path, or None."""
+    return None if value in (None, "") else os.fsdecode(value)
 
 
 def _parse_headers(value):
@@ -287,10 +293,11 @@ _positive_seconds = functools.partial(_parse_seconds, positive=True)
 _optional_seconds = functools.partial(_parse_seconds, optional=True)
 _positive_count = functools.partial(_parse_count, least=1)
 
-_Setting = collections.namedtuple("_Setting", "name default convert where meaning")
+_Setting = collections.namedtuple("_Setting", "name default convert given_in meaning")
 
-# where: "both" is read from the environment (CLOUDSTACK_<NAME>) and from ini files under its name;
-# "code" is an argument of the constructor only.
+# given_in: "both" is read from the environment (CLOUDSTACK_<NAME>) and from ini files under its
+# name; "code" is an argument of the constructor only; "tool" is as "both", but for the command line
+# alone: the constructor takes it, since read_config() passes it on, and drops it.
 # fmt: off
 SETTINGS: "tuple[Any, ...]" = (
     _Setting("endpoint", None, _parse_text, "both", "URL of the API, http or https"),
@@ -304,7 +311,7 @@ SETTINGS: "tuple[Any, ...]" = (
     _Setting("verify", None, _parse_ca_path, "both",
              "CA certificates to trust, a file or a directory; the system's if unset"),
     _Setting("cert", None, _parse_pem_path, "both", "client certificate, a PEM file"),
-    _Setting("cert_key", None, _parse_pem_path, "both",
+    _Setting("cert_key", None, _parse_path, "both",
              "private key of the client certificate, where it has its own file"),
     _Setting("name", None, _parse_text, "code",
              "what repr() calls the client; read_config() fills in the region"),
@@ -338,18 +345,20 @@ SETTINGS: "tuple[Any, ...]" = (
              "bytes an answer may have, unpacked"),
     _Setting("recover", False, _parse_flag, "both",
              "find the job of a lost answer again; on for the command line"),
+    _Setting("output", None, _parse_text, "tool", "format of the command line's answers"),
+    _Setting("theme", None, _parse_text, "tool", "Pygments style of the command line's JSON"),
 )
 # fmt: on
-_SETTING = {setting.name: setting for setting in SETTINGS}
+_SETTING = {setting.name: setting for setting in SETTINGS if setting.given_in != "tool"}
 
 # These are not attributes of a client: 5.2.0 had none of these names, and subclasses written for it
-# use them for their own (issue 7: `self.domain = {...}`). They are kept in _ClientState.
-_HIDDEN = frozenset(
+# use them for their own, as in `self.domain = {...}`. They are kept in _ClientState.
+_NOT_ATTRIBUTES = frozenset(
     "cert_key dangerous_no_tls_verify username password domain concurrency max_response_size"
     " recover".split()
 )
 _CONVERTERS = {
-    setting.name: setting.convert for setting in SETTINGS if setting.name not in _HIDDEN
+    name: setting.convert for name, setting in _SETTING.items() if name not in _NOT_ATTRIBUTES
 }
 
 
@@ -436,8 +445,8 @@ def flatten(params: "Mapping[str, Any]") -> "dict[str, str]":
     """Turn keyword arguments into {name: text} as CloudStack wants them.
 
     Dicts and lists of dicts become `name[0].field`, other lists are joined by commas, booleans are
-    true and false, None and empty ones are left out. Raises ValueError that names the parameter
-    and the type that cannot be sent, never the value."""
+    true and false. None and empty lists are left out, an empty text is not. Raises ValueError that
+    names the parameter and the type that cannot be sent, never the value."""
     flat = {}
     for name, value in params.items():
         if type(value) is str:
@@ -514,7 +523,7 @@ def sign(params: "Mapping[str, str]", secret: str) -> str:
     """Return the signature of {name: text}: base64, not yet percent-encoded.
 
     As ApiServer.verifyRequest computes it: sorted by the raw name, values encoded but names not,
-    the whole lower-cased, HMAC-SHA1."""
+    the whole lower-cased, HMAC-SHA1. _Request.prepare() calls it, after it has added the expiry."""
     names = sorted(params)
     if max("".join(params), default="") > "\uffff":
         # Java compares UTF-16 code units, which is Python's order but for such characters.
@@ -551,11 +560,13 @@ def check_key(key: str, allowed: "Iterable[str]") -> bool:
 
 
 # --- 4 redaction ----------------------------------------------------------------------------------
-# Everything that a person may get to see of a request or an answer goes through here.
+# What a person may get to see of a request, an address, or an answer in a trace goes through here.
+# (An answer on standard output is the user's, and is shown as it came.)
 
 MASK = "***"
 
-# Names with secret values are known by how they end: `details[0].password`, `usersecretkey`.
+# Names with secret values are known by how they end: `details[0].password`, `usersecretkey`. A call
+# with such a parameter also goes out by POST (_needs_post), to stay out of the logs of proxies.
 _SECRET = (
     r"(?:password|passwd|passphrase|secret|secret[_-]?key|private[_-]?key|user[_-]?data"
     r"|session[_-]?key|jsessionid|signature|api[_-]?key|access[_-]?key|token|credentials?|psk"
@@ -563,9 +574,21 @@ _SECRET = (
 )
 _SECRET_NAME = re.compile(r"(?i)" + _SECRET + r"\Z")
 _SECRET_HEADER = re.compile(r"(?i)(?:" + _SECRET + r"|auth|authorization|cookie|key)\Z")
-_SECRET_FIELD = re.compile(r'(?i)("[\w.\[\]-]*' + _SECRET + r'"\s*:\s*)"(?:[^"\\]|\\.)*"?')
+# A field of JSON, also of JSON within a text; and a value beside the secret name it belongs to.
+_TEXT = r'\\*"(?:[^"\\]|\\.)*"?'
+_TITLE = r'"(?:name|key)"\s*:\s*"[\w.\[\]-]*' + _SECRET + '"'
+_SECRET_FIELDS = [
+    re.compile(
+        r'(?i)(\\*"[\w.\[\]-]*' + _SECRET + r'\\*"\s*:\s*)(?:' + _TEXT + r"|[^\s,}\]\[{]+)()"
+    ),
+    re.compile(r"(?i)(" + _TITLE + r'[^{}]{0,999}?"value"\s*:\s*)' + _TEXT + "()"),
+    re.compile(r'(?i)("value"\s*:\s*)' + _TEXT + r"([^{}]{0,999}?" + _TITLE + ")"),
+]
 _SECRET_ELEMENT = re.compile(r"(?i)(<[\w.-]*" + _SECRET + r">)[^<]*")
-_SECRET_QUERY = re.compile(r"(?i)([?&;][\w.%\[\]-]*" + _SECRET + r"=)[^\s&;\"'<>]*")
+_SECRET_QUERIES = [  # in an address, and in one that is a parameter of another
+    re.compile(rf"(?i)({_SECRET}{equals})(?:(?!{end})[^&\s\"'<>;\\])+")
+    for equals, end in (("=", "&"), ("%3D", "%26"))
+]
 
 # Control characters but line breaks and tabs, C1 controls, bidirectional overrides, surrogates.
 _UNPRINTABLE = re.compile(
@@ -579,12 +602,13 @@ def _secret_names(params):
 
     A parameter is secret by its own name, or by the name it is given as the value of:
     tags[0].key=password tags[0].value=..., updateConfiguration's name and value."""
+    lower: dict = {}
     for name in params:
         if _SECRET_NAME.search(name):
             yield name
         elif name.lower().endswith("value"):
             front = name.lower()[: -len("value")]
-            lower = {other.lower(): text for other, text in params.items()}
+            lower = lower or {other.lower(): text for other, text in params.items()}
             titles = (lower.get(front + "key"), lower.get(front + "name"))
             if any(isinstance(title, str) and _SECRET_NAME.search(title) for title in titles):
                 yield name
@@ -602,16 +626,21 @@ def _mask_header(name, value):
 
 
 def _mask_address(endpoint):
-    """Return an address without user and password, query and fragment. Takes any text."""
-    pattern = r"\A((?:[A-Za-z][\w+.-]*:)?//)?([^/?#]*)([^?#]*)"
-    scheme, host, path = re.findall(pattern, endpoint)[0]
-    return scheme + host.rpartition("@")[2] + path
+    """Return an address without user and password, query and fragment. Takes any text.
+
+    A password may hold / ? or #, so everything up to the last @ goes."""
+    pattern = r"((?:[A-Za-z][\w+.-]*:)?//)?(.*)"
+    scheme, rest = re.match(pattern, endpoint, re.DOTALL).groups("")  # type: ignore[union-attr]
+    return scheme + re.split("[?#]", rest.rpartition("@")[2])[0]
 
 
 def _mask_text(text, secrets):
     """Return text with secret fields, and the given secrets wherever they stand, replaced."""
-    text = _SECRET_FIELD.sub(r'\1"' + MASK + '"', text)
+    for field in _SECRET_FIELDS:
+        text = field.sub(r'\1"' + MASK + r'"\2', text)
     text = _SECRET_ELEMENT.sub(r"\1" + MASK, text)
+    for query in _SECRET_QUERIES:
+        text = query.sub(r"\1" + MASK, text)
     for secret in sorted(filter(None, secrets), key=len, reverse=True):
         if len(secret) > 3:  # shorter ones stand in half of all words
             for form in (secret, cs_encode(secret), quote(secret), jsonlib.dumps(secret)[1:-1]):
@@ -666,12 +695,13 @@ PAGES_AHEAD = 4  # page requests of one fetch_list that may be under way at once
 MOST_PAGES = 100000  # of one list: a longer walk goes in circles
 _AS_WALK = "walk"  # as fetch_list: return the _Walk, along which iter_list goes
 
-LONGEST_WAIT = 30.0  # seconds before a retry; a server that asks for more gets an error instead
+LONGEST_WAIT = 30.0  # seconds before a retry; if the server asks for more, the error is raised
 LONGEST_HEAD = 8000  # bytes of request line and headers; the server answers 414 over 8192
-_SIGNED = 150  # of them are kept for expiry, signature, and the words of the request line
+_SIGNED = 150  # bytes of LONGEST_HEAD that expiry, signature and the request line's words may take
 
-NEXT_LOOK = 0.5  # of the time a job was waited for passes until the next look at it,
-SOONEST_LOOK = 0.1  # but at least these seconds, and at most poll_interval
+# The first look at a job is due at once (_JobWait), each next one after a part of the time waited.
+NEXT_LOOK = 0.5  # that part,
+SHORTEST_PAUSE = 0.1  # the least number of seconds between two looks; poll_interval is the most
 OWN_LOOK = 15  # poll_intervals after which a job is asked for singly, whatever a list of jobs says
 LEASE = 3.0  # seconds that one caller may take for work that all callers wait for
 PATIENCE = 10  # failed looks in a row at a job without job_timeout (long enough for a restart)
@@ -698,8 +728,13 @@ _LOOPBACK = re.compile(r"https?://(?:127\.|localhost(?:[:/?]|\Z)|\[::1\])")
 
 @functools.lru_cache(maxsize=1024)
 def _only_reads(command):
-    """Tell whether a command may be repeated: it has a reading name and changes nothing."""
-    return bool(_READING.match(command)) and not _CHANGING.match(command)
+    """Tell whether a command may be repeated: it is known to read and changes nothing."""
+    return _may_get(command) and not _CHANGING.match(command)
+
+
+def _may_get(command):
+    """Tell whether the server takes a command by GET, whatever its settings are."""
+    return bool(_READING.match(command)) or command.lower() in _READING_TOO
 
 
 class _Call:
@@ -713,7 +748,8 @@ class _Call:
         self.opcode_name = opcode_name
         self.headers = headers and _convert("headers", _parse_headers, headers)
         self.reads = _only_reads(command)
-        self.is_secret = command.lower() == "login" or any(_secret_names(params))
+        self.is_login = command.lower() == "login"
+        self.is_secret = self.is_login or any(_secret_names(params))
         self.params = {}
         self.has_page = False
         self.expires = None
@@ -722,6 +758,7 @@ class _Call:
         self.total = None  # seconds for one exchange in all, if less than ten times the timeout
         self.response: Any = None  # the last answer
 
+        dropped = {"signature", "signatureversion"} | ({"response"} if json else set())
         for name, text in params.items():
             found = _UNSENDABLE.search(name) or _UNSENDABLE.search(text)
             if found:
@@ -731,12 +768,12 @@ class _Call:
             lower = name.lower()
             if lower == "expires":
                 self.expires = text
-            elif lower not in ("signature", "signatureversion", "response" if json else ""):
+            elif lower not in dropped:
                 self.params[name] = text
                 self.has_page = self.has_page or lower == "page"
 
     def get_param(self, name):
-        """Return a parameter's text, or None; names compare as on the server, without case."""
+        """Return the text of the parameter of this lower-case name, in any case, or None."""
         return next((text for key, text in self.params.items() if key.lower() == name), None)
 
     def set_params(self, **values):
@@ -766,7 +803,7 @@ class _Call:
         The server takes a `customjobid` from any account, and ignores it where there is no job
         (seen on 4.23)."""
         if self.reads or not self.json or self.command.lower() in ("login", "logout"):
-            return
+            return  # there is no job, or its id could not be read
         if self.get_param("customjobid") is None:
             import uuid
 
@@ -803,13 +840,12 @@ class _Request:
         if self.signing is not None:
             secret, expiration, expires = self.signing
             seconds = expiration.total_seconds()
-            if expires is not None or seconds >= 0:
+            if expires is None and seconds >= 0:
                 # The year 9999 is as far as the format goes.
                 moment = time.gmtime(min(time.time() + seconds, 253402300799))
-                self.params["signatureVersion"] = "3"
-                self.params["expires"] = expires or time.strftime(
-                    "%Y-%m-%dT%H:%M:%S+0000", moment
-                )
+                expires = time.strftime("%Y-%m-%dT%H:%M:%S+0000", moment)
+            if expires is not None:
+                self.params.update(signatureVersion="3", expires=expires)
             self.params["signature"] = sign(self.params, secret)
 
         query = _join_query(self.params)
@@ -834,7 +870,7 @@ class _Request:
 
 
 def _build_request(client, call, login=None, post=False):
-    """Return a _Request for a call; it is built anew for each attempt, with a fresh expiry."""
+    """Return a _Request for a call, anew for each attempt; prepare() will sign it."""
     params = dict(call.params)
     params[call.opcode_name] = call.command
     if call.json:
@@ -851,7 +887,8 @@ def _build_request(client, call, login=None, post=False):
         request.secrets.append(client.secret)
         request.signing = (client.secret, client.expiration, call.expires)
     else:
-        request.anonymous = call.command.lower() != "login"
+        # With a user name it is to get a session; --dry-run shows it before there is one.
+        request.anonymous = not call.is_login and client._state.username is None
     if call.expires is not None:
         params["expires"] = call.expires
 
@@ -885,29 +922,28 @@ def _merge_headers(*maps):
 def _needs_post(client, call, request, post):
     """Tell whether GET cannot do.
 
-    An anonymous request goes to the integration port, which reads no body."""
+    An anonymous request goes to the integration port, which reads no body; what it holds of secrets
+    is then in its address."""
     if request.anonymous:
         return False
     if post or call.is_secret or client.method == "post":
         return True
-    if client._server.post_only:
-        reading = _READING.match(call.command) or call.command.lower() in _READING_TOO
-        if not reading:
-            return True
+    if client._server.post_only and not _may_get(call.command):
+        return True
 
-    # A server takes so much in a GET. A character is nine bytes at the most, mostly one.
+    # A server takes so much in a GET. A character is twelve bytes at the most, mostly one.
     head = sum(len(name) + len(value) + 4 for name, value in request.headers.items())
     room = LONGEST_HEAD - _SIGNED - len(request.endpoint) - head
     raw = sum(len(name) + len(text) + 2 for name, text in request.params.items())
-    return 9 * raw > room and len(_join_query(request.params)) > room
+    return 12 * raw > room and len(_join_query(request.params)) > room
 
 
 def _check_client(client):
     """Refuse settings that make no sense together. Raises ValueError that names them."""
     endpoint, state = client.endpoint, client._state
     user = (client.key, client.secret, state.username, state.password)
-    together = (endpoint, user, state.pem_path, state.cert_key)
-    if state.checked == together:
+    seen = (endpoint, user, state.pem_path, state.cert_key)
+    if state.checked == seen:
         return
 
     _check_endpoint(endpoint)
@@ -921,7 +957,7 @@ def _check_client(client):
         raise ValueError(
             "username: given together with key; use either key and secret or username and password"
         )
-    state.checked = together
+    state.checked = seen
 
 
 def _check_endpoint(endpoint):
@@ -938,7 +974,7 @@ def _check_endpoint(endpoint):
     if not proper or re.search(r"[^\x21-\x7e]", endpoint):
         problem = "is not an http:// or https:// address"
         if proper and re.search(r"[^\x00-\x7f]", endpoint):
-            problem = "is to be written in ASCII: an international name as xn--..., the rest as %.."
+            problem = "must be ASCII: write the host name as xn--..., other characters as %XX"
         raise ValueError(f"endpoint: {_mask_address(endpoint)!a} {problem}")
     if parts.username is not None:
         raise ValueError("endpoint: a user name or password cannot be part of the address")
@@ -948,17 +984,18 @@ def _check_endpoint(endpoint):
 
 
 def _refuse_constant(name):
+    """Refuse NaN and Infinity, which Python's decoder would take."""
     raise ValueError(f"{name} is not JSON")
 
 
 def _parse_short_int(digits):
+    """Refuse integers that older Pythons take minutes for; later ones do that by themselves."""
     if len(digits) > 4300:
         raise ValueError("a number of too many digits")
     return int(digits)
 
 
-# strict=False: the server leaves raw control characters in strings. NaN and Infinity are not JSON.
-# Pythons without a limit of their own take minutes for an integer of a million digits.
+# strict=False: the server leaves raw control characters in strings.
 _JSON = jsonlib.JSONDecoder(
     strict=False,
     parse_constant=_refuse_constant,
@@ -1045,7 +1082,7 @@ def _find_rows(answer):
     lists = [value for value in answer.values() if isinstance(value, list)]
     if len(lists) == 1 and "id" not in answer:  # with an id it is an object that holds a list
         return lists[0]
-    return None if set(answer) - {"count"} else []
+    return None if set(answer) - {"count"} else []  # nothing but a count is an empty list
 
 
 # 5.3 Retry: whether and when a command is sent again.
@@ -1074,7 +1111,7 @@ def _is_transient(error):
 def _asked_delay(error):
     """Return the seconds that the server asked to wait, or None.
 
-    They stand in the text of its 429 (ApiRateLimitServiceImpl) or in Retry-After."""
+    They stand in the text of its answer (ApiRateLimitServiceImpl's 429) or in Retry-After."""
     if error.response is None:
         return None
     found = _RETRY_AFTER.search(error.response.text)
@@ -1146,7 +1183,7 @@ def _send_with_retries(client, call):
     retries = client.retry if call.retries is None else call.retries
     while True:
         login = None
-        if client._state.username is not None and call.command != "login":
+        if client._state.username is not None and not call.is_login:
             login = yield from _current_login(client)
         request = _build_request(client, call, login, post)
         try:
@@ -1178,7 +1215,7 @@ _Login = collections.namedtuple("_Login", "key cookies")
 
 
 class _Server:
-    """What was learned about the server behind one endpoint, as one user."""
+    """Keeps what was learned about the server behind one endpoint, as one user."""
 
     def __init__(self):
         self.post_only = False  # commands that change something must be POST
@@ -1190,41 +1227,29 @@ class _Server:
 
 
 class _Signal:
-    """What many callers wait for at once, in threads and event loops alike; any thread sets it."""
+    """Wakes all callers that wait for the same thing, in threads and event loops alike."""
 
     def __init__(self):
-        self.count = 0  # how often it was set: a caller who notes it before looking misses nothing
-        self._wakers = set()
-
-    def add(self, wake):
-        """Have wake() called whenever the signal is set."""
-        self._wakers.add(wake)
-
-    def discard(self, wake):
-        """Forget a waker."""
-        self._wakers.discard(wake)
+        self.wakers = set()  # functions to be called whenever it is set
+        self.count = 0  # another one whenever it is set: noted before a look, it misses nothing
+        self._counter = itertools.count(1)  # which threads may use at once
 
     def set(self):
         """Wake all that wait."""
-        self.count += 1
-        for wake in list(self._wakers):
+        self.count = next(self._counter)
+        for wake in list(self.wakers):
             wake()
 
 
-class _Pause:
-    """A step of the protocol: sleep for `seconds`, or until the signal was set once more."""
-
-    def __init__(self, seconds, signal, count):
-        self.seconds = seconds
-        self.signal = signal
-        self.count = count
+# A step of the protocol: sleep for `seconds`, or until the signal's count is another one.
+_Pause = collections.namedtuple("_Pause", "seconds signal count")
 
 
 class _Turn:
-    """Work that one caller does for all who need it; `done` is set when it is given back.
+    """Lets one caller do work that many need; `done` is set when it is given back.
 
     It is lent for LEASE seconds: its holder may be a task of an event loop that was stopped, and
-    must not hold up the others for ever (finding 12)."""
+    must not hold up the others for ever."""
 
     def __init__(self):
         self.done = _Signal()
@@ -1252,8 +1277,8 @@ class _Turn:
 def _current_login(client):
     """Return the session to send with, made if there is none yet.
 
-    Of many callers one logs in; the others wait for it and share its failure, since wrong
-    passwords in a row would lock the account."""
+    Of many callers one logs in; the others wait for it (LEASE seconds at a time) and share its
+    failure, since wrong passwords in a row would lock the account."""
     server = client._server
     turn = server.login_turn
     while server.login is None:
@@ -1285,7 +1310,7 @@ def _log_in_for_all(client, server, token):
 
 
 def _log_in(client):
-    """Log in and return the _Login; the session key goes beside both cookies (ApiServlet)."""
+    """Log in and return the _Login: the session key, and the cookies that go beside it."""
     state = client._state
     params = {
         "username": state.username,
@@ -1314,7 +1339,8 @@ def _log_out(client):
 
 # 5.5 Pages: all rows of a list.
 
-_PAGE_LIMIT = re.compile(r"(?i)page ?size.*max allowed.*?([0-9]{1,9})")
+# How the server says that its limit is lower (a 431); another wording is another alternative.
+_PAGE_LIMIT_TEXT = re.compile(r"(?i)page ?size.*max allowed.*?(?P<limit>[0-9]{1,9})")
 
 
 def _is_same_page(rows, page):
@@ -1328,7 +1354,7 @@ def _is_same_page(rows, page):
         return True
 
     ids = [row.get("id") if isinstance(row, dict) else None for row in rows]
-    if len(rows) < 2 or None in ids:
+    if len(rows) < 2 or None in ids:  # one row alone may be of an object that is told twice
         return False
     return all(
         isinstance(other, dict) and _identity(row) == _identity(other)
@@ -1342,13 +1368,13 @@ def _identity(row):
 
 
 class _Walk:
-    """All pages of one list, in order.
+    """Fetches all pages of one list, in order.
 
     A page is never taken for the last by its length alone: `count` is the total for most commands,
     the length of this page for some, and missing for others. So the walk continues while a page is
     full or fewer than `count` rows were seen. It ends with an empty page, with one that repeats the
     one before it or the first (commands that ignore `page`, servers that begin anew), or with one
-    that is longer than asked for (those, again)."""
+    that is longer than asked for (commands that ignore `pagesize`, too)."""
 
     def __init__(self, client, call, ahead=1, report=None):
         self.client = client
@@ -1360,6 +1386,7 @@ class _Walk:
         self.first = None  # the first answer, which may turn out not to be a list
         self.total = None  # rows there are, as the server says
         self.seen = 0
+        self.skip = 0  # rows of the first page that stand before those asked for
         self.pages = 0
         self.first_rows = self.previous = None
         self.buffered = []
@@ -1367,8 +1394,7 @@ class _Walk:
 
     def _read_number(self, name, default):
         text = self.call.get_param(name)
-        count = functools.partial(_parse_count, least=1)
-        return _convert(f"parameter {name!r}", count, text) if text else default
+        return _convert(f"parameter {name!r}", _positive_count, text) if text else default
 
     def next_page(self):
         """Return the next page's rows, or None after the last; to be used by `yield from`."""
@@ -1380,6 +1406,8 @@ class _Walk:
                 self.done = True
                 raise answer
             rows = self._accept(answer)
+            if rows and self.skip:
+                rows, self.skip = rows[self.skip :], 0
             if rows:
                 if self.report:
                     self.report("rows", self.seen, self.total)
@@ -1402,8 +1430,8 @@ class _Walk:
     def _sure_pages(self):
         """Return the pages to come that may be asked for at once.
 
-        Only a full page and a count above it say that they are there; and a program's own session
-        may not be made for threads."""
+        They are sure only if the last page was full and `count` says that there are more. A
+        program's own session may not be safe in threads: then there are none."""
         full = len(self.previous or ()) >= self.size
         if self.ahead < 2 or not self.total or not full or self.client.session is not None:
             return ()
@@ -1424,7 +1452,7 @@ class _Walk:
             if isinstance(outcome, BaseException):
                 raise outcome
 
-        # Up to the first gap: what follows one is read again, from there (finding 04).
+        # Up to the first gap, lest rows are lost in it: what follows is read again, from there.
         self.buffered = [
             answers[page] for page in itertools.takewhile(answers.__contains__, pages)
         ]
@@ -1459,12 +1487,13 @@ class _Walk:
             return (yield from _send_with_retries(self.client, call))
         except CloudStackApiException as error:
             text = error.response.text if _status_of(error) == 431 else ""
-            found = _PAGE_LIMIT.search(text)
-            if not found or self.first is not None or not 0 < int(found.group(1)) < self.size:
+            found = _PAGE_LIMIT_TEXT.search(text)
+            limit = int(found.group("limit")) if found else 0
+            if self.first is not None or not 0 < limit < self.size:
                 raise
-            limit = int(found.group(1))
 
-        self.page = (self.page - 1) * self.size // limit + 1
+        start = (self.page - 1) * self.size
+        self.page, self.skip = start // limit + 1, start % limit
         self.client._server.page_limit = self.size = limit
         return (yield from _send_with_retries(self.client, call.with_page(self.page, limit)))
 
@@ -1522,6 +1551,10 @@ def _run_command(client, command, params, json, opcode_name, fetch_list, headers
         fetch_list = _convert("fetch_list", _parse_flag, fetch_list)
     call = _Call(command, flatten(params), json, opcode_name, headers)
     _check_client(client)
+    if fetch_list and not call.reads:  # a second page would carry it out a second time
+        if fetch_list == _AS_WALK:
+            raise ValueError(f"{command} changes something; it cannot be read page by page")
+        fetch_list = False
     if fetch_list == _AS_WALK:
         return _Walk(client, call, report=client._state.progress)
 
@@ -1543,7 +1576,7 @@ def _run_command(client, command, params, json, opcode_name, fetch_list, headers
 
 
 class _JobList:
-    """Which jobs are pending, found out once for all who wait.
+    """Finds out once, for all callers that wait, which jobs are pending.
 
     listAsyncJobs says in one request what single looks would ask for each. It serves threads and
     event loops alike: the caller who needs news first fetches them, and all others are woken to
@@ -1564,10 +1597,6 @@ class _JobList:
         self.failures = 0  # in a row
         self.in_vain = 0  # looks at jobs that the list had not shown, though they were pending
 
-    def join(self, poll):
-        """Count one more waiter."""
-        self.waiting.add(poll)
-
     def leave(self, poll):
         """Count one waiter less."""
         self.waiting.discard(poll)
@@ -1584,7 +1613,7 @@ class _JobList:
 
     def refresh(self, client, call):
         """Read the list, or wait for the caller who does; look for news afterwards."""
-        pause = self.make_pause(max(SOONEST_LOOK, client.poll_interval))
+        pause = self.make_pause(max(SHORTEST_PAUSE, client.poll_interval))
         token = self.reading.take()
         if token is None:
             yield pause
@@ -1611,7 +1640,7 @@ class _JobList:
 
         self.failures = 0
         if rows is not None:
-            # Servers up to 4.19 list finished jobs, too (finding 01).
+            # Servers up to 4.19 list finished jobs, too.
             pending = [row for row in rows if str(row.get("jobstatus", 0)) == "0"]
             self.pending = {str(row.get("jobid")) for row in pending}
             self.asked_at = asked_at
@@ -1627,7 +1656,7 @@ class _JobList:
             rows = yield from walk.next_page()
             found += [row for row in rows or () if isinstance(row, dict)]
         if not walk.done:
-            self.needed = 2 * len(self.waiting)
+            self.needed = max(self.FEWEST, 2 * len(self.waiting))
             return None
         if not walk.is_list():
             raise CloudStackException("listAsyncJobs is of no use here")
@@ -1642,12 +1671,13 @@ class _JobList:
 
 
 class _JobWait:
-    """One waiter's looks at its job: when the next is due, and how long trouble lasts."""
+    """Keeps the times of one caller's looks at its job: the first is due at once."""
 
     def __init__(self, client):
         self.client = client
         self.started = self.due = self.looked = _clock()
-        self.news = self.started - 1e-6  # a list asked for at the same moment shows the job already
+        # When the job was last known to run; a list asked for in this very moment counts, too.
+        self.news = self.started - 1e-6
         limit = client.job_timeout
         self.deadline = float("inf") if limit is None else self.started + limit
         self.was_listed = False
@@ -1655,7 +1685,7 @@ class _JobWait:
         self.failures = 0  # in a row
 
     def found_pending(self, at):
-        """Set the next look, after one of that moment found the job pending."""
+        """Note that the job was pending at that moment, and set the next look."""
         self.news = at
         self.failures = 0
         self.set_due(at)
@@ -1663,7 +1693,7 @@ class _JobWait:
     def set_due(self, at):
         """Set the next look: at growing distances, so that a short job is seen early and a long
         one costs few looks."""
-        growing = max(SOONEST_LOOK, NEXT_LOOK * (at - self.started))
+        growing = max(SHORTEST_PAUSE, NEXT_LOOK * (at - self.started))
         self.due = _clock() + min(self.client.poll_interval, growing)
 
     def may_continue(self, error):
@@ -1673,8 +1703,8 @@ class _JobWait:
         patient = self.client.job_timeout is not None or self.failures + 1 < PATIENCE
         if not _poll_may_continue(error) or not patient:
             return False
-        delay = max(_asked_delay(error) or 0.0, self.client.poll_interval * 2.0**self.failures)
-        self.due = _clock() + min(LONGEST_WAIT, delay)
+        growing = max(SHORTEST_PAUSE, self.client.poll_interval) * 2.0 ** min(self.failures, 32)
+        self.due = _clock() + min(LONGEST_WAIT, max(_asked_delay(error) or 0.0, growing))
         self.failures += 1
         return True
 
@@ -1684,7 +1714,10 @@ class _JobWait:
 
 
 def _poll_may_continue(error):
-    """Tell whether a look that went wrong says nothing about the job, unlike the server's JSON."""
+    """Tell whether to look again after a look that went wrong.
+
+    So it is without an answer, after a page that is not CloudStack's, and after a 429 or 503. Any
+    other error that CloudStack states in JSON is about the job: _is_transient would be too wide."""
     if not isinstance(error, CloudStackApiException):
         return True
     if error.args[0] == _JOB_FAILURE:
@@ -1709,7 +1742,7 @@ def _await_job(client, call, jobid):
             poll = _make_poll(call, jobid)
         except ValueError as error:
             raise _unexpected(str(error)) from None
-        jobs.join(poll)
+        jobs.waiting.add(poll)
         return (yield from _look_until_done(client, call, poll))
     except BaseException as error:  # KeyboardInterrupt and CancelledError, too
         error.jobid = str(jobid)  # type: ignore[attr-defined]
@@ -1729,7 +1762,7 @@ def _look_until_done(client, call, poll):
     while True:
         if client._state.progress:
             client._state.progress("job", call.command, _clock() - wait.started)
-        if (yield from _is_listed(client, call, poll, wait)):
+        if not (yield from _wait_for_look(client, call, poll, wait)):
             continue
 
         wait.looked = _clock()
@@ -1754,11 +1787,11 @@ def _look_until_done(client, call, poll):
             raise CloudStackJobTimeout(message, poll.params["jobid"], response=response)
 
 
-def _is_listed(client, call, poll, wait):
-    """Sleep until a look is due; True if the list of jobs has meanwhile shown the job as pending.
+def _wait_for_look(client, call, poll, wait):
+    """Sleep until a look at the job itself is due; False if the list of jobs spares that look.
 
-    Else it is to be asked for singly: without a list, when the list no longer shows it, and now
-    and then in any case."""
+    The list spares it while it shows the job as pending. The job is asked for singly without a
+    list, when the list no longer shows it, and now and then in any case."""
     jobs = client._server.jobs
     wait.is_missing = False
     while jobs.is_used() and not wait.failures:
@@ -1768,33 +1801,34 @@ def _is_listed(client, call, poll, wait):
                 return _note_listed(client, jobs, wait)
             if wait.was_listed or not pause.seconds:
                 wait.was_listed, wait.is_missing = False, True
-                return False
+                return True
 
         if pause.seconds:
             yield pause
         elif _clock() >= wait.deadline:
-            return False
-        elif _clock() - jobs.asked_at < min(SOONEST_LOOK, client.poll_interval):
-            yield jobs.make_pause(SOONEST_LOOK)
+            return True
+        elif _clock() - jobs.asked_at < min(SHORTEST_PAUSE, client.poll_interval):
+            yield jobs.make_pause(SHORTEST_PAUSE)
         elif _clock() > wait.due + max(1.0, client.poll_interval):
-            return False  # another caller reads the list, and does not come back
+            return True  # another caller reads the list, and does not come back
         else:
             yield from jobs.refresh(client, call)
 
     if wait.seconds_left():
         yield wait.seconds_left()
-    return False
+    return True
 
 
 def _note_listed(client, jobs, wait):
-    """Set the next look at a job that the list shows; False if it is to be asked for singly now.
+    """Set the next look at a job that the list shows; True if it is to be asked for singly now.
 
-    That is so at the deadline, and now and then: no list is believed for ever (finding 01)."""
+    That is so at the deadline, and now and then: no list is believed for ever. (Servers up to 4.19
+    list finished jobs, too.)"""
     wait.was_listed = True
     jobs.in_vain = 0
     wait.found_pending(jobs.asked_at)
-    own_look = wait.looked + OWN_LOOK * max(SOONEST_LOOK, client.poll_interval)
-    return _clock() < min(own_look, wait.deadline)
+    own_look = wait.looked + OWN_LOOK * max(SHORTEST_PAUSE, client.poll_interval)
+    return _clock() >= min(own_look, wait.deadline)
 
 
 def _read_job_status(answer, response):
@@ -1842,10 +1876,9 @@ def _submit(client, call):
                 raise
             lost = error
         return (yield from _find_job(client, call, lost))
-    except CloudStackException:
-        raise
-    except BaseException as error:  # Ctrl-C, a cancelled task: the answer may be on its way
-        error.jobid = call.job_id  # type: ignore[attr-defined]
+    except BaseException as error:
+        if not isinstance(error, CloudStackException):  # Ctrl-C, a cancelled task
+            error.jobid, error.outcome_unknown = call.job_id, True  # type: ignore[attr-defined]
         raise
 
 
@@ -1876,10 +1909,10 @@ def _find_job(client, call, lost):
             break
         yield wait.seconds_left()
 
-    said = "could not be asked for" if unknown_since is None else "knows no"
+    said = "the server knows no job" if unknown_since else "the server could not be asked for job"
     later = f"wait_job() or `cs --wait {call.job_id}` asks again later"
     lost.jobid = call.job_id
-    _add_hint(lost, f"the server {said} job {call.job_id}; {later}")
+    _add_hint(lost, f"{said} {call.job_id}; {later}")
     raise lost
 
 
@@ -1892,8 +1925,8 @@ def _make_submission(job, job_id):
 
 
 # --- 6 transport ----------------------------------------------------------------------------------
-# Everything that opens a socket. http.client only reads answers here: it could not be cut off while
-# it connects, and takes a proxy for what it is only through private names.
+# Everything that opens a socket. http.client only reads answers here: its own connection cannot be
+# cut off while it connects, and reaches an https origin through a proxy by private names only.
 
 IDLE = 20.0  # seconds after which a kept connection is not used again; the server closes it at 30
 _CHUNK = 1 << 18
@@ -1901,7 +1934,7 @@ _BUFFER = 1 << 14  # the longest record of TLS: with less, a part of one could h
 
 
 class _Response:
-    """An answer, read to its end, with the names that requests gives to its parts.
+    """Holds an answer, read to its end, with the names that requests gives to its parts.
 
     status_code, reason, headers (a mapping, names in any case), content (bytes), text, ok, json()
     """
@@ -1940,7 +1973,8 @@ class _Response:
 # 6.1 Route: how requests get to an endpoint.
 
 _Place = collections.namedtuple("_Place", "secure host port")  # secure: TLS is spoken there
-_Proxy = collections.namedtuple("_Proxy", "secure host port authorization")
+# headers: the lines that the proxy wants, in a request to it or in the one for a tunnel
+_Proxy = collections.namedtuple("_Proxy", "secure host port headers")
 _PROXY_ADDRESS = re.compile(
     r"(?:([^/]*)@)?"  # user:password
     r"(\[[0-9A-Fa-f:.]+\]|[^\s:/?#@\[\]]+)(?::([0-9]{1,5}))?"
@@ -1949,7 +1983,7 @@ _PROXY_ADDRESS = re.compile(
 
 
 class _Route:
-    """The way to one endpoint: straight, as absolute URLs to an http proxy, or through a tunnel."""
+    """Knows the way to one endpoint: straight, as full URLs to an http proxy, or by a tunnel."""
 
     def __init__(self, endpoint):
         parts = urlsplit(endpoint)
@@ -1974,8 +2008,8 @@ class _Route:
         if "host" not in map(str.lower, request.headers):
             lines.append("Host: " + self.host)
         lines += [f"{name}: {value}" for name, value in request.headers.items()]
-        if self.absolute and self.proxy.authorization:
-            lines.append("Proxy-Authorization: " + self.proxy.authorization)
+        if self.absolute:
+            lines += self.proxy.headers
         if request.body is not None:
             lines.append(f"Content-Length: {len(request.body)}")
         return "\r\n".join(lines + ["", ""]).encode("latin-1")
@@ -2053,20 +2087,21 @@ def _parse_proxy(address):
     from urllib.parse import unquote
 
     login, host, port = found.groups()
-    authorization = None
+    headers: tuple = ()
     if login:
         user, _, password = map(unquote, login.partition(":"))
-        code = b2a_base64(f"{user}:{password}".encode(), newline=False)
-        authorization = "Basic " + code.decode("ascii")
+        # surrogateescape: the environment may hold bytes that are not UTF-8
+        code = b2a_base64(f"{user}:{password}".encode("utf-8", "surrogateescape"), newline=False)
+        headers = ("Proxy-Authorization: Basic " + code.decode("ascii"),)
     secure = scheme == "https"
-    return _Proxy(secure, host.strip("[]"), int(port or _default_port(secure)), authorization)
+    return _Proxy(secure, host.strip("[]"), int(port or _default_port(secure)), headers)
 
 
 # 6.2 Connections: kept ones, new ones, TLS, and how they are cut off.
 
 
 class _Transport:
-    """send(_Request) -> _Response, over kept connections.
+    """Sends a _Request and returns its _Response, over kept connections.
 
     Threads may share it: deque's append and pop are atomic. A fork's child gets one of its own."""
 
@@ -2219,20 +2254,23 @@ def _has_news(sock):
 def _dial(place, flight):
     """Connect to the first address of a place that answers, as socket.create_connection does.
 
-    But each socket is known before it connects, so that it can be cut off."""
+    But each socket is known before it connects, so that it can be cut off. (Looking up the name
+    takes the time that the system allows for it.)"""
     import socket
 
     addresses = socket.getaddrinfo(place.host, place.port, 0, socket.SOCK_STREAM)
     for number, (family, kind, protocol, _, address) in enumerate(addresses, 1):
-        sock = socket.socket(family, kind, protocol)
+        sock = None
         try:
+            sock = socket.socket(family, kind, protocol)  # a system may lack the family
             flight.start_step(sock)
             sock.connect(address)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock
         except BaseException as error:
-            _let_go(flight.request)
-            sock.close()
+            if sock is not None:
+                _let_go(flight.request)
+                sock.close()
             if not isinstance(error, OSError) or number == len(addresses):
                 raise
     raise OSError("the name has no address")
@@ -2241,9 +2279,7 @@ def _dial(place, flight):
 def _ask_for_tunnel(route, flight, sock):
     """Have the proxy connect to the origin: CONNECT (RFC 9110, 9.3.6)."""
     place = _join_port(route.origin.host, route.origin.port)
-    lines = [f"CONNECT {place} HTTP/1.1", "Host: " + place]
-    if route.proxy.authorization:
-        lines.append("Proxy-Authorization: " + route.proxy.authorization)
+    lines = [f"CONNECT {place} HTTP/1.1", "Host: " + place, *route.proxy.headers]
     flight.start_step(sock)
     sock.sendall("\r\n".join(lines + ["", ""]).encode("latin-1"))
 
@@ -2256,7 +2292,7 @@ def _ask_for_tunnel(route, flight, sock):
     finally:
         response.close()
     if not 200 <= response.status < 300:
-        reason = _mask_text(response.reason, (route.proxy.authorization or "").split())
+        reason = _mask_text(response.reason, " ".join(route.proxy.headers).split()[2:])
         raise OSError(f"Tunnel connection failed: {response.status} {reason}")
 
 
@@ -2264,13 +2300,13 @@ def _wrap_tls(context, sock, host):
     """Return TLS over a connection, its handshake yet to come.
 
     The connection must be known by then, so that it can be cut off."""
-    if hasattr(sock, "do_handshake"):
+    if hasattr(sock, "do_handshake"):  # it is TLS already, to a proxy
         return _InnerTls(context, sock, host)
     return context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
 
 
 class _InnerTls:
-    """TLS inside the TLS connection to an https proxy, which SSLContext.wrap_socket cannot do."""
+    """Speaks TLS inside the TLS connection to an https proxy, as wrap_socket() cannot."""
 
     def __init__(self, context, outer, host):
         import ssl
@@ -2392,10 +2428,10 @@ def _cut_off(request):
 
 
 class _Flight(io.RawIOBase):
-    """One request on its way, under two clocks: each silence, and the exchange in all.
+    """Carries one request to its answer, under two clocks: each silence, and the exchange in all.
 
-    It is also the reading side of the socket, for http.client. That has an end of its own here,
-    since http.client takes a chunk of negative size for all that comes."""
+    It is also the stream that http.client reads. The stream ends after `limit` bytes: for a chunk
+    of negative size http.client would read without end."""
 
     def __init__(self, request):
         self.request = request
@@ -2468,7 +2504,8 @@ def _read_response(flight):
     reason = response.reason
     if reason != http.client.responses.get(response.status):
         reason = _mask_reason(reason, request)
-    # Bytes beyond the answer, which a poll cannot see, say that the connection is out of step.
+    # From here on only what is buffered counts, which a poll of the socket cannot see: more bytes
+    # than the answer's say that the connection is out of step.
     flight.over = True
     surplus = reader.peek(1) or (hasattr(sock, "pending") and sock.pending())
     answer = _Response(response.status, reason, response.headers, content)
@@ -2507,44 +2544,48 @@ def _read_body(response, limit):
         parts.append(part)
 
     # read(amount) does not complain of a body that ends before its Content-Length.
-    if response.length or (gunzip and parts and not gunzip.is_whole()):
+    if response.length or (gunzip and parts and not gunzip.is_whole()):  # what it holds is not used
         raise http.client.IncompleteRead(b"", response.length)
     return b"".join(parts)
 
 
 class _Gunzip:
-    """Unpacks gzip of one member or several (RFC 1952, 2.2); other bytes after them are left."""
+    """Unpacks gzip of one member or several (RFC 1952, 2.2); other bytes after them are left.
+
+    Asked for in _build_request, by Accept-Encoding."""
 
     MOST = 10000  # members, since each costs a copy of what follows it
 
     def __init__(self):
         self._members = 0
+        self._is_over = False
         self._start_member()
 
     def _start_member(self):
         import zlib
 
         self._members += 1
+        if self._members > self.MOST:
+            raise ValueError("gzip of too many members")
         self._member = zlib.decompressobj(16 + zlib.MAX_WBITS)
 
     def unpack(self, part, most):
         """Return the next part, unpacked: at most so many bytes of it."""
-        unpacked = self._decompress(part, most)
-        while self._member.unused_data[:1] == b"\x1f" and len(unpacked) < most:
-            if self._members >= self.MOST:
-                raise ValueError("gzip of too many members")
-            rest = self._member.unused_data
-            self._start_member()
-            unpacked += self._decompress(rest, most - len(unpacked))
-        return unpacked
-
-    def _decompress(self, part, most):
         import zlib
 
-        try:
-            return self._member.decompress(part, most)
-        except zlib.error:  # not a ValueError
-            raise ValueError("bad gzip") from None
+        unpacked = b""
+        while part and len(unpacked) < most and not self._is_over:
+            if self._member.eof:
+                self._is_over = part[:1] != b"\x1f"  # the first byte of a member
+                if self._is_over:
+                    break
+                self._start_member()
+            try:
+                unpacked += self._member.decompress(part, most - len(unpacked))
+            except zlib.error:  # not a ValueError
+                raise ValueError("bad gzip") from None
+            part = self._member.unused_data
+        return unpacked
 
     def is_whole(self):
         """Tell whether the last member has come to its end."""
@@ -2555,7 +2596,7 @@ class _Gunzip:
 
 
 class _Failed(Exception):
-    """An exchange that failed: what was raised, and what that says about the request."""
+    """Says that an exchange failed: what was raised, and what that says about the request."""
 
     def __init__(self, cause, unsent=False, stale=False, proxy=None):
         super().__init__()
@@ -2566,11 +2607,11 @@ class _Failed(Exception):
 
 
 class _Overdue(TimeoutError):
-    """The exchange took too long in all."""
+    """Says that an exchange took too long in all."""
 
 
 class _TooLarge(ValueError):
-    """The answer has more bytes than it may have."""
+    """Says that an answer has more bytes than it may have."""
 
 
 def _is_failure(error):
@@ -2590,7 +2631,7 @@ def _is_late(error):
 
 def _error_text(error):
     """Return what went wrong, in words, without a Python class or an [Errno ..] around it."""
-    text = getattr(error, "strerror", None)
+    text = getattr(error, "strerror", None)  # an OSError's; ssl and Unicode errors have a reason
     if text == "" and error.errno:  # as PyPy's ssl has it
         text = os.strerror(error.errno)
     return text or str(getattr(error, "reason", "") or error) or type(error).__name__
@@ -2627,9 +2668,9 @@ def _describe_failure(failed, request):
         if isinstance(error, _Overdue):
             why = f"it was not whole after {request.total:g} s"
         elif failed.unsent:
-            why = f"no answer within {request.timeout} s (timeout)"
+            why = f"no answer within {request.timeout:g} s (timeout)"
         else:
-            why = f"nothing for {request.timeout} s (timeout)"
+            why = f"nothing for {request.timeout:g} s (timeout)"
         return late, "Cannot connect to" if failed.unsent else "No answer from", why
     if isinstance(error, (ssl.SSLError, ssl.CertificateError)):
         return lost, "TLS failure with", _describe_tls_error(error)
@@ -2642,7 +2683,7 @@ def _describe_failure(failed, request):
         why = f"it has more than max_response_size, {request.limit} bytes"
         return CloudStackException, "Too large an answer from", why
     if isinstance(error, http.client.IncompleteRead):
-        return lost, "Broken answer from", "it ends before its end"
+        return lost, "Broken answer from", "it is cut off"
     if isinstance(error, http.client.RemoteDisconnected):
         return lost, "Connection lost to", "closed without an answer"
     if isinstance(error, OSError):
@@ -2750,7 +2791,7 @@ class CloudStack:
         concurrency: "_Number" = 128, max_response_size: "_Number" = 256 * 1024 * 1024,
         recover: "_Flag" = False
     ) -> None:  # fmt: skip
-        # theme and output are the command line's: an ini file may hold them.
+        # theme and output are taken and dropped: what an ini file holds, read_config() passes on.
         self._state = _ClientState()
         self._apply_settings(
             endpoint=endpoint, key=key, secret=secret, timeout=timeout, method=method,
@@ -2775,17 +2816,17 @@ class CloudStack:
 
     def get_setting(self, name: str) -> "Any":
         """Return the value of a setting, by its name in SETTINGS. Raises KeyError for another."""
-        return getattr(self._state if _SETTING[name].name in _HIDDEN else self, name)
+        setting = _SETTING[name]
+        return getattr(self._state if name in _NOT_ATTRIBUTES else self, setting.name)
 
     def set_setting(self, name: str, value: "Any") -> None:
         """Set a setting, by its name in SETTINGS.
 
         It is the only way for those that are not attributes, since subclasses use names such as
         `domain` for their own. Raises ValueError for a wrong value, KeyError for another name."""
-        if name in _HIDDEN:
-            setattr(self._state, name, _convert(name, _SETTING[name].convert, value))
-        else:
-            setattr(self, _SETTING[name].name, value)
+        setting = _SETTING[name]
+        holder = self._state if name in _NOT_ATTRIBUTES else self
+        object.__setattr__(holder, name, _convert(name, setting.convert, value))
 
     def __getattr__(self, command: str) -> "_Method":
         if command.startswith("_"):
@@ -2827,8 +2868,9 @@ class CloudStack:
     @property
     def _server(self):
         """What was learned about the present endpoint, as the present user."""
-        servers = self._state.in_this_process().servers
-        place = (self.endpoint, self.key, self._state.username)
+        state = self._state
+        servers = state.in_this_process().servers
+        place = (self.endpoint, self.key, state.username, state.password, state.domain)
         return servers.get(place) or servers.setdefault(place, _Server())
 
     def _request(
@@ -2911,11 +2953,13 @@ class CloudStack:
                         _wait_in_thread(step)
                     else:
                         _sleep(step)
-                except StopIteration:  # a mock's, which a generator would take for its own end
+                except StopIteration:  # of a mock; a generator cannot take it
                     raise
                 except BaseException as raised:
                     error = raised
-        except KeyboardInterrupt as interrupt:  # between two steps: give it the job's id, too
+        except KeyboardInterrupt as interrupt:
+            # It may have come between two steps, where the generator does not see it: that adds the
+            # job's id, and raises it again.
             steps.throw(interrupt)
             raise
         finally:
@@ -2931,7 +2975,7 @@ class CloudStack:
 
 
 class _ClientState:
-    """What a client keeps beside its attributes."""
+    """Keeps what a client has beside its attributes."""
 
     # The settings that are not attributes.
     cert_key: "str | None"
@@ -2952,15 +2996,17 @@ class _ClientState:
     def copy(self):
         """Return one with the same settings that has learned nothing yet."""
         fresh = _ClientState()
-        for name in ("ca_path", "pem_path") + tuple(_HIDDEN):
+        for name in ("ca_path", "pem_path") + tuple(_NOT_ATTRIBUTES):
             setattr(fresh, name, getattr(self, name))
         return fresh
 
     def get_tls_files(self):
-        """Return the client's verify and cert, see there."""
+        """Return what CloudStack.verify and CloudStack.cert say."""
         verify = self.ca_path or not self.dangerous_no_tls_verify
         cert, key = self.pem_path, self.cert_key
-        return verify, (cert, key) if key and isinstance(cert, str) else cert
+        if key and isinstance(cert, str):
+            cert = (cert, key)
+        return verify, cert
 
     def in_this_process(self):
         """Return the _Kept of this process; a fork's child starts anew.
@@ -2984,7 +3030,7 @@ class _ClientState:
 
 
 class _Kept:
-    """What a client has learned and holds open, in one process."""
+    """Keeps what a client has learned and holds open, in one process."""
 
     def __init__(self, concurrency):
         self.servers = {}
@@ -3003,19 +3049,19 @@ def _advance(steps, result, error):
 def _wait_in_thread(pause):
     """Sleep in this thread until the pause is over or its signal was set."""
     woken = threading.Event()
-    pause.signal.add(woken.set)
+    pause.signal.wakers.add(woken.set)
     try:
         if pause.signal.count == pause.count:
             woken.wait(pause.seconds)
     finally:
-        pause.signal.discard(woken.set)
+        pause.signal.wakers.discard(woken.set)
 
 
 def _map_in_threads(function, items):
     """Return [function(item) for item in items], done at once as far as there are threads for it.
 
     An item that gets no thread (a limit of the system, the interpreter's exit) is done by the
-    caller itself, one after another (finding 02)."""
+    caller itself, one after another."""
     results = [None] * len(items)
 
     def work(index):
@@ -3038,11 +3084,11 @@ def _map_in_threads(function, items):
 
 
 class _Workers:
-    """The threads of one AIOCloudStack, started as they are needed and ended with their client.
+    """Runs the threads of one AIOCloudStack: starts them as needed, ends them with the client.
 
-    They are daemons, so that the interpreter's exit waits for none of them. Work that gets no new
-    thread waits for one of those there are; if there is none, the caller does it, since nobody can
-    tell work that was refused from work that runs all the same (finding 02)."""
+    They are daemons, so that the interpreter's exit waits for none of them. If no thread can be
+    started, a running one takes the work; without any, the caller does it itself: the executor of
+    the standard library would refuse work that it has queued, and that may run all the same."""
 
     # For __del__, should an interrupt come before __init__ is done.
     _jobs: "Any" = None
@@ -3051,7 +3097,7 @@ class _Workers:
         self.most = most
         self.threads = []
         self._starting = threading.Lock()
-        self._idle = []  # the locks that workers without work wait for, the last one first
+        self._idle = []  # a locked Lock per idle worker: releasing it wakes it; last in, first out
         self._jobs = collections.deque()
 
     def do(self, job):
@@ -3253,14 +3299,14 @@ async def _wait_on_loop(pause):
         except RuntimeError:  # the loop was closed while this waited
             pass
 
-    pause.signal.add(wake)
+    pause.signal.wakers.add(wake)
     timer = loop.call_later(pause.seconds, _set_result, woken, None)
     try:
         if pause.signal.count == pause.count:
             await woken
     finally:
         timer.cancel()
-        pause.signal.discard(wake)
+        pause.signal.wakers.discard(wake)
 
 
 def _report_outcome(exchange, request, loop, outcome):
@@ -3296,26 +3342,21 @@ def _with_context(function, *args):
 
 
 # --- 8 configuration ------------------------------------------------------------------------------
-# Layers, later ones win:
-#                        usually                         if CLOUDSTACK_ENDPOINT is set, without an
-#                                                        explicit region and CLOUDSTACK_OVERRIDES
-#     1                  defaults                        defaults
-#     2                  environment                     section of the ini files
-#     3                  section of the ini files        environment
-#     4                  what CLOUDSTACK_OVERRIDES names options of the command line
-#                        in the environment
-#     5                  options of the command line
-# The second order is that of 5.2.0: with an endpoint in the environment, files fill only what the
-# environment leaves open, and none is read if key and secret are there, too.
+# Layers, later ones win. Usually:
+#     1 defaults, 2 environment, 3 section of the ini files, 4 the variables of the environment that
+#     CLOUDSTACK_OVERRIDES names, 5 options of the command line.
+# With CLOUDSTACK_ENDPOINT set, no explicit region and no CLOUDSTACK_OVERRIDES, as 5.2.0 has it:
+#     1 defaults, 2 section of the ini files, 3 environment, 4 options of the command line;
+#     with key and secret in the environment, too, no file is read.
 
 _PREFIX = "CLOUDSTACK_"
 _HEADER = "header_"
 _DEFAULT_REGION = "cloudstack"
-_INI_KEYS = [setting.name for setting in SETTINGS if setting.where == "both"]
-_INI_KEYS += ["theme", "output"]
+_CONFIG_KEYS = [setting.name for setting in SETTINGS if setting.given_in != "code"]
 
 # Where a request goes, as whom, and whom it trusts: never mixed from two files. Else a file with
-# nothing but an endpoint, left in a working directory, would be sent another file's key.
+# nothing but an endpoint, left in a working directory, would be sent another file's key. (What the
+# environment and the command line say is the user's own word, and goes with any file.)
 _TOGETHER = frozenset(
     "endpoint key secret username password domain verify cert cert_key dangerous_no_tls_verify"
     " headers".split()
@@ -3328,7 +3369,7 @@ _ALWAYS = (
 
 
 class _IniValues:
-    """What the ini files say about one region."""
+    """Gathers what the ini files say about one region."""
 
     def __init__(self):
         self.values = {}  # {key: text}
@@ -3353,7 +3394,7 @@ class _IniValues:
                 # It may hold a secret that was meant for the next line.
                 reason = "the value continues in the next, indented line; each setting stands on a"
                 raise ValueError(f"{path!a}: {key}: {reason} line of its own")
-            if key not in _INI_KEYS and not is_header:
+            if key not in _CONFIG_KEYS and not is_header:
                 used = any(f"%({key})s" in other for other in raw.values())
                 if not used and key not in parser.defaults():
                     self.unknown.append((key, path))
@@ -3361,20 +3402,15 @@ class _IniValues:
                 self.values[key] = value
                 self.origins[key] = path
 
-    def drop(self, keys):
-        """Forget the values that something else decides."""
-        for key in keys:
-            self.values.pop(key, None)
-
     def check_origins(self):
         """Raise ValueError if values that belong together come from two files."""
-        first: dict = {}
+        by_file: dict = {}
         for key in sorted(self.values):
             if _group_of(key) in _TOGETHER:
                 path = self.origins[key]
-                first.setdefault(os.path.realpath(path), (key, path))
-        if len(first) > 1:
-            (key, path), (other, elsewhere) = list(first.values())[:2]
+                by_file.setdefault(os.path.realpath(path), (key, path))
+        if len(by_file) > 1:
+            (key, path), (other, elsewhere) = list(by_file.values())[:2]
             raise ValueError(
                 f"the files {path!a} ({key}) and {elsewhere!a} ({other}) cannot be combined: "
                 "endpoint, credentials, certificates and headers must all come from one of them"
@@ -3382,11 +3418,14 @@ class _IniValues:
 
 
 def _group_of(key):
+    """Return the name by which _TOGETHER and CLOUDSTACK_OVERRIDES know a key."""
     return "headers" if key.startswith(_HEADER) else key
 
 
 def _list_ini_paths(config=None):
-    """Return the files to read, in order, and the one among them that was named, or None."""
+    """Return the files to read, in order, and the one among them that was named, or None.
+
+    Each may hold a secret, and is to be readable by its owner only; see also check_origins()."""
     paths = [os.path.expanduser("~/.cloudstack.ini")]
     try:
         paths.append(os.path.abspath("cloudstack.ini"))
@@ -3440,22 +3479,22 @@ def _parse_ini(path, text):
 def _expand_values(path, raw, region):
     """Yield (key, text) for the raw values of a section.
 
-    `%%` and `%(name)s` mean what they always mean in ini files, any other `%` stands for itself.
-    Raises ValueError for a `%(name)s` that leads nowhere."""
+    `%%` and `%(name)s` mean what they always mean in ini files, any other `%` stands for itself:
+    `50%` is `50%`. Raises ValueError for a `%(name)s` that leads nowhere."""
     import configparser
 
-    def double_single(found):
+    def double_lone_percent(found):
         return found.group() if len(found.group()) > 1 else "%%"
 
     parser = configparser.ConfigParser()
     pattern = r"%%|%\([^)]+\)s|%"
-    values = {key: re.sub(pattern, double_single, value) for key, value in raw.items()}
+    values = {key: re.sub(pattern, double_lone_percent, value) for key, value in raw.items()}
     parser.read_dict({"section": values})
     for key in values:
         try:
             yield key, parser.get("section", key)
         except configparser.InterpolationError:
-            reason = f"in [{region}], {key!a} refers to a name that is not there"
+            reason = f"in [{region}], {key!a} refers to a name that is not there, or to itself"
             raise ValueError(f"{path!a}: {reason}") from None
 
 
@@ -3480,7 +3519,7 @@ def _read_environment():
     """Return {key: text} of the CLOUDSTACK_* variables.
 
     Empty ones do not count, but for CLOUDSTACK_KEY: an empty one asks for unsigned requests."""
-    values = {key: os.environ.get(_PREFIX + key.upper()) for key in _INI_KEYS}
+    values = {key: os.environ.get(_PREFIX + key.upper()) for key in _CONFIG_KEYS}
     for name, value in os.environ.items():
         if name.upper().startswith(_PREFIX + "HEADER_"):
             header = name[len(_PREFIX + "HEADER_") :].lower().replace("_", "-")
@@ -3508,7 +3547,7 @@ def _to_settings(values):
     return settings
 
 
-def _hidden_by(layer):
+def _overruled_by(layer):
     """Return the keys of lower layers that a layer decides about without giving them.
 
     There is a key or there is a user name; and an empty key means that there is no key."""
@@ -3521,7 +3560,7 @@ def _merge_layers(*layers):
     """Merge layers, lowest first."""
     merged: dict = {}
     for layer in layers:
-        for key in _hidden_by(layer):
+        for key in _overruled_by(layer):
             merged.pop(key, None)
         merged.update(layer)
     return {key: value for key, value in merged.items() if value}
@@ -3551,7 +3590,8 @@ def _load_config(ini_group=None, flags=None, config=None):
         found = _read_ini_values(region, config)
         has_endpoint = "endpoint" in env or "endpoint" in above
         _check_region(found, region if is_explicit else None, has_endpoint)
-    found.drop(list(above) + _hidden_by(above))
+    decided = set(above) | set(_overruled_by(above))
+    found.values = {key: text for key, text in found.values.items() if key not in decided}
     found.check_origins()
 
     values = _merge_layers({} if env_first else env, found.values, above)
@@ -3561,7 +3601,7 @@ def _load_config(ini_group=None, flags=None, config=None):
             where = f" (there is no section [{region}] in {', '.join(found.read)})"
         raise ValueError(f"the configuration is missing the following keys: endpoint{where}")
     settings = {key: _SETTING[key].default for key in _ALWAYS}
-    settings["trace"] = None
+    settings["trace"] = None  # as 5.2.0 has it; the constructor takes it for False
     settings["name"] = region if found.has_section else None
     settings.update(_to_settings(values))
     return settings, found
@@ -3600,6 +3640,8 @@ def read_config_from_ini(ini_group: "str | None" = None) -> "dict[str, Any]":
 # A line of words becomes a checked call (_checked_call), the call is made (_make_call), its answer
 # is printed (_print_answer). _Invocation holds what they share, and may serve one line after
 # another with the same client.
+
+__all__ += ["main"]
 
 
 # 9.1 Options: the words of a line, taken apart.
@@ -3978,10 +4020,9 @@ class _Invocation:
 
     def _warn_of_unknown_keys(self, found):
         if found.unknown and not self.options["quiet"]:
-            names = [setting.name for setting in SETTINGS if setting.where == "both"]
             described = []
             for key, path in found.unknown:
-                near = _near(key, names + ["output", "theme"], most=1)
+                near = _near(key, _CONFIG_KEYS, most=1)
                 described.append(f"{key!a} in {path}" + (f" ({near[0]}?)" if near else ""))
             self.say("Warning: not known as settings: " + ", ".join(described))
 
@@ -4314,17 +4355,8 @@ def _print_error_answer(invocation, error):
 
 def _masked_page(invocation, text):
     """Return the beginning of what is not CloudStack's: it may repeat the address, key and all."""
-    secrets = _secrets_of(invocation.client)
-    text = _mask_text(text[:10000], secrets)  # more than is shown, lest one is cut in two
-
-    def mask(found):
-        name, equals, value = found.groups()
-        return name + equals + _mask_params({name: value})[name]
-
-    for equals, end in (("=", "&"), ("%3D", "%26")):  # as it is, and within another address
-        pattern = rf"([\w.\[\]-]{{1,60}})({equals})((?:(?!{end})[^&\s\"'<>;\\])+)"
-        text = re.sub(pattern, mask, text, flags=re.IGNORECASE)
-    return text[:2000]
+    # Masked first, lest a secret is cut in two.
+    return _mask_text(text[:10000], _secrets_of(invocation.client))[:2000]
 
 
 def _secrets_of(client):
@@ -5426,7 +5458,6 @@ def _works(invocation, path, text, region):
 _SHELL_HELP = "In the shell: help [COMMAND], list [WORDS], use REGION, exit. Tab completes."
 _SHELL_WORDS = {"help": "--help", "list": "--list", "use": "--region", "exit": "exit"}
 _HISTORY_LINES = 1000
-_SECRET_IN_LINE = re.compile(rf"(?i){_SECRET}[\"']?\s*[=:]\s*(?!@[^@])\S")
 
 
 def _asks_for_shell(invocation, words):
@@ -5542,17 +5573,18 @@ class _Shell:
 
     def _holds_secret(self, line):
         """Return whether a line, be it one that is not understood, holds a secret's value."""
+        text = re.sub(r"\S+=@(?!@)\S*", "", line)  # the value stands in a file
         try:
-            words = _split_line(line)
+            words = _split_line(text)
         except _Usage:
-            words = line.split()
-        pairs = (word.partition("=") for word in words)
+            words = text.split()
+        pairs = (word.partition("=") for word in words if "=" in word)
         params = {name.strip(): value.strip("\"' ") for name, _, value in pairs}
-        if any(not re.match("@[^@]", params[name]) for name in _secret_names(params)):
+        mistaken = rf"(?i){_SECRET}[\"']?\s*[=:]\s*\S"  # such as `password = x`
+        if any(_secret_names(params)) or re.search(mistaken, text):
             return True
         own = [_secrets_of(client) for _, client in self.clients.values()]
-        shown = _mask_text(_SECRET_IN_LINE.sub(MASK, line), itertools.chain(*own))
-        return shown != line
+        return _mask_text(text, itertools.chain(*own)) != text
 
     def _keep_history(self, *new):
         """Add lines to the history's file, read anew, as other shells add to it, too. Returns its

@@ -33,6 +33,9 @@ def declarations(lines, body, in_class=False):
             yield from block(lines, node)
         elif isinstance(node, ast.Assign):
             yield from constant(node)
+        elif isinstance(node, ast.AugAssign):
+            if node.target.id == "__all__":
+                yield text
         elif isinstance(node, ast.AnnAssign):
             if not node.target.id.startswith("_"):
                 yield text.rstrip().partition(" = ")[0] + "\n"

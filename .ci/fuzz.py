@@ -305,7 +305,7 @@ def holds_argv(args, stdin, refused):
 def holds_output(rows, shape, columns, column, wrapped):
     """Every format prints any rows; csv and JSON read back, a table and text keep their lines."""
     flags = ["-o", shape] + (["-c", ",".join(columns)] if columns else []) + (["--sort=" + column] if column else [])
-    job = cs._Run(cs._parse_arguments(flags)[0])
+    job = cs._Invocation(cs._parse_arguments(flags)[0])
     document = {"count": len(rows), "row": rows} if wrapped else rows
     out, err = io.StringIO(newline=""), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -317,7 +317,7 @@ def holds_output(rows, shape, columns, column, wrapped):
     if not rows or shape in ("json", "jsonl"):
         return
     ordered = cs._sorted(mock.Mock(options=job.options), rows)
-    chosen = cs._chosen_columns(job) or cs._default_columns(ordered, everything=shape == "csv")
+    chosen = cs._chosen_columns(job) or cs._default_columns(ordered, is_complete=shape == "csv")
     if shape == "csv":
         assert list(csv.reader(io.StringIO(text, newline=""))) == [chosen] + list(cs._cells(ordered, chosen))
         return

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Mutation tests of cs.py: small faults are put in one at a time, and the tests must notice.
 
-    python3 .ci/mutate.py                                 60 mutants of sections 1 to 7
+    python3 .ci/mutate.py                                 60 mutants of sections 1 to 8
     python3 .ci/mutate.py --mutants 20 --section protocol,transport --seed 3
     python3 .ci/mutate.py --kind redaction --mutants 0    every redaction taken out, one by one (0: all)
     python3 .ci/mutate.py --lines 300-420 --list          what there would be
@@ -30,12 +30,13 @@ import tempfile
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SECTIONS = "settings errors parameters protocol transport clients configuration command_line".split()
+SECTIONS = "settings errors parameters redaction protocol transport clients configuration command_line".split()
 # The classes to begin with, as regular expressions; all others follow.
 FIRST = {
     "settings": "Constructor|Attributes|Sources|ReadConfig",
     "errors": "Errors|Decoding|Connect|Secrets",
     "parameters": "Flatten|Helpers|Signature|Request|Secrets|Trace|DryRun",
+    "redaction": "Redaction|Secrets|Trace|DryRun",
     "protocol": "Request|Decoding|Verb|Retry|Login|Pages|Jobs|AtOnce|Ahead|Helpers|Constructor|Secrets",
     "transport": "Body|KeptConnection|Connect|Header|Session|Proxy|Tls|Timeout|AsyncTransport|Process|Leak|AtMostOnce"
                  "|Secrets|Trace",
@@ -287,7 +288,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--mutants", type=int, default=60, help="how many; 0: all")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--section", type=lambda text: text.split(","), default=SECTIONS[:7], help=", ".join(SECTIONS))
+    parser.add_argument("--section", type=lambda text: text.split(","), default=SECTIONS[:8], help=", ".join(SECTIONS))
     parser.add_argument("--lines", help="FIRST-LAST,... instead of sections", type=lambda text: [
         tuple(map(int, (part + "-" + part).split("-")[:2])) for part in text.split(",")])
     parser.add_argument("--kind", type=lambda text: text.split(","), help="compare, and/or, negation, redaction, ...")
