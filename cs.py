@@ -3949,7 +3949,7 @@ class _Invocation:
     def __init__(self, options=None, clients=None):
         self.options = _parse_arguments([])[0] if options is None else options
         self.settings = {}
-        self.client = None
+        self.client: Any = None
         self.clients = clients
         self.progress = _Progress()
         self.under_way = None  # the _CheckedCall that is under way
@@ -5543,7 +5543,7 @@ class _Shell:
         except ImportError:
             return None
 
-        found = []
+        found: list = []
 
         def complete(word, number):
             if number == 0:

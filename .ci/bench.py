@@ -231,6 +231,7 @@ def async_client(options, **more):
 def work_shell(options):
     """Command lines in one shell; in processes where the client has none."""
     import subprocess
+
     import cs
 
     if not hasattr(cs.CloudStack, "iter_list"):
