@@ -3799,10 +3799,15 @@ def _parse_parameters(words):
     return params
 
 
+class _Literal(str):
+    """A value that was quoted, or read from a file: name:... in it stands for no id."""
+
+
 def _parse_value(name, value):
-    """Take the quotes off a value; read @file and @-, and take @@ for one @."""
+    """Take the quotes off a value, in which neither @ nor name: has a meaning; read @file and @-,
+    and take @@ for one @."""
     if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
-        return value[1:-1]
+        return _Literal(value[1:-1])
     if not value.startswith("@"):
         return value
     if value.startswith("@@"):
@@ -3817,7 +3822,7 @@ def _parse_value(name, value):
         raise _Usage(f"{name}: there is no file {value[1:]!a} ({hint})") from None
     except ValueError as error:
         raise _Usage(f"{name}: {error}") from None
-    return re.sub(r"\r?\n\Z", "", text)
+    return _Literal(re.sub(r"\r?\n\Z", "", text))
 
 
 def _read_stdin():
@@ -4110,6 +4115,7 @@ def _checked_call(invocation, words):
         _refuse_parted_command(invocation, words)
     params = _parse_parameters(words[1:])
     command = _check_against_catalog(invocation, words[0], params)
+    _fill_in_ids(invocation, command, params)
     if options["all"]:
         params["fetch_list"] = True
     if not _only_reads(command):  # there is nothing to page through, and no page to ask it for
@@ -5125,41 +5131,58 @@ def _example(param):
 _SCRIPTS = {
     "bash": r"""
 _cs_complete() {
-    local line word cut="" cur="${COMP_WORDS[COMP_CWORD]}"
+    local line text word cut="" ends="${COMP_WORDBREAKS//[^=:]/}" keep=""; local -a shown
     COMPREPLY=()
     word="${COMP_LINE:0:COMP_POINT}"; word="${word##*[[:space:]]}"
     # bash takes a word apart at = and : and replaces only the last part
-    case "$COMP_WORDBREAKS" in *=*) [[ "$word" == *=* ]] && cut="${word%"${word##*=}"}" ;; esac
-    while IFS= read -r line; do
-        line="${line%%$'\t'*}"
+    [[ -n "$ends" ]] && cut="${word%"${word##*[$ends]}"}"
+    while IFS= read -r text; do
+        line="${text%%$'\t'*}"; text="${text/$'\t'/  }"
+        if [[ -z "$line" ]]; then shown=("${text#  }"); keep=1; continue; fi  # a message
+        [[ "$line" == "$cut"* ]] || continue
         [[ "$line" == *= || "$line" == *, ]] && compopt -o nospace 2>/dev/null
-        COMPREPLY+=("${line#"$cut"}")
+        [[ "$line" == *=* && "$line" != "$word"* ]] && keep=1  # found by its name
+        COMPREPLY+=("${line#"$cut"}"); text="${text#"$cut"}"; shown+=("${text:0:${COLUMNS:-80}-2}")
     done < <(CLOUDSTACK_TRACE= command "${COMP_WORDS[0]}" \
         --complete="${COMP_LINE:0:COMP_POINT}" 2>/dev/null)
+    (( ${#COMPREPLY[@]} == 1 )) && return
+    # Descriptions only where words are listed, never where one of them is put on the line.
+    case "$COMP_TYPE" in 63|33|64) COMPREPLY=("${shown[@]}") ;; esac
+    # One that begins otherwise keeps what is typed: the beginning of several ids is not put there.
+    [[ -n "$keep" && "$COMP_TYPE" != 37 ]] && (( ${#COMPREPLY[@]} )) && COMPREPLY+=(" ")
 }
-complete -F _cs_complete cs
+complete -o nosort -F _cs_complete cs 2>/dev/null || complete -F _cs_complete cs
 """,
     "zsh": r"""#compdef cs
 _cs() {
-    local line word; local -a plain shown open
+    local line word; local -a plain shown open any
     for line in "${(@f)$(CLOUDSTACK_TRACE= command "${words[1]}" \
         --complete="${(j: :)words[1,CURRENT-1]} ${PREFIX}" 2>/dev/null)}"; do
         [[ -n "$line" ]] || continue
         word="${line%%$'\t'*}"
+        [[ -n "$word" ]] || { compadd -x "${${line#?}//\%/%%}"; continue }
+        [[ "$word" == "$PREFIX"* ]] || any=(-U)
         if [[ "$word" == *= || "$word" == *, ]]; then open+=("$word"); continue; fi
         plain+=("$word"); shown+=("${line//$'\t'/  -- }")
     done
-    (( $#open )) && compadd -S '' -- "${open[@]}"
-    (( $#plain )) && compadd -l -d shown -- "${plain[@]}"
+    (( $#open )) && compadd $any -V cs -S '' -- "${open[@]}"
+    (( $#plain )) && compadd $any -V cs -l -d shown -- "${plain[@]}"
+    # the beginning of several ids must not take the place of the name that is typed
+    (( $#any && $#plain > 1 )) && [[ $PREFIX == *=* ]] && compstate[insert]= compstate[list]=list
 }
 if [[ "$funcstack[1]" = _cs ]]; then _cs "$@"; else compdef _cs cs; fi
 """,
     "fish": r"""
 function __cs_complete
     set -l line (commandline -cp)
-    env CLOUDSTACK_TRACE= (commandline -opc)[1] --complete="$line" 2>/dev/null
+    set -l found (env CLOUDSTACK_TRACE= (commandline -opc)[1] --complete="$line" 2>/dev/null)
+    if string match -q \t'*' -- "$found"  # a message
+        printf '\n%s\n' (string trim -- "$found") >&2; commandline -f repaint
+    else
+        string join \n -- $found
+    end
 end
-complete -c cs -f -a '(__cs_complete)'
+complete -c cs -k -f -a '(__cs_complete)'
 """,
 }
 _SAFE_WORD = re.compile(r"[A-Za-z0-9_.,:/@%+=\[\]-]+\Z")
@@ -5197,24 +5220,43 @@ def _read_line(text):
 
 def _print_completions(text):
     """Print the words that may stand where the cursor is, at the end of the text."""
-    for word, description in _completions(_read_line(text)):
-        _write(word + ("\t" + description if description else "") + "\n")
+    try:
+        for word, description in _completions(_read_line(text)):
+            _write(word + ("\t" + description if description else "") + "\n")
+    except _Usage as error:  # no word, so that no shell puts it on the line
+        _write(f"\t{_one_line(str(error))}\n")
 
 
 def _completions(line):
-    """Yield (word, description) of what may stand where a line ends."""
+    """Yield (word, description) of what may stand where a line ends. Raises _Usage as _candidates
+    does."""
+    words = set()
     for word, description in _starting(_candidates(line), line.current):
-        if _SAFE_WORD.match(line.front + word):
+        if word not in words and _SAFE_WORD.match(line.front + word):
+            words.add(word)
             yield line.front + word, _cut(" ".join(_escape_unprintable(description).split()), 60)
 
 
 def _starting(pairs, prefix):
-    fitting = [pair for pair in pairs if pair[0].startswith(prefix)]
-    return fitting or [pair for pair in pairs if pair[0].lower().startswith(prefix.lower())]
+    """Return the pairs whose word begins so or, where a value is typed, whose description does: the
+    name of an id."""
+    typed = re.sub(r".*[=,]", "", prefix) if "=" in prefix else ""
+
+    def fits(pair, to):
+        return to(pair[0]).startswith(to(prefix)) or typed and to(pair[1]).startswith(to(typed))
+
+    return _fitting(pairs, fits)
+
+
+def _fitting(items, fits):
+    """Return the items that fit as they are spelled; if none does, in any case of letters."""
+    as_spelled = [item for item in items if fits(item, str)]
+    return as_spelled or [item for item in items if fits(item, str.lower)]
 
 
 def _candidates(line):
-    """Return (word, description) pairs of what may stand there, whatever it begins with."""
+    """Return (word, description) pairs of what may stand there, whatever it begins with. Raises
+    _Usage where the list of commands is missing."""
     if line.pending is not None:
         return [(word, "") for word in _option_values(line)]
     if line.current.startswith("-"):
@@ -5236,8 +5278,12 @@ def _candidates(line):
         return [(name + "=true", ""), (name + "=false", "")]
     if not name.lower().endswith(("id", "ids")):
         return []
-    front = name + "=" + value[: value.rfind(",") + 1]
-    return [(front + ident, text) for ident, text in _ids(invocation, catalog, spec, name)]
+    typed = value[value.rfind(",") + 1 :] if name.lower().endswith("s") else value
+    front = line.current[: len(line.current) - len(typed)]
+    pairs = _ids(invocation, catalog, spec, name)
+    if typed.startswith("name:"):
+        return [(front + "name:" + text, ident) for ident, text in pairs if text]
+    return [(front + ident, text) for ident, text in pairs]
 
 
 def _option_values(line):
@@ -5255,13 +5301,17 @@ def _option_values(line):
 
 
 def _known_commands(line):
-    """Return the invocation that a line describes and its _Catalog; None for what cannot be had."""
+    """Return the invocation that a line describes and its _Catalog; None for both where it cannot
+    be used. Raises _Usage where only the _Catalog is missing."""
     invocation = _Invocation(line.options)
     try:
         invocation.connect()
     except (_Usage, ValueError):
         return None, None
-    return invocation, _cached_catalog(invocation.client)
+    catalog = _cached_catalog(invocation.client)
+    if catalog is None:
+        raise _Usage(f"to have commands completed, type: {_shell_line(invocation, ['--sync'])}")
+    return invocation, catalog
 
 
 def _regions(config):
@@ -5279,7 +5329,7 @@ def _ids(invocation, catalog, spec, name):
     """Return (id, name) of what an ...id parameter may be, asked of the list command that fits. It
     is remembered for a minute, as is that it could not be had: a server that hangs is not waited
     for at every key, nor a wrong password tried."""
-    lister = _lister(catalog, spec, name)
+    lister = _lister(catalog, spec.name, name)
     if lister is None:
         return []
     client = invocation.client
@@ -5326,18 +5376,17 @@ def _ask_ids(client, lister):
 
     found = []
     for row in _dicts(_find_rows(client._drive(_send_with_retries(client, call)))):
-        ident, text = row.get("id"), row.get("displayname") or row.get("name")
-        if isinstance(ident, str):
-            found.append((ident, text if isinstance(text, str) else ""))
+        if isinstance(row.get("id"), str):
+            found += [(row["id"], name) for name in reversed(_names(row) or [""])]
     return found
 
 
-def _lister(catalog, spec, name):
+def _lister(catalog, command, name):
     """Return the list command whose ids a parameter takes: listZones for zoneid; for a plain id the
     one of the command's own object."""
     thing = re.sub(r"ids?\Z", "", name.lower())
     if not thing:
-        thing = re.sub(r"\A[a-z]+", "", spec.name).lower()
+        thing = re.sub(r"\A[a-z]+", "", command).lower()
     thing = _SHORT_NAMES.get(thing, thing)
     wanted = [f"list{thing}s", f"list{thing}", f"list{thing}es", f"list{thing[:-1]}ies"]
     spelled = {other.lower(): other for other in catalog.names()}
@@ -5451,7 +5500,116 @@ def _works(invocation, path, text, region):
     return True
 
 
-# 9.7 The shell.
+# 9.7 Names for ids.
+# name:web-01 where an id belongs is looked up before the call, by the list command that completion
+# asks, too.
+
+_TELLING_APART = ("zonename", "domain", "project", "account", "state")
+_PLACES = ("zoneid", "domainid", "account", "projectid")  # known first, they tell others apart
+# A keyword may be a pattern to the server, which may compare what is not ASCII in its own ways.
+_SAFE_KEYWORD = re.compile(r"[\w .()/-]+\Z", re.ASCII)
+
+
+def _fill_in_ids(invocation, command, params):
+    """Put ids where names were typed. Raises _Usage for a name that nothing has, or several."""
+    ids: dict = {}
+    catalog = None
+    for param in sorted(params, key=lambda param: param.lower() not in _PLACES):
+        parts = _split_names(param, params[param])
+        if not any(part.startswith("name:") for part in parts):
+            continue
+        catalog = catalog or _cached_catalog(invocation.client)
+        if catalog is None:
+            raise _Usage(f"{param}: names need {_shell_line(invocation, ['--sync'])} first")
+
+        lister = _lister(catalog, command, param)
+        for index, part in enumerate(parts if lister else ()):
+            if part.startswith("name:"):
+                key, typed = (lister.name, part), f"{param}={part}"
+                parts[index] = ids[key] = ids.get(key) or _id_of(invocation, lister, typed, params)
+        params[param] = ",".join(parts)
+    invocation.under_way = None
+
+
+def _split_names(param, value):
+    """Return the parts of what an ...id parameter is given; [] for what can hold no name. In a list
+    a comma ends a name where another name or an id follows: others are the name's own."""
+    if isinstance(value, _Literal) or not re.search("ids?\\Z", param.lower()):
+        return []
+    end = r",(?=name:|[0-9a-fA-F-]{36}(?:,|\Z))"
+    return re.split(end, value) if param.lower().endswith("s") else [value]
+
+
+def _id_of(invocation, lister, typed, params):
+    """Return the id of what has the name in a word such as zoneid=name:x. Raises _Usage."""
+    name = typed.partition("=name:")[2]
+    given = {param.lower(): value for param, value in params.items()}
+    seen: dict = {}
+    for question in _questions(lister, name, given):
+        _add_rows(invocation, lister, question, seen)
+        if any(name in _names(row) for row in seen.values()):
+            break
+
+    found = _fitting(seen.values(), lambda row, to: to(name) in map(to, _names(row)))
+    for key in _PLACES:
+        found = [row for row in found if key in given and row.get(key) == given[key]] or found
+    if len(found) == 1:
+        return str(found[0]["id"])
+    problem = f"{typed}: {lister.name} has {len(found) or 'nothing'} of this name"
+    if not found:
+        owners = {other: row for row in seen.values() for other in _names(row)}
+        near = _near(name, owners) + [other for other in owners if name.lower() in other.lower()]
+        found = list({id(owners[other]): owners[other] for other in near}.values())
+    problem += "; did you mean one of these? Give its id:" if found else ""
+    lines = [_one_line(problem), *_candidate_lines(found), "The call was not sent."]
+    raise _Usage("\n    ".join(lines))
+
+
+def _questions(lister, name, given):
+    """Yield the parameters of ever wider questions to a list command: what holds the word; what can
+    be used; what there is. What belongs to a project is in the lists for projects only."""
+    has = lister.find_param
+    asked = {"listall": "true"} if has("listall") else {}
+    filters = [param for param in ("templatefilter", "isofilter") if has(param)]
+    words = ("executable", "self", "all") if filters else ("",)
+    projects = [given["projectid"], ""] if "projectid" in given else ["", "-1"]
+
+    for keyword in [name, ""] if has("keyword") and _SAFE_KEYWORD.match(name) else [""]:
+        for project in projects if has("projectid") else [""]:
+            for word in words[:1] if keyword else words:
+                more = {"keyword": keyword, "projectid": project, **dict.fromkeys(filters, word)}
+                yield {**asked, **{param: value for param, value in more.items() if value}}
+
+
+def _add_rows(invocation, lister, question, seen):
+    """Ask a list command for all its pages, and add its rows to those that were seen: {id: row}."""
+    words = [lister.name] + [f"{param}={value}" for param, value in question.items()]
+    invocation.under_way = _CheckedCall(lister.name, question, words)
+    try:
+        rows = _dicts(list(invocation.client.iter_list(lister.name, **question)))
+        seen.update((str(row["id"]), row) for row in rows if isinstance(row.get("id"), (str, int)))
+    except CloudStackApiException:
+        if not {"all", "-1"} & set(question.values()):  # which not everybody may ask for
+            raise
+    invocation.progress.clear()
+
+
+def _names(row):
+    """Return the names of a row; a user has but the one to log in with."""
+    names = [row.get("name"), row.get("displayname")]
+    names = [name for name in names if name] or [row.get("username")]
+    return list(dict.fromkeys(name for name in names if isinstance(name, str)))
+
+
+def _candidate_lines(rows):
+    """Return a line for each of the first rows: id, names, and the fields that tell them apart."""
+    fields = [key for key in _TELLING_APART if len({_cell(row.get(key)) for row in rows}) > 1]
+    for row in rows[:10]:
+        facts = ", ".join(f"{key} {_cell(row[key])}" for key in fields if key in row)
+        yield _one_line(f"  {row['id']}  {' / '.join(_names(row))}  {facts}").rstrip()
+
+
+# 9.8 The shell.
 # Lines are carried out as arguments are, but with the same clients: {what leads to one: (its
 # settings, the client)}.
 
@@ -5566,10 +5724,16 @@ class _Shell:
         found = [] if space else [(word, "") for word in _SHELL_WORDS if word.startswith(first)]
         line = _read_line(f"cs {_SHELL_WORDS.get(first, first) if space else first}{space}{rest}")
         line = line._replace(options=_merge_options(self.options, line.options))
-        found += _completions(line)
+        try:
+            found += _completions(line)
+        except _Usage as error:
+            return [_one_line(str(error)), " "]
         if len(found) == 1:
             return [found[0][0] + ("" if found[0][0].endswith(("=", ",")) else " ")]
-        return [f"{word}  {description}".rstrip() for word, description in found]
+        by_name = any("=" in word and not word.startswith(line.current) for word, _ in found)
+        # One more that differs has readline keep a name, though its ids begin otherwise.
+        shown = [f"{word}  {text}".rstrip() for word, text in found]
+        return shown + [" "] if by_name else shown
 
     def _holds_secret(self, line):
         """Return whether a line, be it one that is not understood, holds a secret's value."""
