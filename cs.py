@@ -3703,6 +3703,7 @@ class _Usage(Exception):
     """The command line cannot be carried out as it was typed."""
 
 
+@functools.lru_cache(maxsize=None)
 def _make_parser():
     import argparse
 
@@ -3752,7 +3753,13 @@ def _parse_arguments(args):
 
 
 def _unknown_option(flag):
-    return _Usage(f"there is no option {flag!a}; see cs --help")
+    near = _did_you_mean(_near(flag, set(_FLAGS) - {"--complete"}, most=1))
+    return _Usage(f"there is no option {flag!a}{near or '; see cs --help'}")
+
+
+def _merge_options(base, options):
+    """Return the options of a line over those that hold for every line of a shell."""
+    return {**base, **{name: value for name, value in options.items() if value is not None}}
 
 
 def _check_value(option, value):
@@ -3836,20 +3843,26 @@ def main(args: "Iterable[str] | None" = None) -> int:
     interrupted."""
     if sys.stdout is None:  # closed by the process that started this one
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    invocation = _Invocation()
+    return _exit_code(_attempt(_Invocation(), _dispatch, sys.argv[1:] if args is None else args))
+
+
+def _attempt(invocation, dispatch, line):
+    """Do what a line asks for, and report what it raises. Returns that, or whether it succeeded."""
     try:
         try:
-            outcome = _dispatch(invocation, sys.argv[1:] if args is None else args)
+            outcome = dispatch(invocation, line)
         except (CloudStackException, _Usage, ValueError, OSError, KeyboardInterrupt) as error:
             outcome = error
             _report(invocation, error)
         finally:
             invocation.progress.clear()
         _flush()
+    except KeyboardInterrupt as again:  # while that was done
+        outcome = again
     except _OutputFailed as failed:
         outcome = failed
         _report_unwritten(failed.args[0])
-    return _exit_code(outcome)
+    return outcome
 
 
 def _exit_code(outcome):
@@ -3868,9 +3881,10 @@ def _exit_code(outcome):
 
 
 def _dispatch(invocation, args):
-    """Do what the arguments ask for. Returns whether it succeeded."""
-    invocation.options, words = _parse_arguments(map(_as_utf8, args))
-    options = invocation.options
+    """Do what the arguments ask for. Returns whether it succeeded; for a shell what became of the
+    first line that failed."""
+    options, words = _parse_arguments(map(_as_utf8, args))
+    options = invocation.options = _merge_options(invocation.options, options)
     if options["version"]:
         _write(f"cs {__version__}\n")
     elif options["completion"]:
@@ -3883,6 +3897,8 @@ def _dispatch(invocation, args):
         return _configure(invocation)
     elif options["help"] and not words:
         _write(_HELP)
+    elif _asks_for_shell(invocation, words):
+        return _Shell(options).run()
     else:
         return _use_server(invocation, words)
     return True
@@ -3905,10 +3921,12 @@ def _use_server(invocation, words):
     if words and not options["list"] and not re.match(r"[\w.-]+\Z", words[0], re.ASCII):
         usage = "cs [options] COMMAND [name=value ...]"
         raise _Usage(f"{words[0]!a} stands where the command should be: {usage}")
+    if words[:1] == ["help"] and not options["list"]:
+        raise _Usage(f"help is an option: cs {''.join(word + ' ' for word in words[1:2])}--help")
 
     invocation.connect()
     invocation.format()  # a wrong one is refused before anything is sent
-    with invocation.client:
+    with invocation:
         if options["list"]:
             return _list_commands(invocation, words)
         if options["help"]:
@@ -3930,14 +3948,23 @@ def _use_server(invocation, words):
 
 class _Invocation:
     """What one use of the command line has: options, settings, client, progress. Messages go
-    through say(), so that -q has one place."""
+    through say(), so that -q has one place. Used with `with`, it closes its client at the end,
+    unless that is one of a shell's clients: {what leads to a client: (its settings, it)}."""
 
-    def __init__(self, options=None):
+    def __init__(self, options=None, clients=None):
         self.options = _parse_arguments([])[0] if options is None else options
         self.settings = {}
-        self.client = None
+        self.client: Any = None
+        self.clients = clients
         self.progress = _Progress()
         self.under_way = None  # the _CheckedCall that is under way
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        if self.clients is None:
+            self.client.close()
 
     def say(self, text):
         if not self.options["quiet"]:
@@ -3945,27 +3972,40 @@ class _Invocation:
             _write_stderr(text)
 
     def connect(self):
-        """Make the client that configuration and options describe. Raises _Usage, ValueError."""
+        """Make the client that configuration and options describe, or take the one that a shell
+        has for them. Raises _Usage, ValueError."""
         options = self.options
-        flags = {name: options[name] for name in ("endpoint", "timeout", "retry") if options[name]}
-        self.settings, found = self._load_settings(flags)
-        self._warn_of_readable_files(found)
-        self._warn_of_unknown_keys(found)
+        place = tuple(options[name] for name in ("region", "config", "endpoint"))
+        loaded, self.client = (self.clients or {}).get(place, (None, None))
+        if loaded is None:
+            loaded, found = self._load_settings()
+            self._warn_of_readable_files(found)
+            self._warn_of_unknown_keys(found)
 
-        self.settings.setdefault("recover", True)
+        self.settings = {"recover": True, **loaded}
+        for name in ("timeout", "retry"):
+            self.settings[name] = options[name] or self.settings[name]
         if options["post"]:
             self.settings["method"] = "post"
         if options["trace"]:
             self.settings["trace"] = True
-        self.client = CloudStack(**self.settings)
+        if self.client is None:
+            self.client = CloudStack(**self.settings)
+        else:  # what the line before may have set
+            names = ("timeout", "retry", "method", "trace", "recover")
+            self.client._apply_settings(**{name: self.settings[name] for name in names})
         _check_client(self.client)
-        if not options["quiet"] and not self.client.trace and _is_terminal(sys.stderr):
-            self.client._state.progress = self.progress
+        if self.clients is not None:
+            self.clients[place] = (loaded, self.client)
 
-    def _load_settings(self, flags):
+        is_shown = not (options["quiet"] or self.client.trace) and _is_terminal(sys.stderr)
+        self.client._state.progress = self.progress if is_shown else None
+
+    def _load_settings(self):
         import configparser
 
         region, config = self.options["region"], self.options["config"]
+        flags = {name: self.options[name] for name in ("endpoint",) if self.options[name]}
         try:
             return _load_config(region, flags, config)
         except SystemExit as error:
@@ -4071,6 +4111,8 @@ def _checked_call(invocation, words):
     """Turn words into a call that may be made. Raises _Usage for what is wrong with them, by
     themselves or by the list of commands."""
     options = invocation.options
+    if len(words) > 1 and "=" not in words[1]:
+        _refuse_parted_command(invocation, words)
     params = _parse_parameters(words[1:])
     command = _check_against_catalog(invocation, words[0], params)
     _fill_in_ids(invocation, command, params)
@@ -4183,6 +4225,8 @@ def _report(invocation, error):
     if isinstance(error, KeyboardInterrupt):
         if getattr(error, "jobid", None):
             _write_stderr("Interrupted. " + _how_to_go_on(invocation, error))
+        elif invocation.clients is not None:  # the shell's next line begins below the ^C
+            _write_stderr("Interrupted.")
     elif isinstance(error, CloudStackException):
         _report_failure(invocation, error)
     else:
@@ -4317,9 +4361,12 @@ def _print_error_answer(invocation, error):
 
 def _masked_page(invocation, text):
     """Return the beginning of what is not CloudStack's: it may repeat the address, key and all."""
-    client = invocation.client
-    secrets = [client.key, client.secret, client.get_setting("password")]
-    return _mask_text(text[:10000], secrets)[:2000]  # masked first, lest a secret is cut in two
+    # Masked first, lest a secret is cut in two.
+    return _mask_text(text[:10000], _secrets_of(invocation.client))[:2000]
+
+
+def _secrets_of(client):
+    return [client.key, client.secret, client.get_setting("password")]
 
 
 def _report_unwritten(error):
@@ -4345,6 +4392,11 @@ _PREFERRED = (
     " displayname displaytext description created".split()
 )
 _MOST_COLUMNS = 8
+_STATE_COLORS = (  # of the first pattern that fits: green, yellow, red
+    ("32", "running|enabled|allocated|ready|up|implemented|connected|active|backedup"),
+    ("33", r"\w+ing|\w*maintenance"),
+    ("31", r"alert|down|disconnected|fault|\w*error\w*|\w*fail\w*"),
+)
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?\Z", re.ASCII)
 
 
@@ -4680,12 +4732,23 @@ def _print_table(invocation, rows, chosen):
             least.pop()
         widths = _fitted(widths[: len(least)], columns, room - 2 * len(least) + 2)
 
+    is_colored = invocation.is_colored()
     for number, line in enumerate(table):
         cells = [_cut(cell, width) for cell, width in zip(line, widths)]
         padded = [cell + " " * (width - _width(cell)) for cell, width in zip(cells, widths)]
+        if is_colored and number:
+            padded = [_colored_state(*cell) for cell in zip(columns, line, padded)]
         text = "  ".join(padded).rstrip()
-        is_bold = number == 0 and invocation.is_colored()
-        _write((f"\x1b[1m{text}\x1b[0m" if is_bold else text) + "\n")
+        _write((f"\x1b[1m{text}\x1b[0m" if is_colored and not number else text) + "\n")
+
+
+def _colored_state(name, state, padded):
+    """Return the cell of a state in its colour; what stopped, or is no state, in none."""
+    shown = padded.rstrip()
+    for color, pattern in _STATE_COLORS if re.search(r"(?i)(?:state|status)\Z", name) else ():
+        if re.match(rf"(?i)(?:{pattern})\Z", state):
+            return f"\x1b[{color}m{shown}\x1b[0m" + padded[len(shown) :]
+    return padded
 
 
 def _fitted(widths, columns, room):
@@ -4788,12 +4851,18 @@ def _cache_path(client, *more):
     that it says nothing about them."""
     import hashlib
 
-    base = os.environ.get("XDG_CACHE_HOME") or ""
-    if not os.path.isabs(base):  # the specification has a relative one ignored
-        base = os.path.join(os.path.expanduser("~"), ".cache")
     user = client.key or client.get_setting("username") or ""
     account = "\0".join([client.endpoint, user, client.get_setting("domain") or "", *more])
-    return os.path.join(base, "cs", hashlib.sha256(account.encode("utf-8")).hexdigest()[:32])
+    name = hashlib.sha256(account.encode("utf-8")).hexdigest()[:32]
+    return _own_path("XDG_CACHE_HOME", ".cache", name)
+
+
+def _own_path(variable, otherwise, name):
+    """Return the path of a file of this program, below what the variable names or in the home."""
+    base = os.environ.get(variable) or ""
+    if not os.path.isabs(base):  # the specification has a relative one ignored
+        base = os.path.join(os.path.expanduser("~"), otherwise)
+    return os.path.join(base, "cs", name)
 
 
 def _write_private(path, text):
@@ -4867,8 +4936,8 @@ def _cached_catalog(client):
     read just now (too many open files) may be good."""
     path = _cache_path(client)
     try:
-        with open(path, encoding="utf-8") as file:
-            return _Catalog(file.read())
+        found = os.stat(path)
+        return _read_catalog(path, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
     except OSError:
         return None
     except ValueError:
@@ -4877,6 +4946,13 @@ def _cached_catalog(client):
         except OSError:
             pass
         return None
+
+
+@functools.lru_cache(maxsize=4)
+def _read_catalog(path, *file_state):
+    """Read a _Catalog; once for all lines of a shell, until its file changes."""
+    with open(path, encoding="utf-8") as file:
+        return _Catalog(file.read())
 
 
 def _check_against_catalog(invocation, command, params):
@@ -4936,8 +5012,31 @@ def _missing_params(spec, params):
 
 
 def _unknown_command(catalog, name):
-    near = _did_you_mean(_near(name, catalog.names()))
+    near = _did_you_mean(_meant_commands(catalog, [name]) or _near(name, catalog.names()))
     return f"the server has no command {name!a} for you{near}"
+
+
+def _meant_commands(catalog, words):
+    """Return the command, if there is one, that habits from elsewhere spell as these words: verb
+    and noun apart or the noun alone, in any case, singular or plural."""
+
+    def bare(name):
+        return re.sub(r"(?:ies|y|s*e?s*)\Z", "", name.lower())
+
+    noun = _SHORT_NAMES.get(bare(words[-1]), words[-1])
+    meant = bare("".join(words[:-1]) + noun)
+    names = {bare(name): name for name in catalog.names()}
+    return [names[name] for name in (meant, "list" + meant) if name in names][:1]
+
+
+def _refuse_parted_command(invocation, words):
+    """Raise _Usage where the list of commands has one that these words, up to the first parameter,
+    stand for."""
+    words = list(itertools.takewhile(lambda word: "=" not in word, words))
+    catalog = _cached_catalog(invocation.client)
+    meant = _meant_commands(catalog, words) if catalog else []
+    if meant:
+        raise _Usage(f"there is no command {' '.join(words)!a}{_did_you_mean(meant)}")
 
 
 def _catalog_for_reading(invocation):
@@ -5121,19 +5220,21 @@ def _read_line(text):
 
 def _print_completions(text):
     """Print the words that may stand where the cursor is, at the end of the text."""
-    line = _read_line(text)
-    words = set()
     try:
-        pairs = _starting(_candidates(line), line.current)
+        for word, description in _completions(_read_line(text)):
+            _write(word + ("\t" + description if description else "") + "\n")
     except _Usage as error:  # no word, so that no shell puts it on the line
         _write(f"\t{_one_line(str(error))}\n")
-        return
 
-    for word, description in pairs:
+
+def _completions(line):
+    """Yield (word, description) of what may stand where a line ends. Raises _Usage as _candidates
+    does."""
+    words = set()
+    for word, description in _starting(_candidates(line), line.current):
         if word not in words and _SAFE_WORD.match(line.front + word):
             words.add(word)
-            description = _cut(" ".join(_escape_unprintable(description).split()), 60)
-            _write(line.front + word + ("\t" + description if description else "") + "\n")
+            yield line.front + word, _cut(" ".join(_escape_unprintable(description).split()), 60)
 
 
 def _starting(pairs, prefix):
@@ -5189,7 +5290,7 @@ def _option_values(line):
     option = line.pending
     if isinstance(option.value, tuple):
         return option.value
-    if option.name == "region":
+    if option.name in ("region", "profile"):
         return _regions(line.options["config"])
     if option.name in ("columns", "sort") and line.command is not None:
         catalog = _known_commands(line)[1]
@@ -5506,6 +5607,182 @@ def _candidate_lines(rows):
     for row in rows[:10]:
         facts = ", ".join(f"{key} {_cell(row[key])}" for key in fields if key in row)
         yield _one_line(f"  {row['id']}  {' / '.join(_names(row))}  {facts}").rstrip()
+
+
+# 9.8 The shell.
+# Lines are carried out as arguments are, but with the same clients: {what leads to one: (its
+# settings, the client)}.
+
+_SHELL_HELP = "In the shell: help [COMMAND], list [WORDS], use REGION, exit. Tab completes."
+_SHELL_WORDS = {"help": "--help", "list": "--list", "use": "--region", "exit": "exit"}
+_HISTORY_LINES = 1000
+
+
+def _asks_for_shell(invocation, words):
+    """Return whether the shell is to be opened: by --shell, or with nothing to do on a terminal."""
+    options, is_inside = invocation.options, invocation.clients is not None
+    is_idle = not (words or options["wait"] or options["list"] or options["sync"])
+    if options["shell"] and (is_inside or not is_idle):
+        raise _Usage("--shell stands alone: it reads line by line what is to be done")
+    return options["shell"] or (is_idle and not is_inside and _is_at_terminal())
+
+
+def _is_at_terminal():
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+
+
+class _Shell:
+    """Carries out one line after another (--shell)."""
+
+    def __init__(self, options):
+        self.options = {**options, "shell": None}  # they hold for every line
+        self.clients = {}
+        self.place = options["region"] or _DEFAULT_REGION  # for the prompt
+        self.has_history = True
+
+    def run(self):
+        """Carry out the lines. Returns what became of the first that failed, as far as nobody saw
+        it; what a person interrupts is one line, elsewhere it is all."""
+        is_typed = _is_at_terminal()
+        ends = _OutputFailed if is_typed else (_OutputFailed, KeyboardInterrupt)
+        first = True
+        try:
+            for line in self._typed_lines() if is_typed else _piped_lines():
+                line = re.sub(r"\A\s*(?:cs\s+|#.*)?", "", line).rstrip()
+                if line in ("exit", "quit"):
+                    break
+                invocation = _Invocation(dict(self.options), self.clients)
+                outcome = _attempt(invocation, self._dispatch, line) if line else True
+                if first is True and _exit_code(outcome):
+                    first = outcome
+                if isinstance(outcome, ends):
+                    break
+        finally:
+            for _, client in self.clients.values():
+                client.close()
+        return is_typed or first
+
+    def _dispatch(self, invocation, line):
+        """Do what a line asks for. Returns whether it succeeded."""
+        words = _split_line(line)
+        if words[0] != "use":
+            return _dispatch(invocation, [_SHELL_WORDS.get(words[0], words[0])] + words[1:])
+
+        region = invocation.options["region"] = " ".join(words[1:])
+        invocation.connect()
+        self.options["region"] = region
+        named = not self.options["endpoint"] and invocation.client.name
+        self.place = named or urlsplit(invocation.client.endpoint).hostname
+        return True
+
+    def _typed_lines(self):
+        """Yield what a person types. Ctrl-C clears a line, Ctrl-D is the end."""
+        readline = self._prepare()
+        _Invocation(self.options).say(_SHELL_HELP)
+        yield "use " + _shell_word(self.options["region"] or "")
+        while True:
+            try:
+                line = input(f"cs {_one_line(self.place)}> ")
+            except EOFError:
+                _write_stderr("")
+                return
+            except (KeyboardInterrupt, UnicodeError):
+                _write_stderr("")
+                continue
+            if readline and line.strip() and not self._holds_secret(line):
+                readline.add_history(line)
+                self._keep_history(line)
+            yield line
+
+    def _prepare(self):
+        """Have lines completed and remembered. Returns readline, None if Python lacks it."""
+        try:
+            import readline
+        except ImportError:
+            return None
+
+        found: list = []
+
+        def complete(word, number):
+            if number == 0:
+                found[:] = self._complete(readline.get_line_buffer()[: readline.get_endidx()])
+            return found[number] if number < len(found) else None
+
+        readline.set_completer(complete)
+        readline.set_completer_delims(" \t\n")  # `=` and `:` are part of a word
+        is_editline = "libedit" in (readline.__doc__ or "")
+        readline.parse_and_bind("bind ^I rl_complete" if is_editline else "tab: complete")
+        readline.set_auto_history(False)
+        for line in self._keep_history():
+            readline.add_history(line)
+        return readline
+
+    def _complete(self, typed):
+        """Return what may stand in place of the word at the end: several with descriptions, which
+        stay on the screen as they differ, or the one."""
+        first, space, rest = typed.lstrip().partition(" ")
+        found = [] if space else [(word, "") for word in _SHELL_WORDS if word.startswith(first)]
+        line = _read_line(f"cs {_SHELL_WORDS.get(first, first) if space else first}{space}{rest}")
+        line = line._replace(options=_merge_options(self.options, line.options))
+        try:
+            found += _completions(line)
+        except _Usage as error:
+            return [_one_line(str(error)), " "]
+        if len(found) == 1:
+            return [found[0][0] + ("" if found[0][0].endswith(("=", ",")) else " ")]
+        by_name = any("=" in word and not word.startswith(line.current) for word, _ in found)
+        # One more that differs has readline keep a name, though its ids begin otherwise.
+        shown = [f"{word}  {text}".rstrip() for word, text in found]
+        return shown + [" "] if by_name else shown
+
+    def _holds_secret(self, line):
+        """Return whether a line, be it one that is not understood, holds a secret's value."""
+        text = re.sub(r"\S+=@(?!@)\S*", "", line)  # the value stands in a file
+        try:
+            words = _split_line(text)
+        except _Usage:
+            words = text.split()
+        pairs = (word.partition("=") for word in words if "=" in word)
+        params = {name.strip(): value.strip("\"' ") for name, _, value in pairs}
+        mistaken = rf"(?i){_SECRET}[\"']?\s*[=:]\s*\S"  # such as `password = x`
+        if any(_secret_names(params)) or re.search(mistaken, text):
+            return True
+        own = [_secrets_of(client) for _, client in self.clients.values()]
+        return _mask_text(text, itertools.chain(*own)) != text
+
+    def _keep_history(self, *new):
+        """Add lines to the history's file, read anew, as other shells add to it, too. Returns its
+        lines; that there can be none is said once."""
+        path = _own_path("XDG_STATE_HOME", os.path.join(".local", "state"), "history")
+        lines = []
+        try:
+            if self.has_history:
+                os.umask(0o077)  # also the folders above it are for their owner only
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "a+", encoding="utf-8", errors="replace") as file:
+                    file.seek(0)
+                    lines = file.read().splitlines()
+                lines = [*lines, *new][-_HISTORY_LINES:]
+                _write_private(path, "".join(line + "\n" for line in lines))
+        except (OSError, ValueError) as error:
+            self.has_history = False
+            _write_stderr(f"Warning: no history is kept: {_error_text(error)}")
+        return lines
+
+
+def _split_line(line):
+    import shlex
+
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise _Usage(f"the line cannot be taken apart: {error}") from None
+
+
+def _piped_lines():
+    """Yield the lines of standard input; the rest of it may be for a line's name=@-."""
+    for line in sys.stdin.buffer if sys.stdin else ():
+        yield line.decode("utf-8-sig", "surrogateescape")
 
 
 if __name__ == "__main__":

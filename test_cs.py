@@ -13,7 +13,7 @@ Contents (search for the tag; the numbers are those of the rooms of cs.py):
     [1] settings          [2] errors          [3] parameters and signature     [4] redaction
     [5.1] protocol: call and request     [5.2] answer     [5.3] retry     [5.4] session     [5.5] pages     [5.6] jobs
     [5.7] recovery        [6] transport       [7] clients     [8] configuration
-    [9] command line: options, run and report, formats, the list of commands, completion, configure
+    [9] command line: options, run and report, formats, the list of commands, completion, configure, the shell, habits
     [W] what is written about it: README and --help     [R] running the tests
 
 To give it another command: `_list(...)` is one line for a command that lists a table; for any other write a function
@@ -14334,6 +14334,372 @@ class NamesForIdsTest(CloudCase):
         word = "virtualmachineid=name:web-01"
         self.assertEqual(self.planned("startAnew", word, "--force")["virtualmachineid"],
                          self.row("virtualmachine", "web-01")["id"])  # fmt: skip
+
+
+# --- the shell ------------------------------------------------------------------------------------------------------
+
+
+class ShellTest(CloudCase):
+    """Lines on standard input that is no terminal."""
+
+    def shell(self, *lines, args=(), code=0):
+        """The lines in this process: (standard output, standard error)."""
+        stdin = io.TextIOWrapper(io.BytesIO("".join(line + "\n" for line in lines).encode("utf-8")))
+        with mock.patch("sys.stdin", stdin):
+            found, out, err = self.main("--shell", *args)
+        self.assertEqual(found, code, err)
+        self.assertNotIn("Traceback", err)
+        return out, err
+
+    def test_lines_are_carried_out_one_after_another(self):
+        out, err = self.shell("listZones -o text -c name", "", "  # a comment", "help", "exit", "listHosts")
+        self.assertEqual((out, err), ("north\nsouth\n" + cs._HELP, ""))
+        self.assertEqual(self.asked, ["listZones"])
+
+    def test_words_are_those_of_a_shell(self):
+        self.shell("\ufeffcs  listVirtualMachines 'name=a b' keyword=c\\ d displayname=\"#e\" account=f#g\r")
+        expected = {"name": "a b", "keyword": "c d", "displayname": "#e", "account": "f#g"}
+        self.assertEqual({name: self.sent()[name] for name in expected}, expected)
+
+    @each("lines, code, err",
+        (['listZones "x', "listZones -q"], 2, "cs: the line cannot be taken apart: No closing quotation\n"),
+        (["listZones x", "listNothing -q"], 2, "cs: 'x' is not a correctly formatted option"),
+        (["listNothing -q", "listZones x"], 1, "cs: 'x' is not a correctly formatted option"),
+        (["--shell"], 2, "cs: --shell stands alone: it reads line by line what is to be done\n"),
+        (["-q"], 2, "cs: no command given; see cs --help\n"),
+        (["use nowhere"], 2, "Error: region 'nowhere' not in config\n"),
+        (["listZones zoneid=\udcff"], 2, "cs: "),
+    )  # fmt: skip
+    def test_the_exit_code_is_the_first_that_is_not_0(self, lines, code, err):
+        lines = [line.encode("utf-8", "surrogateescape") for line in lines]
+        stdin = io.TextIOWrapper(io.BytesIO(b"\n".join(lines + [b"listZones"])))
+        with mock.patch("sys.stdin", stdin):
+            found, _, said = self.main("--shell")
+        self.assertEqual((found, self.asked[-1:]), (code, ["listZones"]))
+        self.assertEqual(said.count("\n"), 1, said)
+        self.assertTrue(said.startswith(err), said)
+
+    def test_what_cannot_be_a_shell(self):
+        for args in (["listZones"], ["--sync"], ["--list"], ["--wait", "1"]):
+            self.assertIn("--shell stands alone", self.usage("--shell", *args))
+        with mock.patch("sys.stdin", None):
+            self.assertEqual(self.main("--shell"), (0, "", ""))
+        self.assertEqual(self.cs().stderr, "cs: no command given; see cs --help\n")
+
+    def test_options_at_the_start_hold_for_every_line_whose_own_win(self):
+        out, _ = self.shell("listZones", "listZones -o jsonl", "listZones -c id -q", args="-o text -c name".split())
+        self.assertEqual(out.splitlines()[:4], ["north", "south", '{"name": "north"}', '{"name": "south"}'])
+        self.assertEqual(len(out.splitlines()[4]), 36)
+        self.assertIn("GET ", self.shell("listZones", args=["--dry-run"])[0])
+
+    def test_one_connection_and_one_session_whatever_the_lines_options(self):
+        admin = self.cloud.users["admin"]
+        self.unset("key", "secret")
+        self.configure(username="admin", password=admin.password)
+        self.shell("listZones", "listZones --post", "listZones x", "listZones --timeout 60 -t", "listNothing -q",
+                   "listZones --retry 1", code=2)  # fmt: skip
+        self.assertEqual(len({record.connection for record in self.cloud.requests}), 1)
+        expected = ["login", "listZones", "listZones", "listZones", "listNothing", "listZones", "logout"]
+        self.assertEqual(self.asked, expected)
+        self.assertEqual([record.method for record in self.cloud.requests][1:4], ["GET", "POST", "GET"])
+
+    def test_what_a_line_sets_ends_with_it(self):
+        seen = []
+
+        def request(client, command, **params):
+            names = ("timeout", "retry", "method", "trace", "recover")
+            seen.append([client.get_setting(name) for name in names] + [client._state.progress])
+            return {}
+
+        self.sync()
+        with mock.patch.object(cs.CloudStack, "_request", request):
+            self.shell("listZones", "listZones --timeout 7 --retry 2 --post -t", "rebootVirtualMachine id=1",
+                       "x --force")  # fmt: skip
+        usual = [5.0, 0, "get", False]
+        self.assertEqual(seen, [usual + [False, None], [7.0, 2, "post", True, False, None], usual + [True, None],
+                                usual + [True, None]])  # fmt: skip
+
+    def test_regions(self):
+        ini = "[{}]\nendpoint = {}\nkey = {}\nsecret = {}\n"
+        users = [self.cloud.users[name] for name in ("admin", "user")]
+        self.unset("endpoint", "key", "secret")
+        text = "".join(ini.format(*one) for one in zip(("cloudstack", "my lab"), [self.cloud.endpoint] * 2,
+                       [user.key for user in users], [user.secret for user in users]))  # fmt: skip
+        self.write(".cloudstack.ini", text, 0o644)
+        out, err = self.shell("listZones", "listZones -r 'my lab'", "use my lab", "listZones", "use nowhere",
+                              "listZones", "use", "listZones", code=2)  # fmt: skip
+        keys = [record.params["apiKey"] for record in self.cloud.requests]
+        self.assertEqual(keys, [users[number].key for number in (0, 1, 1, 1, 0)])
+        self.assertEqual(len({record.connection for record in self.cloud.requests}), 3)  # `use` alone is the usual one
+        self.assertEqual(err.count("holds a secret"), 3)
+        self.assertIn("there are cloudstack, my lab", err)
+
+    def test_the_list_of_commands_is_kept_in_memory_until_it_changes(self):
+        self.sync()
+        cs._read_catalog.cache_clear()
+        with mock.patch.object(cs, "_Catalog", wraps=cs._Catalog) as read:
+            self.shell("listZones -q", "listZones -q", "list zones", "help listZones")
+        self.assertEqual(read.call_count, 1)
+        api = {"listapisresponse": {"count": 1, "api": [api_entry(("listZones", "id!"))]}}
+        self.cloud.script("listApis", Answer(200, api))
+        out, err = self.shell("listZones -q", "--sync -q", "listZones", code=2)
+        self.assertEqual(err, "cs: listZones needs id; see cs listZones --help\n")
+
+    def test_the_rest_of_standard_input_may_be_a_value(self):
+        self.shell("listZones name=@-", "nor", "th")
+        self.assertEqual(self.sent()["name"], "nor\nth")
+
+    @unittest.skipUnless(os.name == "posix", "needs POSIX")
+    def test_a_closed_pipe_ends_it(self):
+        reading, writing = os.pipe()
+        os.close(reading)
+        child = Child([sys.executable, CS_PATH, "--shell"], stdin=subprocess.PIPE, stdout=writing, env=dict(os.environ))
+        os.close(writing)
+        code, _, err = child.finish(b"listZones\nlistHosts\n")
+        self.assertEqual((code, err, self.asked), (0, b"", ["listZones"]))
+
+    def test_an_interrupt_ends_it_all_where_nobody_types(self):
+        with mock.patch.object(cs.CloudStack, "_exchange", side_effect=[KeyboardInterrupt]):
+            out, err = self.shell("listZones", "listHosts", code=130)
+        self.assertEqual((out, err, self.asked), ("", "Interrupted.\n", []))
+
+    @each("line, is_kept",
+        ("listZones name=x", True), ("list password", True), ("updateUser password=@file name=x", True),
+        ('listZones "name', True), ("updateUser password=@file", True),
+        ("updateUser id=1 password=geheim", False), ("updateUser PASSWORD=@@x", False), ("x usersecretkey='y'", False),
+        ('x "password=y', False), ("x password = y", False), ("x pass\\word=y", False), ("password: y", False),
+        ("createTags tags[0].key=env tags[0].value=prod", True), ('{"secret": "y"}', False),
+        ("createTags tags[0].key=password tags[0].value=y", False),
+        ("createTags tags[0].key='\"my password\"' tags[0].value=@file", True),
+        ("createTags tags[0].key='\"my password\"' tags[0].value=y", False),
+        ("http://h/api?command=x&signature=y", False),
+    )  # fmt: skip
+    def test_what_holds_a_secret(self, line, is_kept):
+        shell = cs._Shell(cs._parse_arguments([])[0])
+        client = cs.CloudStack(self.cloud.endpoint, key="own-key", secret="own-secret")
+        shell.clients["place"] = ({}, client)
+        self.assertEqual(shell._holds_secret(line), not is_kept)
+        self.assertTrue(shell._holds_secret("listZones name=own-secret"))
+
+
+@unittest.skipUnless(have_terminals(), "needs pseudo-terminals")
+class TypedShellTest(CloudCase):
+    """A person at a terminal."""
+
+    def setUp(self):
+        super().setUp()
+        self.known()
+        user = self.cloud.users["admin"]
+        text = "[{}]\nendpoint = {}\nkey = {}\nsecret = {}\n"
+        sections = [text.format(name, self.cloud.endpoint, user.key, user.secret) for name in ("lab", "lab:two")]
+        self.write(".cloudstack.ini", "\n".join(sections))
+        self.history = os.path.join(self.home, ".local", "state", "cs", "history")
+
+    def start(self, *args, prompt=b"127.0.0.1> ", **env):
+        env = dict(os.environ, TERM="dumb", INPUTRC=os.devnull, **env)
+        shell = Typed([sys.executable, CS_PATH] + list(args), env)
+        self.addCleanup(shell.close)
+        shell.wait_for(prompt)
+        return shell
+
+    def enter(self, shell, line, *words):
+        shell.type(line + "\n")
+        for word in words + (b"> ",):
+            shell.wait_for(word)
+
+    def end(self, shell, code=0):
+        shell.type("\x04")
+        self.assertEqual(shell.end(), code)
+        self.assertNotIn("Traceback", shell.text)
+        return shell.text
+
+    def lines(self):
+        return open_bytes(self.history).decode("utf-8").splitlines()
+
+    def readline(self):
+        try:
+            import readline  # noqa: F401
+        except ImportError:
+            self.skipTest("this Python has no readline")
+
+    def test_cs_alone_opens_it(self):
+        shell = self.start()
+        self.enter(shell, "listZones -o text -c name", b"north\r\n")
+        self.enter(shell, "listNothing", b"no command 'listNothing'")
+        self.enter(shell, "use lab", b"cs lab")
+        self.enter(shell, "listZones -r lab:two -o text -c name", b"south")
+        self.enter(shell, "use nowhere", b"'nowhere' not in config; there are lab, lab:two", b"cs lab")
+        self.enter(shell, "help listZones", b"Lists zones.")
+        text = self.end(shell)
+        self.assertIn("In the shell: help", text)
+        self.assertTrue(text.endswith("cs lab> \n"), text)
+
+    def test_a_region_that_cannot_be_used_is_said_at_the_beginning(self):
+        shell = self.start("--shell", "-q", "-r", "nowhere", prompt=b"cs nowhere> ")
+        self.enter(shell, "use lab", b"cs lab")
+        self.assertIn("region 'nowhere' not in config", self.end(shell))
+        self.assertNotIn("In the shell", shell.text)
+
+    def test_it_completes(self):
+        self.readline()
+        machine = self.cloud.cloud.named("virtualmachine", "web-01")["id"]
+        self.unset("endpoint", "key", "secret")
+        shell = self.start("-r", "lab:two", "--dry-run", prompt=b"cs lab:two> ")
+        for typed, expected in (
+            ("listZ\t-o te\t", b"command=listZones"), ("hel\tlistZ\t", b"Lists zones."),
+            ("stopVirtualMachine id=" + machine[:9] + "\t", b"id=" + machine.encode()),
+            ("listZones -r lab:\t", b"command=listZones"), ("us\tlab:t\t", b"cs lab:two"),
+            ("list listZ\t", b"Lists zones."), ("listZones avail\ttrue", b"available=true"),
+            ("stopVirtualMachine id=web-0\t1\t", b"id=" + machine.encode()),  # by its name
+            ("stopVirtualMachine id=name:web-01", b"id=" + machine.encode()),
+        ):  # fmt: skip
+            self.enter(shell, typed, expected)
+        shell.type("listV\t\t")
+        shell.wait_for(b"listVirtualMachines  Lists the virtual")
+        shell.type("\x15")
+        self.write(".cloudstack.ini", "nonsense")
+        self.enter(shell, "nosuch id=\t\t-r \t\t", b"cs: ")
+        self.end(shell)
+
+    def test_without_a_list_of_commands_it_says_how_to_get_one(self):
+        self.readline()
+        shutil.rmtree(os.path.join(self.home, ".cache"))
+        shell = self.start()
+        shell.type("listZ\t\t")
+        shell.wait_for(b"to have commands completed, type: cs --sync")
+        self.enter(shell, "ones -o text -c name", b"north")
+        self.end(shell)
+
+    def test_history(self):
+        self.readline()
+        os.makedirs(os.path.dirname(self.history))
+        old = b"old-1\nold-2 \xff\n" + b"".join(b"line %d\n" % number for number in range(999))
+        self.write(".local/state/cs/history", old, 0o644)
+        shell = self.start()
+        other = self.start()
+        self.enter(other, "listHosts -q", b"")
+        self.enter(shell, "updateUser id=1 password=geheim", b"cs: ")
+        self.enter(shell, "  ", b"")
+        self.enter(shell, "\x10", b"'998' is not")  # Ctrl-P, where no arrow is known: the one before
+        self.enter(shell, "listZones nix", b"name=value")
+        self.enter(shell, "\x10 -o text", b"name=value")
+        self.end(shell)
+        self.assertEqual(self.lines()[-3:], ["line 998", "listZones nix", "listZones nix -o text"])
+        self.assertEqual(self.lines()[-5:-3], ["line 998", "listHosts -q"])
+        self.assertEqual(len(self.lines()), 1000)
+        self.assertEqual(os.stat(self.history).st_mode & 0o777, 0o600)
+
+    def test_history_has_a_place_of_its_own(self):
+        self.readline()
+        for folder, variable in ((".local/state/cs", {}), ("a/b/cs", {"XDG_STATE_HOME": self.home + "/a/b"})):
+            shell = self.start(**variable)
+            self.enter(shell, "list zones", b"Lists zones")
+            self.end(shell)
+            path = os.path.join(self.home, folder)
+            self.assertEqual(open_bytes(os.path.join(path, "history")), b"list zones\n")
+            while path != self.home:
+                self.assertEqual(os.stat(path).st_mode & 0o777, 0o700)
+                path = os.path.dirname(path)
+
+    def test_without_a_place_for_history_there_is_one_warning(self):
+        self.readline()
+        self.write("file", "")
+        shell = self.start(XDG_STATE_HOME=os.path.join(self.home, "file"))
+        self.enter(shell, "list zones", b"Lists zones")
+        self.enter(shell, "list zones", b"Lists zones")
+        self.assertEqual(self.end(shell).count("Warning: no history is kept: "), 1)
+
+    def test_without_readline(self):
+        os.mkdir(os.path.join(self.home, "none"))
+        self.write("none/readline.py", "raise ImportError('not here')\n")
+        shell = self.start(PYTHONPATH=os.path.join(self.home, "none"))
+        self.enter(shell, "listZones -o text -c name", b"north")
+        self.end(shell)
+        self.assertFalse(os.path.exists(self.history))
+
+    def interrupt(self, shell, *words):
+        """Ctrl-C, once the shell waits for something: one before that may be lost in the interpreter."""
+        CommandLineProcessTest.until_blocked(shell.child)
+        shell.type("\x03")
+        for word in words + (b"> ",):
+            shell.wait_for(word)
+
+    def test_an_interrupt_ends_the_call_and_not_the_shell(self):
+        self.option(job_seconds=30)
+        machine = self.cloud.cloud.named("virtualmachine", "web-01")["id"]
+        shell = self.start()
+        shell.type("nonsense")
+        shell.wait_for(b"nonsense")
+        self.interrupt(shell)
+        shell.type("rebootVirtualMachine id={}\n".format(machine))
+        until(lambda: "queryAsyncJobResult" in self.asked, "a look at the job")
+        self.interrupt(shell, b"to go on waiting for it: cs --wait ")
+        self.option(latency=20)
+        del self.cloud.requests[:]
+        shell.type("listZones\n")
+        until(lambda: self.asked, "a request")
+        self.interrupt(shell, b"Interrupted.")
+        self.option(latency=0)
+        self.enter(shell, "listZones -o text -c name", b"north")
+        self.end(shell)
+        self.assertEqual(self.asked, ["listZones", "listZones"])
+
+
+# --- habits from elsewhere ------------------------------------------------------------------------------------------
+
+
+class HabitsTest(CloudCase):
+    """What people type who come from other programs."""
+
+    def setUp(self):
+        super().setUp()
+        self.list_path = self.known()
+
+    @each("line, told",
+        ("help", "help is an option: cs --help"), ("help listZones", "help is an option: cs listZones --help"),
+        ("list zones", "there is no command 'list zones'; did you mean listZones?"),
+        ("LIST Virtual machine name=x", "no command 'LIST Virtual machine'; did you mean listVirtualMachines?"),
+        ("start vms id=1", "there is no command 'start vms'; did you mean startVirtualMachine?"),
+        ("zones", "no command 'zones' for you; did you mean listZones?"),
+        ("vm", "no command 'vm' for you; did you mean listVirtualMachines?"),
+        ("listZones zones", "'zones' is not a correctly formatted option"),
+        ("listZones --colums=x", "there is no option '--colums'; did you mean --columns?"),
+        ("listZones --complet", "there is no option '--complet'; did you mean --completion?"),
+        ("listZones --xyzzy", "there is no option '--xyzzy'; see cs --help"),
+        ("listZones -x", "there is no option '-x'; see cs --help"),
+    )  # fmt: skip
+    def test_the_command_that_is_meant(self, line, told):
+        self.assertIn(told, self.usage(*line.split()))
+
+    def test_without_the_list_of_commands_nothing_is_guessed(self):
+        os.unlink(self.list_path)
+        self.assertIn("'zones' is not a correctly formatted option", self.usage("list", "zones"))
+        self.unset("endpoint", "key", "secret")
+        self.assertIn("help is an option", self.usage("help"))
+
+    def test_profile_is_region(self):
+        for flag in ("-p", "--profile", "-r"):
+            self.assertIn("region 'nowhere' not in config", self.usage("listZones", flag, "nowhere"))
+        self.write(".cloudstack.ini", "[lab]\nendpoint = x\n")
+        self.assertEqual(self.good("--complete=cs listZones --profile l"), "lab\n")
+
+    def test_states_are_coloured(self):
+        states = {32: "Running enabled Ready Implemented", 33: "Starting Migrating Maintenance",
+                  31: "Error Alert Down UploadError", None: "Stopped Free"}  # fmt: skip
+        colors, names = zip(*[(color, state) for color in states for state in states[color].split()])
+        rows = [{"name": state, "state": state} for state in names]
+        self.reply("listZones", *[{"count": len(rows), "thing": rows}] * 4)
+        lines = self.good("listZones", "-o", "table", "--color", "always", "-c", "state,name").splitlines()
+        plain = self.good("listZones", "-o", "table", "-c", "state,name").splitlines()
+        self.assertEqual([re.sub("\x1b\\[[0-9]*m", "", line) for line in lines], plain)
+        for row, color, line in zip(rows, colors, lines[1:]):
+            shown = "\x1b[{}m{}\x1b[0m".format(color, row["state"]) if color else row["state"]
+            self.assertEqual(line, shown + " " * (13 - len(row["state"])) + row["name"])
+        with mock.patch.dict(os.environ, NO_COLOR="1"):
+            self.assertNotIn("\x1b", self.on_terminal("listZones", "-o", "table")[1])
+        narrow = self.on_terminal("listZones", "-o", "table", columns=12)[1]
+        self.assertRegex(narrow, "\x1b\\[32mRun\\w*…\x1b\\[0m")
+        self.assertEqual([line for line in screen(narrow).splitlines() if columns_of(line) > 12], [])
 
 
 # --- what is written about it ---------------------------------------------------------------------------------------
