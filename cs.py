@@ -3850,6 +3850,7 @@ def _as_utf8(arg):
 def _use_server(invocation, words):
     """Do what needs a client. Returns whether it succeeded."""
     options = invocation.options
+    invocation.conditions = [_Condition(text) for text in options["where"] or ()]
     if options["wait"] and words:
         raise _Usage("--wait stands alone: it waits for a job that is already running")
     if not (words or options["wait"] or options["list"] or options["sync"]):
@@ -3887,6 +3888,7 @@ class _Invocation:
     def __init__(self, options=None):
         self.options = _parse_arguments([])[0] if options is None else options
         self.settings = {}
+        self.conditions = []  # of --where
         self.client = None
         self.progress = _Progress()
         self.under_way = None  # the _CheckedCall that is under way
@@ -3977,7 +3979,7 @@ class _Progress:
         if kind == "rows":
             now = _clock()
             if self._shown_at is None or now - self._shown_at >= 0.1:
-                self._show(f"{what} of {more} rows" if more else f"{what} rows", now)
+                self.show(f"{what} of {more} rows" if more else f"{what} rows", now)
         elif self._ended is None:
             self._ended = threading.Event()
             args = (self._ended, self.job or what, _clock() - more)
@@ -3997,9 +3999,9 @@ class _Progress:
         with self._lock:
             if not ended.is_set():
                 now = _clock()
-                self._show(f"{what}: waiting for the job, {int(now - started)} s", now)
+                self.show(f"{what}: waiting for the job, {int(now - started)} s", now)
 
-    def _show(self, text, now):
+    def show(self, text, now):
         self._shown_at = now
         try:
             sys.stderr.write("\r\x1b[K" + text)
@@ -4013,7 +4015,7 @@ class _Progress:
                 self._ended.set()
             self._ended = self.job = None
             if self._shown_at is not None:
-                self._show("", None)
+                self.show("", None)
 
 
 # words: the command and its parameters as they were typed.
@@ -4028,6 +4030,8 @@ def _checked_call(invocation, words):
     command = _check_against_catalog(invocation, words[0], params)
     if options["all"]:
         params["fetch_list"] = True
+    if params.get("json") is False and invocation.conditions:
+        raise _Usage("json=false gives a text, in which --where finds no rows")
     if not _only_reads(command):  # there is nothing to page through, and no page to ask it for
         params.pop("fetch_list", None)
     params.setdefault("fetch_result", not (options["async"] or "async" in command.lower()))
@@ -4069,16 +4073,16 @@ def _stream(invocation, call):
     control = ("fetch_list", "fetch_result")
     params = {name: value for name, value in call.params.items() if name not in control}
     columns = _chosen_columns(invocation)
-    unseen = set(columns or ())
+    unseen = {*(columns or ()), *(condition.column for condition in invocation.conditions)}
     sample: list = []
     flushed_at = 0.0
     for row in invocation.client.iter_list(call.command, **params):
-        invocation.progress.clear()
         unseen = {name for name in unseen if _pick(row, name) is None}
         if unseen and len(sample) < 100:
             sample.append(row)
-        shown = {name: _pick(row, name) for name in columns} if columns else row
-        _write(_json_text(shown, None) + "\n")
+        for shown in _only(_filtered(invocation, [row]), columns):
+            invocation.progress.clear()
+            _write(_json_text(shown, None) + "\n")
         if _clock() - flushed_at > 0.1:
             _flush()
             flushed_at = _clock()
@@ -4091,7 +4095,8 @@ def _warn_of_missing_rows(invocation, answer, params):
     if params.get("fetch_list") or {name.lower() for name in params} & {"page", "pagesize"}:
         return
     if isinstance(total, int) and total > len(rows):
-        invocation.say(f"{len(rows)} of {total} shown; --all for the rest")
+        verb = "seen by --where" if invocation.conditions else "shown"
+        invocation.say(f"{len(rows)} of {total} {verb}; --all for the rest")
 
 
 def _show_plan(invocation, call):
@@ -4382,23 +4387,34 @@ def _print_answer(invocation, answer, is_plain=False):
 
 def _print_document(invocation, answer):
     rows = _rows_of(answer)
-    wanted = _sorted(invocation, rows)
     columns = _chosen_columns(invocation)
-    _warn_of_columns(invocation, rows, columns)
+    named = [condition.column for condition in invocation.conditions] + (columns or [])
+    _warn_of_columns(invocation, rows, dict.fromkeys(named))
+    wanted = _sorted(invocation, _filtered(invocation, rows))
+    is_object = not isinstance(answer, list) and _find_rows(answer) is None
+    if is_object and not wanted:  # it does not meet --where
+        return
 
-    shape = invocation.format()
-    if shape == "json":
-        is_changed = columns is not None or invocation.options["sort"]
+    if invocation.format() == "json":
+        is_changed = columns is not None or invocation.options["sort"] or invocation.conditions
         shown = _with_rows(answer, _only(wanted, columns)) if is_changed else answer
+        if invocation.conditions and isinstance(shown, dict) and "count" in shown and not is_object:
+            shown["count"] = len(wanted)  # else a script would look for the rest
         _print_json(invocation, shown)
-    elif shape == "jsonl":
-        _write("".join(_json_text(row, None) + "\n" for row in _only(wanted, columns)))
+    else:
+        _print_rows(invocation, wanted, columns)
+
+
+def _print_rows(invocation, rows, columns):
+    shape = invocation.format()
+    if shape == "jsonl":
+        _write("".join(_json_text(row, None) + "\n" for row in _only(rows, columns)))
     elif shape == "csv":
-        _print_csv(wanted, columns)
+        _print_csv(rows, columns)
     elif shape == "text":
-        _print_text(wanted, columns or _default_columns(wanted))
+        _print_text(rows, columns or _default_columns(rows))
     elif rows:
-        _print_table(invocation, wanted, columns)
+        _print_table(invocation, rows, columns)
 
 
 def _rows_of(answer):
@@ -5313,6 +5329,64 @@ def _works(invocation, path, text, region):
         return False
     invocation.say(f"They work: {_mask_address(invocation.client.endpoint)} answered.")
     return True
+
+
+# 9.7 Rows that meet conditions: --where.
+
+_CONDITION = re.compile(r"([^=!<>~]+)(!=|<=|>=|=?~|==?|[<>])(.*)\Z", re.DOTALL)
+_ORDERS = {"<": (-1,), "<=": (-1, 0), ">": (1,), ">=": (0, 1)}  # what comparing may give
+
+
+class _Condition:
+    """One --where: a column, a sign and a value. Raises _Usage for what cannot be one."""
+
+    def __init__(self, text):
+        found = _CONDITION.match(text)
+        if not found or not found.group(1).strip():
+            raise _Usage(f"--where {text!a}: it should be COLUMN=VALUE, or != ~ < <= > >= for =")
+        self.column, self.sign, wanted = (part.strip() for part in found.groups())
+        self.wanted = _comparable(wanted)
+        try:
+            self.pattern = re.compile(wanted, re.IGNORECASE) if "~" in self.sign else None
+        except (re.error, OverflowError, RecursionError) as error:
+            raise _Usage(f"--where {wanted!a}: no regular expression: {error}") from None
+
+    def is_met(self, row):
+        """Return whether a row meets it. Of a list any item may, but for != none may be equal; what
+        a row does not have counts as the empty text."""
+        holds = any(map(self._holds, _texts(_pick(row, self.column))))
+        return holds != (self.sign == "!=")
+
+    def _holds(self, text):
+        if self.pattern:
+            return self.pattern.search(text) is not None
+        given, wanted = _comparable(text), self.wanted
+        order = (given > wanted) - (given < wanted)
+        return given[0] == wanted[0] and order in _ORDERS.get(self.sign, (0,))
+
+
+def _texts(value):
+    """Return the texts that a condition compares: that of a value, or those of a list's items."""
+    if isinstance(value, list) and value:
+        return [text for item in value for text in _texts(item)]
+    return [_cell(value)]
+
+
+def _comparable(text):
+    """Return (kind, value). Numbers compare with numbers, texts with texts, nothing with itself."""
+    if not _NUMBER.match(text):
+        return (1 if text else 2, text)
+    try:
+        return (0, int(text))
+    except ValueError:  # a fraction; or more digits than int() takes
+        return (0, float(text))
+
+
+def _filtered(invocation, rows):
+    """Return the rows that meet every --where."""
+    for condition in invocation.conditions:
+        rows = [row for row in rows if condition.is_met(row)]
+    return rows
 
 
 if __name__ == "__main__":

@@ -14585,6 +14585,119 @@ def configparser_of(path):
     return parser
 
 
+# --- rows: --where ------------------------------------------------------------------------------------------------
+
+
+class WhereTest(CloudCase):
+    ROWS = [
+        {"id": "1", "name": "web-01", "on": True, "size": 2048, "n": "2048", "when": "2026-01-02T00:00:00+0000",
+         "tags": [{"key": "env", "value": "prod"}, {"key": "role", "value": "web"}], "nic": [{"ip": ["a", "b"]}]},
+        {"id": "2", "name": "Web 02", "on": False, "size": 512.5, "n": "1e3", "tags": [], "details": {"cpu": 4}},
+        {"id": "3", "name": "db", "size": 2**80 + 1, "n": "x", "when": "2025-12-31T00:00:00+0000",
+         "tags": [{"key": "env", "value": "test"}]},
+    ]  # fmt: skip
+
+    def rows(self, times=1):
+        for _ in range(times):
+            self.reply("listThings", {"count": 3, "thing": self.ROWS})
+
+    def met(self, *conditions):
+        """The ids of the rows that meet these, joined."""
+        self.rows()
+        words = [word for condition in conditions for word in ("--where", condition)]
+        return "".join(self.good("listThings", "-o", "text", "-c", "id", "-q", *words).split())
+
+    @each("condition, ids",
+        ("name=db", "3"), ("name=DB", ""), (" name = db ", "3"), ("name==db", "3"), ("name!=db", "12"),
+        ("name~^web", "12"), ("name=~B", "123"), ("name~0[12]$", "12"), ("name~", "123"), ("name~=", ""),
+        ("size=2048", "1"), ("n=2048", "1"), ("n=2048.0", "1"), ("n=1000", "2"), ("size>512", "123"),
+        ("size<=512.5", "2"),
+        ("size>=2048", "13"), ("size<2048", "2"), ("n>999", "12"), ("n<x", ""), ("n>=x", "3"), ("size>x", ""),
+        ("size>1208925819614629174706176", "3"), ("size=1208925819614629174706176", ""), ("size<" + "9" * 5000, "123"),
+        ("on=true", "1"), ("on!=true", "23"), ("on=True", ""), ("when<2026", ""), ("when<2026-01-01", "3"),
+        ("when>=2026-01-01", "1"), ("when=", "2"), ("when!=", "13"), ("when<~", "13"),
+        ("tags.key=env", "13"), ("tags.key!=env", "2"), ("tags.value~^w", "1"), ("tags=", "2"),
+        ("tags.1.key=role", "1"),
+        ("nic.ip=b", "1"), ("nic.ip!=b", "23"), ("details.cpu>3", "2"), ("details~cpu", "2"),
+        ("zzz=1", ""), ("zzz!=1", "123"),
+    )  # fmt: skip
+    def test_a_condition(self, condition, ids):
+        self.assertEqual(self.met(condition), ids)
+
+    def test_all_of_them_must_hold(self):
+        self.assertEqual(self.met("tags.key=env", "name~web"), "1")
+        self.assertEqual(self.met("tags.key=env", "name~web", "size<5"), "")
+
+    @each("condition", "", "name", "=x", " =x", "name!x", "!=x", "~x")
+    def test_what_is_no_condition(self, condition):
+        err = self.usage("listThings", "--where", condition)
+        self.assertEqual(err.count("\n"), 1)
+        self.assertIn("--where {!r}: it should be COLUMN=VALUE".format(condition), err)
+
+    @each("pattern", "(", "*", "a{99999999999}", "(?<x", "(" * 5000)
+    def test_a_pattern_that_is_none(self, pattern):
+        err = self.usage("listThings", "--where", "name=x", "--where", "name~" + pattern)
+        self.assertEqual(err.count("\n"), 1)
+        self.assertIn("no regular expression", err)
+
+    def test_every_format(self):
+        for shape, expected in (
+            ("table", "id  name\n1   web-01\n"), ("csv", "id,name\r\n1,web-01\r\n"), ("text", "1\tweb-01\n"),
+            ("jsonl", '{"id": "1", "name": "web-01"}\n'),
+        ):  # fmt: skip
+            for more in ([], ["--all"], ["--sort", "-id"]):
+                self.rows()
+                out = self.good("listThings", "-o", shape, "-c", "id,name", "--where", "name=web-01", *more)
+                self.assertEqual(out, expected)
+        for shape, nothing in ("table", ""), ("csv", "id\r\n"), ("text", ""), ("jsonl", ""):
+            self.rows(2)
+            self.assertEqual(self.good("listThings", "-o", shape, "-c", "id", "--where", "id=9"), nothing)
+            self.assertNotIn("web", self.good("listThings", "-o", shape, "--where", "id=9"))
+
+    def test_json_keeps_its_envelope_and_counts_what_is_left(self):
+        self.rows(4)
+        out = json.loads(self.good("listThings", "--where", "tags.key=env"))
+        self.assertEqual(out, {"count": 2, "thing": [self.ROWS[0], self.ROWS[2]]})
+        out = json.loads(self.good("listThings", "--where", "tags.key=env", "--sort", "-id", "-c", "id"))
+        self.assertEqual(out, {"count": 2, "thing": [{"id": "3"}, {"id": "1"}]})
+        self.assertEqual(json.loads(self.good("listThings", "--where", "id=9")), {"count": 0, "thing": []})
+        self.assertEqual(json.loads(self.good("listThings", "--where", "id=2", "--all")), [self.ROWS[1]])
+
+    def test_one_object_is_one_row(self):
+        thing = {"thing": {"id": "1", "count": 7}}
+        for shape in cs.FORMATS:
+            self.reply("getThing", thing, thing)
+            self.assertIn("7", self.good("getThing", "-o", shape, "--where", "id=1"))
+            self.assertEqual(self.good("getThing", "-o", shape, "--where", "id!=1"), "")
+
+    def test_a_list_that_was_cut_short_says_that_a_part_was_seen(self):
+        self.reply("listThings", *[{"count": 7, "thing": self.ROWS}] * 2)
+        code, out, err = self.main("listThings", "--where", "id=1", "-o", "text", "-c", "id")
+        self.assertEqual((code, out, err), (0, "1\n", "3 of 7 seen by --where; --all for the rest\n"))
+
+    def test_a_column_that_no_row_has(self):
+        for more in ([], ["-o", "csv"], ["--all", "-o", "jsonl"]):
+            self.rows()
+            code, out, err = self.main("listThings", "-c", "id,nmae", "--where", "nmae=x", "--where", "when!=y", *more)
+            self.assertEqual((code, err), (0, "Warning: no row has 'nmae'; did you mean name?\n"))
+
+    def test_text_has_no_rows(self):
+        self.assertIn("json=false", self.usage("listThings", "json=false", "--where", "id=1"))
+
+    def test_rows_that_meet_it_are_written_while_others_are_still_to_come(self):
+        """A process that reads the first row of the first page, while the second page is held back."""
+        release, rest = threading.Event(), [{"id": str(number)} for number in range(500)]
+        self.addCleanup(release.set)
+        self.cloud.script("listThings", Answer(200, {"r": {"count": 501, "thing": [{"id": "x", "n": 1}] + rest[:499]}}),
+                          lambda record: release.wait(20) and Answer(200, {"r": {"count": 501, "thing": rest[499:]}}))
+        command = [sys.executable, CS_PATH, "listThings", "--all", "-o", "jsonl", "--where", "n=1"]
+        child = Child(command, env=dict(os.environ))
+        self.addCleanup(child.end)
+        self.assertEqual(child.stdout.readline(), b'{"id": "x", "n": 1}\n')
+        release.set()
+        self.assertEqual(child.finish(), (0, b"", b""))
+
+
 # --- what is written about it ---------------------------------------------------------------------------------------
 
 
@@ -14738,8 +14851,9 @@ class HelpAndReadmeTest(CloudCase):
         for block in blocks("console"):
             for line in re.sub(r"\\\n\s*", "", block).split("\n"):
                 if line.startswith("$ cs "):
-                    words = shlex.split(line[2:], comments=True)[1:]
-                    yield words[: words.index(">")] if ">" in words else words
+                    for part in line[2:].split(" | "):
+                        words = shlex.split(part, comments=True)[1:]
+                        yield words[: words.index(">")] if ">" in words else words
 
     def test_the_console_examples_are_understood(self):
         found = list(self.commands())
