@@ -3885,6 +3885,7 @@ def _dispatch(invocation, args):
     first line that failed."""
     options, words = _parse_arguments(map(_as_utf8, args))
     options = invocation.options = _merge_options(invocation.options, options)
+    _check_each(options)
     if options["version"]:
         _write(f"cs {__version__}\n")
     elif options["completion"]:
@@ -3914,6 +3915,7 @@ def _as_utf8(arg):
 def _use_server(invocation, words):
     """Do what needs a client. Returns whether it succeeded."""
     options = invocation.options
+    invocation.conditions = [_Condition(text) for text in options["where"] or ()]
     if options["wait"] and words:
         raise _Usage("--wait stands alone: it waits for a job that is already running")
     if not (words or options["wait"] or options["list"] or options["sync"]):
@@ -3933,6 +3935,9 @@ def _use_server(invocation, words):
             return _describe_command(invocation, words[0])
         if options["sync"] and not options["dry-run"]:
             _fetch_catalog(invocation)
+        invocation.checked = {}
+        if options["each"]:
+            return _carry_out_each(invocation, words)
         if options["wait"]:
             call = _CheckedCall("queryAsyncJobResult", {"jobid": options["wait"]}, [])
         elif words:
@@ -3954,6 +3959,8 @@ class _Invocation:
     def __init__(self, options=None, clients=None):
         self.options = _parse_arguments([])[0] if options is None else options
         self.settings = {}
+        self.conditions: list = []  # of --where
+        self.checked: dict = {}  # what _check_once found
         self.client: Any = None
         self.clients = clients
         self.progress = _Progress()
@@ -4064,7 +4071,7 @@ class _Progress:
         if kind == "rows":
             now = _clock()
             if self._shown_at is None or now - self._shown_at >= 0.1:
-                self._show(f"{what} of {more} rows" if more else f"{what} rows", now)
+                self.show(f"{what} of {more} rows" if more else f"{what} rows", now)
         elif self._ended is None:
             self._ended = threading.Event()
             args = (self._ended, self.job or what, _clock() - more)
@@ -4084,9 +4091,9 @@ class _Progress:
         with self._lock:
             if not ended.is_set():
                 now = _clock()
-                self._show(f"{what}: waiting for the job, {int(now - started)} s", now)
+                self.show(f"{what}: waiting for the job, {int(now - started)} s", now)
 
-    def _show(self, text, now):
+    def show(self, text, now):
         self._shown_at = now
         try:
             sys.stderr.write("\r\x1b[K" + text)
@@ -4100,7 +4107,7 @@ class _Progress:
                 self._ended.set()
             self._ended = self.job = None
             if self._shown_at is not None:
-                self._show("", None)
+                self.show("", None)
 
 
 # words: the command and its parameters as they were typed.
@@ -4114,10 +4121,12 @@ def _checked_call(invocation, words):
     if len(words) > 1 and "=" not in words[1]:
         _refuse_parted_command(invocation, words)
     params = _parse_parameters(words[1:])
-    command = _check_against_catalog(invocation, words[0], params)
+    command = _check_once(invocation, words[0], params)
     _fill_in_ids(invocation, command, params)
     if options["all"]:
         params["fetch_list"] = True
+    if params.get("json") is False and (invocation.conditions or options["each"]):
+        raise _Usage("json=false gives a text, in which --where and --each find no rows")
     if not _only_reads(command):  # there is nothing to page through, and no page to ask it for
         params.pop("fetch_list", None)
     params.setdefault("fetch_result", not (options["async"] or "async" in command.lower()))
@@ -4136,7 +4145,12 @@ def _carry_out(invocation, call):
     invocation.progress.clear()
     _print_answer(invocation, answer, is_plain=call.params.get("json") is False)
     _warn_of_missing_rows(invocation, answer, call.params)
-    said = answer if isinstance(answer, dict) else {}  # a 200 may tell of a failure all the same
+    return _tells_success(answer)
+
+
+def _tells_success(answer):
+    """Return whether an answer of status 200 is none that tells of a failure all the same."""
+    said = answer if isinstance(answer, dict) else {}
     return "errortext" not in said and str(said.get("success")).lower() != "false"
 
 
@@ -4159,16 +4173,16 @@ def _stream(invocation, call):
     control = ("fetch_list", "fetch_result")
     params = {name: value for name, value in call.params.items() if name not in control}
     columns = _chosen_columns(invocation)
-    unseen = set(columns or ())
+    unseen = {*(columns or ()), *(condition.column for condition in invocation.conditions)}
     sample: list = []
     flushed_at = 0.0
     for row in invocation.client.iter_list(call.command, **params):
-        invocation.progress.clear()
         unseen = {name for name in unseen if _pick(row, name) is None}
         if unseen and len(sample) < 100:
             sample.append(row)
-        shown = {name: _pick(row, name) for name in columns} if columns else row
-        _write(_json_text(shown, None) + "\n")
+        for shown in _only(_filtered(invocation, [row]), columns):
+            invocation.progress.clear()
+            _write(_json_text(shown, None) + "\n")
         if _clock() - flushed_at > 0.1:
             _flush()
             flushed_at = _clock()
@@ -4181,7 +4195,8 @@ def _warn_of_missing_rows(invocation, answer, params):
     if params.get("fetch_list") or {name.lower() for name in params} & {"page", "pagesize"}:
         return
     if isinstance(total, int) and total > len(rows):
-        invocation.say(f"{len(rows)} of {total} shown; --all for the rest")
+        verb = "seen by --where" if invocation.conditions else "shown"
+        invocation.say(f"{len(rows)} of {total} {verb}; --all for the rest")
 
 
 def _show_plan(invocation, call):
@@ -4473,23 +4488,34 @@ def _print_answer(invocation, answer, is_plain=False):
 
 def _print_document(invocation, answer):
     rows = _rows_of(answer)
-    wanted = _sorted(invocation, rows)
     columns = _chosen_columns(invocation)
-    _warn_of_columns(invocation, rows, columns)
+    named = [condition.column for condition in invocation.conditions] + (columns or [])
+    _warn_of_columns(invocation, rows, dict.fromkeys(named))
+    wanted = _sorted(invocation, _filtered(invocation, rows))
+    is_object = not isinstance(answer, list) and _find_rows(answer) is None
+    if is_object and not wanted:  # it does not meet --where
+        return
 
-    shape = invocation.format()
-    if shape == "json":
-        is_changed = columns is not None or invocation.options["sort"]
+    if invocation.format() == "json":
+        is_changed = columns is not None or invocation.options["sort"] or invocation.conditions
         shown = _with_rows(answer, _only(wanted, columns)) if is_changed else answer
+        if invocation.conditions and isinstance(shown, dict) and "count" in shown and not is_object:
+            shown["count"] = len(wanted)  # else a script would look for the rest
         _print_json(invocation, shown)
-    elif shape == "jsonl":
-        _write("".join(_json_text(row, None) + "\n" for row in _only(wanted, columns)))
+    else:
+        _print_rows(invocation, wanted, columns)
+
+
+def _print_rows(invocation, rows, columns):
+    shape = invocation.format()
+    if shape == "jsonl":
+        _write("".join(_json_text(row, None) + "\n" for row in _only(rows, columns)))
     elif shape == "csv":
-        _print_csv(wanted, columns)
+        _print_csv(rows, columns)
     elif shape == "text":
-        _print_text(wanted, columns or _default_columns(wanted))
+        _print_text(rows, columns or _default_columns(rows))
     elif rows:
-        _print_table(invocation, wanted, columns)
+        _print_table(invocation, rows, columns)
 
 
 def _rows_of(answer):
@@ -4953,6 +4979,15 @@ def _read_catalog(path, *file_state):
     """Read a _Catalog; once for all lines of a shell, until its file changes."""
     with open(path, encoding="utf-8") as file:
         return _Catalog(file.read())
+
+
+def _check_once(invocation, command, params):
+    """Return what _check_against_catalog does, which looks at names and at what is empty, no
+    further: a thousand rows of --each are alike to it, and warned of once."""
+    shape = (command, *((name, value == "") for name, value in params.items()))
+    if not invocation.options["each"] or shape not in invocation.checked:
+        invocation.checked[shape] = _check_against_catalog(invocation, command, params)
+    return invocation.checked[shape]
 
 
 def _check_against_catalog(invocation, command, params):
@@ -5783,6 +5818,305 @@ def _piped_lines():
     """Yield the lines of standard input; the rest of it may be for a line's name=@-."""
     for line in sys.stdin.buffer if sys.stdin else ():
         yield line.decode("utf-8-sig", "surrogateescape")
+
+
+# 9.7 Rows that meet conditions: --where.
+
+_CONDITION = r"([^=!<>~]+)(!=|<=|>=|=?~|==?|[<>])(.*)\Z"  # compiled when used
+_ORDERS = {"<": (-1,), "<=": (-1, 0), ">": (1,), ">=": (0, 1)}  # what comparing may give
+
+
+class _Condition:
+    """One --where: a column, a sign and a value. Raises _Usage for what cannot be one."""
+
+    def __init__(self, text):
+        found = re.match(_CONDITION, text, re.DOTALL)
+        if not found or not found.group(1).strip():
+            raise _Usage(f"--where {text!a}: it should be COLUMN=VALUE, or != ~ < <= > >= for =")
+        self.column, self.sign, wanted = (part.strip() for part in found.groups())
+        self.wanted = _comparable(wanted)
+        try:
+            self.pattern = re.compile(wanted, re.IGNORECASE) if "~" in self.sign else None
+        except (re.error, OverflowError, RecursionError) as error:
+            raise _Usage(f"--where {wanted!a}: no regular expression: {error}") from None
+
+    def is_met(self, row):
+        """Return whether a row meets it. Of a list any item may, but for != none may be equal; what
+        a row does not have counts as the empty text."""
+        holds = any(map(self._holds, _texts(_pick(row, self.column))))
+        return holds != (self.sign == "!=")
+
+    def _holds(self, text):
+        if self.pattern:
+            return self.pattern.search(text) is not None
+        given, wanted = _comparable(text), self.wanted
+        order = (given > wanted) - (given < wanted)
+        return given[0] == wanted[0] and order in _ORDERS.get(self.sign, (0,))
+
+
+def _texts(value):
+    """Return the texts that a condition compares: that of a value, or those of a list's items."""
+    if isinstance(value, list) and value:
+        return [text for item in value for text in _texts(item)]
+    return [_cell(value)]
+
+
+def _comparable(text):
+    """Return (kind, value). Numbers compare with numbers, texts with texts, nothing with itself."""
+    if not _NUMBER.match(text):
+        return (1 if text else 2, text)
+    try:
+        return (0, int(text))
+    except ValueError:  # a fraction; or more digits than int() takes
+        return (0, float(text))
+
+
+def _filtered(invocation, rows):
+    """Return the rows that meet every --where."""
+    for condition in invocation.conditions:
+        rows = [row for row in rows if condition.is_met(row)]
+    return rows
+
+
+# 9.8 Many at once: --each.
+
+_FIELD = r"\{\{|\}\}|\{([^{}]*)\}|[{}]"
+_PARALLEL = 10
+
+
+def _check_each(options):
+    """Raise _Usage for options that do not go with --each, or not without it."""
+    word = "with" if options["each"] else "without"
+    others = {"with": "columns sort wait list shell", "without": "parallel stop-on-error"}
+    for name in others[word].split():
+        if options[name]:
+            raise _Usage(f"--{name} does not go {word} --each")
+    count = options["parallel"]
+    if count and not re.match(r"0*[1-9][0-9]{0,5}\Z", count, re.ASCII):
+        raise _Usage(f"--parallel {count!a}: it should be a number from 1 up")
+
+
+def _carry_out_each(invocation, words):
+    """Make the call once for each row of standard input. Returns whether all succeeded."""
+    template = [words[0]] + [_word_template(word) for word in words[1:]]
+    rows = _read_rows(invocation)
+    _warn_of_columns(invocation, rows, [condition.column for condition in invocation.conditions])
+    rows = _filtered(invocation, rows)
+    if not rows:
+        invocation.say("No rows on standard input: nothing to do")
+
+    is_dry = invocation.options["dry-run"]
+    for number, row in enumerate(rows, 1):  # all of them before the first is sent
+        try:
+            call = _row_call(invocation, template, row)
+            _Call(call.command, flatten(call.params))  # refuses what the server would
+        except (_Usage, ValueError) as error:
+            raise _Usage(f"row {number}, {_cut(_json_text(row, None), 60)}: {error}") from None
+        if is_dry:
+            _show_plan(invocation, call)
+    return is_dry or not rows or _Batch(invocation, template, rows).run()
+
+
+def _word_template(word):
+    """Return a name=value word with {field} in it. What is filled in stands in quotes, so that a
+    row's own @ or name: is text and nothing else; a file is read once, and its braces are text."""
+    name, _, value = word.partition("=")
+    value = value.strip()
+    if value == "@-":
+        raise _Usage(f"{name.strip()}: @- does not go with --each, whose rows are standard input")
+    is_file = re.match("@(?!@)", value)
+    if not is_file and (value.startswith("name:") or not re.search("[{}]", value)):
+        return word
+    text = _parse_value(name.strip(), value)
+    return f'{name}="' + (re.sub("[{}]", r"\g<0>\g<0>", text) if is_file else text) + '"'
+
+
+def _row_call(invocation, template, row):
+    """Return the checked call for a row. Raises _Usage for a field that it lacks."""
+
+    def fill(found):
+        field = found.group(1)
+        if found.group() in ("{", "}"):
+            raise _Usage(f"a single {found.group()}; a brace that is text is written twice")
+        if field is None:
+            return found.group()[0]
+        value = _pick(row, field) if field else row
+        if value is None:
+            near = _near(field, _field_names([row]))
+            raise _Usage(f"there is no {field!a}{_did_you_mean(near)}")
+        return _cell(value)
+
+    return _checked_call(invocation, [re.sub(_FIELD, fill, word) for word in template])
+
+
+def _read_rows(invocation):
+    """Return the rows of standard input: JSON, one document or many, else its lines."""
+    if _is_terminal(sys.stdin):
+        invocation.say("Type the rows, then Ctrl-D")
+    text = _read_stdin().strip()
+    if not re.match(r'[\[{"]', text):
+        return [line.strip() for line in text.split("\n") if line.strip()]
+
+    rows: list = []
+    index = 0
+    while index < len(text):
+        try:
+            document, index = jsonlib.JSONDecoder().raw_decode(text, index)
+        except (ValueError, RecursionError):
+            line = text.count("\n", 0, index) + 1
+            raise _Usage(f"standard input, line {line}: it begins as JSON and is none") from None
+        rows += _rows_in(document)
+        while text[index : index + 1].isspace():
+            index += 1
+    return rows
+
+
+def _rows_in(document):
+    """Return the rows of a JSON document: a list, an answer, a row, or one that an earlier --each
+    has not sent."""
+    if isinstance(document, dict) and set(document) == {"row", "unsent"}:
+        return [document["row"]]
+    if isinstance(document, dict) and len(set(document) - {"count"}) > 1:
+        return [document]
+    return _rows_of(document)
+
+
+class _Batch:
+    """The calls for rows that were checked, some at once, on one event loop."""
+
+    def __init__(self, invocation, template, rows):
+        self.invocation, self.template, self.rows = invocation, template, rows
+        self.started = 0  # how many rows were
+        self.counts: dict = collections.Counter()  # of what became of them, or is becoming
+        self.table = {}  # number of a row: what is shown of it at the end
+        self.left = []  # the exceptions of jobs that may still run
+        self.is_ending = self.is_interrupted = False  # nothing more is started
+        self.unwritten = None  # why standard output could not be written
+
+    def run(self):
+        """Make the calls, and say what became of them. Returns whether all succeeded."""
+        import asyncio
+        import signal
+
+        def interrupt(*_):
+            signal.signal(signal.SIGINT, usual)  # the next one ends everything at once
+            self.is_ending = self.is_interrupted = True
+            for task in tasks:
+                loop.call_soon_threadsafe(task.cancel)
+
+        most = int(self.invocation.options["parallel"] or _PARALLEL)
+        client = AIOCloudStack(**self.invocation.settings, concurrency=min(most, 128))
+        client.set_setting("recover", self.invocation.client.get_setting("recover"))
+        usual = signal.getsignal(signal.SIGINT)  # it may be ignored (nohup), or a program's own
+        may_catch = usual is signal.default_int_handler
+        may_catch = may_catch and threading.current_thread() is threading.main_thread()
+        loop = asyncio.new_event_loop()
+        tasks = [loop.create_task(self._work(client)) for _ in self.rows[:most]]
+        try:
+            if may_catch:
+                signal.signal(signal.SIGINT, interrupt)
+            loop.run_until_complete(asyncio.wait(tasks))
+            loop.run_until_complete(client.aclose())
+        finally:
+            if may_catch:
+                signal.signal(signal.SIGINT, usual)
+            loop.close()
+        return self._conclude()
+
+    async def _work(self, client):
+        """Take one row after another, as long as there are any."""
+        import asyncio
+
+        while self.started < len(self.rows) and not self.is_ending:
+            number = self.started
+            self.started += 1
+            self.counts["running"] += 1
+            self._show_progress()
+            try:
+                call = _row_call(self.invocation, self.template, self.rows[number])
+                answer = await client._request(call.command, **call.params)
+                if not _tells_success(answer):
+                    raise CloudStackApiException(_cell(answer), error=answer)
+                state, outcome = "done", {"result": answer}
+            except (Exception, asyncio.CancelledError) as error:  # the latter is Ctrl-C
+                state, outcome = self._read_failure(error)
+            self.counts["running"] -= 1
+            self._note(number, state, outcome)
+
+    def _read_failure(self, error):
+        """Return (state, outcome) of a call that failed or was broken off."""
+        words = dict(_server_error(error) or {"message": _sentence(error) or "interrupted"})
+        is_unknown = getattr(error, "outcome_unknown", not _only_reads(self.template[0]))
+        state = "unknown" if is_unknown else "failed"
+        if getattr(error, "jobid", None):
+            words["jobid"] = error.jobid
+            if not isinstance(error, CloudStackApiException):
+                self.left.append(error)
+                state = "running"
+        return state, {"error": words, "outcome_unknown": is_unknown}
+
+    def _note(self, number, state, outcome):
+        """Count what became of a row, and show it: as JSON now, in other formats at the end."""
+        row = self.rows[number]
+        self.counts[state] += 1
+        if state != "done" and self.invocation.options["stop-on-error"]:
+            self.is_ending = True
+        if self.invocation.format() in ("json", "jsonl"):
+            self._write_line(_json_text(dict(outcome, row=row), None), state)
+        else:
+            error = outcome.get("error", {})
+            text = error.get("errortext") or error.get("message") or ""
+            (cells,) = _cells([row], _default_columns([row])[:1])
+            self.table[number] = {"row": cells[0], "state": state, "error": text}
+        self._show_progress()
+
+    def _write_line(self, line, state):
+        """Write a line at once; if nobody takes it, on standard error, and start nothing more."""
+        self.invocation.progress.clear()
+        try:
+            if self.unwritten is None:
+                _write(line + "\n")
+                _flush()
+                return
+        except _OutputFailed as failed:
+            self.unwritten, self.is_ending = failed.args[0], True
+        if state != "unsent" or self.is_interrupted:
+            _write_stderr(line)
+
+    def _show_progress(self):
+        if self.invocation.client._state.progress:
+            self.invocation.progress.show(self._counted(), _clock())
+
+    def _counted(self):
+        counted = [f"{count} {state}" for state, count in sorted(self.counts.items()) if count]
+        return f"{', '.join(counted)}, of {len(self.rows)}"
+
+    def _conclude(self):
+        """Show what was not sent, and say what is left. Returns whether all succeeded."""
+        for number in range(self.started, len(self.rows)):
+            self._note(number, "unsent", {"unsent": True})
+        self.invocation.progress.clear()
+        try:
+            table = [row for _, row in sorted(self.table.items())]
+            _print_rows(self.invocation, table, ["row", "state", "error"])
+            _flush()
+        except _OutputFailed as failed:
+            self.unwritten = failed.args[0]
+
+        is_done = self.counts["done"] == len(self.rows)
+        lines = [("Interrupted: " if self.is_interrupted else "") + self._counted() + " rows"]
+        lines += [_how_to_go_on(self.invocation, error) for error in self.left]
+        if self.counts["unsent"] and (self.unwritten is None or self.is_interrupted):
+            lines.append('Those that say "unsent" can be piped in again.')
+        if not is_done:
+            may_be_quiet = not (self.left or self.counts["unsent"])
+            say = self.invocation.say if may_be_quiet else _write_stderr
+            say("\n".join(lines))
+        if self.unwritten is not None:
+            _report_unwritten(self.unwritten)
+        if self.is_interrupted and not is_done:
+            raise KeyboardInterrupt
+        return is_done and self.unwritten is None
 
 
 if __name__ == "__main__":

@@ -14071,6 +14071,526 @@ class HabitsTest(CloudCase):
         self.assertEqual([line for line in screen(narrow).splitlines() if columns_of(line) > 12], [])
 
 
+# --- rows: --where and --each ---------------------------------------------------------------------------------------
+
+
+class WhereTest(CloudCase):
+    ROWS = [
+        {"id": "1", "name": "web-01", "on": True, "size": 2048, "n": "2048", "when": "2026-01-02T00:00:00+0000",
+         "tags": [{"key": "env", "value": "prod"}, {"key": "role", "value": "web"}], "nic": [{"ip": ["a", "b"]}]},
+        {"id": "2", "name": "Web 02", "on": False, "size": 512.5, "n": "1e3", "tags": [], "details": {"cpu": 4}},
+        {"id": "3", "name": "db", "size": 2**80 + 1, "n": "x", "when": "2025-12-31T00:00:00+0000",
+         "tags": [{"key": "env", "value": "test"}]},
+    ]  # fmt: skip
+
+    def rows(self, times=1):
+        for _ in range(times):
+            self.reply("listThings", {"count": 3, "thing": self.ROWS})
+
+    def met(self, *conditions):
+        """The ids of the rows that meet these, joined."""
+        self.rows()
+        words = [word for condition in conditions for word in ("--where", condition)]
+        return "".join(self.good("listThings", "-o", "text", "-c", "id", "-q", *words).split())
+
+    @each("condition, ids",
+        ("name=db", "3"), ("name=DB", ""), (" name = db ", "3"), ("name==db", "3"), ("name!=db", "12"),
+        ("name~^web", "12"), ("name=~B", "123"), ("name~0[12]$", "12"), ("name~", "123"), ("name~=", ""),
+        ("size=2048", "1"), ("n=2048", "1"), ("n=2048.0", "1"), ("n=1000", "2"), ("size>512", "123"),
+        ("size<=512.5", "2"),
+        ("size>=2048", "13"), ("size<2048", "2"), ("n>999", "12"), ("n<x", ""), ("n>=x", "3"), ("size>x", ""),
+        ("size>1208925819614629174706176", "3"), ("size=1208925819614629174706176", ""), ("size<" + "9" * 5000, "123"),
+        ("on=true", "1"), ("on!=true", "23"), ("on=True", ""), ("when<2026", ""), ("when<2026-01-01", "3"),
+        ("when>=2026-01-01", "1"), ("when=", "2"), ("when!=", "13"), ("when<~", "13"),
+        ("tags.key=env", "13"), ("tags.key!=env", "2"), ("tags.value~^w", "1"), ("tags=", "2"),
+        ("tags.1.key=role", "1"),
+        ("nic.ip=b", "1"), ("nic.ip!=b", "23"), ("details.cpu>3", "2"), ("details~cpu", "2"),
+        ("zzz=1", ""), ("zzz!=1", "123"),
+    )  # fmt: skip
+    def test_a_condition(self, condition, ids):
+        self.assertEqual(self.met(condition), ids)
+
+    def test_all_of_them_must_hold(self):
+        self.assertEqual(self.met("tags.key=env", "name~web"), "1")
+        self.assertEqual(self.met("tags.key=env", "name~web", "size<5"), "")
+
+    @each("condition", "", "name", "=x", " =x", "name!x", "!=x", "~x")
+    def test_what_is_no_condition(self, condition):
+        err = self.usage("listThings", "--where", condition)
+        self.assertEqual(err.count("\n"), 1)
+        self.assertIn("--where {!r}: it should be COLUMN=VALUE".format(condition), err)
+
+    @each("pattern", "(", "*", "a{99999999999}", "(?<x", "(" * 5000)
+    def test_a_pattern_that_is_none(self, pattern):
+        err = self.usage("listThings", "--where", "name=x", "--where", "name~" + pattern)
+        self.assertEqual(err.count("\n"), 1)
+        self.assertIn("no regular expression", err)
+
+    def test_every_format(self):
+        for shape, expected in (
+            ("table", "id  name\n1   web-01\n"), ("csv", "id,name\r\n1,web-01\r\n"), ("text", "1\tweb-01\n"),
+            ("jsonl", '{"id": "1", "name": "web-01"}\n'),
+        ):  # fmt: skip
+            for more in ([], ["--all"], ["--sort", "-id"]):
+                self.rows()
+                out = self.good("listThings", "-o", shape, "-c", "id,name", "--where", "name=web-01", *more)
+                self.assertEqual(out, expected)
+        for shape, nothing in ("table", ""), ("csv", "id\r\n"), ("text", ""), ("jsonl", ""):
+            self.rows(2)
+            self.assertEqual(self.good("listThings", "-o", shape, "-c", "id", "--where", "id=9"), nothing)
+            self.assertNotIn("web", self.good("listThings", "-o", shape, "--where", "id=9"))
+
+    def test_json_keeps_its_envelope_and_counts_what_is_left(self):
+        self.rows(4)
+        out = json.loads(self.good("listThings", "--where", "tags.key=env"))
+        self.assertEqual(out, {"count": 2, "thing": [self.ROWS[0], self.ROWS[2]]})
+        out = json.loads(self.good("listThings", "--where", "tags.key=env", "--sort", "-id", "-c", "id"))
+        self.assertEqual(out, {"count": 2, "thing": [{"id": "3"}, {"id": "1"}]})
+        self.assertEqual(json.loads(self.good("listThings", "--where", "id=9")), {"count": 0, "thing": []})
+        self.assertEqual(json.loads(self.good("listThings", "--where", "id=2", "--all")), [self.ROWS[1]])
+
+    def test_one_object_is_one_row(self):
+        thing = {"thing": {"id": "1", "count": 7}}
+        for shape in cs.FORMATS:
+            self.reply("getThing", thing, thing)
+            self.assertIn("7", self.good("getThing", "-o", shape, "--where", "id=1"))
+            self.assertEqual(self.good("getThing", "-o", shape, "--where", "id!=1"), "")
+
+    def test_a_list_that_was_cut_short_says_that_a_part_was_seen(self):
+        self.reply("listThings", *[{"count": 7, "thing": self.ROWS}] * 2)
+        code, out, err = self.main("listThings", "--where", "id=1", "-o", "text", "-c", "id")
+        self.assertEqual((code, out, err), (0, "1\n", "3 of 7 seen by --where; --all for the rest\n"))
+
+    def test_a_column_that_no_row_has(self):
+        for more in ([], ["-o", "csv"], ["--all", "-o", "jsonl"]):
+            self.rows()
+            code, out, err = self.main("listThings", "-c", "id,nmae", "--where", "nmae=x", "--where", "when!=y", *more)
+            self.assertEqual((code, err), (0, "Warning: no row has 'nmae'; did you mean name?\n"))
+
+    def test_text_has_no_rows(self):
+        self.assertIn("json=false", self.usage("listThings", "json=false", "--where", "id=1"))
+
+    def test_rows_that_meet_it_are_written_while_others_are_still_to_come(self):
+        """A process that reads the first row of the first page, while the second page is held back."""
+        release, rest = threading.Event(), [{"id": str(number)} for number in range(500)]
+        self.addCleanup(release.set)
+        self.cloud.script("listThings", Answer(200, {"r": {"count": 501, "thing": [{"id": "x", "n": 1}] + rest[:499]}}),
+                          lambda record: release.wait(20) and Answer(200, {"r": {"count": 501, "thing": rest[499:]}}))
+        command = [sys.executable, CS_PATH, "listThings", "--all", "-o", "jsonl", "--where", "n=1"]
+        child = Child(command, env=dict(os.environ))
+        self.addCleanup(child.end)
+        self.assertEqual(child.stdout.readline(), b'{"id": "x", "n": 1}\n')
+        release.set()
+        self.assertEqual(child.finish(), (0, b"", b""))
+
+
+class EachCase(CloudCase):
+    def each(self, stdin, *args):
+        """main() with --each and this on standard input: (exit code, standard output, standard error)."""
+        if not isinstance(stdin, str):
+            stdin = "".join(json.dumps(row) + "\n" for row in stdin)
+        stream = io.TextIOWrapper(io.BytesIO(stdin.encode("utf-8", "surrogateescape")), encoding="utf-8")
+        with mock.patch.object(sys, "stdin", stream):
+            return self.main("--each", *args)
+
+    def refused(self, stdin, *args):
+        """What is said of rows or a line for which nothing may be sent."""
+        del self.cloud.requests[:]
+        code, out, err = self.each(stdin, *args)
+        self.assertEqual((code, out, self.asked), (2, "", []))
+        self.assertEqual(err.count("\n"), 1, err)
+        return err
+
+    def values(self, stdin, *args):
+        """The values that doThing was called with for each row, in the order of rows."""
+        code, out, err = self.each(stdin, "doThing", "--parallel", "1", *args)
+        self.assertEqual((code, err), (0, ""), out)
+        found = [self.sent(index).get("x") for index in range(len(self.asked))]
+        del self.cloud.requests[:]
+        return found
+
+    def setUp(self):
+        super().setUp()
+        self.option(scripted=self.scripted)
+        for job in self.cloud.cloud.jobs.values():  # those that other tests have left
+            job.begins = job.due = 0
+        self.cloud.cloud._busy.clear()
+
+    def scripted(self, record):
+        """doThing repeats its x; others are the simulator's."""
+        if record.command == "doThing":
+            return Answer(200, {"r": {"done": record.params.get("x", "")}})
+        return type(self.cloud).scripted(self.cloud, record)
+
+    def machines(self, count=20):
+        """The first of the machines that run, as rows."""
+        words = ["listVirtualMachines", "--all", "--where", "state=Running", "-c", "id,name"]
+        rows = json.loads(self.good(*words))
+        del self.cloud.requests[:]
+        return rows[:count]
+
+    @staticmethod
+    def lines(out):
+        return [json.loads(line) for line in out.splitlines()]
+
+
+class EachTest(EachCase):
+    def test_rows_in_every_form(self):
+        rows = [{"id": "a"}, {"id": "b"}]
+        answer = {"count": 2, "thing": rows}
+        for text in (
+            '{"id": "a"}\n{"id": "b"}\n', '\r\n{"id": "a"}\r\n\r\n{"id": "b"}', json.dumps(rows),
+            json.dumps(rows, indent=2), json.dumps(answer), json.dumps(answer, indent=2),
+            json.dumps(rows[0], indent=2) + json.dumps(rows[1], indent=2), "\ufeff" + json.dumps({"thing": rows}),
+            '{"row": {"id": "a"}, "unsent": true}\n{"id": "b"}', "[{}]\n[{}]".format(*map(json.dumps, rows)),
+        ):  # fmt: skip
+            with self.subTest(text):
+                self.assertEqual(self.values(text, "x={id}"), ["a", "b"])
+        for text in ("a\nb\n", "a\r\n\n  b \r\n\n", '"a" "b"\n', '["a", "b"]', '["a"]\n"b"'):
+            with self.subTest(text):
+                self.assertEqual(self.values(text, "x={}"), ["a", "b"])
+        self.assertEqual(self.values("7\ntrue\n-\n", "x={}"), ["7", "true", "-"])
+
+    def test_one_row_that_holds_a_list_is_no_answer(self):
+        row = {"name": "a", "nic": [{"ip": "1"}, {"ip": "2"}]}
+        self.assertEqual(self.values([row], "x={name}:{nic.ip}:{nic.1.ip}"), ["a:1,2:2"])
+
+    def test_what_is_filled_in(self):
+        row = {"id": "a", "n": 7, "on": True, "empty": "", "a.b": "dot", "d": {"k": ["p", "q"]}, "s p": "space"}
+        for word, expected in (
+            ("x={id}", "a"), ("x=<{id}-{n}-{id}>", "<a-7-a>"), ("x={on}", "true"), ("x={a.b}", "dot"),
+            ("x={d.k}", "p,q"), ("x={d}", '{"k":["p","q"]}'), ("x={d.k.1}", "q"), ("x={{id}}", "{id}"),
+            ("x={{{id}}}", "{a}"), ("x=}}{{", "}{"),
+            ("x='{id} '", "a "), ("x=@@{id}", "@a"), ("x={empty}", ""), ("x={s p}", "space"), ("x=plain", "plain"),
+            ("x={}", json.dumps(row, sort_keys=True, separators=(",", ":"))), (" x = {id} ", "a"),
+        ):  # fmt: skip
+            with self.subTest(word):
+                self.assertEqual(self.values([row], word), [expected])
+        self.assertEqual(self.values([row], "x={id}", "x={n}"), ["a,7"])  # joined in their order, as ever
+
+    def test_a_value_of_a_row_is_never_more_than_text(self):
+        secret = self.write("secret", "CANARY")
+        for text in ("@" + secret, "@-", "@@x", "'q'", '"q"', " s ", "name:web-01", "{id}", "{{", "a=b", "\u00e9", '"'):
+            with self.subTest(text):
+                self.assertEqual(self.values([{"id": text}], "x={id}"), [text])
+
+    def test_a_file_is_read_once_and_its_braces_are_its_own(self):
+        path = self.write("data", '{"id": "{id}"}\n')
+        with mock.patch.object(cs, "_read_text", side_effect=cs._read_text) as reading:
+            self.assertEqual(self.values("a\nb\n", "x=@" + path), ['{"id": "{id}"}'] * 2)
+        self.assertEqual([call for call in reading.call_args_list if path in call[0]], reading.call_args_list[:1])
+
+    def test_a_field_that_a_row_lacks_stops_everything_before_the_first_call(self):
+        for rows, field, says in (
+            ([{"id": "1", "name": "n"}, {"name": "m"}], "id", "row 2, {\"name\": \"m\"}: there is no 'id'"),
+            ([{"nmae": "1"}], "name", "did you mean nmae?"), ([{"id": None}], "id", "row 1, "),
+            ("a\nb\n", "id", 'row 1, "a": '),
+            ([{"n": 1, "nic": []}], "nic.0.ip", "no 'nic.0.ip'"), ([{"id": "x" * 500}], "no", "x…: there is no 'no'"),
+        ):  # fmt: skip
+            with self.subTest(field):
+                self.assertIn(says, self.refused(rows, "doThing", "x={%s}" % field))
+        for word in "x={id", "x=id}", "x={{id}", "x={a{id}}":
+            self.assertIn("a brace that is text is written twice", self.refused([{"id": "1"}], "doThing", word))
+
+    def test_rows_that_cannot_be_read(self):
+        for text in (
+            '{"id": 1}\n{"id": 2', '{"id": 1},\n', "[1, 2", '{"id": 1}\nweb-02\n', "[" * 100000, '{"id": 1x}',
+        ):  # fmt: skip
+            with self.subTest(text[:30]):
+                self.assertIn("standard input, line ", self.refused(text, "doThing"))
+        self.assertIn("line 3", self.refused("{}\n{}\nx", "doThing"))
+        self.assertIn("not UTF-8", self.refused("\udcff", "doThing"))
+        self.assertIn("row 2, ", self.refused(["a", "b\u0007"], "doThing", "x={}"))
+        self.assertIn("U+0007", self.refused(["b\u0007"], "doThing", "x={}"))
+        with mock.patch.object(sys, "stdin", None):
+            self.assertIn("no standard input", self.usage("doThing", "--each"))
+
+    def test_no_rows(self):
+        for text in "", "\n \n", "[]", '{"count": 0, "thing": []}', "{}":
+            code, out, err = self.each(text, "doThing", "x={id}")
+            self.assertEqual((code, out, err, self.asked), (0, "", "No rows on standard input: nothing to do\n", []))
+
+    def test_options_that_make_no_sense(self):
+        for words in (
+            "--parallel 0", "--parallel x", "--parallel=-1", "--parallel 1.5", "-c id", "--sort id", "--shell", "x=@-",
+            "json=false", "x",
+        ):  # fmt: skip
+            with self.subTest(words):
+                self.refused(["a"], "doThing", *words.split())
+        for words in "--parallel 2", "--parallel x", "--stop-on-error":
+            self.assertIn("without --each", self.usage("doThing", *words.split()))
+        self.refused(["a"], "--wait", "j")
+        self.refused(["a"], "--list", "x")
+        self.refused(["a"])
+
+    def test_where_chooses_among_the_rows(self):
+        rows = [{"id": "a", "state": "Running"}, {"id": "b", "state": "Stopped"}]
+        self.assertEqual(self.values(rows, "x={id}", "--where", "state!=Running"), ["b"])
+        err = self.each(rows, "doThing", "--where", "stat=Running")[2]
+        self.assertIn("no row has 'stat'; did you mean state?", err)
+
+    def test_a_line_of_json_for_each_row(self):
+        self.say_error("breakThing", 431, "no such thing")
+        self.reply("breakThing", {"success": False, "displaytext": "hm"}, {"success": "true"})
+        code, out, err = self.each(["a", "b", "c"], "breakThing", "--parallel", "1")
+        a, b, c = self.lines(out)
+        self.assertEqual((code, err), (1, "1 done, 2 failed, of 3 rows\n"))
+        self.assertEqual((a["row"], a["outcome_unknown"], a["error"]["errorcode"]), ("a", False, 431))
+        self.assertEqual(a["error"]["errortext"], "no such thing")
+        message = '{"displaytext":"hm","success":false}'
+        self.assertEqual(b, {"row": "b", "error": {"message": message}, "outcome_unknown": False})
+        self.assertEqual(c, {"row": "c", "result": {"success": "true"}})
+        self.say_error("breakThing", 431)
+        self.assertEqual(self.each(["a"], "breakThing", "-q")[::2], (1, ""))
+
+    def test_the_other_formats_come_at_the_end_in_the_order_of_rows(self):
+        def fail_late(record):
+            if record.params["x"] != "1":
+                return Answer(200, {"r": {"a": 1}})
+            time.sleep(0.1)
+            return Answer(431, {"r": {"errorcode": 431, "errortext": "no"}})
+
+        self.option(scripted=fail_late)
+        rows = [{"account": "x", "id": "1", "n": 1}, {"zone": "z", "name": "two", "n": 2}, {"zone": "z", "n": 3}]
+        for shape, expected in (
+            ("table", "row  state   error\n1    failed  no\ntwo  done\nz    done\n"),
+            ("text", "1\tfailed\tno\ntwo\tdone\t\nz\tdone\t\n"),
+            ("csv", "row,state,error\r\n1,failed,no\r\ntwo,done,\r\nz,done,\r\n"),
+        ):  # fmt: skip
+            code, out, err = self.each(rows, "failLate", "x={n}", "-o", shape)
+            self.assertEqual((code, out, err), (1, expected, "2 done, 1 failed, of 3 rows\n"))
+
+    def test_a_lost_answer_says_that_the_outcome_is_unknown(self):
+        self.configure(recover="false")
+        self.cloud.script("loseThing", DROP)
+        code, out, err = self.each(["a"], "loseThing")
+        (line,) = self.lines(out)
+        self.assertEqual((code, line["outcome_unknown"], self.asked), (1, True, ["loseThing"]))
+        self.assertEqual(err, "1 unknown, of 1 rows\n")
+        self.cloud.script("loseThing", DROP)
+        self.assertEqual(self.each(["a"], "loseThing", "-o", "text")[1].split("\t")[:2], ["a", "unknown"])
+
+    def test_a_job_that_outlives_its_time_is_said_with_its_id(self):
+        self.configure(job_timeout="0.05")
+        self.option(job_seconds=30)
+        rows = self.machines(1)
+        code, out, err = self.each(rows, "rebootVirtualMachine", "id={id}", "-q")
+        (line,) = self.lines(out)
+        self.assertEqual(code, 1)
+        self.assertIn("to go on waiting for it: cs --wait " + line["error"]["jobid"], err)
+
+    def test_a_failure_stops_what_is_not_started_if_that_is_wanted(self):
+        rows = list("abcdef")
+        release = threading.Event()
+
+        def fail(record):
+            release.set()
+            return Answer(431, {"r": {"errorcode": 431, "errortext": "no"}})
+
+        def wait(record):
+            release.wait(20)
+            time.sleep(0.05)
+            return Answer(200, {"r": {"a": 1}})
+
+        self.cloud.script("doOther", fail, wait)
+        code, out, err = self.each(rows, "doOther", "x={}", "--parallel", "2", "--stop-on-error")
+        lines = self.lines(out)
+        self.assertEqual((code, len(self.asked), err.split("\n")[0]), (1, 2, "1 done, 1 failed, 4 unsent, of 6 rows"))
+        self.assertEqual(lines[2:], [{"row": row, "unsent": True} for row in "cdef"])
+        again = "".join(line for line in out.splitlines(True) if '"unsent": true' in line)
+        self.assertEqual(self.values(again, "x={}")[-4:], list("cdef"))
+        self.say_error("doOther", 431)
+        self.reply("doOther", *[{"a": 1}] * 5)
+        self.assertEqual(self.each(rows, "doOther", "x={}")[2], "5 done, 1 failed, of 6 rows\n")
+
+    def test_the_list_of_commands_is_looked_at_once(self):
+        self.known()
+        rows = self.machines()
+        self.assertIn("no parameter 'nmae'", self.each(rows, "stopVirtualMachine", "id={id}", "nmae={name}")[2])
+        with mock.patch.object(cs, "_cached_catalog", side_effect=cs._cached_catalog) as reading, later(40 * 86400):
+            code, out, err = self.each(rows, "listvirtualmachines", "id={id}", "nmae={name}", "--dry-run")
+        self.assertEqual((code, err.count("Warning"), reading.call_count), (0, 1, 1))
+        self.assertEqual(out.count("command=listVirtualMachines\n"), 20)
+        self.assertIn("needs id", self.refused([{"id": "x"}, {"id": ""}], "stopVirtualMachine", "id={id}"))
+
+    def test_dry_run_shows_every_call_and_sends_none(self):
+        code, out, err = self.each(self.machines(3), "stopVirtualMachine", "id={id}", "password={name}", "--dry-run")
+        self.assertEqual((code, err, self.asked), (0, "", []))
+        self.assertEqual(re.findall("(?m)^id=(.*)$", out), [row["id"] for row in self.machines(3)])
+        self.assertEqual(out.count("password=***"), 3)
+
+    def test_lists_and_async(self):
+        zones = json.loads(self.good("listZones", "-c", "id"))["zone"]
+        code, out, err = self.each(zones, "listVirtualMachines", "zoneid={id}", "pagesize=5", "--all")
+        self.assertEqual((code, sum(len(line["result"]) for line in self.lines(out))), (0, 32))
+        code, out, err = self.each(self.machines(2), "rebootVirtualMachine", "id={id}", "--async")
+        self.assertEqual([set(line["result"]) >= {"jobid"} for line in self.lines(out)], [True] * 2)
+
+    def test_a_session_logs_in_once_and_out(self):
+        self.unset("key", "secret")
+        self.configure(username="admin", password=self.cloud.users["admin"].password)
+        self.assertEqual(self.each(self.machines(5), "listVirtualMachines", "id={id}")[0], 0)
+        self.assertEqual((self.asked.count("login"), self.asked.count("logout")), (1, 1))
+
+    @each("count, args", (10, []), (3, ["--parallel", "3"]), (1, ["--parallel", "1"]))
+    def test_so_many_are_under_way_at_once_and_no_more(self, count, args):
+        """A thousand rows: the threads that are started are as many as calls at once, and so are the connections."""
+        most = []
+
+        def workers():
+            return len([thread for thread in threading.enumerate() if re.match(r"cs-\d", thread.name)])
+
+        def scripted(record):
+            most.append(workers())
+            return Answer(200, {"r": {"done": record.params["x"]}})
+
+        until(lambda: not workers(), "the end of other tests' workers")
+        del self.cloud.requests[:]
+        self.option(scripted=scripted)
+        code, out, err = self.each(map(str, range(1000)), "doThing", "x={}", *args)
+        self.assertEqual((code, err, len(self.asked)), (0, "", 1000))
+        self.assertEqual(sorted(int(line["result"]["done"]) for line in self.lines(out)), list(range(1000)))
+        self.assertLessEqual(max(most), count)
+        self.assertLessEqual(len({record.connection for record in self.cloud.requests}), count)
+        until(lambda: not workers(), "the end of the workers")
+
+    def test_jobs_are_waited_for_together(self):
+        self.option(job_seconds=0.4)
+        code, out, err = self.each(self.machines(), "rebootVirtualMachine", "id={id}", "--parallel", "20")
+        self.assertEqual((code, err, len(self.lines(out))), (0, "", 20))
+        self.assertIn("listAsyncJobs", self.asked)
+        self.assertLess(self.asked.count("queryAsyncJobResult"), 20 * 3)
+
+    def test_progress_is_shown_on_a_terminal_and_gone_afterwards(self):
+        terminal = FakeTerminal()
+        with mock.patch.object(sys, "stderr", terminal), mock.patch.dict(os.environ, TERM="xterm"):
+            stream = io.TextIOWrapper(io.BytesIO(b"a\nb\nc\n"), encoding="utf-8")
+            with mock.patch.object(sys, "stdin", stream), contextlib.redirect_stdout(terminal):
+                self.say_error("doOther", 431)
+                self.reply("doOther", {"a": 1})
+                self.say_error("doOther", 431)
+                self.assertEqual(cs.main(["doOther", "--each", "--parallel", "1"]), 1)
+        text = terminal.getvalue()
+        self.assertIn("\x1b[K1 running, of 3", text)
+        for shown in "1 failed, 1 running, of 3", "1 done, 1 failed, 1 running, of 3", "1 done, 2 failed, of 3":
+            self.assertIn("\x1b[K{}\r".format(shown), text)
+        self.assertRegex(screen(text), r"\A(\{.*\}\n){3}1 done, 2 failed, of 3 rows\n\Z")
+
+
+class EachProcessTest(EachCase):
+    """What only processes show: pipes between them, readers that go away, Ctrl-C."""
+
+    def start(self, *args, **options):
+        command = [sys.executable, CS_PATH] + list(args)
+        child = Child(command, stdin=subprocess.PIPE, env=dict(os.environ), **options)
+        self.addCleanup(child.end)
+        return child
+
+    def test_one_command_line_feeds_another(self):
+        line = ('"$0" "$1" listVirtualMachines --all --where state=Running --where name~-0 -c id,name -o jsonl |'
+                ' "$0" "$1" stopVirtualMachine id={id} --each')  # fmt: skip
+        running = self.machines()
+        child = Child(["sh", "-c", line, sys.executable, CS_PATH], env=dict(os.environ))
+        code, out, err = child.finish()
+        self.assertEqual((code, err), (0, b""))
+        lines = self.lines(out.decode("utf-8"))
+        self.assertGreaterEqual(len(lines), len(running))
+        self.assertEqual({line["result"]["virtualmachine"]["state"] for line in lines}, {"Stopped"})
+        stopped = [record.params["id"] for record in self.cloud.requests if record.command == "stopVirtualMachine"]
+        self.assertEqual(sorted(stopped), sorted(line["row"]["id"] for line in lines))
+        self.assertEqual(self.each([line["row"] for line in lines], "startVirtualMachine", "id={id}")[0], 0)
+
+    @posix_only
+    def test_a_reader_that_goes_away_stops_what_is_not_started(self):
+        """What ran then is said on standard error, whatever came of it."""
+        self.option(job_seconds=0.5)
+        child = self.start("rebootVirtualMachine", "id={id}", "--each", "--parallel", "2", "-q")
+        child.stdout.close()
+        child.stdin.write("".join(json.dumps(row) + "\n" for row in self.machines()).encode())
+        child.stdin.close()
+        err = child.stderr.read().decode("utf-8")
+        self.assertEqual(child.wait(), 1)
+        *lines, counted = err.splitlines()
+        self.assertEqual(len(self.lines("\n".join(lines))), self.asked.count("rebootVirtualMachine"))
+        self.assertEqual(counted, "2 done, 18 unsent, of 20 rows")
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    def test_a_full_disk(self):
+        for more in [], ["-o", "table"]:
+            with open("/dev/full", "wb") as full:
+                child = self.start("doThing", "--each", *more, stdout=full)
+                code, _, err = child.finish(b"a\n")
+            self.assertEqual(code, 1)
+            self.assertIn(b"No space left on device", err)
+
+    @unittest.skipUnless(have_terminals(), "needs pseudo-terminals")
+    def test_an_interrupt_says_what_was_done_what_runs_and_what_was_never_sent(self):
+        """On a real terminal, rows from a file, standard output in another: its lines of unsent rows are sent then."""
+        rows = self.machines(8)
+        self.write("rows", "".join(json.dumps(row) + "\n" for row in rows))
+        self.option(job_seconds=30)
+        shell = '"$0" "$1" rebootVirtualMachine "id={id}" --each --parallel 3 <"$HOME/rows" >"$HOME/out"'
+        command = ["/bin/sh", "-c", "exec " + shell, sys.executable, CS_PATH]
+        typed = Typed(command, dict(os.environ, TERM="xterm"), columns=200)
+        self.addCleanup(typed.close)
+        typed.wait_for(b"3 running, of 8")
+        until(lambda: self.asked.count("rebootVirtualMachine") == 3 and len(self.asked) > 6, "looks at three jobs")
+        typed.type("\x03")
+        self.assertEqual(typed.end(), 130)
+        text = screen(typed.text).replace("^C", "")
+        lines = self.lines(open_bytes(os.path.join(self.home, "out")).decode("utf-8"))
+        jobs = [line["error"]["jobid"] for line in lines[:3]]
+        self.assertEqual([line["row"] for line in lines[3:]], rows[3:])
+        self.assertTrue(all(line["outcome_unknown"] for line in lines[:3]))
+        self.assertTrue(text.startswith("Interrupted: 3 running, 5 unsent, of 8 rows\n"), text)
+        for job in jobs:
+            self.assertIn("cs --wait " + job, text)
+        self.assertLessEqual(set(jobs), set(self.cloud.cloud.jobs))
+
+        self.option(job_seconds=0.02)
+        again = "".join(json.dumps(line) + "\n" for line in lines if "unsent" in line)
+        code, out, err = self.each(again, "rebootVirtualMachine", "id={id}")
+        self.assertEqual((code, err), (0, ""))
+        asked = [record.params["id"] for record in self.cloud.requests if record.command == "rebootVirtualMachine"]
+        self.assertEqual(sorted(asked), sorted(row["id"] for row in rows))  # each of them once
+
+    @posix_only
+    @each("has_reader", True, False)
+    def test_an_interrupt_while_answers_are_awaited(self, has_reader):
+        """Of commands that have no job, nobody knows what became; nothing more is sent. All of it is said on standard
+        error if the reader of standard output got the Ctrl-C, too, as in a pipe."""
+        release = threading.Event()
+        self.addCleanup(release.set)
+        asked = []
+
+        def hold(record):
+            asked.append(record.params["x"])
+            release.wait(20)
+            return Answer(200, {"r": {}})
+
+        self.option(scripted=hold)
+        self.configure(recover="false")
+        child = self.start("updateThing", "x={}", "--each", "--parallel", "2")
+        child.stdin.write(b"1\n2\n3\n")
+        child.stdin.close()
+        until(lambda: len(asked) == 2, "two requests")
+        time.sleep(0.1)
+        if not has_reader:
+            child.stdout.close()
+        child.send_signal(signal.SIGINT)
+        out = child.stdout.read().decode("utf-8") if has_reader else ""
+        err = child.stderr.read().decode("utf-8")
+        self.assertEqual(child.wait(), 130, err)
+        if not has_reader:
+            out, err = err[: err.index("Interrupted")], err[err.index("Interrupted") :]
+        lost = {"error": {"message": "interrupted"}, "outcome_unknown": True}
+        self.assertEqual(sorted(self.lines(out)[:2], key=str), [dict(lost, row="1"), dict(lost, row="2")])
+        self.assertEqual(self.lines(out)[2:], [{"row": "3", "unsent": True}])
+        told = 'Interrupted: 2 unknown, 1 unsent, of 3 rows\nThose that say "unsent" can be piped in again.\n'
+        self.assertEqual(err, told)
+        self.assertEqual(sorted(asked), ["1", "2"])
+
+
 # --- what is written about it ---------------------------------------------------------------------------------------
 
 
@@ -14221,8 +14741,9 @@ class HelpAndReadmeTest(CloudCase):
         for block in blocks("console"):
             for line in re.sub(r"\\\n\s*", "", block).split("\n"):
                 if line.startswith("$ cs "):
-                    words = shlex.split(line[2:], comments=True)[1:]
-                    yield words[: words.index(">")] if ">" in words else words
+                    for part in line[2:].split(" | "):
+                        words = shlex.split(part, comments=True)[1:]
+                        yield words[: words.index(">")] if ">" in words else words
 
     def test_the_console_examples_are_understood(self):
         found = list(self.commands())
@@ -14404,7 +14925,7 @@ class HouseTest(Case):
             (r"open", [8, 9]), (r"tempfile|os\.(open|fdopen|replace|unlink|makedirs|dup2|mkdir|rename)", [9]),
             (r"eval|exec|compile|__import__|subprocess.*|pickle.*|marshal.*|ctypes.*", []),
             (r"os\.(system|popen|exec.*|spawn.*)", []),
-            (r"argparse|readline", [9]), (r"asyncio", [7]),
+            (r"argparse|readline", [9]), (r"asyncio", [7, 9]),
         ):  # fmt: skip
             with self.subTest(wanted):
                 self.assertEqual(expected, self.found_in(wanted))
