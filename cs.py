@@ -3703,6 +3703,7 @@ class _Usage(Exception):
     """The command line cannot be carried out as it was typed."""
 
 
+@functools.lru_cache(maxsize=None)
 def _make_parser():
     import argparse
 
@@ -3752,7 +3753,13 @@ def _parse_arguments(args):
 
 
 def _unknown_option(flag):
-    return _Usage(f"there is no option {flag!a}; see cs --help")
+    near = _did_you_mean(_near(flag, set(_FLAGS) - {"--complete"}, most=1))
+    return _Usage(f"there is no option {flag!a}{near or '; see cs --help'}")
+
+
+def _merge_options(base, options):
+    """Return the options of a line over those that hold for every line of a shell."""
+    return {**base, **{name: value for name, value in options.items() if value is not None}}
 
 
 def _check_value(option, value):
@@ -3792,10 +3799,15 @@ def _parse_parameters(words):
     return params
 
 
+class _Literal(str):
+    """A value that was quoted, or read from a file: name:... in it stands for no id."""
+
+
 def _parse_value(name, value):
-    """Take the quotes off a value; read @file and @-, and take @@ for one @."""
+    """Take the quotes off a value, in which neither @ nor name: has a meaning; read @file and @-,
+    and take @@ for one @."""
     if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
-        return value[1:-1]
+        return _Literal(value[1:-1])
     if not value.startswith("@"):
         return value
     if value.startswith("@@"):
@@ -3810,7 +3822,7 @@ def _parse_value(name, value):
         raise _Usage(f"{name}: there is no file {value[1:]!a} ({hint})") from None
     except ValueError as error:
         raise _Usage(f"{name}: {error}") from None
-    return re.sub(r"\r?\n\Z", "", text)
+    return _Literal(re.sub(r"\r?\n\Z", "", text))
 
 
 def _read_stdin():
@@ -3831,20 +3843,26 @@ def main(args: "Iterable[str] | None" = None) -> int:
     interrupted."""
     if sys.stdout is None:  # closed by the process that started this one
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    invocation = _Invocation()
+    return _exit_code(_attempt(_Invocation(), _dispatch, sys.argv[1:] if args is None else args))
+
+
+def _attempt(invocation, dispatch, line):
+    """Do what a line asks for, and report what it raises. Returns that, or whether it succeeded."""
     try:
         try:
-            outcome = _dispatch(invocation, sys.argv[1:] if args is None else args)
+            outcome = dispatch(invocation, line)
         except (CloudStackException, _Usage, ValueError, OSError, KeyboardInterrupt) as error:
             outcome = error
             _report(invocation, error)
         finally:
             invocation.progress.clear()
         _flush()
+    except KeyboardInterrupt as again:  # while that was done
+        outcome = again
     except _OutputFailed as failed:
         outcome = failed
         _report_unwritten(failed.args[0])
-    return _exit_code(outcome)
+    return outcome
 
 
 def _exit_code(outcome):
@@ -3863,9 +3881,11 @@ def _exit_code(outcome):
 
 
 def _dispatch(invocation, args):
-    """Do what the arguments ask for. Returns whether it succeeded."""
-    invocation.options, words = _parse_arguments(map(_as_utf8, args))
-    options = invocation.options
+    """Do what the arguments ask for. Returns whether it succeeded; for a shell what became of the
+    first line that failed."""
+    options, words = _parse_arguments(map(_as_utf8, args))
+    options = invocation.options = _merge_options(invocation.options, options)
+    _check_each(options)
     if options["version"]:
         _write(f"cs {__version__}\n")
     elif options["completion"]:
@@ -3878,6 +3898,8 @@ def _dispatch(invocation, args):
         return _configure(invocation)
     elif options["help"] and not words:
         _write(_HELP)
+    elif _asks_for_shell(invocation, words):
+        return _Shell(options).run()
     else:
         return _use_server(invocation, words)
     return True
@@ -3893,6 +3915,7 @@ def _as_utf8(arg):
 def _use_server(invocation, words):
     """Do what needs a client. Returns whether it succeeded."""
     options = invocation.options
+    invocation.conditions = [_Condition(text) for text in options["where"] or ()]
     if options["wait"] and words:
         raise _Usage("--wait stands alone: it waits for a job that is already running")
     if not (words or options["wait"] or options["list"] or options["sync"]):
@@ -3900,16 +3923,21 @@ def _use_server(invocation, words):
     if words and not options["list"] and not re.match(r"[\w.-]+\Z", words[0], re.ASCII):
         usage = "cs [options] COMMAND [name=value ...]"
         raise _Usage(f"{words[0]!a} stands where the command should be: {usage}")
+    if words[:1] == ["help"] and not options["list"]:
+        raise _Usage(f"help is an option: cs {''.join(word + ' ' for word in words[1:2])}--help")
 
     invocation.connect()
     invocation.format()  # a wrong one is refused before anything is sent
-    with invocation.client:
+    with invocation:
         if options["list"]:
             return _list_commands(invocation, words)
         if options["help"]:
             return _describe_command(invocation, words[0])
         if options["sync"] and not options["dry-run"]:
             _fetch_catalog(invocation)
+        invocation.checked = {}
+        if options["each"]:
+            return _carry_out_each(invocation, words)
         if options["wait"]:
             call = _CheckedCall("queryAsyncJobResult", {"jobid": options["wait"]}, [])
         elif words:
@@ -3925,14 +3953,25 @@ def _use_server(invocation, words):
 
 class _Invocation:
     """What one use of the command line has: options, settings, client, progress. Messages go
-    through say(), so that -q has one place."""
+    through say(), so that -q has one place. Used with `with`, it closes its client at the end,
+    unless that is one of a shell's clients: {what leads to a client: (its settings, it)}."""
 
-    def __init__(self, options=None):
+    def __init__(self, options=None, clients=None):
         self.options = _parse_arguments([])[0] if options is None else options
         self.settings = {}
-        self.client = None
+        self.conditions: list = []  # of --where
+        self.checked: dict = {}  # what _check_once found
+        self.client: Any = None
+        self.clients = clients
         self.progress = _Progress()
         self.under_way = None  # the _CheckedCall that is under way
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        if self.clients is None:
+            self.client.close()
 
     def say(self, text):
         if not self.options["quiet"]:
@@ -3940,27 +3979,40 @@ class _Invocation:
             _write_stderr(text)
 
     def connect(self):
-        """Make the client that configuration and options describe. Raises _Usage, ValueError."""
+        """Make the client that configuration and options describe, or take the one that a shell
+        has for them. Raises _Usage, ValueError."""
         options = self.options
-        flags = {name: options[name] for name in ("endpoint", "timeout", "retry") if options[name]}
-        self.settings, found = self._load_settings(flags)
-        self._warn_of_readable_files(found)
-        self._warn_of_unknown_keys(found)
+        place = tuple(options[name] for name in ("region", "config", "endpoint"))
+        loaded, self.client = (self.clients or {}).get(place, (None, None))
+        if loaded is None:
+            loaded, found = self._load_settings()
+            self._warn_of_readable_files(found)
+            self._warn_of_unknown_keys(found)
 
-        self.settings.setdefault("recover", True)
+        self.settings = {"recover": True, **loaded}
+        for name in ("timeout", "retry"):
+            self.settings[name] = options[name] or self.settings[name]
         if options["post"]:
             self.settings["method"] = "post"
         if options["trace"]:
             self.settings["trace"] = True
-        self.client = CloudStack(**self.settings)
+        if self.client is None:
+            self.client = CloudStack(**self.settings)
+        else:  # what the line before may have set
+            names = ("timeout", "retry", "method", "trace", "recover")
+            self.client._apply_settings(**{name: self.settings[name] for name in names})
         _check_client(self.client)
-        if not options["quiet"] and not self.client.trace and _is_terminal(sys.stderr):
-            self.client._state.progress = self.progress
+        if self.clients is not None:
+            self.clients[place] = (loaded, self.client)
 
-    def _load_settings(self, flags):
+        is_shown = not (options["quiet"] or self.client.trace) and _is_terminal(sys.stderr)
+        self.client._state.progress = self.progress if is_shown else None
+
+    def _load_settings(self):
         import configparser
 
         region, config = self.options["region"], self.options["config"]
+        flags = {name: self.options[name] for name in ("endpoint",) if self.options[name]}
         try:
             return _load_config(region, flags, config)
         except SystemExit as error:
@@ -4019,7 +4071,7 @@ class _Progress:
         if kind == "rows":
             now = _clock()
             if self._shown_at is None or now - self._shown_at >= 0.1:
-                self._show(f"{what} of {more} rows" if more else f"{what} rows", now)
+                self.show(f"{what} of {more} rows" if more else f"{what} rows", now)
         elif self._ended is None:
             self._ended = threading.Event()
             args = (self._ended, self.job or what, _clock() - more)
@@ -4039,9 +4091,9 @@ class _Progress:
         with self._lock:
             if not ended.is_set():
                 now = _clock()
-                self._show(f"{what}: waiting for the job, {int(now - started)} s", now)
+                self.show(f"{what}: waiting for the job, {int(now - started)} s", now)
 
-    def _show(self, text, now):
+    def show(self, text, now):
         self._shown_at = now
         try:
             sys.stderr.write("\r\x1b[K" + text)
@@ -4055,7 +4107,7 @@ class _Progress:
                 self._ended.set()
             self._ended = self.job = None
             if self._shown_at is not None:
-                self._show("", None)
+                self.show("", None)
 
 
 # words: the command and its parameters as they were typed.
@@ -4066,10 +4118,15 @@ def _checked_call(invocation, words):
     """Turn words into a call that may be made. Raises _Usage for what is wrong with them, by
     themselves or by the list of commands."""
     options = invocation.options
+    if len(words) > 1 and "=" not in words[1]:
+        _refuse_parted_command(invocation, words)
     params = _parse_parameters(words[1:])
-    command = _check_against_catalog(invocation, words[0], params)
+    command = _check_once(invocation, words[0], params)
+    _fill_in_ids(invocation, command, params)
     if options["all"]:
         params["fetch_list"] = True
+    if params.get("json") is False and (invocation.conditions or options["each"]):
+        raise _Usage("json=false gives a text, in which --where and --each find no rows")
     if not _only_reads(command):  # there is nothing to page through, and no page to ask it for
         params.pop("fetch_list", None)
     params.setdefault("fetch_result", not (options["async"] or "async" in command.lower()))
@@ -4088,7 +4145,12 @@ def _carry_out(invocation, call):
     invocation.progress.clear()
     _print_answer(invocation, answer, is_plain=call.params.get("json") is False)
     _warn_of_missing_rows(invocation, answer, call.params)
-    said = answer if isinstance(answer, dict) else {}  # a 200 may tell of a failure all the same
+    return _tells_success(answer)
+
+
+def _tells_success(answer):
+    """Return whether an answer of status 200 is none that tells of a failure all the same."""
+    said = answer if isinstance(answer, dict) else {}
     return "errortext" not in said and str(said.get("success")).lower() != "false"
 
 
@@ -4111,16 +4173,16 @@ def _stream(invocation, call):
     control = ("fetch_list", "fetch_result")
     params = {name: value for name, value in call.params.items() if name not in control}
     columns = _chosen_columns(invocation)
-    unseen = set(columns or ())
+    unseen = {*(columns or ()), *(condition.column for condition in invocation.conditions)}
     sample: list = []
     flushed_at = 0.0
     for row in invocation.client.iter_list(call.command, **params):
-        invocation.progress.clear()
         unseen = {name for name in unseen if _pick(row, name) is None}
         if unseen and len(sample) < 100:
             sample.append(row)
-        shown = {name: _pick(row, name) for name in columns} if columns else row
-        _write(_json_text(shown, None) + "\n")
+        for shown in _only(_filtered(invocation, [row]), columns):
+            invocation.progress.clear()
+            _write(_json_text(shown, None) + "\n")
         if _clock() - flushed_at > 0.1:
             _flush()
             flushed_at = _clock()
@@ -4133,7 +4195,8 @@ def _warn_of_missing_rows(invocation, answer, params):
     if params.get("fetch_list") or {name.lower() for name in params} & {"page", "pagesize"}:
         return
     if isinstance(total, int) and total > len(rows):
-        invocation.say(f"{len(rows)} of {total} shown; --all for the rest")
+        verb = "seen by --where" if invocation.conditions else "shown"
+        invocation.say(f"{len(rows)} of {total} {verb}; --all for the rest")
 
 
 def _show_plan(invocation, call):
@@ -4177,6 +4240,8 @@ def _report(invocation, error):
     if isinstance(error, KeyboardInterrupt):
         if getattr(error, "jobid", None):
             _write_stderr("Interrupted. " + _how_to_go_on(invocation, error))
+        elif invocation.clients is not None:  # the shell's next line begins below the ^C
+            _write_stderr("Interrupted.")
     elif isinstance(error, CloudStackException):
         _report_failure(invocation, error)
     else:
@@ -4311,9 +4376,12 @@ def _print_error_answer(invocation, error):
 
 def _masked_page(invocation, text):
     """Return the beginning of what is not CloudStack's: it may repeat the address, key and all."""
-    client = invocation.client
-    secrets = [client.key, client.secret, client.get_setting("password")]
-    return _mask_text(text[:10000], secrets)[:2000]  # masked first, lest a secret is cut in two
+    # Masked first, lest a secret is cut in two.
+    return _mask_text(text[:10000], _secrets_of(invocation.client))[:2000]
+
+
+def _secrets_of(client):
+    return [client.key, client.secret, client.get_setting("password")]
 
 
 def _report_unwritten(error):
@@ -4339,6 +4407,11 @@ _PREFERRED = (
     " displayname displaytext description created".split()
 )
 _MOST_COLUMNS = 8
+_STATE_COLORS = (  # of the first pattern that fits: green, yellow, red
+    ("32", "running|enabled|allocated|ready|up|implemented|connected|active|backedup"),
+    ("33", r"\w+ing|\w*maintenance"),
+    ("31", r"alert|down|disconnected|fault|\w*error\w*|\w*fail\w*"),
+)
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?\Z", re.ASCII)
 
 
@@ -4415,23 +4488,34 @@ def _print_answer(invocation, answer, is_plain=False):
 
 def _print_document(invocation, answer):
     rows = _rows_of(answer)
-    wanted = _sorted(invocation, rows)
     columns = _chosen_columns(invocation)
-    _warn_of_columns(invocation, rows, columns)
+    named = [condition.column for condition in invocation.conditions] + (columns or [])
+    _warn_of_columns(invocation, rows, dict.fromkeys(named))
+    wanted = _sorted(invocation, _filtered(invocation, rows))
+    is_object = not isinstance(answer, list) and _find_rows(answer) is None
+    if is_object and not wanted:  # it does not meet --where
+        return
 
-    shape = invocation.format()
-    if shape == "json":
-        is_changed = columns is not None or invocation.options["sort"]
+    if invocation.format() == "json":
+        is_changed = columns is not None or invocation.options["sort"] or invocation.conditions
         shown = _with_rows(answer, _only(wanted, columns)) if is_changed else answer
+        if invocation.conditions and isinstance(shown, dict) and "count" in shown and not is_object:
+            shown["count"] = len(wanted)  # else a script would look for the rest
         _print_json(invocation, shown)
-    elif shape == "jsonl":
-        _write("".join(_json_text(row, None) + "\n" for row in _only(wanted, columns)))
+    else:
+        _print_rows(invocation, wanted, columns)
+
+
+def _print_rows(invocation, rows, columns):
+    shape = invocation.format()
+    if shape == "jsonl":
+        _write("".join(_json_text(row, None) + "\n" for row in _only(rows, columns)))
     elif shape == "csv":
-        _print_csv(wanted, columns)
+        _print_csv(rows, columns)
     elif shape == "text":
-        _print_text(wanted, columns or _default_columns(wanted))
+        _print_text(rows, columns or _default_columns(rows))
     elif rows:
-        _print_table(invocation, wanted, columns)
+        _print_table(invocation, rows, columns)
 
 
 def _rows_of(answer):
@@ -4674,12 +4758,23 @@ def _print_table(invocation, rows, chosen):
             least.pop()
         widths = _fitted(widths[: len(least)], columns, room - 2 * len(least) + 2)
 
+    is_colored = invocation.is_colored()
     for number, line in enumerate(table):
         cells = [_cut(cell, width) for cell, width in zip(line, widths)]
         padded = [cell + " " * (width - _width(cell)) for cell, width in zip(cells, widths)]
+        if is_colored and number:
+            padded = [_colored_state(*cell) for cell in zip(columns, line, padded)]
         text = "  ".join(padded).rstrip()
-        is_bold = number == 0 and invocation.is_colored()
-        _write((f"\x1b[1m{text}\x1b[0m" if is_bold else text) + "\n")
+        _write((f"\x1b[1m{text}\x1b[0m" if is_colored and not number else text) + "\n")
+
+
+def _colored_state(name, state, padded):
+    """Return the cell of a state in its colour; what stopped, or is no state, in none."""
+    shown = padded.rstrip()
+    for color, pattern in _STATE_COLORS if re.search(r"(?i)(?:state|status)\Z", name) else ():
+        if re.match(rf"(?i)(?:{pattern})\Z", state):
+            return f"\x1b[{color}m{shown}\x1b[0m" + padded[len(shown) :]
+    return padded
 
 
 def _fitted(widths, columns, room):
@@ -4782,12 +4877,18 @@ def _cache_path(client, *more):
     that it says nothing about them."""
     import hashlib
 
-    base = os.environ.get("XDG_CACHE_HOME") or ""
-    if not os.path.isabs(base):  # the specification has a relative one ignored
-        base = os.path.join(os.path.expanduser("~"), ".cache")
     user = client.key or client.get_setting("username") or ""
     account = "\0".join([client.endpoint, user, client.get_setting("domain") or "", *more])
-    return os.path.join(base, "cs", hashlib.sha256(account.encode("utf-8")).hexdigest()[:32])
+    name = hashlib.sha256(account.encode("utf-8")).hexdigest()[:32]
+    return _own_path("XDG_CACHE_HOME", ".cache", name)
+
+
+def _own_path(variable, otherwise, name):
+    """Return the path of a file of this program, below what the variable names or in the home."""
+    base = os.environ.get(variable) or ""
+    if not os.path.isabs(base):  # the specification has a relative one ignored
+        base = os.path.join(os.path.expanduser("~"), otherwise)
+    return os.path.join(base, "cs", name)
 
 
 def _write_private(path, text):
@@ -4861,8 +4962,8 @@ def _cached_catalog(client):
     read just now (too many open files) may be good."""
     path = _cache_path(client)
     try:
-        with open(path, encoding="utf-8") as file:
-            return _Catalog(file.read())
+        found = os.stat(path)
+        return _read_catalog(path, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
     except OSError:
         return None
     except ValueError:
@@ -4871,6 +4972,22 @@ def _cached_catalog(client):
         except OSError:
             pass
         return None
+
+
+@functools.lru_cache(maxsize=4)
+def _read_catalog(path, *file_state):
+    """Read a _Catalog; once for all lines of a shell, until its file changes."""
+    with open(path, encoding="utf-8") as file:
+        return _Catalog(file.read())
+
+
+def _check_once(invocation, command, params):
+    """Return what _check_against_catalog does, which looks at names and at what is empty, no
+    further: a thousand rows of --each are alike to it, and warned of once."""
+    shape = (command, *((name, value == "") for name, value in params.items()))
+    if not invocation.options["each"] or shape not in invocation.checked:
+        invocation.checked[shape] = _check_against_catalog(invocation, command, params)
+    return invocation.checked[shape]
 
 
 def _check_against_catalog(invocation, command, params):
@@ -4930,8 +5047,31 @@ def _missing_params(spec, params):
 
 
 def _unknown_command(catalog, name):
-    near = _did_you_mean(_near(name, catalog.names()))
+    near = _did_you_mean(_meant_commands(catalog, [name]) or _near(name, catalog.names()))
     return f"the server has no command {name!a} for you{near}"
+
+
+def _meant_commands(catalog, words):
+    """Return the command, if there is one, that habits from elsewhere spell as these words: verb
+    and noun apart or the noun alone, in any case, singular or plural."""
+
+    def bare(name):
+        return re.sub(r"(?:ies|y|s*e?s*)\Z", "", name.lower())
+
+    noun = _SHORT_NAMES.get(bare(words[-1]), words[-1])
+    meant = bare("".join(words[:-1]) + noun)
+    names = {bare(name): name for name in catalog.names()}
+    return [names[name] for name in (meant, "list" + meant) if name in names][:1]
+
+
+def _refuse_parted_command(invocation, words):
+    """Raise _Usage where the list of commands has one that these words, up to the first parameter,
+    stand for."""
+    words = list(itertools.takewhile(lambda word: "=" not in word, words))
+    catalog = _cached_catalog(invocation.client)
+    meant = _meant_commands(catalog, words) if catalog else []
+    if meant:
+        raise _Usage(f"there is no command {' '.join(words)!a}{_did_you_mean(meant)}")
 
 
 def _catalog_for_reading(invocation):
@@ -5026,41 +5166,58 @@ def _example(param):
 _SCRIPTS = {
     "bash": r"""
 _cs_complete() {
-    local line word cut="" cur="${COMP_WORDS[COMP_CWORD]}"
+    local line text word cut="" ends="${COMP_WORDBREAKS//[^=:]/}" keep=""; local -a shown
     COMPREPLY=()
     word="${COMP_LINE:0:COMP_POINT}"; word="${word##*[[:space:]]}"
     # bash takes a word apart at = and : and replaces only the last part
-    case "$COMP_WORDBREAKS" in *=*) [[ "$word" == *=* ]] && cut="${word%"${word##*=}"}" ;; esac
-    while IFS= read -r line; do
-        line="${line%%$'\t'*}"
+    [[ -n "$ends" ]] && cut="${word%"${word##*[$ends]}"}"
+    while IFS= read -r text; do
+        line="${text%%$'\t'*}"; text="${text/$'\t'/  }"
+        if [[ -z "$line" ]]; then shown=("${text#  }"); keep=1; continue; fi  # a message
+        [[ "$line" == "$cut"* ]] || continue
         [[ "$line" == *= || "$line" == *, ]] && compopt -o nospace 2>/dev/null
-        COMPREPLY+=("${line#"$cut"}")
+        [[ "$line" == *=* && "$line" != "$word"* ]] && keep=1  # found by its name
+        COMPREPLY+=("${line#"$cut"}"); text="${text#"$cut"}"; shown+=("${text:0:${COLUMNS:-80}-2}")
     done < <(CLOUDSTACK_TRACE= command "${COMP_WORDS[0]}" \
         --complete="${COMP_LINE:0:COMP_POINT}" 2>/dev/null)
+    (( ${#COMPREPLY[@]} == 1 )) && return
+    # Descriptions only where words are listed, never where one of them is put on the line.
+    case "$COMP_TYPE" in 63|33|64) COMPREPLY=("${shown[@]}") ;; esac
+    # One that begins otherwise keeps what is typed: the beginning of several ids is not put there.
+    [[ -n "$keep" && "$COMP_TYPE" != 37 ]] && (( ${#COMPREPLY[@]} )) && COMPREPLY+=(" ")
 }
-complete -F _cs_complete cs
+complete -o nosort -F _cs_complete cs 2>/dev/null || complete -F _cs_complete cs
 """,
     "zsh": r"""#compdef cs
 _cs() {
-    local line word; local -a plain shown open
+    local line word; local -a plain shown open any
     for line in "${(@f)$(CLOUDSTACK_TRACE= command "${words[1]}" \
         --complete="${(j: :)words[1,CURRENT-1]} ${PREFIX}" 2>/dev/null)}"; do
         [[ -n "$line" ]] || continue
         word="${line%%$'\t'*}"
+        [[ -n "$word" ]] || { compadd -x "${${line#?}//\%/%%}"; continue }
+        [[ "$word" == "$PREFIX"* ]] || any=(-U)
         if [[ "$word" == *= || "$word" == *, ]]; then open+=("$word"); continue; fi
         plain+=("$word"); shown+=("${line//$'\t'/  -- }")
     done
-    (( $#open )) && compadd -S '' -- "${open[@]}"
-    (( $#plain )) && compadd -l -d shown -- "${plain[@]}"
+    (( $#open )) && compadd $any -V cs -S '' -- "${open[@]}"
+    (( $#plain )) && compadd $any -V cs -l -d shown -- "${plain[@]}"
+    # the beginning of several ids must not take the place of the name that is typed
+    (( $#any && $#plain > 1 )) && [[ $PREFIX == *=* ]] && compstate[insert]= compstate[list]=list
 }
 if [[ "$funcstack[1]" = _cs ]]; then _cs "$@"; else compdef _cs cs; fi
 """,
     "fish": r"""
 function __cs_complete
     set -l line (commandline -cp)
-    env CLOUDSTACK_TRACE= (commandline -opc)[1] --complete="$line" 2>/dev/null
+    set -l found (env CLOUDSTACK_TRACE= (commandline -opc)[1] --complete="$line" 2>/dev/null)
+    if string match -q \t'*' -- "$found"  # a message
+        printf '\n%s\n' (string trim -- "$found") >&2; commandline -f repaint
+    else
+        string join \n -- $found
+    end
 end
-complete -c cs -f -a '(__cs_complete)'
+complete -c cs -k -f -a '(__cs_complete)'
 """,
 }
 _SAFE_WORD = re.compile(r"[A-Za-z0-9_.,:/@%+=\[\]-]+\Z")
@@ -5098,20 +5255,43 @@ def _read_line(text):
 
 def _print_completions(text):
     """Print the words that may stand where the cursor is, at the end of the text."""
-    line = _read_line(text)
+    try:
+        for word, description in _completions(_read_line(text)):
+            _write(word + ("\t" + description if description else "") + "\n")
+    except _Usage as error:  # no word, so that no shell puts it on the line
+        _write(f"\t{_one_line(str(error))}\n")
+
+
+def _completions(line):
+    """Yield (word, description) of what may stand where a line ends. Raises _Usage as _candidates
+    does."""
+    words = set()
     for word, description in _starting(_candidates(line), line.current):
-        if _SAFE_WORD.match(line.front + word):
-            description = _cut(" ".join(_escape_unprintable(description).split()), 60)
-            _write(line.front + word + ("\t" + description if description else "") + "\n")
+        if word not in words and _SAFE_WORD.match(line.front + word):
+            words.add(word)
+            yield line.front + word, _cut(" ".join(_escape_unprintable(description).split()), 60)
 
 
 def _starting(pairs, prefix):
-    fitting = [pair for pair in pairs if pair[0].startswith(prefix)]
-    return fitting or [pair for pair in pairs if pair[0].lower().startswith(prefix.lower())]
+    """Return the pairs whose word begins so or, where a value is typed, whose description does: the
+    name of an id."""
+    typed = re.sub(r".*[=,]", "", prefix) if "=" in prefix else ""
+
+    def fits(pair, to):
+        return to(pair[0]).startswith(to(prefix)) or typed and to(pair[1]).startswith(to(typed))
+
+    return _fitting(pairs, fits)
+
+
+def _fitting(items, fits):
+    """Return the items that fit as they are spelled; if none does, in any case of letters."""
+    as_spelled = [item for item in items if fits(item, str)]
+    return as_spelled or [item for item in items if fits(item, str.lower)]
 
 
 def _candidates(line):
-    """Return (word, description) pairs of what may stand there, whatever it begins with."""
+    """Return (word, description) pairs of what may stand there, whatever it begins with. Raises
+    _Usage where the list of commands is missing."""
     if line.pending is not None:
         return [(word, "") for word in _option_values(line)]
     if line.current.startswith("-"):
@@ -5133,15 +5313,19 @@ def _candidates(line):
         return [(name + "=true", ""), (name + "=false", "")]
     if not name.lower().endswith(("id", "ids")):
         return []
-    front = name + "=" + value[: value.rfind(",") + 1]
-    return [(front + ident, text) for ident, text in _ids(invocation, catalog, spec, name)]
+    typed = value[value.rfind(",") + 1 :] if name.lower().endswith("s") else value
+    front = line.current[: len(line.current) - len(typed)]
+    pairs = _ids(invocation, catalog, spec, name)
+    if typed.startswith("name:"):
+        return [(front + "name:" + text, ident) for ident, text in pairs if text]
+    return [(front + ident, text) for ident, text in pairs]
 
 
 def _option_values(line):
     option = line.pending
     if isinstance(option.value, tuple):
         return option.value
-    if option.name == "region":
+    if option.name in ("region", "profile"):
         return _regions(line.options["config"])
     if option.name in ("columns", "sort") and line.command is not None:
         catalog = _known_commands(line)[1]
@@ -5152,13 +5336,17 @@ def _option_values(line):
 
 
 def _known_commands(line):
-    """Return the invocation that a line describes and its _Catalog; None for what cannot be had."""
+    """Return the invocation that a line describes and its _Catalog; None for both where it cannot
+    be used. Raises _Usage where only the _Catalog is missing."""
     invocation = _Invocation(line.options)
     try:
         invocation.connect()
     except (_Usage, ValueError):
         return None, None
-    return invocation, _cached_catalog(invocation.client)
+    catalog = _cached_catalog(invocation.client)
+    if catalog is None:
+        raise _Usage(f"to have commands completed, type: {_shell_line(invocation, ['--sync'])}")
+    return invocation, catalog
 
 
 def _regions(config):
@@ -5176,7 +5364,7 @@ def _ids(invocation, catalog, spec, name):
     """Return (id, name) of what an ...id parameter may be, asked of the list command that fits. It
     is remembered for a minute, as is that it could not be had: a server that hangs is not waited
     for at every key, nor a wrong password tried."""
-    lister = _lister(catalog, spec, name)
+    lister = _lister(catalog, spec.name, name)
     if lister is None:
         return []
     client = invocation.client
@@ -5223,18 +5411,17 @@ def _ask_ids(client, lister):
 
     found = []
     for row in _dicts(_find_rows(client._drive(_send_with_retries(client, call)))):
-        ident, text = row.get("id"), row.get("displayname") or row.get("name")
-        if isinstance(ident, str):
-            found.append((ident, text if isinstance(text, str) else ""))
+        if isinstance(row.get("id"), str):
+            found += [(row["id"], name) for name in reversed(_names(row) or [""])]
     return found
 
 
-def _lister(catalog, spec, name):
+def _lister(catalog, command, name):
     """Return the list command whose ids a parameter takes: listZones for zoneid; for a plain id the
     one of the command's own object."""
     thing = re.sub(r"ids?\Z", "", name.lower())
     if not thing:
-        thing = re.sub(r"\A[a-z]+", "", spec.name).lower()
+        thing = re.sub(r"\A[a-z]+", "", command).lower()
     thing = _SHORT_NAMES.get(thing, thing)
     wanted = [f"list{thing}s", f"list{thing}", f"list{thing}es", f"list{thing[:-1]}ies"]
     spelled = {other.lower(): other for other in catalog.names()}
@@ -5346,6 +5533,590 @@ def _works(invocation, path, text, region):
         return False
     invocation.say(f"They work: {_mask_address(invocation.client.endpoint)} answered.")
     return True
+
+
+# 9.7 Names for ids.
+# name:web-01 where an id belongs is looked up before the call, by the list command that completion
+# asks, too.
+
+_TELLING_APART = ("zonename", "domain", "project", "account", "state")
+_PLACES = ("zoneid", "domainid", "account", "projectid")  # known first, they tell others apart
+# A keyword may be a pattern to the server, which may compare what is not ASCII in its own ways.
+_SAFE_KEYWORD = re.compile(r"[\w .()/-]+\Z", re.ASCII)
+
+
+def _fill_in_ids(invocation, command, params):
+    """Put ids where names were typed. Raises _Usage for a name that nothing has, or several."""
+    ids: dict = {}
+    catalog = None
+    for param in sorted(params, key=lambda param: param.lower() not in _PLACES):
+        parts = _split_names(param, params[param])
+        if not any(part.startswith("name:") for part in parts):
+            continue
+        catalog = catalog or _cached_catalog(invocation.client)
+        if catalog is None:
+            raise _Usage(f"{param}: names need {_shell_line(invocation, ['--sync'])} first")
+
+        lister = _lister(catalog, command, param)
+        for index, part in enumerate(parts if lister else ()):
+            if part.startswith("name:"):
+                key, typed = (lister.name, part), f"{param}={part}"
+                parts[index] = ids[key] = ids.get(key) or _id_of(invocation, lister, typed, params)
+        params[param] = ",".join(parts)
+    invocation.under_way = None
+
+
+def _split_names(param, value):
+    """Return the parts of what an ...id parameter is given; [] for what can hold no name. In a list
+    a comma ends a name where another name or an id follows: others are the name's own."""
+    if isinstance(value, _Literal) or not re.search("ids?\\Z", param.lower()):
+        return []
+    end = r",(?=name:|[0-9a-fA-F-]{36}(?:,|\Z))"
+    return re.split(end, value) if param.lower().endswith("s") else [value]
+
+
+def _id_of(invocation, lister, typed, params):
+    """Return the id of what has the name in a word such as zoneid=name:x. Raises _Usage."""
+    name = typed.partition("=name:")[2]
+    given = {param.lower(): value for param, value in params.items()}
+    seen: dict = {}
+    for question in _questions(lister, name, given):
+        _add_rows(invocation, lister, question, seen)
+        if any(name in _names(row) for row in seen.values()):
+            break
+
+    found = _fitting(seen.values(), lambda row, to: to(name) in map(to, _names(row)))
+    for key in _PLACES:
+        found = [row for row in found if key in given and row.get(key) == given[key]] or found
+    if len(found) == 1:
+        return str(found[0]["id"])
+    problem = f"{typed}: {lister.name} has {len(found) or 'nothing'} of this name"
+    if not found:
+        owners = {other: row for row in seen.values() for other in _names(row)}
+        near = _near(name, owners) + [other for other in owners if name.lower() in other.lower()]
+        found = list({id(owners[other]): owners[other] for other in near}.values())
+    problem += "; did you mean one of these? Give its id:" if found else ""
+    lines = [_one_line(problem), *_candidate_lines(found), "The call was not sent."]
+    raise _Usage("\n    ".join(lines))
+
+
+def _questions(lister, name, given):
+    """Yield the parameters of ever wider questions to a list command: what holds the word; what can
+    be used; what there is. What belongs to a project is in the lists for projects only."""
+    has = lister.find_param
+    asked = {"listall": "true"} if has("listall") else {}
+    filters = [param for param in ("templatefilter", "isofilter") if has(param)]
+    words = ("executable", "self", "all") if filters else ("",)
+    projects = [given["projectid"], ""] if "projectid" in given else ["", "-1"]
+
+    for keyword in [name, ""] if has("keyword") and _SAFE_KEYWORD.match(name) else [""]:
+        for project in projects if has("projectid") else [""]:
+            for word in words[:1] if keyword else words:
+                more = {"keyword": keyword, "projectid": project, **dict.fromkeys(filters, word)}
+                yield {**asked, **{param: value for param, value in more.items() if value}}
+
+
+def _add_rows(invocation, lister, question, seen):
+    """Ask a list command for all its pages, and add its rows to those that were seen: {id: row}."""
+    words = [lister.name] + [f"{param}={value}" for param, value in question.items()]
+    invocation.under_way = _CheckedCall(lister.name, question, words)
+    try:
+        rows = _dicts(list(invocation.client.iter_list(lister.name, **question)))
+        seen.update((str(row["id"]), row) for row in rows if isinstance(row.get("id"), (str, int)))
+    except CloudStackApiException:
+        if not {"all", "-1"} & set(question.values()):  # which not everybody may ask for
+            raise
+    invocation.progress.clear()
+
+
+def _names(row):
+    """Return the names of a row; a user has but the one to log in with."""
+    names = [row.get("name"), row.get("displayname")]
+    names = [name for name in names if name] or [row.get("username")]
+    return list(dict.fromkeys(name for name in names if isinstance(name, str)))
+
+
+def _candidate_lines(rows):
+    """Return a line for each of the first rows: id, names, and the fields that tell them apart."""
+    fields = [key for key in _TELLING_APART if len({_cell(row.get(key)) for row in rows}) > 1]
+    for row in rows[:10]:
+        facts = ", ".join(f"{key} {_cell(row[key])}" for key in fields if key in row)
+        yield _one_line(f"  {row['id']}  {' / '.join(_names(row))}  {facts}").rstrip()
+
+
+# 9.8 The shell.
+# Lines are carried out as arguments are, but with the same clients: {what leads to one: (its
+# settings, the client)}.
+
+_SHELL_HELP = "In the shell: help [COMMAND], list [WORDS], use REGION, exit. Tab completes."
+_SHELL_WORDS = {"help": "--help", "list": "--list", "use": "--region", "exit": "exit"}
+_HISTORY_LINES = 1000
+
+
+def _asks_for_shell(invocation, words):
+    """Return whether the shell is to be opened: by --shell, or with nothing to do on a terminal."""
+    options, is_inside = invocation.options, invocation.clients is not None
+    is_idle = not (words or options["wait"] or options["list"] or options["sync"])
+    if options["shell"] and (is_inside or not is_idle):
+        raise _Usage("--shell stands alone: it reads line by line what is to be done")
+    return options["shell"] or (is_idle and not is_inside and _is_at_terminal())
+
+
+def _is_at_terminal():
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+
+
+class _Shell:
+    """Carries out one line after another (--shell)."""
+
+    def __init__(self, options):
+        self.options = {**options, "shell": None}  # they hold for every line
+        self.clients = {}
+        self.place = options["region"] or _DEFAULT_REGION  # for the prompt
+        self.has_history = True
+
+    def run(self):
+        """Carry out the lines. Returns what became of the first that failed, as far as nobody saw
+        it; what a person interrupts is one line, elsewhere it is all."""
+        is_typed = _is_at_terminal()
+        ends = _OutputFailed if is_typed else (_OutputFailed, KeyboardInterrupt)
+        first = True
+        try:
+            for line in self._typed_lines() if is_typed else _piped_lines():
+                line = re.sub(r"\A\s*(?:cs\s+|#.*)?", "", line).rstrip()
+                if line in ("exit", "quit"):
+                    break
+                invocation = _Invocation(dict(self.options), self.clients)
+                outcome = _attempt(invocation, self._dispatch, line) if line else True
+                if first is True and _exit_code(outcome):
+                    first = outcome
+                if isinstance(outcome, ends):
+                    break
+        finally:
+            for _, client in self.clients.values():
+                client.close()
+        return is_typed or first
+
+    def _dispatch(self, invocation, line):
+        """Do what a line asks for. Returns whether it succeeded."""
+        words = _split_line(line)
+        if words[0] != "use":
+            return _dispatch(invocation, [_SHELL_WORDS.get(words[0], words[0])] + words[1:])
+
+        region = invocation.options["region"] = " ".join(words[1:])
+        invocation.connect()
+        self.options["region"] = region
+        named = not self.options["endpoint"] and invocation.client.name
+        self.place = named or urlsplit(invocation.client.endpoint).hostname
+        return True
+
+    def _typed_lines(self):
+        """Yield what a person types. Ctrl-C clears a line, Ctrl-D is the end."""
+        readline = self._prepare()
+        _Invocation(self.options).say(_SHELL_HELP)
+        yield "use " + _shell_word(self.options["region"] or "")
+        while True:
+            try:
+                line = input(f"cs {_one_line(self.place)}> ")
+            except EOFError:
+                _write_stderr("")
+                return
+            except (KeyboardInterrupt, UnicodeError):
+                _write_stderr("")
+                continue
+            if readline and line.strip() and not self._holds_secret(line):
+                readline.add_history(line)
+                self._keep_history(line)
+            yield line
+
+    def _prepare(self):
+        """Have lines completed and remembered. Returns readline, None if Python lacks it."""
+        try:
+            import readline
+        except ImportError:
+            return None
+
+        found: list = []
+
+        def complete(word, number):
+            if number == 0:
+                found[:] = self._complete(readline.get_line_buffer()[: readline.get_endidx()])
+            return found[number] if number < len(found) else None
+
+        readline.set_completer(complete)
+        readline.set_completer_delims(" \t\n")  # `=` and `:` are part of a word
+        is_editline = "libedit" in (readline.__doc__ or "")
+        readline.parse_and_bind("bind ^I rl_complete" if is_editline else "tab: complete")
+        readline.set_auto_history(False)
+        for line in self._keep_history():
+            readline.add_history(line)
+        return readline
+
+    def _complete(self, typed):
+        """Return what may stand in place of the word at the end: several with descriptions, which
+        stay on the screen as they differ, or the one."""
+        first, space, rest = typed.lstrip().partition(" ")
+        found = [] if space else [(word, "") for word in _SHELL_WORDS if word.startswith(first)]
+        line = _read_line(f"cs {_SHELL_WORDS.get(first, first) if space else first}{space}{rest}")
+        line = line._replace(options=_merge_options(self.options, line.options))
+        try:
+            found += _completions(line)
+        except _Usage as error:
+            return [_one_line(str(error)), " "]
+        if len(found) == 1:
+            return [found[0][0] + ("" if found[0][0].endswith(("=", ",")) else " ")]
+        by_name = any("=" in word and not word.startswith(line.current) for word, _ in found)
+        # One more that differs has readline keep a name, though its ids begin otherwise.
+        shown = [f"{word}  {text}".rstrip() for word, text in found]
+        return shown + [" "] if by_name else shown
+
+    def _holds_secret(self, line):
+        """Return whether a line, be it one that is not understood, holds a secret's value."""
+        text = re.sub(r"\S+=@(?!@)\S*", "", line)  # the value stands in a file
+        try:
+            words = _split_line(text)
+        except _Usage:
+            words = text.split()
+        pairs = (word.partition("=") for word in words if "=" in word)
+        params = {name.strip(): value.strip("\"' ") for name, _, value in pairs}
+        mistaken = rf"(?i){_SECRET}[\"']?\s*[=:]\s*\S"  # such as `password = x`
+        if any(_secret_names(params)) or re.search(mistaken, text):
+            return True
+        own = [_secrets_of(client) for _, client in self.clients.values()]
+        return _mask_text(text, itertools.chain(*own)) != text
+
+    def _keep_history(self, *new):
+        """Add lines to the history's file, read anew, as other shells add to it, too. Returns its
+        lines; that there can be none is said once."""
+        path = _own_path("XDG_STATE_HOME", os.path.join(".local", "state"), "history")
+        lines = []
+        try:
+            if self.has_history:
+                os.umask(0o077)  # also the folders above it are for their owner only
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "a+", encoding="utf-8", errors="replace") as file:
+                    file.seek(0)
+                    lines = file.read().splitlines()
+                lines = [*lines, *new][-_HISTORY_LINES:]
+                _write_private(path, "".join(line + "\n" for line in lines))
+        except (OSError, ValueError) as error:
+            self.has_history = False
+            _write_stderr(f"Warning: no history is kept: {_error_text(error)}")
+        return lines
+
+
+def _split_line(line):
+    import shlex
+
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise _Usage(f"the line cannot be taken apart: {error}") from None
+
+
+def _piped_lines():
+    """Yield the lines of standard input; the rest of it may be for a line's name=@-."""
+    for line in sys.stdin.buffer if sys.stdin else ():
+        yield line.decode("utf-8-sig", "surrogateescape")
+
+
+# 9.7 Rows that meet conditions: --where.
+
+_CONDITION = r"([^=!<>~]+)(!=|<=|>=|=?~|==?|[<>])(.*)\Z"  # compiled when used
+_ORDERS = {"<": (-1,), "<=": (-1, 0), ">": (1,), ">=": (0, 1)}  # what comparing may give
+
+
+class _Condition:
+    """One --where: a column, a sign and a value. Raises _Usage for what cannot be one."""
+
+    def __init__(self, text):
+        found = re.match(_CONDITION, text, re.DOTALL)
+        if not found or not found.group(1).strip():
+            raise _Usage(f"--where {text!a}: it should be COLUMN=VALUE, or != ~ < <= > >= for =")
+        self.column, self.sign, wanted = (part.strip() for part in found.groups())
+        self.wanted = _comparable(wanted)
+        try:
+            self.pattern = re.compile(wanted, re.IGNORECASE) if "~" in self.sign else None
+        except (re.error, OverflowError, RecursionError) as error:
+            raise _Usage(f"--where {wanted!a}: no regular expression: {error}") from None
+
+    def is_met(self, row):
+        """Return whether a row meets it. Of a list any item may, but for != none may be equal; what
+        a row does not have counts as the empty text."""
+        holds = any(map(self._holds, _texts(_pick(row, self.column))))
+        return holds != (self.sign == "!=")
+
+    def _holds(self, text):
+        if self.pattern:
+            return self.pattern.search(text) is not None
+        given, wanted = _comparable(text), self.wanted
+        order = (given > wanted) - (given < wanted)
+        return given[0] == wanted[0] and order in _ORDERS.get(self.sign, (0,))
+
+
+def _texts(value):
+    """Return the texts that a condition compares: that of a value, or those of a list's items."""
+    if isinstance(value, list) and value:
+        return [text for item in value for text in _texts(item)]
+    return [_cell(value)]
+
+
+def _comparable(text):
+    """Return (kind, value). Numbers compare with numbers, texts with texts, nothing with itself."""
+    if not _NUMBER.match(text):
+        return (1 if text else 2, text)
+    try:
+        return (0, int(text))
+    except ValueError:  # a fraction; or more digits than int() takes
+        return (0, float(text))
+
+
+def _filtered(invocation, rows):
+    """Return the rows that meet every --where."""
+    for condition in invocation.conditions:
+        rows = [row for row in rows if condition.is_met(row)]
+    return rows
+
+
+# 9.8 Many at once: --each.
+
+_FIELD = r"\{\{|\}\}|\{([^{}]*)\}|[{}]"
+_PARALLEL = 10
+
+
+def _check_each(options):
+    """Raise _Usage for options that do not go with --each, or not without it."""
+    word = "with" if options["each"] else "without"
+    others = {"with": "columns sort wait list shell", "without": "parallel stop-on-error"}
+    for name in others[word].split():
+        if options[name]:
+            raise _Usage(f"--{name} does not go {word} --each")
+    count = options["parallel"]
+    if count and not re.match(r"0*[1-9][0-9]{0,5}\Z", count, re.ASCII):
+        raise _Usage(f"--parallel {count!a}: it should be a number from 1 up")
+
+
+def _carry_out_each(invocation, words):
+    """Make the call once for each row of standard input. Returns whether all succeeded."""
+    template = [words[0]] + [_word_template(word) for word in words[1:]]
+    rows = _read_rows(invocation)
+    _warn_of_columns(invocation, rows, [condition.column for condition in invocation.conditions])
+    rows = _filtered(invocation, rows)
+    if not rows:
+        invocation.say("No rows on standard input: nothing to do")
+
+    is_dry = invocation.options["dry-run"]
+    for number, row in enumerate(rows, 1):  # all of them before the first is sent
+        try:
+            call = _row_call(invocation, template, row)
+            _Call(call.command, flatten(call.params))  # refuses what the server would
+        except (_Usage, ValueError) as error:
+            raise _Usage(f"row {number}, {_cut(_json_text(row, None), 60)}: {error}") from None
+        if is_dry:
+            _show_plan(invocation, call)
+    return is_dry or not rows or _Batch(invocation, template, rows).run()
+
+
+def _word_template(word):
+    """Return a name=value word with {field} in it. What is filled in stands in quotes, so that a
+    row's own @ or name: is text and nothing else; a file is read once, and its braces are text."""
+    name, _, value = word.partition("=")
+    value = value.strip()
+    if value == "@-":
+        raise _Usage(f"{name.strip()}: @- does not go with --each, whose rows are standard input")
+    is_file = re.match("@(?!@)", value)
+    if not is_file and (value.startswith("name:") or not re.search("[{}]", value)):
+        return word
+    text = _parse_value(name.strip(), value)
+    return f'{name}="' + (re.sub("[{}]", r"\g<0>\g<0>", text) if is_file else text) + '"'
+
+
+def _row_call(invocation, template, row):
+    """Return the checked call for a row. Raises _Usage for a field that it lacks."""
+
+    def fill(found):
+        field = found.group(1)
+        if found.group() in ("{", "}"):
+            raise _Usage(f"a single {found.group()}; a brace that is text is written twice")
+        if field is None:
+            return found.group()[0]
+        value = _pick(row, field) if field else row
+        if value is None:
+            near = _near(field, _field_names([row]))
+            raise _Usage(f"there is no {field!a}{_did_you_mean(near)}")
+        return _cell(value)
+
+    return _checked_call(invocation, [re.sub(_FIELD, fill, word) for word in template])
+
+
+def _read_rows(invocation):
+    """Return the rows of standard input: JSON, one document or many, else its lines."""
+    if _is_terminal(sys.stdin):
+        invocation.say("Type the rows, then Ctrl-D")
+    text = _read_stdin().strip()
+    if not re.match(r'[\[{"]', text):
+        return [line.strip() for line in text.split("\n") if line.strip()]
+
+    rows: list = []
+    index = 0
+    while index < len(text):
+        try:
+            document, index = jsonlib.JSONDecoder().raw_decode(text, index)
+        except (ValueError, RecursionError):
+            line = text.count("\n", 0, index) + 1
+            raise _Usage(f"standard input, line {line}: it begins as JSON and is none") from None
+        rows += _rows_in(document)
+        while text[index : index + 1].isspace():
+            index += 1
+    return rows
+
+
+def _rows_in(document):
+    """Return the rows of a JSON document: a list, an answer, a row, or one that an earlier --each
+    has not sent."""
+    if isinstance(document, dict) and set(document) == {"row", "unsent"}:
+        return [document["row"]]
+    if isinstance(document, dict) and len(set(document) - {"count"}) > 1:
+        return [document]
+    return _rows_of(document)
+
+
+class _Batch:
+    """The calls for rows that were checked, some at once, on one event loop."""
+
+    def __init__(self, invocation, template, rows):
+        self.invocation, self.template, self.rows = invocation, template, rows
+        self.started = 0  # how many rows were
+        self.counts: dict = collections.Counter()  # of what became of them, or is becoming
+        self.table = {}  # number of a row: what is shown of it at the end
+        self.left = []  # the exceptions of jobs that may still run
+        self.is_ending = self.is_interrupted = False  # nothing more is started
+        self.unwritten = None  # why standard output could not be written
+
+    def run(self):
+        """Make the calls, and say what became of them. Returns whether all succeeded."""
+        import asyncio
+        import signal
+
+        def interrupt(*_):
+            signal.signal(signal.SIGINT, usual)  # the next one ends everything at once
+            self.is_ending = self.is_interrupted = True
+            for task in tasks:
+                loop.call_soon_threadsafe(task.cancel)
+
+        most = int(self.invocation.options["parallel"] or _PARALLEL)
+        client = AIOCloudStack(**self.invocation.settings, concurrency=min(most, 128))
+        client.set_setting("recover", self.invocation.client.get_setting("recover"))
+        usual = signal.getsignal(signal.SIGINT)  # it may be ignored (nohup), or a program's own
+        may_catch = usual is signal.default_int_handler
+        may_catch = may_catch and threading.current_thread() is threading.main_thread()
+        loop = asyncio.new_event_loop()
+        tasks = [loop.create_task(self._work(client)) for _ in self.rows[:most]]
+        try:
+            if may_catch:
+                signal.signal(signal.SIGINT, interrupt)
+            loop.run_until_complete(asyncio.wait(tasks))
+            loop.run_until_complete(client.aclose())
+        finally:
+            if may_catch:
+                signal.signal(signal.SIGINT, usual)
+            loop.close()
+        return self._conclude()
+
+    async def _work(self, client):
+        """Take one row after another, as long as there are any."""
+        import asyncio
+
+        while self.started < len(self.rows) and not self.is_ending:
+            number = self.started
+            self.started += 1
+            self.counts["running"] += 1
+            self._show_progress()
+            try:
+                call = _row_call(self.invocation, self.template, self.rows[number])
+                answer = await client._request(call.command, **call.params)
+                if not _tells_success(answer):
+                    raise CloudStackApiException(_cell(answer), error=answer)
+                state, outcome = "done", {"result": answer}
+            except (Exception, asyncio.CancelledError) as error:  # the latter is Ctrl-C
+                state, outcome = self._read_failure(error)
+            self.counts["running"] -= 1
+            self._note(number, state, outcome)
+
+    def _read_failure(self, error):
+        """Return (state, outcome) of a call that failed or was broken off."""
+        words = dict(_server_error(error) or {"message": _sentence(error) or "interrupted"})
+        is_unknown = getattr(error, "outcome_unknown", not _only_reads(self.template[0]))
+        state = "unknown" if is_unknown else "failed"
+        if getattr(error, "jobid", None):
+            words["jobid"] = error.jobid
+            if not isinstance(error, CloudStackApiException):
+                self.left.append(error)
+                state = "running"
+        return state, {"error": words, "outcome_unknown": is_unknown}
+
+    def _note(self, number, state, outcome):
+        """Count what became of a row, and show it: as JSON now, in other formats at the end."""
+        row = self.rows[number]
+        self.counts[state] += 1
+        if state != "done" and self.invocation.options["stop-on-error"]:
+            self.is_ending = True
+        if self.invocation.format() in ("json", "jsonl"):
+            self._write_line(_json_text(dict(outcome, row=row), None), state)
+        else:
+            error = outcome.get("error", {})
+            text = error.get("errortext") or error.get("message") or ""
+            (cells,) = _cells([row], _default_columns([row])[:1])
+            self.table[number] = {"row": cells[0], "state": state, "error": text}
+        self._show_progress()
+
+    def _write_line(self, line, state):
+        """Write a line at once; if nobody takes it, on standard error, and start nothing more."""
+        self.invocation.progress.clear()
+        try:
+            if self.unwritten is None:
+                _write(line + "\n")
+                _flush()
+                return
+        except _OutputFailed as failed:
+            self.unwritten, self.is_ending = failed.args[0], True
+        if state != "unsent" or self.is_interrupted:
+            _write_stderr(line)
+
+    def _show_progress(self):
+        if self.invocation.client._state.progress:
+            self.invocation.progress.show(self._counted(), _clock())
+
+    def _counted(self):
+        counted = [f"{count} {state}" for state, count in sorted(self.counts.items()) if count]
+        return f"{', '.join(counted)}, of {len(self.rows)}"
+
+    def _conclude(self):
+        """Show what was not sent, and say what is left. Returns whether all succeeded."""
+        for number in range(self.started, len(self.rows)):
+            self._note(number, "unsent", {"unsent": True})
+        self.invocation.progress.clear()
+        try:
+            table = [row for _, row in sorted(self.table.items())]
+            _print_rows(self.invocation, table, ["row", "state", "error"])
+            _flush()
+        except _OutputFailed as failed:
+            self.unwritten = failed.args[0]
+
+        is_done = self.counts["done"] == len(self.rows)
+        lines = [("Interrupted: " if self.is_interrupted else "") + self._counted() + " rows"]
+        lines += [_how_to_go_on(self.invocation, error) for error in self.left]
+        if self.counts["unsent"] and (self.unwritten is None or self.is_interrupted):
+            lines.append('Those that say "unsent" can be piped in again.')
+        if not is_done:
+            may_be_quiet = not (self.left or self.counts["unsent"])
+            say = self.invocation.say if may_be_quiet else _write_stderr
+            say("\n".join(lines))
+        if self.unwritten is not None:
+            _report_unwritten(self.unwritten)
+        if self.is_interrupted and not is_done:
+            raise KeyboardInterrupt
+        return is_done and self.unwritten is None
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ Sections: work (what the measured processes run), server (the stand-in), measuri
 """
 import json
 import os
+import shutil
 import sys
 import time
 
@@ -225,6 +226,38 @@ def async_client(options, **more):
     if hasattr(CloudStack, "iter_list"):
         more["concurrency"] = CONCURRENCY
     return AIOCloudStack(**dict(settings(options), **more))
+
+
+def work_shell(options):
+    """Command lines in one shell; in processes where the client has none."""
+    import subprocess
+
+    import cs
+
+    if not hasattr(cs.CloudStack, "iter_list"):
+        return work_lines(options)
+    command, lines = [sys.executable, "-m", "cs", "--shell"], b"listZones\n" * options["calls"]
+    return clocked(lambda: subprocess.check_output(command, input=lines),
+                   lambda out: out.count(b"zone-1") == options["calls"])
+
+
+def work_lines(options):
+    """Command lines in a process each."""
+    import cs  # noqa: F401  # for check_module
+
+    return processes([sys.executable, "-m", "cs", "listZones"], options["calls"])
+
+
+def floor_lines(options):
+    """The same by CloudMonkey, for who has it."""
+    command = ["cmk", "-o", "json", "-u", options["url"], "-k", KEY, "-s", SECRET, "list", "zones"]
+    return processes(command, options["calls"])
+
+
+def processes(command, calls):
+    import subprocess
+    return clocked(lambda: [subprocess.check_output(command, stdin=subprocess.DEVNULL) for _ in range(calls)],
+                   lambda outs: all(b"zone-1" in out for out in outs))
 
 
 def plain_path(command):
@@ -565,7 +598,6 @@ class Bench:
 
 
 def copy_of_ours(source, target):
-    import shutil
     os.makedirs(target)
     for name, copy in (("cs.py", shutil.copy), ("cs", shutil.copytree)):
         if os.path.exists(os.path.join(source, name)):
@@ -635,6 +667,8 @@ class Row:
 
     def sides(self):
         measured = self.floor_command or "floor_%s" % self.work in globals()
+        if self.work == "lines":
+            measured = shutil.which("cmk")
         return ("ours", "peer", "floor") if measured else ("ours", "peer")
 
 
@@ -646,6 +680,7 @@ def table(quick):
     starts, usual = (2, 1) if quick else (21, 7)
     few, many = (1, 1) if quick else (3, 15)
     listed, slow = {"rows": rows}, {"rows": rows, "latency": 0.1}
+    lines = 3 if quick else 100
     return [
         Row("import", "import cs, aiohttp there", {"wall": 0.15}, starts, command=["-c", "import cs"],
             floor_name="import json, urllib.parse, hmac", floor_command=IMPORT_FLOOR),
@@ -681,6 +716,10 @@ def table(quick):
             floor_value={"requests": 2 * crowd}, floor_name="2 a job"),
         Row("threads", "%d calls from %d threads, one client" % (shared, threads), {"wall": 0.50}, many,
             work="threads", options={"calls": shared, "threads": threads}),
+        Row("shell", "%d lines listZones, one shell, else processes" % lines, {"wall": 0.02}, 1, work="shell",
+            options={"calls": lines}),
+        Row("lines", "the same, a process each", {"wall": 0.28}, 1, work="lines",
+            options={"calls": lines}, floor_name="cmk, if it is on PATH"),
     ]
 
 
