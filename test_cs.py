@@ -10205,10 +10205,16 @@ class CommandLineJobsTest(CommandLineCase):
 
     def test_an_interrupt_before_there_is_a_job(self):
         interrupted = mock.patch.object(cs.CloudStack, "_exchange", side_effect=KeyboardInterrupt)
+        may_have_run = "Interrupted. deployVirtualMachine may have run: look before it is sent again.\n"
         with interrupted, mock.patch.dict(os.environ, CLOUDSTACK_RECOVER="false"):
-            self.assertEqual((130, "", ""), self.main("deployVirtualMachine"))
+            self.assertEqual((130, "", may_have_run), self.main("deployVirtualMachine"))
         with interrupted:
             self.assertEqual((130, "", ""), self.main("listZones"))
+
+    def test_a_failure_stays_one_when_nobody_reads_its_answer(self):
+        self.replies(updateZone=refusal(431, "no"))
+        with mock.patch.object(cs, "_flush", side_effect=cs._OutputFailed(BrokenPipeError())):
+            self.assertEqual((1, 0), (self.main("updateZone", "id=1")[0], self.main("listZones")[0]))
 
     def test_an_interrupt_before_the_answer_shows_the_id_that_the_job_gets(self):
         sent = []
@@ -10220,7 +10226,7 @@ class CommandLineJobsTest(CommandLineCase):
         with mock.patch.object(cs.CloudStack, "_exchange", exchange):
             code, out, err = self.main("deployVirtualMachine")
         self.assertEqual((130, ""), (code, out))
-        told = "Interrupted. Job {0} may still be running; to go on waiting for it: cs --wait {0}\n"
+        told = "Interrupted. deployVirtualMachine may have run; if it starts a job, this waits for it: cs --wait {}\n"
         self.assertEqual(told.format(*sent), err)
 
 
@@ -10724,7 +10730,7 @@ class CommandLineProcessTest(CommandLineCase):
         self.assertTrue(asked.wait(10))
         child.send_signal(signal.SIGINT)
         code, out, err = self.finish(child)
-        told = "Interrupted. Job {0} may still be running; to go on waiting for it: cs --wait {0}\n"
+        told = "Interrupted. deployVirtualMachine may have run; if it starts a job, this waits for it: cs --wait {}\n"
         ident = self.server.requests[0].params["customjobid"]
         self.assertEqual((130, "", told.format(ident)), (code, out, err))
 
@@ -14235,6 +14241,19 @@ class EachCase(CloudCase):
 
 
 class EachTest(EachCase):
+    def test_a_name_is_looked_up_once_for_all_rows(self):
+        self.sync()
+        rows = [{"n": number} for number in range(30)]
+        code, out, err = self.each(rows, "rebootVirtualMachine", "id=name:web-01")
+        self.assertEqual((0, 30), (code, out.count('"result"')), err)
+        self.assertEqual(1, self.asked.count("listVirtualMachines"))
+
+    def test_not_within_a_shell(self):
+        with mock.patch("sys.stdin", io.TextIOWrapper(io.BytesIO(b"listZones --each\n"))):
+            code, out, err = self.main("--shell")
+        self.assertEqual((2, ""), (code, out))
+        self.assertIn("--each reads standard input", err)
+
     def test_rows_in_every_form(self):
         rows = [{"id": "a"}, {"id": "b"}]
         answer = {"count": 2, "thing": rows}
