@@ -23,7 +23,9 @@ Rooms (the numbered parts of this file)
                         6.4 failures in words, 6.5 a program's own session
     7 clients           CloudStack, AIOCloudStack, and their threads
     8 configuration     environment and ini files
-    9 command line      everything of the tool `cs`; a library can do without it
+    9 command line      the tool `cs`, which a library can do without: 9.1 options, 9.2 run and
+                        report, 9.3 formats, 9.4 the list of commands, 9.5 completion,
+                        9.6 configure, 9.7 names for ids, 9.8 --where, 9.9 --each, 9.10 the shell
 
 Data flows one way: keyword arguments -> parameters -> signed request -> exchange -> decoded
 answer -> page or job loop -> result. Rooms 1 to 5 decide everything and do no I/O, but for the
@@ -1138,8 +1140,9 @@ def _random():
 
 
 def backoff(attempt: int, first: float) -> float:
-    """Return the seconds before retry number `attempt`, counted from 0: exponential, half of it
-    jitter, at most LONGEST_WAIT."""
+    """Return the seconds before retry number `attempt`, counted from 0.
+
+    Exponential, half of it jitter, at most LONGEST_WAIT."""
     return min(LONGEST_WAIT, first * 2.0 ** min(attempt, 32)) * (0.5 + _random() / 2)
 
 
@@ -1691,8 +1694,9 @@ class _JobWait:
         self.set_due(at)
 
     def set_due(self, at):
-        """Set the next look: at growing distances, so that a short job is seen early and a long
-        one costs few looks."""
+        """Set the next look, at growing distances.
+
+        So a short job is seen early, and a long one costs few looks."""
         growing = max(SHORTEST_PAUSE, NEXT_LOOK * (at - self.started))
         self.due = _clock() + min(self.client.poll_interval, growing)
 
@@ -3705,6 +3709,7 @@ class _Usage(Exception):
 
 @functools.lru_cache(maxsize=None)
 def _make_parser():
+    """Make the parser of all options in the table."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="cs", add_help=False)
@@ -3753,6 +3758,7 @@ def _parse_arguments(args):
 
 
 def _unknown_option(flag):
+    """Return the exception for an option that does not exist, with those it may be meant for."""
     near = _did_you_mean(_near(flag, set(_FLAGS) - {"--complete"}, most=1))
     return _Usage(f"there is no option {flag!a}{near or '; see cs --help'}")
 
@@ -3774,8 +3780,9 @@ def _check_value(option, value):
 
 
 def _parse_parameters(words):
-    """Make keyword arguments of name=value words; values of a repeated name are joined by commas,
-    in the order given."""
+    """Make keyword arguments of name=value words.
+
+    The values of a repeated name are joined by commas, in the order given."""
     params: dict = {}
     for word in words:
         name, equals, value = word.partition("=")
@@ -3804,8 +3811,9 @@ class _Literal(str):
 
 
 def _parse_value(name, value):
-    """Take the quotes off a value, in which neither @ nor name: has a meaning; read @file and @-,
-    and take @@ for one @."""
+    """Return the value of a name=value word: quotes taken off, @file and @- read, @@ made one @.
+
+    Within quotes neither @ nor name: has a meaning."""
     if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
         return _Literal(value[1:-1])
     if not value.startswith("@"):
@@ -3826,6 +3834,7 @@ def _parse_value(name, value):
 
 
 def _read_stdin():
+    """Return all that standard input holds. Raises ValueError."""
     if sys.stdin is None:
         raise ValueError("there is no standard input")
     try:
@@ -3838,9 +3847,10 @@ def _read_stdin():
 
 
 def main(args: "Iterable[str] | None" = None) -> int:
-    """Run the command line. Returns the exit code: 0 done; 1 an answer that is an error, or a
-    failed job; 2 usage or configuration; 3 no answer; 4 job still running at job_timeout; 130
-    interrupted."""
+    """Run the command line; returns the exit code.
+
+    0 done; 1 an answer that is an error, or a failed job; 2 usage or configuration; 3 no answer; 4
+    job still running at job_timeout; 130 interrupted."""
     if sys.stdout is None:  # closed by the process that started this one
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return _exit_code(_attempt(_Invocation(), _dispatch, sys.argv[1:] if args is None else args))
@@ -3848,11 +3858,13 @@ def main(args: "Iterable[str] | None" = None) -> int:
 
 def _attempt(invocation, dispatch, line):
     """Do what a line asks for, and report what it raises. Returns that, or whether it succeeded."""
+    outcome: Any = True
     try:
         try:
             outcome = dispatch(invocation, line)
         except (CloudStackException, _Usage, ValueError, OSError, KeyboardInterrupt) as error:
             outcome = error
+            invocation.progress.close()
             _report(invocation, error)
         finally:
             invocation.progress.clear()
@@ -3860,7 +3872,8 @@ def _attempt(invocation, dispatch, line):
     except KeyboardInterrupt as again:  # while that was done
         outcome = again
     except _OutputFailed as failed:
-        outcome = failed
+        if not _exit_code(outcome):  # a failure before this one says more
+            outcome = failed
         _report_unwritten(failed.args[0])
     return outcome
 
@@ -3881,11 +3894,14 @@ def _exit_code(outcome):
 
 
 def _dispatch(invocation, args):
-    """Do what the arguments ask for. Returns whether it succeeded; for a shell what became of the
-    first line that failed."""
+    """Do what the arguments ask for. Returns whether it succeeded.
+
+    For a shell it returns what became of the first line that failed."""
     options, words = _parse_arguments(map(_as_utf8, args))
     options = invocation.options = _merge_options(invocation.options, options)
     _check_each(options)
+    if options["each"] and invocation.clients is not None:
+        raise _Usage("--each reads standard input, which is the shell's own here")
     if options["version"]:
         _write(f"cs {__version__}\n")
     elif options["completion"]:
@@ -3952,15 +3968,17 @@ def _use_server(invocation, words):
 
 
 class _Invocation:
-    """What one use of the command line has: options, settings, client, progress. Messages go
-    through say(), so that -q has one place. Used with `with`, it closes its client at the end,
-    unless that is one of a shell's clients: {what leads to a client: (its settings, it)}."""
+    """Holds what one use of the command line has: options, settings, client, progress.
+
+    Messages go through say(), so that -q has one place. Used with `with`, it closes its client at
+    the end, unless that is one of a shell's: {what leads to a client: (its settings, it)}."""
 
     def __init__(self, options=None, clients=None):
         self.options = _parse_arguments([])[0] if options is None else options
         self.settings = {}
         self.conditions: list = []  # of --where
         self.checked: dict = {}  # what _check_once found
+        self.ids: dict = {}  # what _id_of_name found
         self.client: Any = None
         self.clients = clients
         self.progress = _Progress()
@@ -3974,13 +3992,15 @@ class _Invocation:
             self.client.close()
 
     def say(self, text):
+        """Say something on standard error, unless -q."""
         if not self.options["quiet"]:
             self.progress.clear()
             _write_stderr(text)
 
     def connect(self):
-        """Make the client that configuration and options describe, or take the one that a shell
-        has for them. Raises _Usage, ValueError."""
+        """Make the client that configuration and options describe. Raises _Usage, ValueError.
+
+        In a shell it is the one that a line before had for them."""
         options = self.options
         place = tuple(options[name] for name in ("region", "config", "endpoint"))
         loaded, self.client = (self.clients or {}).get(place, (None, None))
@@ -4009,6 +4029,7 @@ class _Invocation:
         self.client._state.progress = self.progress if is_shown else None
 
     def _load_settings(self):
+        """Return what _load_config does, its complaints in this program's words."""
         import configparser
 
         region, config = self.options["region"], self.options["config"]
@@ -4024,6 +4045,7 @@ class _Invocation:
             raise _Usage(f"Error: region {region!a} not in config{there}") from None
 
     def _warn_of_readable_files(self, found):
+        """Warn of files with a secret that others may read."""
         secrets = [key for key in ("secret", "password") if key in found.values]
         for path in sorted({found.origins[key] for key in secrets}):
             if os.name == "posix" and os.stat(path).st_mode & 0o044:
@@ -4031,6 +4053,7 @@ class _Invocation:
                 self.say(f"Warning: {path} holds a secret and {hint}")
 
     def _warn_of_unknown_keys(self, found):
+        """Warn, in one line, of keys in the section that no setting has."""
         if found.unknown and not self.options["quiet"]:
             described = []
             for key, path in found.unknown:
@@ -4046,6 +4069,7 @@ class _Invocation:
         return name
 
     def is_colored(self):
+        """Tell whether colours are wanted."""
         wish = self.options["color"] or "auto"
         if wish != "auto":
             return wish == "always"
@@ -4058,11 +4082,14 @@ def _is_terminal(stream):
 
 
 class _Progress:
-    """One line on standard error that is rewritten while pages or a job are waited for, and gone
-    afterwards. The time is shown by a thread, so that it moves while the server is silent."""
+    """Shows one line on standard error while pages or a job are waited for, and clears it then.
+
+    The time is shown by a thread, so that it moves while the server is silent."""
 
     def __init__(self):
-        self._lock = threading.Lock()  # what is cleared must not be written again by the thread
+        # What is cleared must not be written again by a thread that is still at it.
+        self._lock = threading.RLock()
+        self._is_closed = False
         self._shown_at = None
         self._ended = None  # set when the wait for a job is over
         self.job = None  # what is waited for, where the command is not known
@@ -4084,24 +4111,36 @@ class _Progress:
                 pass
 
     def _tick(self, ended, what, started):
+        """Show the time every second, until the wait has ended."""
         while not ended.wait(1.0 - (_clock() - started) % 1.0):
             self._show_time(ended, what, started)
 
     def _show_time(self, ended, what, started):
+        """Show how long a job was waited for, unless the wait has ended."""
         with self._lock:
             if not ended.is_set():
                 now = _clock()
                 self.show(f"{what}: waiting for the job, {int(now - started)} s", now)
 
     def show(self, text, now):
-        self._shown_at = now
-        try:
-            sys.stderr.write("\r\x1b[K" + text)
-            sys.stderr.flush()
-        except (OSError, ValueError):
-            pass
+        """Put a text in place of the line."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._shown_at = now
+            try:
+                sys.stderr.write("\r\x1b[K" + text)
+                sys.stderr.flush()
+            except (OSError, ValueError):
+                pass
+
+    def close(self):
+        """Take the line away for good."""
+        self.clear()
+        self._is_closed = True
 
     def clear(self):
+        """Take the line away."""
         with self._lock:
             if self._ended is not None:
                 self._ended.set()
@@ -4115,8 +4154,9 @@ _CheckedCall = collections.namedtuple("_CheckedCall", "command params words")
 
 
 def _checked_call(invocation, words):
-    """Turn words into a call that may be made. Raises _Usage for what is wrong with them, by
-    themselves or by the list of commands."""
+    """Turn words into a call that may be made.
+
+    Raises _Usage for what is wrong with them, by themselves or by the list of commands."""
     options = invocation.options
     if len(words) > 1 and "=" not in words[1]:
         _refuse_parted_command(invocation, words)
@@ -4190,6 +4230,7 @@ def _stream(invocation, call):
 
 
 def _warn_of_missing_rows(invocation, answer, params):
+    """Say so if the server cut a list short."""
     rows = _find_rows(answer) or []
     total = answer.get("count") if rows else None
     if params.get("fetch_list") or {name.lower() for name in params} & {"page", "pagesize"}:
@@ -4236,10 +4277,13 @@ _HINTS = {
 
 def _report(invocation, error):
     """Say on standard error what was raised, and what can be done."""
-    invocation.progress.clear()
+    call = invocation.under_way
     if isinstance(error, KeyboardInterrupt):
         if getattr(error, "jobid", None):
             _write_stderr("Interrupted. " + _how_to_go_on(invocation, error))
+        elif call and not _only_reads(call.command):
+            hint = "may have run: look before it is sent again"
+            _write_stderr(f"Interrupted. {call.command} {hint}.")
         elif invocation.clients is not None:  # the shell's next line begins below the ^C
             _write_stderr("Interrupted.")
     elif isinstance(error, CloudStackException):
@@ -4288,6 +4332,7 @@ def _sentence(error):
 
 
 def _hint(invocation, error):
+    """Return what can be tried after an error, or an empty text."""
     document = _server_error(error)
     if document is not None and _is_failed_login(error):
         return "Check user name, password and domain of this region."
@@ -4315,8 +4360,9 @@ def _is_failed_login(error):
 
 
 def _asked(invocation, error):
-    """Return the call that failed as it can be typed again, secrets replaced; "" where it is none
-    that was typed."""
+    """Return the call that failed as it can be typed again, secrets replaced.
+
+    It is an empty text for a call that nobody typed."""
     call = invocation.under_way
     if _is_failed_login(error) and (call is None or call.command != "login"):
         user, domain = map(invocation.client.get_setting, ("username", "domain"))
@@ -4342,7 +4388,7 @@ def _shell_line(invocation, words):
         value = invocation.options[name]
         if value:
             line += ["--" + name, _mask_address(value) if name == "endpoint" else value]
-    return " ".join(_cut(_shell_word(word), 500) for word in line + words)
+    return " ".join(_shell_word(_cut(word, 500)) for word in line + words)
 
 
 def _shell_word(word):
@@ -4356,13 +4402,20 @@ def _shell_word(word):
 
 
 def _how_to_go_on(invocation, error):
+    """Return how to wait for a job that may still run."""
     line = _shell_line(invocation, ["--wait", error.jobid])
+    call = invocation.under_way
+    if isinstance(error, KeyboardInterrupt) and getattr(error, "outcome_unknown", False) and call:
+        # Its answer was not there yet; and without the list of commands each is given an id.
+        return f"{call.command} may have run; if it starts a job, this waits for it: {line}"
     return f"Job {error.jobid} may still be running; to go on waiting for it: {line}"
 
 
 def _print_error_answer(invocation, error):
-    """Print CloudStack's own JSON on standard output, but on a terminal, where its text was shown
-    already; anything else masked on standard error, the beginning of it."""
+    """Print CloudStack's own JSON of an error on standard output.
+
+    Not on a terminal, which has shown its text already. Any other answer goes to standard error,
+    masked, and only its beginning."""
     document = _server_error(error)
     try:
         text = _json_text(error.response.json())
@@ -4381,12 +4434,15 @@ def _masked_page(invocation, text):
 
 
 def _secrets_of(client):
+    """Return the values that must not be shown of a client's requests."""
     return [client.key, client.secret, client.get_setting("password")]
 
 
 def _report_unwritten(error):
-    """Say that standard output could not be written, but for a reader that has seen enough (head, a
-    pager). What is still in its buffer goes nowhere: else the interpreter complains at its end."""
+    """Say that standard output could not be written.
+
+    Not of a reader that has seen enough (head, a pager). What is still in its buffer goes nowhere:
+    else the interpreter complains at its end."""
     out = sys.__stdout__
     try:
         if out is not None and out is sys.stdout:
@@ -4437,6 +4493,7 @@ def _write_line(text):
 
 
 def _flush():
+    """Flush standard output. Raises _OutputFailed."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -4444,8 +4501,9 @@ def _flush():
 
 
 def _json_text(document, indent=2):
-    """Return JSON as it is printed: what a terminal must not see, and what standard output cannot
-    show, as \\uXXXX."""
+    """Return JSON as it is printed.
+
+    Characters that a terminal must not see, or that standard output cannot show, are \\uXXXX."""
     text = jsonlib.dumps(document, indent=indent, sort_keys=True, ensure_ascii=False)
     text = _UNPRINTABLE.sub(lambda found: jsonlib.dumps(found.group())[1:-1], text)
     try:
@@ -4487,6 +4545,7 @@ def _print_answer(invocation, answer, is_plain=False):
 
 
 def _print_document(invocation, answer):
+    """Print an answer that holds something, in the format asked for."""
     rows = _rows_of(answer)
     columns = _chosen_columns(invocation)
     named = [condition.column for condition in invocation.conditions] + (columns or [])
@@ -4507,6 +4566,7 @@ def _print_document(invocation, answer):
 
 
 def _print_rows(invocation, rows, columns):
+    """Print rows in one of the formats that have rows. A new format has its name in FORMATS."""
     shape = invocation.format()
     if shape == "jsonl":
         _write("".join(_json_text(row, None) + "\n" for row in _only(rows, columns)))
@@ -4519,8 +4579,9 @@ def _print_rows(invocation, rows, columns):
 
 
 def _rows_of(answer):
-    """Return what a table shows of an answer: the rows of a list, else the one object in it (the
-    result of a job), else itself."""
+    """Return what a table shows of an answer.
+
+    That is the rows of a list, else the one object in it (the result of a job), else itself."""
     if isinstance(answer, list):
         return answer
     if not isinstance(answer, dict):
@@ -4549,8 +4610,9 @@ def _with_rows(answer, rows):
 
 
 def _pick(value, path):
-    """Return what a dotted path leads to, None where there is nothing; a list without an index
-    gives all of its items."""
+    """Return what a dotted path leads to, or None.
+
+    A list without an index gives all of its items."""
     head, _, rest = path.partition(".")
     if isinstance(value, list):
         if re.match("[0-9]{1,9}\\Z", head):
@@ -4575,8 +4637,9 @@ def _only(rows, columns):
 
 
 def _cell(value):
-    """Return a value as text: lists joined by commas, objects as compact JSON, booleans as the API
-    spells them."""
+    """Return a value as text.
+
+    Lists are joined by commas, objects are compact JSON, booleans are as the API spells them."""
     if value is None:
         return ""
     if isinstance(value, str):
@@ -4605,6 +4668,7 @@ def _default_columns(rows, is_complete=False):
 
 
 def _near(name, names, most=3):
+    """Return the names that a misspelt one may be meant for, the likeliest first."""
     import difflib
 
     lower = {other.lower(): other for other in names}
@@ -4613,6 +4677,7 @@ def _near(name, names, most=3):
 
 
 def _did_you_mean(names):
+    """Return the end of a message that suggests names; an empty text without any."""
     return f"; did you mean {' or '.join(names)}?" if names else ""
 
 
@@ -4643,6 +4708,7 @@ def _warn_of_columns(invocation, rows, columns):
 
 
 def _sorted(invocation, rows):
+    """Return the rows in the order of --sort; those without the column come last."""
     column = invocation.options["sort"]
     if not column:
         return rows
@@ -4664,12 +4730,14 @@ def _sort_key(value):
 
 
 def _cells(rows, columns):
+    """Yield the texts of each row in these columns."""
     for row in rows:
         is_bare = columns == ["value"] and not isinstance(row, dict)
         yield [_cell(row if is_bare else _pick(row, name)) for name in columns]
 
 
 def _print_json(invocation, document):
+    """Print JSON, coloured if colours are wanted."""
     text = _json_text(document)
     if invocation.is_colored():
         text = _highlighted(text, invocation.options["theme"] or invocation.settings.get("theme"))
@@ -4677,8 +4745,9 @@ def _print_json(invocation, document):
 
 
 def _print_csv(rows, columns):
-    """Print RFC 4180: a header, CRLF, quotes where they are needed. By hand, since the csv module
-    of 3.10 refuses NUL characters."""
+    """Print RFC 4180: a header, CRLF, quotes if they are needed.
+
+    By hand, since the csv module of 3.10 refuses NUL characters."""
     end = "" if os.linesep == "\r\n" else "\r"  # there the stream itself makes CRLF of LF
     if columns is None:
         columns = _default_columns(rows, is_complete=True) if rows else []
@@ -4688,18 +4757,21 @@ def _print_csv(rows, columns):
 
 
 def _csv_field(text):
+    """Return a text as a field of CSV."""
     return '"' + text.replace('"', '""') + '"' if re.search('[",\r\n]', text) else text
 
 
 def _print_text(rows, columns):
+    """Print the values of each row, separated by tabs."""
     escapes = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
     for cells in _cells(rows, columns):
         _write_line("\t".join(cell.translate(escapes) for cell in cells))
 
 
 def _widths(text):
-    """Return how many columns of a terminal each character takes: wide ones two, combining ones
-    none."""
+    """Return how many columns of a terminal each character takes.
+
+    Wide ones take two, combining ones none."""
     if len(text.encode("utf-8", "replace")) == len(text):  # ASCII
         return [1] * len(text)
     from unicodedata import category, east_asian_width
@@ -4714,6 +4786,7 @@ def _widths(text):
 
 
 def _width(text):
+    """Return how many columns of a terminal a text takes."""
     return sum(_widths(text))
 
 
@@ -4740,12 +4813,15 @@ def _cut(text, width):
 
 
 def _one_line(text):
+    """Return text that is safe to show, on one line."""
     return _escape_unprintable(text.replace("\n", " ").replace("\t", " "))
 
 
 def _print_table(invocation, rows, chosen):
-    """Print aligned columns under a header. On a terminal it fits: default columns are left out
-    from the end, and only then is anything cut; elsewhere nothing is."""
+    """Print aligned columns under a header.
+
+    On a terminal it fits: default columns are left out from the end, and only then is anything cut.
+    Elsewhere nothing is."""
     columns = chosen or _default_columns(rows)
     table = [list(map(_one_line, cells)) for cells in [columns] + list(_cells(rows, columns))]
     widths = [max(_width(line[index]) for line in table) for index in range(len(columns))]
@@ -4778,8 +4854,9 @@ def _colored_state(name, state, padded):
 
 
 def _fitted(widths, columns, room):
-    """Return widths that add up to the room, if they can: the widest gives way first, down to four
-    columns, and ids, which are whole or useless, last."""
+    """Return widths that add up to the room, if they can.
+
+    The widest gives way first, down to four columns; ids, which are whole or useless, come last."""
     widths = [min(width, max(room, 4)) for width in widths]
     plain = [index for index, name in enumerate(columns[: len(widths)]) if not name.endswith("id")]
     for some in (plain, list(range(len(widths)))):
@@ -4809,6 +4886,7 @@ class _CommandSpec(
 
     @classmethod
     def from_json(cls, line):
+        """Return the _CommandSpec of a line of a catalog's file."""
         name, description, is_async, since, params, fields = jsonlib.loads(line)
         params = [_Param(*param) for param in params]
         return cls(name, description, is_async, since, params, fields)
@@ -4823,9 +4901,10 @@ class _CommandSpec(
 
 
 class _Catalog:
-    """The commands of one account. On disk: a header line, a line of JSON for each command, a
-    checksum; so that one command can be looked up without parsing all of them, and a damaged file
-    is noticed. Raises ValueError for one."""
+    """Holds the commands of one account, as listApis gave them.
+
+    On disk: a header line, a line of JSON for each command, a checksum; so that one command can be
+    looked up without parsing all of them, and a damaged file is noticed (ValueError)."""
 
     def __init__(self, text):
         content, _, checksum = text.rpartition("\n")
@@ -4838,18 +4917,22 @@ class _Catalog:
 
     @classmethod
     def of_specs(cls, specs):
+        """Return the _Catalog of these commands, fetched now."""
         lines = [str(int(time.time()))] + sorted(jsonlib.dumps(spec) for spec in specs)
         content = "\n".join(lines)
         return cls(content + "\n" + _checksum(content))
 
     def save(self, path):
+        """Write the file. Raises OSError."""
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         _write_private(path, self._file)
 
     def is_old(self):
+        """Tell whether it was fetched so long ago that it only warns."""
         return not 0 <= time.time() - self.fetched_at < _CATALOG_LIFE
 
     def names(self):
+        """Return the names of all commands."""
         return re.findall(r'\n\["([^"]+)"', self._text)
 
     def summaries(self):
@@ -4868,13 +4951,15 @@ class _Catalog:
 
 
 def _checksum(text):
+    """Return the last line of a catalog's file, by which a damaged one is noticed."""
     checksum = crc32(text.encode("utf-8", "replace")) & 0xFFFFFFFF
     return f"cs-commands {_CATALOG_VERSION} {checksum:08x}"
 
 
 def _cache_path(client, *more):
-    """Return the path of a file of the cache for this endpoint and account; its name is a hash, so
-    that it says nothing about them."""
+    """Return the path of a file of the cache for this endpoint and account.
+
+    Its name is a hash, so that it says nothing about them."""
     import hashlib
 
     user = client.key or client.get_setting("username") or ""
@@ -4906,11 +4991,13 @@ def _write_private(path, text):
 
 
 def _text_of(entry, name):
+    """Return an entry's text, or an empty one for anything else."""
     value = entry.get(name)
     return value if isinstance(value, str) else ""
 
 
 def _dicts(value):
+    """Return the dicts in a list; none for anything else."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
@@ -4936,8 +5023,9 @@ def _reduced(api):
 
 
 def _fetch_catalog(invocation):
-    """Ask the server for listApis and keep it. Raises CloudStackException, ValueError where --sync
-    cannot keep it."""
+    """Ask the server for listApis and keep it.
+
+    Raises CloudStackException, and ValueError if --sync cannot keep it."""
     client = invocation.client
     specs = [_reduced(row) for row in client.listApis(fetch_list=True) if isinstance(row, dict)]
     specs = [spec for spec in specs if re.match(r"[\w.-]+\Z", spec.name)]
@@ -4958,8 +5046,10 @@ def _fetch_catalog(invocation):
 
 
 def _cached_catalog(client):
-    """Return the _Catalog that is kept, or None. A damaged one is thrown away; one that cannot be
-    read just now (too many open files) may be good."""
+    """Return the _Catalog that is kept, or None.
+
+    A damaged one is thrown away; one that cannot be read just now (too many open files) may be
+    good."""
     path = _cache_path(client)
     try:
         found = os.stat(path)
@@ -4982,8 +5072,10 @@ def _read_catalog(path, *file_state):
 
 
 def _check_once(invocation, command, params):
-    """Return what _check_against_catalog does, which looks at names and at what is empty, no
-    further: a thousand rows of --each are alike to it, and warned of once."""
+    """Return what _check_against_catalog does, once for all calls of one shape.
+
+    It looks at names and at what is empty, no further: a thousand rows of --each are alike to it,
+    and warned of once."""
     shape = (command, *((name, value == "") for name, value in params.items()))
     if not invocation.options["each"] or shape not in invocation.checked:
         invocation.checked[shape] = _check_against_catalog(invocation, command, params)
@@ -4991,15 +5083,17 @@ def _check_once(invocation, command, params):
 
 
 def _check_against_catalog(invocation, command, params):
-    """Return the command in its own spelling. Raises _Usage for what the list of commands knows to
-    be wrong, unless --force."""
+    """Return the command in its own spelling, and decide whether its lost answer may be recovered.
+
+    Raises _Usage for what the list of commands knows to be wrong, unless --force."""
     catalog = _cached_catalog(invocation.client)
     if catalog is None:
         return command
     spec = catalog.find(command)
     if spec is None:
-        is_silent = command in ("login", "logout")  # which no server lists
-        problems, missing = ([] if is_silent else [_unknown_command(catalog, command)]), []
+        problems, missing = [], []
+        if command not in ("login", "logout"):  # which no server lists
+            problems = [_unknown_command(catalog, command)]
     else:
         command = spec.name
         # Without a job there is nothing by which a lost answer could be found again.
@@ -5047,13 +5141,15 @@ def _missing_params(spec, params):
 
 
 def _unknown_command(catalog, name):
+    """Return the sentence about a command that the list of commands does not have."""
     near = _did_you_mean(_meant_commands(catalog, [name]) or _near(name, catalog.names()))
     return f"the server has no command {name!a} for you{near}"
 
 
 def _meant_commands(catalog, words):
-    """Return the command, if there is one, that habits from elsewhere spell as these words: verb
-    and noun apart or the noun alone, in any case, singular or plural."""
+    """Return the command that habits from elsewhere spell as these words, if there is one.
+
+    That is verb and noun apart, or the noun alone; in any case, singular or plural."""
 
     def bare(name):
         return re.sub(r"(?:ies|y|s*e?s*)\Z", "", name.lower())
@@ -5065,8 +5161,7 @@ def _meant_commands(catalog, words):
 
 
 def _refuse_parted_command(invocation, words):
-    """Raise _Usage where the list of commands has one that these words, up to the first parameter,
-    stand for."""
+    """Raise _Usage if the words up to the first parameter mean one command together."""
     words = list(itertools.takewhile(lambda word: "=" not in word, words))
     catalog = _cached_catalog(invocation.client)
     meant = _meant_commands(catalog, words) if catalog else []
@@ -5075,15 +5170,17 @@ def _refuse_parted_command(invocation, words):
 
 
 def _catalog_for_reading(invocation):
-    """Return the catalog, fetched now where there is none: --list and COMMAND --help ask for
-    nothing else."""
+    """Return the catalog, fetched now if it is not there.
+
+    --list and COMMAND --help ask for nothing else."""
     catalog = None if invocation.options["sync"] else _cached_catalog(invocation.client)
     return catalog or _fetch_catalog(invocation)
 
 
 def _list_commands(invocation, words):
-    """Print the commands in whose name or description all the words stand (--list). Returns whether
-    there are any."""
+    """Print the commands in whose name or description all the words stand (--list).
+
+    Returns whether there are any."""
     found = []
     for name, description in _catalog_for_reading(invocation).summaries():
         if all(word.lower() in f"{name} {description}".lower() for word in words):
@@ -5111,6 +5208,7 @@ def _describe_command(invocation, name):
 
 
 def _description_lines(spec, width):
+    """Yield the lines of COMMAND --help."""
     import textwrap
 
     yield spec.name + (f" (since {spec.since})" if spec.since else "")
@@ -5140,6 +5238,7 @@ def _description_lines(spec, width):
 
 
 def _facts(param):
+    """Return what is known of a parameter beside its description."""
     facts = [param.type] if param.type else []
     if param.length and param.type == "string" and param.length != 255:
         facts.append(f"at most {param.length}")
@@ -5149,6 +5248,7 @@ def _facts(param):
 
 
 def _example(param):
+    """Return a parameter as an example has it."""
     if param.type == "map":
         return f"{param.name}[0].key=... {param.name}[0].value=..."
     kinds = {
@@ -5235,7 +5335,8 @@ def _read_line(text):
     """Take a line apart as far as it is typed; mistakes on it are passed over."""
     typed = text.split()[1:]
     current = typed.pop() if typed and not text[-1].isspace() else ""
-    pending, front = _FLAGS.get(typed[-1]) if typed else None, ""
+    pending = _FLAGS.get(typed[-1]) if typed else None
+    front = ""
     if pending is not None and pending.value is not None:
         typed.pop()
     elif current.startswith("--") and "=" in current:
@@ -5263,8 +5364,9 @@ def _print_completions(text):
 
 
 def _completions(line):
-    """Yield (word, description) of what may stand where a line ends. Raises _Usage as _candidates
-    does."""
+    """Yield (word, description) of what may stand at the end of a line.
+
+    Raises _Usage as _candidates does."""
     words = set()
     for word, description in _starting(_candidates(line), line.current):
         if word not in words and _SAFE_WORD.match(line.front + word):
@@ -5273,8 +5375,9 @@ def _completions(line):
 
 
 def _starting(pairs, prefix):
-    """Return the pairs whose word begins so or, where a value is typed, whose description does: the
-    name of an id."""
+    """Return the pairs whose word begins so.
+
+    For a value those count, too, whose description does: the name of an id."""
     typed = re.sub(r".*[=,]", "", prefix) if "=" in prefix else ""
 
     def fits(pair, to):
@@ -5290,8 +5393,9 @@ def _fitting(items, fits):
 
 
 def _candidates(line):
-    """Return (word, description) pairs of what may stand there, whatever it begins with. Raises
-    _Usage where the list of commands is missing."""
+    """Return (word, description) pairs of what may stand there, whatever it begins with.
+
+    Raises _Usage if the list of commands is missing."""
     if line.pending is not None:
         return [(word, "") for word in _option_values(line)]
     if line.current.startswith("-"):
@@ -5322,6 +5426,7 @@ def _candidates(line):
 
 
 def _option_values(line):
+    """Return the values that the option before the cursor may have."""
     option = line.pending
     if isinstance(option.value, tuple):
         return option.value
@@ -5336,8 +5441,9 @@ def _option_values(line):
 
 
 def _known_commands(line):
-    """Return the invocation that a line describes and its _Catalog; None for both where it cannot
-    be used. Raises _Usage where only the _Catalog is missing."""
+    """Return the invocation that a line describes and its _Catalog.
+
+    Both are None if it cannot be used. Raises _Usage if only the _Catalog is missing."""
     invocation = _Invocation(line.options)
     try:
         invocation.connect()
@@ -5361,8 +5467,9 @@ def _regions(config):
 
 
 def _ids(invocation, catalog, spec, name):
-    """Return (id, name) of what an ...id parameter may be, asked of the list command that fits. It
-    is remembered for a minute, as is that it could not be had: a server that hangs is not waited
+    """Return (id, name) of what an ...id parameter may be, asked of the list command that fits.
+
+    It is remembered for a minute, as is that it could not be had: a server that hangs is not waited
     for at every key, nor a wrong password tried."""
     lister = _lister(catalog, spec.name, name)
     if lister is None:
@@ -5393,13 +5500,15 @@ def _remembered(path):
         with open(path, encoding="utf-8") as file:
             kept = jsonlib.load(file)
         if 0 <= time.time() - kept["at"] < _REMEMBERED:
-            return [(ident + "", text + "") for ident, text in kept["rows"]]  # else it is damaged
+            rows = [(ident, text) for ident, text in kept["rows"]]
+            return rows if all(isinstance(part, str) for row in rows for part in row) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     return None
 
 
 def _ask_ids(client, lister):
+    """Ask a list command for (id, name) of what it has, within a person's patience at a key."""
     params = {}
     if lister.find_param("listall"):
         params["listall"] = "true"
@@ -5417,8 +5526,9 @@ def _ask_ids(client, lister):
 
 
 def _lister(catalog, command, name):
-    """Return the list command whose ids a parameter takes: listZones for zoneid; for a plain id the
-    one of the command's own object."""
+    """Return the list command whose ids a parameter takes, or None.
+
+    It is listZones for zoneid, and for a plain id that of the command's own object."""
     thing = re.sub(r"ids?\Z", "", name.lower())
     if not thing:
         thing = re.sub(r"\A[a-z]+", "", command).lower()
@@ -5438,16 +5548,18 @@ _QUESTIONS = (
 
 
 def _configure(invocation):
-    """Ask for a section, try it with one call, add it to ~/.cloudstack.ini (--configure). Returns
-    whether it was written."""
+    """Ask for a section, try it with one call, add it to ~/.cloudstack.ini (--configure).
+
+    Returns whether it was written."""
     options = invocation.options
     region = options["region"] or os.environ.get(_PREFIX + "REGION") or _DEFAULT_REGION
     if not re.match(r"[^\[\]\s][^\[\]\r\n]*\Z", region) or region == "DEFAULT":
         raise _Usage(f"{region!a} cannot be the name of a section")
     path = os.path.realpath(os.path.expanduser(options["config"] or "~/.cloudstack.ini"))
-    text = _text_without_section(path, region)
+    _text_without_section(path, region)
 
     answers = {name: _ask_until_usable(name, question) for name, question in _QUESTIONS}
+    text = _text_without_section(path, region)  # as it is now, minutes later
     text += f"[{region}]\n"
     for name, answer in answers.items():
         text += f"{name} = {answer.replace('%', '%%')}\n"
@@ -5465,8 +5577,10 @@ def _configure(invocation):
 
 
 def _text_without_section(path, region):
-    """Return the text that a section can be added to. Raises _Usage where the file has it: what
-    stands in it is a person's work, and is theirs to edit; ValueError for a broken file."""
+    """Return the text that a section can be added to.
+
+    Raises _Usage if the file has the section: a person's work is theirs to edit; ValueError for a
+    broken file."""
     try:
         text = _read_text(path)
     except FileNotFoundError:
@@ -5481,8 +5595,9 @@ def _text_without_section(path, region):
 
 
 def _ask_until_usable(name, question):
-    """Ask again until an answer makes sense. It is never repeated in a message: pasted a line too
-    early, it is the secret."""
+    """Ask again until an answer makes sense.
+
+    It is never repeated in a message: pasted a line too early, it is the secret."""
     while True:
         answer = _ask_person(question, is_hidden=name == "secret")
         if not answer:
@@ -5495,6 +5610,7 @@ def _ask_until_usable(name, question):
 
 
 def _is_endpoint(text):
+    """Tell whether a text can be an endpoint."""
     try:
         _check_client(CloudStack(text))
     except ValueError:
@@ -5503,6 +5619,7 @@ def _is_endpoint(text):
 
 
 def _ask_person(question, is_hidden=False):
+    """Return a person's answer to a question. Raises _Usage without one."""
     try:
         if is_hidden and sys.stdin.isatty():
             from getpass import getpass
@@ -5519,8 +5636,9 @@ def _ask_person(question, is_hidden=False):
 
 
 def _works(invocation, path, text, region):
-    """Try a section with one call, and with what [DEFAULT] adds to it, such as the certificates of
-    an authority. Raises ValueError where it cannot be used."""
+    """Try a section with one call, and with what [DEFAULT] adds to it, such as certificates.
+
+    Raises ValueError if it cannot be used."""
     found = _IniValues()
     found.add_file(path, _parse_ini(path, text), region)
     invocation.client = CloudStack(**{"endpoint": None, **_to_settings(found.values)})
@@ -5547,7 +5665,6 @@ _SAFE_KEYWORD = re.compile(r"[\w .()/-]+\Z", re.ASCII)
 
 def _fill_in_ids(invocation, command, params):
     """Put ids where names were typed. Raises _Usage for a name that nothing has, or several."""
-    ids: dict = {}
     catalog = None
     for param in sorted(params, key=lambda param: param.lower() not in _PLACES):
         parts = _split_names(param, params[param])
@@ -5560,22 +5677,31 @@ def _fill_in_ids(invocation, command, params):
         lister = _lister(catalog, command, param)
         for index, part in enumerate(parts if lister else ()):
             if part.startswith("name:"):
-                key, typed = (lister.name, part), f"{param}={part}"
-                parts[index] = ids[key] = ids.get(key) or _id_of(invocation, lister, typed, params)
+                parts[index] = _id_of_name(invocation, lister, f"{param}={part}", params)
         params[param] = ",".join(parts)
     invocation.under_way = None
 
 
+def _id_of_name(invocation, lister, typed, params):
+    """Return what _look_up_id does, once for all rows of --each that ask for the same."""
+    places = sorted((name, value) for name, value in params.items() if name.lower() in _PLACES)
+    key = (lister.name, typed.partition("=")[2], *places)
+    if key not in invocation.ids:
+        invocation.ids[key] = _look_up_id(invocation, lister, typed, params)
+    return invocation.ids[key]
+
+
 def _split_names(param, value):
-    """Return the parts of what an ...id parameter is given; [] for what can hold no name. In a list
-    a comma ends a name where another name or an id follows: others are the name's own."""
+    """Return the parts of what an ...id parameter is given; [] for what can hold no name.
+
+    In a list a comma ends a name only before another name or an id: others are the name's own."""
     if isinstance(value, _Literal) or not re.search("ids?\\Z", param.lower()):
         return []
     end = r",(?=name:|[0-9a-fA-F-]{36}(?:,|\Z))"
     return re.split(end, value) if param.lower().endswith("s") else [value]
 
 
-def _id_of(invocation, lister, typed, params):
+def _look_up_id(invocation, lister, typed, params):
     """Return the id of what has the name in a word such as zoneid=name:x. Raises _Usage."""
     name = typed.partition("=name:")[2]
     given = {param.lower(): value for param, value in params.items()}
@@ -5601,8 +5727,10 @@ def _id_of(invocation, lister, typed, params):
 
 
 def _questions(lister, name, given):
-    """Yield the parameters of ever wider questions to a list command: what holds the word; what can
-    be used; what there is. What belongs to a project is in the lists for projects only."""
+    """Yield the parameters of ever wider questions to a list command.
+
+    First what holds the word, then what can be used, then what there is. What belongs to a project
+    is in the lists for projects only."""
     has = lister.find_param
     asked = {"listall": "true"} if has("listall") else {}
     filters = [param for param in ("templatefilter", "isofilter") if has(param)]
@@ -5644,183 +5772,7 @@ def _candidate_lines(rows):
         yield _one_line(f"  {row['id']}  {' / '.join(_names(row))}  {facts}").rstrip()
 
 
-# 9.8 The shell.
-# Lines are carried out as arguments are, but with the same clients: {what leads to one: (its
-# settings, the client)}.
-
-_SHELL_HELP = "In the shell: help [COMMAND], list [WORDS], use REGION, exit. Tab completes."
-_SHELL_WORDS = {"help": "--help", "list": "--list", "use": "--region", "exit": "exit"}
-_HISTORY_LINES = 1000
-
-
-def _asks_for_shell(invocation, words):
-    """Return whether the shell is to be opened: by --shell, or with nothing to do on a terminal."""
-    options, is_inside = invocation.options, invocation.clients is not None
-    is_idle = not (words or options["wait"] or options["list"] or options["sync"])
-    if options["shell"] and (is_inside or not is_idle):
-        raise _Usage("--shell stands alone: it reads line by line what is to be done")
-    return options["shell"] or (is_idle and not is_inside and _is_at_terminal())
-
-
-def _is_at_terminal():
-    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
-
-
-class _Shell:
-    """Carries out one line after another (--shell)."""
-
-    def __init__(self, options):
-        self.options = {**options, "shell": None}  # they hold for every line
-        self.clients = {}
-        self.place = options["region"] or _DEFAULT_REGION  # for the prompt
-        self.has_history = True
-
-    def run(self):
-        """Carry out the lines. Returns what became of the first that failed, as far as nobody saw
-        it; what a person interrupts is one line, elsewhere it is all."""
-        is_typed = _is_at_terminal()
-        ends = _OutputFailed if is_typed else (_OutputFailed, KeyboardInterrupt)
-        first = True
-        try:
-            for line in self._typed_lines() if is_typed else _piped_lines():
-                line = re.sub(r"\A\s*(?:cs\s+|#.*)?", "", line).rstrip()
-                if line in ("exit", "quit"):
-                    break
-                invocation = _Invocation(dict(self.options), self.clients)
-                outcome = _attempt(invocation, self._dispatch, line) if line else True
-                if first is True and _exit_code(outcome):
-                    first = outcome
-                if isinstance(outcome, ends):
-                    break
-        finally:
-            for _, client in self.clients.values():
-                client.close()
-        return is_typed or first
-
-    def _dispatch(self, invocation, line):
-        """Do what a line asks for. Returns whether it succeeded."""
-        words = _split_line(line)
-        if words[0] != "use":
-            return _dispatch(invocation, [_SHELL_WORDS.get(words[0], words[0])] + words[1:])
-
-        region = invocation.options["region"] = " ".join(words[1:])
-        invocation.connect()
-        self.options["region"] = region
-        named = not self.options["endpoint"] and invocation.client.name
-        self.place = named or urlsplit(invocation.client.endpoint).hostname
-        return True
-
-    def _typed_lines(self):
-        """Yield what a person types. Ctrl-C clears a line, Ctrl-D is the end."""
-        readline = self._prepare()
-        _Invocation(self.options).say(_SHELL_HELP)
-        yield "use " + _shell_word(self.options["region"] or "")
-        while True:
-            try:
-                line = input(f"cs {_one_line(self.place)}> ")
-            except EOFError:
-                _write_stderr("")
-                return
-            except (KeyboardInterrupt, UnicodeError):
-                _write_stderr("")
-                continue
-            if readline and line.strip() and not self._holds_secret(line):
-                readline.add_history(line)
-                self._keep_history(line)
-            yield line
-
-    def _prepare(self):
-        """Have lines completed and remembered. Returns readline, None if Python lacks it."""
-        try:
-            import readline
-        except ImportError:
-            return None
-
-        found: list = []
-
-        def complete(word, number):
-            if number == 0:
-                found[:] = self._complete(readline.get_line_buffer()[: readline.get_endidx()])
-            return found[number] if number < len(found) else None
-
-        readline.set_completer(complete)
-        readline.set_completer_delims(" \t\n")  # `=` and `:` are part of a word
-        is_editline = "libedit" in (readline.__doc__ or "")
-        readline.parse_and_bind("bind ^I rl_complete" if is_editline else "tab: complete")
-        readline.set_auto_history(False)
-        for line in self._keep_history():
-            readline.add_history(line)
-        return readline
-
-    def _complete(self, typed):
-        """Return what may stand in place of the word at the end: several with descriptions, which
-        stay on the screen as they differ, or the one."""
-        first, space, rest = typed.lstrip().partition(" ")
-        found = [] if space else [(word, "") for word in _SHELL_WORDS if word.startswith(first)]
-        line = _read_line(f"cs {_SHELL_WORDS.get(first, first) if space else first}{space}{rest}")
-        line = line._replace(options=_merge_options(self.options, line.options))
-        try:
-            found += _completions(line)
-        except _Usage as error:
-            return [_one_line(str(error)), " "]
-        if len(found) == 1:
-            return [found[0][0] + ("" if found[0][0].endswith(("=", ",")) else " ")]
-        by_name = any("=" in word and not word.startswith(line.current) for word, _ in found)
-        # One more that differs has readline keep a name, though its ids begin otherwise.
-        shown = [f"{word}  {text}".rstrip() for word, text in found]
-        return shown + [" "] if by_name else shown
-
-    def _holds_secret(self, line):
-        """Return whether a line, be it one that is not understood, holds a secret's value."""
-        text = re.sub(r"\S+=@(?!@)\S*", "", line)  # the value stands in a file
-        try:
-            words = _split_line(text)
-        except _Usage:
-            words = text.split()
-        pairs = (word.partition("=") for word in words if "=" in word)
-        params = {name.strip(): value.strip("\"' ") for name, _, value in pairs}
-        mistaken = rf"(?i){_SECRET}[\"']?\s*[=:]\s*\S"  # such as `password = x`
-        if any(_secret_names(params)) or re.search(mistaken, text):
-            return True
-        own = [_secrets_of(client) for _, client in self.clients.values()]
-        return _mask_text(text, itertools.chain(*own)) != text
-
-    def _keep_history(self, *new):
-        """Add lines to the history's file, read anew, as other shells add to it, too. Returns its
-        lines; that there can be none is said once."""
-        path = _own_path("XDG_STATE_HOME", os.path.join(".local", "state"), "history")
-        lines = []
-        try:
-            if self.has_history:
-                os.umask(0o077)  # also the folders above it are for their owner only
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                with open(path, "a+", encoding="utf-8", errors="replace") as file:
-                    file.seek(0)
-                    lines = file.read().splitlines()
-                lines = [*lines, *new][-_HISTORY_LINES:]
-                _write_private(path, "".join(line + "\n" for line in lines))
-        except (OSError, ValueError) as error:
-            self.has_history = False
-            _write_stderr(f"Warning: no history is kept: {_error_text(error)}")
-        return lines
-
-
-def _split_line(line):
-    import shlex
-
-    try:
-        return shlex.split(line)
-    except ValueError as error:
-        raise _Usage(f"the line cannot be taken apart: {error}") from None
-
-
-def _piped_lines():
-    """Yield the lines of standard input; the rest of it may be for a line's name=@-."""
-    for line in sys.stdin.buffer if sys.stdin else ():
-        yield line.decode("utf-8-sig", "surrogateescape")
-
-
-# 9.7 Rows that meet conditions: --where.
+# 9.8 Rows that meet conditions: --where.
 
 _CONDITION = r"([^=!<>~]+)(!=|<=|>=|=?~|==?|[<>])(.*)\Z"  # compiled when used
 _ORDERS = {"<": (-1,), "<=": (-1, 0), ">": (1,), ">=": (0, 1)}  # what comparing may give
@@ -5841,12 +5793,15 @@ class _Condition:
             raise _Usage(f"--where {wanted!a}: no regular expression: {error}") from None
 
     def is_met(self, row):
-        """Return whether a row meets it. Of a list any item may, but for != none may be equal; what
-        a row does not have counts as the empty text."""
+        """Tell whether a row meets it.
+
+        Of a list any item may, but for != none may be equal; what a row does not have counts as the
+        empty text."""
         holds = any(map(self._holds, _texts(_pick(row, self.column))))
         return holds != (self.sign == "!=")
 
     def _holds(self, text):
+        """Tell whether one text meets the condition; for != whether it is equal."""
         if self.pattern:
             return self.pattern.search(text) is not None
         given, wanted = _comparable(text), self.wanted
@@ -5878,7 +5833,7 @@ def _filtered(invocation, rows):
     return rows
 
 
-# 9.8 Many at once: --each.
+# 9.9 Many at once: --each.
 
 _FIELD = r"\{\{|\}\}|\{([^{}]*)\}|[{}]"
 _PARALLEL = 10
@@ -5918,8 +5873,10 @@ def _carry_out_each(invocation, words):
 
 
 def _word_template(word):
-    """Return a name=value word with {field} in it. What is filled in stands in quotes, so that a
-    row's own @ or name: is text and nothing else; a file is read once, and its braces are text."""
+    """Return a name=value word with {field} in it.
+
+    The filled-in text stands in quotes, so that a row's own @ or name: is text and nothing else; a
+    file is read once, and its braces are text."""
     name, _, value = word.partition("=")
     value = value.strip()
     if value == "@-":
@@ -5972,8 +5929,9 @@ def _read_rows(invocation):
 
 
 def _rows_in(document):
-    """Return the rows of a JSON document: a list, an answer, a row, or one that an earlier --each
-    has not sent."""
+    """Return the rows of a JSON document: a list, an answer, or a row.
+
+    A row may also be one that an earlier --each has not sent."""
     if isinstance(document, dict) and set(document) == {"row", "unsent"}:
         return [document["row"]]
     if isinstance(document, dict) and len(set(document) - {"count"}) > 1:
@@ -6084,10 +6042,12 @@ class _Batch:
             _write_stderr(line)
 
     def _show_progress(self):
+        """Show the counts on a terminal."""
         if self.invocation.client._state.progress:
             self.invocation.progress.show(self._counted(), _clock())
 
     def _counted(self):
+        """Return the counts in words."""
         counted = [f"{count} {state}" for state, count in sorted(self.counts.items()) if count]
         return f"{', '.join(counted)}, of {len(self.rows)}"
 
@@ -6117,6 +6077,191 @@ class _Batch:
         if self.is_interrupted and not is_done:
             raise KeyboardInterrupt
         return is_done and self.unwritten is None
+
+
+# 9.10 The shell.
+# Lines are carried out as arguments are, but with the same clients: {what leads to one: (its
+# settings, the client)}.
+
+_SHELL_HELP = "In the shell: help [COMMAND], list [WORDS], use REGION, exit. Tab completes."
+_SHELL_WORDS = {"help": "--help", "list": "--list", "use": "--region", "exit": "exit"}
+_HISTORY_LINES = 1000
+
+
+def _asks_for_shell(invocation, words):
+    """Return whether the shell is to be opened: by --shell, or with nothing to do on a terminal."""
+    options, is_inside = invocation.options, invocation.clients is not None
+    is_idle = not (words or options["wait"] or options["list"] or options["sync"])
+    if options["shell"] and (is_inside or not is_idle):
+        raise _Usage("--shell stands alone: it reads line by line what is to be done")
+    return options["shell"] or (is_idle and not is_inside and _is_at_terminal())
+
+
+def _is_at_terminal():
+    """Tell whether a person sits at both ends."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+
+
+class _Shell:
+    """Carries out one line after another (--shell)."""
+
+    def __init__(self, options):
+        self.options = {**options, "shell": None}  # they hold for every line
+        self.clients = {}
+        self.place = options["region"] or _DEFAULT_REGION  # for the prompt
+        self.has_history = True
+
+    def run(self):
+        """Carry out the lines. Returns what became of the first that failed, as far as nobody saw
+        it; what a person interrupts is one line, elsewhere it is all."""
+        is_typed = _is_at_terminal()
+        ends = _OutputFailed if is_typed else (_OutputFailed, KeyboardInterrupt)
+        first = True
+        try:
+            for line in self._typed_lines() if is_typed else _piped_lines():
+                line = re.sub(r"\A\s*(?:cs\s+|#.*)?", "", line).rstrip()
+                if line in ("exit", "quit"):
+                    break
+                invocation = _Invocation(dict(self.options), self.clients)
+                outcome = _attempt(invocation, self._dispatch, line) if line else True
+                if first is True and _exit_code(outcome):
+                    first = outcome
+                if isinstance(outcome, ends):
+                    break
+        finally:
+            for _, client in self.clients.values():
+                client.close()
+        return is_typed or first
+
+    def _dispatch(self, invocation, line):
+        """Do what the arguments ask for. Returns whether it succeeded.
+
+        For a shell it returns what became of the first line that failed."""
+        words = _split_line(line)
+        if words[0] != "use":
+            return _dispatch(invocation, [_SHELL_WORDS.get(words[0], words[0])] + words[1:])
+
+        region = invocation.options["region"] = " ".join(words[1:])
+        invocation.connect()
+        self.options["region"] = region
+        named = not self.options["endpoint"] and invocation.client.name
+        self.place = named or urlsplit(invocation.client.endpoint).hostname
+        return True
+
+    def _typed_lines(self):
+        """Yield what a person types. Ctrl-C clears a line, Ctrl-D is the end."""
+        readline = self._prepare()
+        _Invocation(self.options).say(_SHELL_HELP)
+        yield "use " + _shell_word(self.options["region"] or "")
+        while True:
+            try:
+                line = input(f"cs {_one_line(self.place)}> ")
+            except EOFError:
+                _write_stderr("")
+                return
+            except (KeyboardInterrupt, UnicodeError):
+                _write_stderr("")
+                continue
+            if readline and line.strip() and not self._holds_secret(line):
+                readline.add_history(line)
+                self._keep_history(line)
+            yield line
+
+    def _prepare(self):
+        """Have lines completed and remembered. Returns readline, None if Python lacks it."""
+        try:
+            import readline
+        except ImportError:
+            return None
+
+        found: list = []
+
+        def complete(word, number):
+            if number == 0:
+                found[:] = self._complete(readline.get_line_buffer()[: readline.get_endidx()])
+            return found[number] if number < len(found) else None
+
+        readline.set_completer(complete)
+        readline.set_completer_delims(" \t\n")  # `=` and `:` are part of a word
+        is_editline = "libedit" in (readline.__doc__ or "")
+        readline.parse_and_bind("bind ^I rl_complete" if is_editline else "tab: complete")
+        readline.set_auto_history(False)
+        for line in self._keep_history():
+            readline.add_history(line)
+        return readline
+
+    def _complete(self, typed):
+        """Return what may stand in place of the word at the end, or the one that does.
+
+        Several come with descriptions, which stay on the screen since they differ."""
+        first, space, rest = typed.lstrip().partition(" ")
+        found = [] if space else [(word, "") for word in _SHELL_WORDS if word.startswith(first)]
+        line = _read_line(f"cs {_SHELL_WORDS.get(first, first) if space else first}{space}{rest}")
+        line = line._replace(options=_merge_options(self.options, line.options))
+        try:
+            found += _completions(line)
+        except _Usage as error:
+            return [_one_line(str(error)), " "]
+        if len(found) == 1:
+            return [found[0][0] + ("" if found[0][0].endswith(("=", ",")) else " ")]
+        by_name = any("=" in word and not word.startswith(line.current) for word, _ in found)
+        # One more that differs has readline keep a name, though its ids begin otherwise.
+        shown = [f"{word}  {text}".rstrip() for word, text in found]
+        return shown + [" "] if by_name else shown
+
+    def _holds_secret(self, line):
+        """Return whether a line, be it one that is not understood, holds a secret's value."""
+        text = re.sub(r"\S+=@(?!@)\S*", "", line)  # the value stands in a file
+        try:
+            words = _split_line(text)
+        except _Usage:
+            words = text.split()
+        pairs = (word.partition("=") for word in words if "=" in word)
+        params = {name.strip(): value.strip("\"' ") for name, _, value in pairs}
+        mistaken = rf"(?i){_SECRET}[\"']?\s*[=:]\s*\S"  # such as `password = x`
+        if any(_secret_names(params)) or re.search(mistaken, text):
+            return True
+        own = [_secrets_of(client) for _, client in self.clients.values()]
+        return _mask_text(text, itertools.chain(*own)) != text
+
+    def _keep_history(self, *new):
+        """Add lines to the history's file, and return its lines.
+
+        It is read anew, since other shells add to it, too. That there can be none is said once."""
+        path = _own_path("XDG_STATE_HOME", os.path.join(".local", "state"), "history")
+        lines = []
+        try:
+            if self.has_history:
+                usual = os.umask(0o077)  # the folders above it are for their owner only, too
+                try:
+                    os.makedirs(os.path.dirname(path), exist_ok=True)
+                finally:
+                    os.umask(usual)
+                if os.path.exists(path):
+                    with open(path, encoding="utf-8", errors="replace") as file:
+                        lines = file.read().splitlines()
+                lines = [*lines, *new][-_HISTORY_LINES:]
+                _write_private(path, "".join(line + "\n" for line in lines))
+        except (OSError, ValueError) as error:
+            self.has_history = False
+            _write_stderr(f"Warning: no history is kept: {_error_text(error)}")
+        return lines
+
+
+def _split_line(line):
+    """Return the words of a line, as a shell takes it apart. Raises _Usage."""
+    import shlex
+
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise _Usage(f"the line cannot be taken apart: {error}") from None
+
+
+def _piped_lines():
+    """Yield the lines of standard input; the rest of it may be for a line's name=@-."""
+    for line in sys.stdin.buffer if sys.stdin else ():
+        yield line.decode("utf-8-sig", "surrogateescape")
 
 
 if __name__ == "__main__":

@@ -9697,7 +9697,7 @@ def forever(record):
     return {}
 
 
-INTERRUPTED = "Interrupted. Job {0} may still be running; to go on waiting for it: cs --wait {0}\n"
+MAY_HAVE_RUN = "Interrupted. deployVirtualMachine may have run; if it starts a job, this waits for it: cs --wait {}\n"
 ZONES_ANSWER = {"listzonesresponse": {"count": 1, "zone": [{"name": "z\u00fcrich", "id": "1"}]}}
 ZONES_TEXT = '{\n  "count": 1,\n  "zone": [\n    {\n      "id": "1",\n      "name": "z\u00fcrich"\n    }\n  ]\n}\n'
 
@@ -10200,10 +10200,16 @@ class CommandLineJobsTest(CommandLineCase):
 
     def test_an_interrupt_before_there_is_a_job(self):
         interrupted = mock.patch.object(cs.CloudStack, "_exchange", side_effect=KeyboardInterrupt)
+        may_have_run = "Interrupted. deployVirtualMachine may have run: look before it is sent again.\n"
         with interrupted, mock.patch.dict(os.environ, CLOUDSTACK_RECOVER="false"):
-            self.assertEqual((130, "", ""), self.main("deployVirtualMachine"))
+            self.assertEqual((130, "", may_have_run), self.main("deployVirtualMachine"))
         with interrupted:
             self.assertEqual((130, "", ""), self.main("listZones"))
+
+    def test_a_failure_stays_one_when_nobody_reads_its_answer(self):
+        self.replies(updateZone=refusal(431, "no"))
+        with mock.patch.object(cs, "_flush", side_effect=cs._OutputFailed(BrokenPipeError())):
+            self.assertEqual((1, 0), (self.main("updateZone", "id=1")[0], self.main("listZones")[0]))
 
     def test_an_interrupt_before_the_answer_shows_the_id_that_the_job_gets(self):
         sent = []
@@ -10214,7 +10220,7 @@ class CommandLineJobsTest(CommandLineCase):
 
         with mock.patch.object(cs.CloudStack, "_exchange", exchange):
             err = self.fails(130, "deployVirtualMachine")
-        self.assertEqual(INTERRUPTED.format(*sent), err)
+        self.assertEqual(MAY_HAVE_RUN.format(*sent), err)
 
 
 class TraceTest(CommandLineCase):
@@ -10708,7 +10714,7 @@ class CommandLineProcessTest(CommandLineCase):
         self.assertTrue(asked.wait(10))
         child.send_signal(signal.SIGINT)
         code, out, err = self.finish(child)
-        told = INTERRUPTED.format(self.server.requests[0].params["customjobid"])
+        told = MAY_HAVE_RUN.format(self.server.requests[0].params["customjobid"])
         self.assertEqual((130, "", told), (code, out, err))
 
     @unittest.skipUnless(os.path.exists("/proc/self/cmdline"), "needs /proc")
@@ -12941,7 +12947,8 @@ class ProgressTest(CloudCase):
 
         with mock.patch.object(cs, "_sleep", sleep):
             out, err = self.shown(130, "startThing")
-        self.assertEqual(INTERRUPTED.format("j-1"), screen(err))
+        told = "Interrupted. Job j-1 may still be running; to go on waiting for it: cs --wait j-1\n"
+        self.assertEqual(told, screen(err))
 
     def test_a_streamed_list_and_its_progress_do_not_mix(self):
         """Both on one terminal, as they are where nothing is redirected."""
@@ -14257,6 +14264,19 @@ class EachCase(CloudCase):
 
 
 class EachTest(EachCase):
+    def test_a_name_is_looked_up_once_for_all_rows(self):
+        self.sync()
+        rows = [{"n": number} for number in range(30)]
+        code, out, err = self.each(rows, "rebootVirtualMachine", "id=name:web-01")
+        self.assertEqual((0, 30), (code, out.count('"result"')), err)
+        self.assertEqual(1, self.asked.count("listVirtualMachines"))
+
+    def test_not_within_a_shell(self):
+        with mock.patch("sys.stdin", io.TextIOWrapper(io.BytesIO(b"listZones --each\n"))):
+            code, out, err = self.main("--shell")
+        self.assertEqual((2, ""), (code, out))
+        self.assertIn("--each reads standard input", err)
+
     def test_rows_in_every_form(self):
         rows = [{"id": "a"}, {"id": "b"}]
         answer = {"count": 2, "thing": rows}
