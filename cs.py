@@ -1707,7 +1707,8 @@ class _JobWait:
         patient = self.client.job_timeout is not None or self.failures + 1 < PATIENCE
         if not _poll_may_continue(error) or not patient:
             return False
-        growing = max(SHORTEST_PAUSE, self.client.poll_interval) * 2.0 ** min(self.failures, 32)
+        # Growing also where poll_interval is 0, and not beyond what a float holds.
+        growing = max(0.001, self.client.poll_interval) * 2.0 ** min(self.failures, 32)
         self.due = _clock() + min(LONGEST_WAIT, max(_asked_delay(error) or 0.0, growing))
         self.failures += 1
         return True
