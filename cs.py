@@ -17,8 +17,8 @@ Rooms (the numbered parts of this file)
     2 errors            the tree of exceptions
     3 parameters        keyword arguments to names and texts, and their signature
     4 redaction         what a person may see of a request; the trace
-    5 protocol          5.1 call and request, 5.2 answer, 5.3 retry, 5.4 session, 5.5 pages,
-                        5.6 jobs, 5.7 recovery
+    5 protocol          limits and waits, then 5.1 call and request, 5.2 answer, 5.3 retry,
+                        5.4 session, 5.5 pages, 5.6 jobs, 5.7 recovery
     6 transport         6.1 route, 6.2 connections, 6.3 reading against the clock,
                         6.4 failures in words, 6.5 a program's own session
     7 clients           CloudStack, AIOCloudStack, and their threads
@@ -299,7 +299,8 @@ _Setting = collections.namedtuple("_Setting", "name default convert given_in mea
 
 # given_in: "both" is read from the environment (CLOUDSTACK_<NAME>) and from ini files under its
 # name; "code" is an argument of the constructor only; "tool" is as "both", but for the command line
-# alone: the constructor takes it, since read_config() passes it on, and drops it.
+# alone, which finds its text in _Invocation.settings. CloudStack.__init__ has an argument of that
+# name, too, and drops it, since read_config() passes it on; a flag for it stands in _OPTIONS.
 # fmt: off
 SETTINGS: "tuple[Any, ...]" = (
     _Setting("endpoint", None, _parse_text, "both", "URL of the API, http or https"),
@@ -351,7 +352,7 @@ SETTINGS: "tuple[Any, ...]" = (
     _Setting("theme", None, _parse_text, "tool", "Pygments style of the command line's JSON"),
 )
 # fmt: on
-_SETTING = {setting.name: setting for setting in SETTINGS if setting.given_in != "tool"}
+_CLIENT_SETTINGS = {setting.name: setting for setting in SETTINGS if setting.given_in != "tool"}
 
 # These are not attributes of a client: 5.2.0 had none of these names, and subclasses written for it
 # use them for their own, as in `self.domain = {...}`. They are kept in _ClientState.
@@ -360,7 +361,9 @@ _NOT_ATTRIBUTES = frozenset(
     " recover".split()
 )
 _CONVERTERS = {
-    name: setting.convert for name, setting in _SETTING.items() if name not in _NOT_ATTRIBUTES
+    name: setting.convert
+    for name, setting in _CLIENT_SETTINGS.items()
+    if name not in _NOT_ATTRIBUTES
 }
 
 
@@ -697,12 +700,14 @@ PAGES_AHEAD = 4  # page requests of one fetch_list that may be under way at once
 MOST_PAGES = 100000  # of one list: a longer walk goes in circles
 _AS_WALK = "walk"  # as fetch_list: return the _Walk, along which iter_list goes
 
-LONGEST_WAIT = 30.0  # seconds before a retry; if the server asks for more, the error is raised
+# Seconds before a retry, as retry_backoff in SETTINGS says, or a look at a job after one that went
+# wrong; if the server asks for a longer wait before a retry, the error is raised.
+LONGEST_WAIT = 30.0
 LONGEST_HEAD = 8000  # bytes of request line and headers; the server answers 414 over 8192
 _SIGNED = 150  # bytes of LONGEST_HEAD that expiry, signature and the request line's words may take
 
-# The first look at a job is due at once (_JobWait), each next one after a part of the time waited.
-NEXT_LOOK = 0.5  # that part,
+# The first look at a job is due at once (_JobWait).
+NEXT_LOOK = 0.5  # the part of the time waited so far that passes before the next look
 SHORTEST_PAUSE = 0.1  # the least number of seconds between two looks; poll_interval is the most
 OWN_LOOK = 15  # poll_intervals after which a job is asked for singly, whatever a list of jobs says
 LEASE = 3.0  # seconds that one caller may take for work that all callers wait for
@@ -1342,7 +1347,8 @@ def _log_out(client):
 
 # 5.5 Pages: all rows of a list.
 
-# How the server says that its limit is lower (a 431); another wording is another alternative.
+# How the server says that its limit is lower (a 431). Another wording is an alternative in front of
+# the one group: (?:page ?size.*max allowed|another).*?(?P<limit>...)
 _PAGE_LIMIT_TEXT = re.compile(r"(?i)page ?size.*max allowed.*?(?P<limit>[0-9]{1,9})")
 
 
@@ -2297,7 +2303,7 @@ def _ask_for_tunnel(route, flight, sock):
     finally:
         response.close()
     if not 200 <= response.status < 300:
-        reason = _mask_text(response.reason, " ".join(route.proxy.headers).split()[2:])
+        reason = _mask_text(response.reason, [line.split()[-1] for line in route.proxy.headers])
         raise OSError(f"Tunnel connection failed: {response.status} {reason}")
 
 
@@ -2810,7 +2816,7 @@ class CloudStack:
 
     def _apply_settings(self, **values):
         for name, value in values.items():
-            self.set_setting(name, _SETTING[name].default if value is None else value)
+            self.set_setting(name, _CLIENT_SETTINGS[name].default if value is None else value)
 
     def __setattr__(self, name, value):
         """Convert and check settings wherever they are set; other attributes are the program's."""
@@ -2820,8 +2826,10 @@ class CloudStack:
         object.__setattr__(self, name, value)
 
     def get_setting(self, name: str) -> "Any":
-        """Return the value of a setting, by its name in SETTINGS. Raises KeyError for another."""
-        setting = _SETTING[name]
+        """Return the value of a setting, by its name in SETTINGS. Raises KeyError for another.
+
+        (Settings for the command line alone are not the client's.)"""
+        setting = _CLIENT_SETTINGS[name]
         return getattr(self._state if name in _NOT_ATTRIBUTES else self, setting.name)
 
     def set_setting(self, name: str, value: "Any") -> None:
@@ -2829,7 +2837,7 @@ class CloudStack:
 
         It is the only way for those that are not attributes, since subclasses use names such as
         `domain` for their own. Raises ValueError for a wrong value, KeyError for another name."""
-        setting = _SETTING[name]
+        setting = _CLIENT_SETTINGS[name]
         holder = self._state if name in _NOT_ATTRIBUTES else self
         object.__setattr__(holder, name, _convert(name, setting.convert, value))
 
@@ -3395,7 +3403,7 @@ class _IniValues:
         raw = dict(parser.items(region))
         for key, value in _expand_values(path, raw, region):
             is_header = key.startswith(_HEADER) and key != _HEADER
-            if key in _SETTING and "\n" in value:
+            if key in _CLIENT_SETTINGS and "\n" in value:
                 # It may hold a secret that was meant for the next line.
                 reason = "the value continues in the next, indented line; each setting stands on a"
                 raise ValueError(f"{path!a}: {key}: {reason} line of its own")
@@ -3430,7 +3438,8 @@ def _group_of(key):
 def _list_ini_paths(config=None):
     """Return the files to read, in order, and the one among them that was named, or None.
 
-    Each may hold a secret, and is to be readable by its owner only; see also check_origins()."""
+    Later ones win. A file with a secret that others may read is warned of (in 9.2), and endpoint
+    and credentials must come from one file (check_origins)."""
     paths = [os.path.expanduser("~/.cloudstack.ini")]
     try:
         paths.append(os.path.abspath("cloudstack.ini"))
@@ -3504,9 +3513,9 @@ def _expand_values(path, raw, region):
 
 
 def _read_ini_values(region, config=None):
-    """Return the _IniValues of a region: ~/.cloudstack.ini, ./cloudstack.ini, $CLOUDSTACK_CONFIG.
+    """Return the _IniValues of a region, out of the files of _list_ini_paths.
 
-    Later files win. Raises SystemExit if a file that was named is not there."""
+    Raises SystemExit if a file that was named is not there."""
     found = _IniValues()
     found.tried, named = _list_ini_paths(config)
     for path in found.tried:
@@ -3605,7 +3614,7 @@ def _load_config(ini_group=None, flags=None, config=None):
         if not found.has_section:
             where = f" (there is no section [{region}] in {', '.join(found.read)})"
         raise ValueError(f"the configuration is missing the following keys: endpoint{where}")
-    settings = {key: _SETTING[key].default for key in _ALWAYS}
+    settings = {key: _CLIENT_SETTINGS[key].default for key in _ALWAYS}
     settings["trace"] = None  # as 5.2.0 has it; the constructor takes it for False
     settings["name"] = region if found.has_section else None
     settings.update(_to_settings(values))
@@ -3651,6 +3660,7 @@ __all__ += ["main"]
 
 # 9.1 Options: the words of a line, taken apart.
 
+# A new one is printed by _print_rows (9.3), else it comes out as a table; _HELP names it, too.
 FORMATS = ("json", "jsonl", "table", "csv", "text")
 
 # value: None for a flag, the only values there are, or the name under which help shows the value.
@@ -3880,7 +3890,9 @@ def _attempt(invocation, dispatch, line):
 
 
 def _exit_code(outcome):
-    """Return the exit code for what was raised, or for whether everything succeeded."""
+    """Return the exit code for what was raised, or for whether everything succeeded.
+
+    They are listed in main's docstring, in _HELP and in README; --each gives 0, 1 or 130."""
     if isinstance(outcome, _OutputFailed):  # a reader that has seen enough is no failure
         return 0 if isinstance(outcome.args[0], BrokenPipeError) else 1
     if isinstance(outcome, KeyboardInterrupt):
@@ -4567,7 +4579,9 @@ def _print_document(invocation, answer):
 
 
 def _print_rows(invocation, rows, columns):
-    """Print rows in one of the formats that have rows. A new format has its name in FORMATS."""
+    """Print rows in one of the formats that have rows.
+
+    A new one is named in FORMATS and _HELP (9.1); for no rows at all see _print_answer."""
     shape = invocation.format()
     if shape == "jsonl":
         _write("".join(_json_text(row, None) + "\n" for row in _only(rows, columns)))
@@ -5775,7 +5789,9 @@ def _candidate_lines(rows):
 
 # 9.8 Rows that meet conditions: --where.
 
-_CONDITION = r"([^=!<>~]+)(!=|<=|>=|=?~|==?|[<>])(.*)\Z"  # compiled when used
+# Compiled when it is used. A new sign has its first character in [^...], too, and its meaning in
+# _Condition; one that _ORDERS lacks means `=`.
+_CONDITION = r"([^=!<>~]+)(!=|<=|>=|=?~|==?|[<>])(.*)\Z"
 _ORDERS = {"<": (-1,), "<=": (-1, 0), ">": (1,), ">=": (0, 1)}  # what comparing may give
 
 
@@ -6085,6 +6101,8 @@ class _Batch:
 # settings, the client)}.
 
 _SHELL_HELP = "In the shell: help [COMMAND], list [WORDS], use REGION, exit. Tab completes."
+# What a word stands for among arguments, and what Tab offers. _Shell._dispatch does `use`, and
+# _Shell.run `exit` and `quit`: a word that is not an option needs such a place, too.
 _SHELL_WORDS = {"help": "--help", "list": "--list", "use": "--region", "exit": "exit"}
 _HISTORY_LINES = 1000
 
@@ -6135,9 +6153,7 @@ class _Shell:
         return is_typed or first
 
     def _dispatch(self, invocation, line):
-        """Do what the arguments ask for. Returns whether it succeeded.
-
-        For a shell it returns what became of the first line that failed."""
+        """Do what a line asks for: `use` here, the rest as arguments. Returns as _dispatch does."""
         words = _split_line(line)
         if words[0] != "use":
             return _dispatch(invocation, [_SHELL_WORDS.get(words[0], words[0])] + words[1:])

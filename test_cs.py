@@ -13,8 +13,10 @@ Contents (search for the tag; the numbers are those of the rooms of cs.py):
     [1] settings          [2] errors          [3] parameters and signature     [4] redaction
     [5.1] protocol: call and request     [5.2] answer     [5.3] retry     [5.4] session     [5.5] pages     [5.6] jobs
     [5.7] recovery        [6] transport       [7] clients     [8] configuration
-    [9] command line: options, run and report, formats, the list of commands, completion, configure, the shell, habits
-    [W] what is written about it: README and --help     [R] running the tests
+    [9.1] to [9.10] command line: options, run and report, formats, the list of commands, completion, configure, names
+    for ids, --where, --each, the shell
+    [W] what is written about it: README and --help     [H] what the front page of cs.py promises
+    [R] running the tests
 
 To give it another command: `_list(...)` is one line for a command that lists a table; for any other write a function
 under `@command(name, parameters, description, table)`, which is given the Call and returns the answer, or, with
@@ -3288,7 +3290,7 @@ class ConstructorTest(unittest.TestCase):
                 value = kind(ENDPOINT, **{name: text}).get_setting(name)
                 self.assertEqual((expected, type(expected)), (value, type(value)))
 
-    @each("setting", *[setting for name, setting in cs._SETTING.items()
+    @each("setting", *[setting for name, setting in cs._CLIENT_SETTINGS.items()
                        if name not in ("endpoint", "verify", "expiration")])  # fmt: skip
     def test_none_means_the_default(self, setting):
         client = cs.CloudStack(ENDPOINT, **{setting.name: None})
@@ -5817,7 +5819,7 @@ class ClientObjectTest(ProtocolCase):
             with self.subTest(copier=index):
                 twin = copier(original)
                 self.assertIs(type(twin), kind)
-                for setting in cs._SETTING.values():
+                for setting in cs._CLIENT_SETTINGS.values():
                     self.assertEqual(original.get_setting(setting.name), twin.get_setting(setting.name), setting.name)
                 self.assertEqual([1], twin.own)
                 self.assertIsNot(transport_of(twin), transport_of(original))
@@ -6300,8 +6302,9 @@ def dripping(content, filler=b" "):
     def drip(wire):
         for byte in itertools.chain(content, itertools.cycle(filler)):
             if not wire.send(bytes([byte])):
-                return False
+                break
             time.sleep(0.0005)
+        return False
 
     return drip
 
@@ -9680,7 +9683,7 @@ class FilesTogetherTest(ConfigCase, ServerCase):
         self.assertEqual([], self.server.requests)
 
 
-# === [9] command line: options, run and report ======================================================================
+# === [9.1, 9.2] command line: options, run and report ===============================================================
 
 
 def job_pending(record=None):
@@ -10105,7 +10108,7 @@ class OutputTest(CommandLineCase):
 
     def test_a_command_that_may_have_run_is_told(self):
         environ(timeout="0.05")
-        self.replies(startVirtualMachine=forever)
+        self.replies(startVirtualMachine=forever, queryAsyncJobResult=(431, refusal(431, "unknown")))
         self.assertIn("its outcome is unknown", self.fails(3, "startVirtualMachine", "id=1"))
 
     def test_standard_error_that_cannot_be_written_is_no_matter(self):
@@ -13135,6 +13138,7 @@ class ErrorTextsTest(CloudCase):
         self.assertIn(f"\n  Server: {self.cloud.endpoint}\n", err)
 
     def test_what_may_have_run_is_told(self):
+        self.configure(timeout="0.3")
         self.cloud.script("startThing", RUN_THEN_DROP)
         self.assertHolds(self.error(3, "startThing", "id=1"), "outcome is unknown", "before you send it again")
 
@@ -13570,7 +13574,7 @@ def configparser_of(path):
     return parser
 
 
-# === [9] names for ids ==============================================================================================
+# === [9.7] names for ids ============================================================================================
 
 
 class NamesForIdsTest(CloudCase):
@@ -13734,7 +13738,7 @@ class NamesForIdsTest(CloudCase):
                          self.row("virtualmachine", "web-01")["id"])  # fmt: skip
 
 
-# === [9] the shell ==================================================================================================
+# === [9.10] the shell ===============================================================================================
 
 
 class ShellTest(CloudCase):
@@ -14043,7 +14047,7 @@ class TypedShellTest(CloudCase):
         self.assertEqual(self.asked, ["listZones", "listZones"])
 
 
-# === [9] habits from elsewhere ======================================================================================
+# === [9.4] habits from elsewhere ====================================================================================
 
 
 class HabitsTest(CloudCase):
@@ -14100,7 +14104,7 @@ class HabitsTest(CloudCase):
         self.assertEqual([line for line in screen(narrow).splitlines() if columns_of(line) > 12], [])
 
 
-# === [9] rows: --where and --each ===================================================================================
+# === [9.8, 9.9] rows: --where and --each ============================================================================
 
 
 class WhereTest(CloudCase):
@@ -14865,7 +14869,7 @@ sys.stderr.write(" ".join(sorted(imported)))
         self.assertEqual(set(), self.imported(["--help"], ["--version"], ["--completion", "bash"]) & needless)
 
 
-# === [H] the house: what its front page promises =====================================================================
+# === [H] the house: what its front page promises ====================================================================
 
 
 def rooms():
