@@ -579,15 +579,15 @@ _SECRET = (
 )
 _SECRET_NAME = re.compile(r"(?i)" + _SECRET + r"\Z")
 _SECRET_HEADER = re.compile(r"(?i)(?:" + _SECRET + r"|auth|authorization|cookie|key)\Z")
-# A field of JSON, also of JSON within a text; and a value beside the secret name it belongs to.
-_TEXT = r'\\*"(?:[^"\\]|\\.)*"?'
+# A field of JSON, also of JSON within a text (three backslashes deep); and a value beside the secret
+# name that it belongs to. The bounds keep a search in proportion to the text.
+_TEXT = r'\\{0,3}"(?:[^"\\]|\\.)*"?'
 _TITLE = r'"(?:name|key)"\s*:\s*"[\w.\[\]-]*' + _SECRET + '"'
+_FIELD_NAME = r'\\{0,3}"[\w.\[\]-]*' + _SECRET + r'\\{0,3}"\s*:\s*'
 _SECRET_FIELDS = [
-    re.compile(
-        r'(?i)(\\*"[\w.\[\]-]*' + _SECRET + r'\\*"\s*:\s*)(?:' + _TEXT + r"|[^\s,}\]\[{]+)()"
-    ),
-    re.compile(r"(?i)(" + _TITLE + r'[^{}]{0,999}?"value"\s*:\s*)' + _TEXT + "()"),
-    re.compile(r'(?i)("value"\s*:\s*)' + _TEXT + r"([^{}]{0,999}?" + _TITLE + ")"),
+    re.compile(rf"(?i)({_FIELD_NAME})(?:{_TEXT}|[^\s,}}\]\[{{]+)()"),
+    re.compile(rf'(?i)({_TITLE}[^{{}}]{{0,200}}?"value"\s*:\s*){_TEXT}()'),
+    re.compile(rf'(?i)("value"\s*:\s*){_TEXT}([^{{}}]{{0,200}}?{_TITLE})'),
 ]
 _SECRET_ELEMENT = re.compile(r"(?i)(<[\w.-]*" + _SECRET + r">)[^<]*")
 _SECRET_QUERIES = [  # in an address, and in one that is a parameter of another
