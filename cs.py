@@ -579,8 +579,8 @@ _SECRET = (
 )
 _SECRET_NAME = re.compile(r"(?i)" + _SECRET + r"\Z")
 _SECRET_HEADER = re.compile(r"(?i)(?:" + _SECRET + r"|auth|authorization|cookie|key)\Z")
-# A field of JSON, also of JSON within a text (three backslashes deep); and a value beside the secret
-# name that it belongs to. The bounds keep a search in proportion to the text.
+# A field of JSON, also of JSON within a text (three backslashes deep); and a value beside the
+# secret name that it belongs to. The bounds keep a search in proportion to the text.
 _TEXT = r'\\{0,3}"(?:[^"\\]|\\.)*"?'
 _TITLE = r'"(?:name|key)"\s*:\s*"[\w.\[\]-]*' + _SECRET + '"'
 _FIELD_NAME = r'\\{0,3}"[\w.\[\]-]*' + _SECRET + r'\\{0,3}"\s*:\s*'
@@ -4353,14 +4353,24 @@ def _hint(invocation, error):
     if code == 432 and invocation.under_way is None:
         return "Your role may not list the commands; all else works without that."
     if isinstance(code, int):
-        command = invocation.under_way.command if invocation.under_way else ""
-        return _HINTS.get(code, "").format(command=command)
+        call = invocation.under_way or _CheckedCall("", {}, [])
+        hint = _name_hint(call) if code == 431 else ""
+        return hint or _HINTS.get(code, "").format(command=call.command)
     if document is None and _status_of(error) in (200, 404, 405):
         return _NO_API
     if error.outcome_unknown:
         return "Look whether it was done before you send it again."
     if error.unsent:
         return "Check the endpoint and the way there: the name, the network, proxies, --timeout."
+    return ""
+
+
+def _name_hint(call):
+    """Return how a name is typed where an id belongs, if one was typed there without that."""
+    for name, value in call.params.items():
+        is_name = re.match(r"(?![0-9a-fA-F-]{36}\Z)[^\W\d][^:,]*\Z", str(value))
+        if is_name and name.lower().endswith("id") and not isinstance(value, _Literal):
+            return f"{name}={_shell_word('name:' + value)}, if that is a name and not an id."
     return ""
 
 
@@ -4495,7 +4505,11 @@ def _write(text):
         try:
             out.write(text)
         except UnicodeEncodeError:
-            out.write(text.encode(out.encoding, "backslashreplace").decode(out.encoding))
+            if out.errors == "surrogateescape":  # Python 3.6 under a C locale; others take UTF-8
+                text = text.encode("utf-8", "backslashreplace").decode("ascii", "surrogateescape")
+            else:
+                text = text.encode(out.encoding, "backslashreplace").decode(out.encoding)
+            out.write(text)
     except OSError as error:
         raise _OutputFailed(error) from None
 
@@ -5115,6 +5129,7 @@ def _check_against_catalog(invocation, command, params):
         may_recover = spec.is_async and invocation.settings["recover"]
         invocation.client.set_setting("recover", may_recover)
         problems, missing = _unknown_params(spec, params), _missing_params(spec, params)
+        problems += _unknown_columns(spec, invocation)
 
     if invocation.options["force"] or not (problems or missing):
         return command
@@ -5145,6 +5160,20 @@ def _unknown_params(spec, params):
         if name not in _CONTROL and base not in known and base not in _ALWAYS_KNOWN:
             near = _did_you_mean(_near(base, known.values()))
             problems.append(f"{spec.name} has no parameter {name!a}{near}")
+    return problems
+
+
+def _unknown_columns(spec, invocation):
+    """Return a sentence for each --where of a column that the answer cannot have.
+
+    != would hold for every row, and a script would take all of them for those it wanted."""
+    if invocation.options["each"] or not spec.fields:
+        return []
+    problems = []
+    for condition in invocation.conditions:
+        if condition.column.partition(".")[0] not in spec.fields:
+            near = _did_you_mean(_near(condition.column, spec.fields))
+            problems.append(f"{spec.name} returns no {condition.column!a}{near}")
     return problems
 
 
@@ -5690,6 +5719,9 @@ def _fill_in_ids(invocation, command, params):
             raise _Usage(f"{param}: names need {_shell_line(invocation, ['--sync'])} first")
 
         lister = _lister(catalog, command, param)
+        if lister is None and not invocation.options["force"]:
+            hint = f"""give an id, or {param}='"name:..."' for the text itself"""
+            raise _Usage(f"{param}: there is no list command to look a name up by; {hint}")
         for index, part in enumerate(parts if lister else ()):
             if part.startswith("name:"):
                 parts[index] = _id_of_name(invocation, lister, f"{param}={part}", params)
@@ -5871,11 +5903,15 @@ def _check_each(options):
 def _carry_out_each(invocation, words):
     """Make the call once for each row of standard input. Returns whether all succeeded."""
     template = [words[0]] + [_word_template(word) for word in words[1:]]
-    rows = _read_rows(invocation)
-    _warn_of_columns(invocation, rows, [condition.column for condition in invocation.conditions])
-    rows = _filtered(invocation, rows)
+    given = _read_rows(invocation)
+    for condition in invocation.conditions:  # != of a column that is not there would hold for all
+        if given and all(_pick(row, condition.column) is None for row in given):
+            near = _did_you_mean(_near(condition.column, _field_names(given)))
+            raise _Usage(f"--where: no row has {condition.column!a}{near}; nothing was sent")
+    rows = _filtered(invocation, given)
     if not rows:
-        invocation.say("No rows on standard input: nothing to do")
+        problem = "None of the rows meets --where" if given else "No rows on standard input"
+        invocation.say(problem + ": nothing to do")
 
     is_dry = invocation.options["dry-run"]
     for number, row in enumerate(rows, 1):  # all of them before the first is sent

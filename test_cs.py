@@ -10003,6 +10003,11 @@ class OutputTest(CommandLineCase):
             with contextlib.redirect_stdout(io.TextIOWrapper(raw, encoding=encoding, newline="\n")):
                 self.assertEqual(0, cs.main(["listZones", "json=false"]))
                 self.assertEqual(text, raw.getvalue())
+        raw = io.BytesIO()  # as Python 3.6 has it under a C locale
+        out = io.TextIOWrapper(raw, encoding="ascii", errors="surrogateescape", newline="\n")
+        with contextlib.redirect_stdout(out):
+            self.assertEqual(0, cs.main(["listZones", "json=false"]))
+            self.assertEqual("z\u00fcrich \u20ac\n".encode("utf-8"), raw.getvalue())
 
     def test_an_api_error(self):
         document = refusal(431, "Unable to find zone \u20ac")
@@ -13653,6 +13658,13 @@ class NamesForIdsTest(CloudCase):
             name, _, value = words[1].partition("=")
             self.assertEqual(self.planned("--force", *words), {name: value})
         self.assertEqual(self.asked, [])
+        words = ["createTags", "resourceids=name:x", "resourcetype=UserVm", "tags[0].key=a", "tags[0].value=b"]
+        self.assertIn("resourceids: there is no list command", self.usage(*words))
+
+    def test_a_name_without_the_word_is_answered_with_how_it_is_typed(self):
+        for word, expected in (("id=web-01", "Try: id=name:web-01, if"), ("id=web 01", "Try: id='name:web 01', if"),
+                               ("id=5", "Try: See cs"), ("id=" + str(uuid.uuid4()), "Try: See cs")):
+            self.assertIn(expected, self.main("startVirtualMachine", word)[2])
 
     def test_none(self):
         err = self.refused("startVirtualMachine", "id=name:web-1")
@@ -14200,6 +14212,15 @@ class WhereTest(CloudCase):
             code, out, err = self.main("listThings", "-c", "id,nmae", "--where", "nmae=x", "--where", "when!=y", *more)
             self.assertEqual((code, err), (0, "Warning: no row has 'nmae'; did you mean name?\n"))
 
+    def test_a_column_that_the_answer_cannot_have_is_refused(self):
+        self.sync()
+        for condition in "nmae!=web-01", "nmae=x":
+            err = self.usage("listVirtualMachines", "--where", condition)
+            self.assertIn("listVirtualMachines returns no 'nmae'; did you mean name", err)
+        self.assertEqual([], self.asked)
+        self.good("listVirtualMachines", "--where", "nic.ipaddress~^10", "--where", "hostname!=", "-o", "text")
+        self.assertEqual(0, self.main("listVirtualMachines", "--force", "--where", "nmae!=x", "-o", "text")[0])
+
     def test_text_has_no_rows(self):
         self.assertIn("json=false", self.usage("listThings", "json=false", "--where", "id=1"))
 
@@ -14372,8 +14393,10 @@ class EachTest(EachCase):
     def test_where_chooses_among_the_rows(self):
         rows = [{"id": "a", "state": "Running"}, {"id": "b", "state": "Stopped"}]
         self.assertEqual(self.values(rows, "x={id}", "--where", "state!=Running"), ["b"])
-        err = self.each(rows, "doThing", "--where", "stat=Running")[2]
-        self.assertIn("no row has 'stat'; did you mean state?", err)
+        for condition in "stat=Running", "stat!=Running":  # the latter would hold for every row
+            self.assertIn("no row has 'stat'; did you mean state?", self.refused(rows, "doThing", "--where", condition))
+        self.assertEqual((0, "", "None of the rows meets --where: nothing to do\n"),
+                         self.each(rows, "doThing", "--where", "state=Lost"))  # fmt: skip
 
     def test_a_line_of_json_for_each_row(self):
         self.say_error("breakThing", 431, "no such thing")
