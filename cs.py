@@ -6224,7 +6224,9 @@ class _Shell:
         """Have lines completed and remembered. Returns readline, None if Python lacks it."""
         try:
             import readline
-        except ImportError:
+
+            readline.set_auto_history(False)  # not every line is to be remembered
+        except (ImportError, AttributeError):  # PyPy has one that cannot be asked for that
             return None
 
         found: list = []
@@ -6238,7 +6240,6 @@ class _Shell:
         readline.set_completer_delims(" \t\n")  # `=` and `:` are part of a word
         is_editline = "libedit" in (readline.__doc__ or "")
         readline.parse_and_bind("bind ^I rl_complete" if is_editline else "tab: complete")
-        readline.set_auto_history(False)
         for line in self._keep_history():
             readline.add_history(line)
         return readline

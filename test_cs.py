@@ -89,6 +89,10 @@ try:
     import termios
 except ImportError:  # Windows
     fcntl = pty = termios = None
+try:
+    import readline
+except ImportError:
+    readline = None
 
 # === [S1] simulator: wire ===========================================================================================
 # Requests into parameters, the signature, and answers into bytes.
@@ -13897,6 +13901,7 @@ class ShellTest(CloudCase):
 
 
 @unittest.skipUnless(have_terminals(), "needs pseudo-terminals")
+@unittest.skipUnless(hasattr(readline, "set_auto_history"), "needs CPython's readline")
 class TypedShellTest(CloudCase):
     """A person at a terminal."""
 
