@@ -1363,7 +1363,7 @@ def _is_same_page(rows, page):
         return True
 
     ids = [row.get("id") if isinstance(row, dict) else None for row in rows]
-    if len(rows) < 2 or None in ids:  # one row alone may be of an object that is told twice
+    if len(rows) < 2 or None in ids:  # a page of one row says too little
         return False
     return all(
         isinstance(other, dict) and _identity(row) == _identity(other)
@@ -2838,8 +2838,10 @@ class CloudStack:
         It is the only way for those that are not attributes, since subclasses use names such as
         `domain` for their own. Raises ValueError for a wrong value, KeyError for another name."""
         setting = _CLIENT_SETTINGS[name]
-        holder = self._state if name in _NOT_ATTRIBUTES else self
-        object.__setattr__(holder, name, _convert(name, setting.convert, value))
+        if name in _NOT_ATTRIBUTES:
+            setattr(self._state, name, _convert(name, setting.convert, value))
+        else:
+            setattr(self, name, value)  # which converts it, also for a subclass that steps in there
 
     def __getattr__(self, command: str) -> "_Method":
         if command.startswith("_"):
