@@ -1103,13 +1103,18 @@ def _status_of(error):
 
 
 def _was_rejected(error):
-    """Tell whether the server says that it did not run the command: throttled, in maintenance."""
+    """Tell whether the server says that it did not run the command: throttled, in maintenance.
+
+    Only what certainly did not run: a mere "try later" belongs to _is_transient."""
     said = isinstance(error.error, dict) and "errorcode" in error.error
     return _status_of(error) == 429 or (_status_of(error) == 503 and said)
 
 
 def _is_transient(error):
-    """Tell whether the same reading request may well succeed a little later."""
+    """Tell whether the same reading request may well succeed a little later.
+
+    For a command that changes something see _was_rejected, for a look at a job
+    _poll_may_continue (5.6)."""
     if error.response is None:
         return isinstance(error, OSError)
     return _status_of(error) in (429, 502, 503, 504)
@@ -1984,7 +1989,8 @@ class _Response:
 # 6.1 Route: how requests get to an endpoint.
 
 _Place = collections.namedtuple("_Place", "secure host port")  # secure: TLS is spoken there
-# headers: the lines that the proxy wants, in a request to it or in the one for a tunnel
+# headers: the lines that the proxy wants, in a request to it or in the one for a tunnel. Another one
+# is made in _parse_proxy; the last word of each is taken for a secret (_ask_for_tunnel).
 _Proxy = collections.namedtuple("_Proxy", "secure host port headers")
 _PROXY_ADDRESS = re.compile(
     r"(?:([^/]*)@)?"  # user:password
@@ -3665,7 +3671,8 @@ __all__ += ["main"]
 # A new one is printed by _print_rows (9.3), else it comes out as a table; _HELP names it, too.
 FORMATS = ("json", "jsonl", "table", "csv", "text")
 
-# value: None for a flag, the only values there are, or the name under which help shows the value.
+# letter: its short form, if any; value: None for a flag, the only values there are, or the name
+# under which help shows the value. _HELP shows each option, too.
 _Option = collections.namedtuple("_Option", "name letter value")
 _OPTIONS = (
     _Option("output", "o", FORMATS), _Option("columns", "c", "id,name,nic.0.ipaddress"),
@@ -6140,7 +6147,8 @@ class _Batch:
 
 _SHELL_HELP = "In the shell: help [COMMAND], list [WORDS], use REGION, exit. Tab completes."
 # What a word stands for among arguments, and what Tab offers. _Shell._dispatch does `use`, and
-# _Shell.run `exit` and `quit`: a word that is not an option needs such a place, too.
+# _Shell.run `exit` and `quit`: a word that is not an option needs such a place, too; _SHELL_HELP
+# names them.
 _SHELL_WORDS = {"help": "--help", "list": "--list", "use": "--region", "exit": "exit"}
 _HISTORY_LINES = 1000
 
