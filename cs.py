@@ -1989,8 +1989,8 @@ class _Response:
 # 6.1 Route: how requests get to an endpoint.
 
 _Place = collections.namedtuple("_Place", "secure host port")  # secure: TLS is spoken there
-# headers: the lines that the proxy wants, in a request to it or in the one for a tunnel. Another one
-# is made in _parse_proxy; the last word of each is taken for a secret (_ask_for_tunnel).
+# headers: the lines that the proxy wants, in a request to it or in the one for a tunnel. Another
+# one is made in _parse_proxy; the last word of each is taken for a secret (_ask_for_tunnel).
 _Proxy = collections.namedtuple("_Proxy", "secure host port headers")
 _PROXY_ADDRESS = re.compile(
     r"(?:([^/]*)@)?"  # user:password
