@@ -2228,6 +2228,7 @@ class _Transport:
         """Return a new connection to the origin, with TLS to the proxy, tunnel and TLS as needed.
 
         Raises _Failed(unsent=True), or ValueError for a setting."""
+        _response_class()  # imports what reading needs: an interrupt within an import can get lost
         origin, proxy, request = route.origin, route.proxy, flight.request
         context = outer = sock = None
         if origin.secure:
@@ -2300,10 +2301,7 @@ def _ask_for_tunnel(route, flight, sock):
     flight.start_step(sock)
     sock.sendall("\r\n".join(lines + ["", ""]).encode("latin-1"))
 
-    import http.client
-
-    reader = _AnswerReader(flight, _BUFFER)
-    response = http.client.HTTPResponse(reader, method="CONNECT")  # type: ignore[arg-type]
+    response = _response_class()(_AnswerReader(flight, _BUFFER), method="CONNECT")
     try:
         response.begin()
     finally:
@@ -2505,13 +2503,23 @@ class _AnswerReader(io.BufferedReader):
         pass
 
 
+@functools.lru_cache(maxsize=None)
+def _response_class():
+    """Return http.client's HTTPResponse, made fit for interrupts.
+
+    One that comes before its constructor has set `fp` would have its destructor complain."""
+    import http.client
+
+    return type("HTTPResponse", (http.client.HTTPResponse,), {"fp": None})
+
+
 def _read_response(flight):
     """Read the answer; returns (_Response, whether the connection can be used again)."""
     import http.client
 
     request, sock = flight.request, flight.sock
     reader = _AnswerReader(flight, _BUFFER)
-    response = http.client.HTTPResponse(reader, method=request.method)  # type: ignore[arg-type]
+    response = _response_class()(reader, method=request.method)
     try:
         response.begin()
         content = _read_body(response, request.limit)

@@ -8445,6 +8445,16 @@ class ProcessTest(TransportCase):
         flags = ("-X", "dev", "-W", "error", "-bb")
         self.assertEqual("done\n", self.assert_child(code, server.url, broken.url, ca or "", flags=flags))
 
+    def test_an_interrupt_just_before_an_answer_is_read_gives_no_warning(self):
+        code = (
+            "import sys, unittest.mock as mock, cs\n"
+            "client = cs.CloudStack(sys.argv[1], 'k', 's')\n"
+            "with mock.patch('cs._AnswerReader.makefile', side_effect=KeyboardInterrupt):\n"
+            "    try: client.listZones()\n"
+            "    except KeyboardInterrupt: print('interrupted')\n"
+        )
+        self.assertEqual("interrupted\n", self.assert_child(code, self.serve(SERVE).url, flags=("-X", "dev")))
+
     def test_an_interrupt_while_a_client_gets_ready_gives_no_warning(self):
         """Its parts are unmade before they are made; os.getpid stands for any moment of theirs."""
         code = (
