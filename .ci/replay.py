@@ -201,6 +201,15 @@ def compare_keys(live, here):
         yield "answers under {}, live {}".format(list(here) or "nothing", list(live) or "nothing")
 
 
+def compare_fields(name, live, here):
+    """Differences in the keys of two objects."""
+    lacking, extra = sorted(set(live) - set(here)), sorted(set(here) - set(live))
+    if lacking:
+        yield "{} lacks {}".format(name, ", ".join(lacking))
+    if extra:
+        yield "{} has {}, which live has not".format(name, ", ".join(extra))
+
+
 def compare_values(path, live, here):
     """Differences in keys and types; where both tell of an error, in what it says."""
     name = path.rpartition(".")[2] or "the answer"
@@ -211,11 +220,7 @@ def compare_values(path, live, here):
             for difference in compare_values(path, merged(live), merged(here)):
                 yield difference
     elif isinstance(live, dict) and name not in FREE:
-        lacking, extra = sorted(set(live) - set(here)), sorted(set(here) - set(live))
-        if lacking:
-            yield "{} lacks {}".format(name, ", ".join(lacking))
-        if extra:
-            yield "{} has {}, which live has not".format(name, ", ".join(extra))
+        yield from compare_fields(name, live, here)
         for key in sorted(set(live) & set(here)):
             for difference in compare_values(path + "." + key, live[key], here[key]):
                 yield difference
@@ -315,11 +320,7 @@ def compare_shapes(name, live, here):
     elif isinstance(live, dict) and isinstance(here, dict):
         if name in FREE:
             return
-        lacking, extra = sorted(set(live) - set(here)), sorted(set(here) - set(live))
-        if lacking:
-            yield "{} lacks {}".format(name, ", ".join(lacking))
-        if extra:
-            yield "{} has {}, which live has not".format(name, ", ".join(extra))
+        yield from compare_fields(name, live, here)
         for key in sorted(set(live) & set(here)):
             for difference in compare_shapes(key, live[key], here[key]):
                 yield difference
