@@ -46,7 +46,6 @@ License: BSD, see LICENSE.
 
 import collections
 import functools
-import gc
 import hmac
 import io
 import itertools
@@ -56,7 +55,7 @@ import re
 import sys
 import threading
 import time
-from binascii import b2a_base64, crc32
+from binascii import b2a_base64
 from urllib.parse import quote, urlsplit
 
 __all__ = [
@@ -67,17 +66,18 @@ __all__ = [
     "CloudStackException",
     "CloudStackJobTimeout",
     "CloudStackTimeoutError",
+    "load_config",
     "read_config",
     "read_config_from_ini",
 ]
 
 __version__ = "6.0.0"
 
-# What is public is annotated, and setup.py makes the stub that the wheel carries from it.
+# Public names are annotated; setup.py generates the wheel's type stubs from them.
 TYPE_CHECKING = False  # type checkers take it for true; importing typing costs milliseconds
 if TYPE_CHECKING:
     import datetime
-    from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
     from os import PathLike
     from typing import Any, Protocol
 
@@ -97,277 +97,13 @@ if TYPE_CHECKING:
     class _AsyncMethod(Protocol):
         def __call__(self, **params: Any) -> Coroutine[Any, Any, Any]: ...
 
+
 # Tests replace these two: the clock that measures every duration, and the sleep between two steps.
 _clock = time.monotonic
 _sleep = time.sleep
 
 
-# --- 1 settings -----------------------------------------------------------------------------------
-# One table drives the constructor's conversions, the environment, the ini keys, read_config's
-# defaults and README (a test compares). A converter takes what a program or an ini file gives and
-# returns what the client works with; it raises ValueError, and never quotes what may be a secret.
-
-
-def strtobool(value: str) -> bool:
-    """Parse a boolean word: y yes t true on 1, n no f false off 0, in any case.
-
-    Raises ValueError for any other word, AttributeError for what is not text."""
-    word = value.lower()
-    if word in ("y", "yes", "t", "true", "on", "1"):
-        return True
-    if word in ("n", "no", "f", "false", "off", "0"):
-        return False
-    raise ValueError(f"invalid truth value {value!r}")
-
-
-def _parse_flag(value):
-    """Return the bool that a setting means; None and an empty ini value are False."""
-    if value is None or value == "" or isinstance(value, bool):
-        return bool(value)
-    if isinstance(value, int) and value in (0, 1):
-        return bool(value)
-    try:
-        return strtobool(value)
-    except (AttributeError, ValueError):
-        raise ValueError(f"{value!r} is neither true nor false") from None
-
-
-def _parse_number(value, most=1e9):
-    """Return an int or float; refuse nan, infinity and more than `most`.
-
-    Beyond 1e9 seconds the platform's own clocks give up."""
-    try:
-        if isinstance(value, bool):
-            raise ValueError
-        if isinstance(value, str):
-            value = int(value) if re.match(r"\s*[-+]?[0-9_]+\s*\Z", value) else float(value)
-        if not abs(value) <= most:
-            raise ValueError
-    except (TypeError, ValueError, ArithmeticError):
-        raise ValueError(f"{value!r} is not a number of seconds up to {most:g}") from None
-    return value if isinstance(value, (int, float)) else float(value)
-
-
-def _parse_seconds(value, positive=False, optional=False):
-    """Return a number of seconds of 0 or more; more than 0 if `positive`; None if `optional`."""
-    if optional and value in (None, ""):
-        return None
-    number = _parse_number(value)
-    if number < 0:
-        raise ValueError(f"{value!r} is negative")
-    if positive and number == 0:
-        raise ValueError(f"{value!r} is not more than 0 seconds")
-    return number
-
-
-def _parse_count(value, least=0):
-    """Return a whole number of `least` or more."""
-    try:
-        if isinstance(value, bool):
-            raise ValueError
-        number = int(value)
-        if number != float(value) or number < least:
-            raise ValueError
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{value!r} is not a whole number of {least} or more") from None
-    return number
-
-
-def _parse_lifetime(value):
-    """Return a timedelta, made of seconds if it is none yet."""
-    import datetime
-
-    if isinstance(value, datetime.timedelta):
-        return value
-    try:
-        return datetime.timedelta(seconds=_parse_number(value, 1e15))
-    except OverflowError:
-        raise ValueError(f"{value!r} is too long") from None
-
-
-def _parse_method(value):
-    """Return "get" or "post"."""
-    if isinstance(value, str) and value.lower() in ("get", "post"):
-        return value.lower()
-    raise ValueError(f"{value!r} is neither get nor post")
-
-
-def _parse_text(value):
-    """Return plain text, or None for none and for empty text."""
-    try:
-        if isinstance(value, bytes):
-            value = bytes.decode(value, "utf-8")
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"text was expected, got {type(value).__name__}")
-        if value:
-            str.encode(value, "utf-8")
-    except UnicodeError:
-        raise ValueError("it holds something that is not UTF-8") from None
-    # The base type's own conversion, whatever a subclass (Ansible's tagged text) makes of str().
-    return str.__str__(value) if value else None
-
-
-def _parse_domain(value):
-    """Return a domain's path as log-in wants it: the server's own spelling ROOT/sub means /sub.
-
-    Seen on 4.23: answers say `domainpath: ROOT/sub`, and log-in refuses exactly that (531)."""
-    path = _parse_text(value)
-    if path == "ROOT" or (path or "").startswith("ROOT/"):
-        return path[len("ROOT") :] or "/"
-    return path
-
-
-def _parse_ca_path(value):
-    """Return a path, or None for the system's CA certificates.
-
-    A boolean word, such as an ini file's `verify = false`, reads as None: only
-    dangerous_no_tls_verify turns verification off. (A file of such a name needs ./ before it.)"""
-    if value is None or isinstance(value, bool):
-        return None
-    value = os.fsdecode(value)
-    try:
-        strtobool(value)
-    except ValueError:
-        return value or None
-    return None
-
-
-def _parse_pem_path(value):
-    """Return a path, a pair of paths (certificate, private key), or None."""
-    if value is None or value == "":
-        return None
-    if isinstance(value, (tuple, list)):
-        certificate, key = map(os.fsdecode, value)
-        return certificate, key
-    return os.fsdecode(value)
-
-
-def _parse_path(value):
-    """Return a path, or None."""
-    return None if value in (None, "") else os.fsdecode(value)
-
-
-def _parse_headers(value):
-    """Return a dict of headers that can be sent."""
-    if value is not None and not hasattr(value, "items"):
-        raise ValueError(f"a dict was expected, got {type(value).__name__}")
-    headers = dict(value or {})
-    for name, content in headers.items():
-        _check_header(name, content)
-    return headers
-
-
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
-
-
-def _check_header(name, content):
-    """Refuse a header that would break out of its line (RFC 9110, 5.5), never quoting its value."""
-    if not isinstance(name, str) or not _TOKEN.match(name):
-        raise ValueError(f"{name!r} is not a header name")
-    if name.lower() in ("content-length", "transfer-encoding"):
-        raise ValueError(f"{name!r} belongs to the transport")
-    text = content.decode("latin-1") if isinstance(content, bytes) else content
-    if not isinstance(text, (str, int, float, type(None))):
-        raise ValueError(f"the value of {name!r} is not text")
-    if re.search(r"[\x00-\x08\x0a-\x1f\x7f]|[^\x00-\xff]", str(text)):
-        problem = "holds a line break, a control character or one beyond Latin-1"
-        raise ValueError(f"the value of {name!r} {problem}")
-
-
-def _parse_session(value):
-    """Return the object that sends; an aiohttp session cannot, its methods are coroutines."""
-    if type(value).__module__.partition(".")[0] == "aiohttp":
-        raise ValueError(
-            "an aiohttp session cannot be used; leave it out, or give a requests.Session"
-        )
-    return value
-
-
-def _convert(name, converter, value):
-    """Return converter(value). Raises ValueError that begins with the name it was given by."""
-    try:
-        return converter(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-_positive_seconds = functools.partial(_parse_seconds, positive=True)
-_optional_seconds = functools.partial(_parse_seconds, optional=True)
-_positive_count = functools.partial(_parse_count, least=1)
-
-_Setting = collections.namedtuple("_Setting", "name default convert given_in meaning")
-
-# given_in: "both" is read from the environment (CLOUDSTACK_<NAME>) and from ini files under its
-# name; "code" is an argument of the constructor only; "tool" is as "both", but for the command line
-# alone, which finds its text in _Invocation.settings. CloudStack.__init__ has an argument of that
-# name, too, and drops it, since read_config() passes it on; a flag for it stands in _OPTIONS.
-# fmt: off
-SETTINGS: "tuple[Any, ...]" = (
-    _Setting("endpoint", None, _parse_text, "both", "URL of the API, http or https"),
-    _Setting("key", None, _parse_text, "both",
-             "API key; without key and user name requests go out unsigned"),
-    _Setting("secret", None, _parse_text, "both", "secret key that belongs to the API key"),
-    _Setting("timeout", 10, _positive_seconds, "both",
-             "seconds to connect, and of silence; ten times that in all"),
-    _Setting("method", "get", _parse_method, "both",
-             "HTTP verb, get or post; post is used by itself where get cannot do"),
-    _Setting("verify", None, _parse_ca_path, "both",
-             "CA certificates to trust, a file or a directory; the system's if unset"),
-    _Setting("cert", None, _parse_pem_path, "both", "client certificate, a PEM file"),
-    _Setting("cert_key", None, _parse_path, "both",
-             "private key of the client certificate, where it has its own file"),
-    _Setting("name", None, _parse_text, "code",
-             "what repr() calls the client; read_config() fills in the region"),
-    _Setting("retry", 0, _parse_count, "both",
-             "how often to send again what may safely be sent again"),
-    _Setting("retry_backoff", 0.5, _parse_seconds, "both",
-             "seconds before the first retry; doubles, with jitter, up to 30"),
-    _Setting("job_timeout", None, _optional_seconds, "both",
-             "seconds to wait for a job; no limit if unset"),
-    _Setting("poll_interval", 2.0, _parse_seconds, "both",
-             "most seconds between two looks at a job; the first come sooner"),
-    _Setting("expiration", 600, _parse_lifetime, "both",
-             "seconds a signature is valid; negative: for ever"),
-    _Setting("trace", False, _parse_flag, "both",
-             "show each exchange on standard error, secrets replaced"),
-    _Setting("dangerous_no_tls_verify", False, _parse_flag, "both",
-             "do not verify the server's certificate"),
-    _Setting("headers", None, _parse_headers, "code",
-             "more HTTP headers; one each as HEADER_<NAME> or header_<name>"),
-    _Setting("session", None, _parse_session, "code",
-             "object with requests.Session's interface to send with"),
-    _Setting("fetch_result", False, _parse_flag, "code",
-             "wait for jobs and return their results; True for AIOCloudStack"),
-    _Setting("username", None, _parse_text, "both",
-             "log in with this user name, instead of key and secret"),
-    _Setting("password", None, _parse_text, "both", "password of that user"),
-    _Setting("domain", None, _parse_domain, "both", "domain path of that user; / if unset"),
-    _Setting("concurrency", 128, _positive_count, "code",
-             "connections kept; worker threads of AIOCloudStack"),
-    _Setting("max_response_size", 256 * 1024 * 1024, _positive_count, "both",
-             "bytes an answer may have, unpacked"),
-    _Setting("recover", False, _parse_flag, "both",
-             "find the job of a lost answer again; on for the command line"),
-    _Setting("output", None, _parse_text, "tool", "format of the command line's answers"),
-    _Setting("theme", None, _parse_text, "tool", "Pygments style of the command line's JSON"),
-)
-# fmt: on
-_CLIENT_SETTINGS = {setting.name: setting for setting in SETTINGS if setting.given_in != "tool"}
-
-# These are not attributes of a client: 5.2.0 had none of these names, and subclasses written for it
-# use them for their own, as in `self.domain = {...}`. They are kept in _ClientState.
-_NOT_ATTRIBUTES = frozenset(
-    "cert_key dangerous_no_tls_verify username password domain concurrency max_response_size"
-    " recover".split()
-)
-_CONVERTERS = {
-    name: setting.convert
-    for name, setting in _CLIENT_SETTINGS.items()
-    if name not in _NOT_ATTRIBUTES
-}
-
-
-# --- 2 errors -------------------------------------------------------------------------------------
+# --- 1 errors -------------------------------------------------------------------------------------
 
 
 class CloudStackException(Exception):
@@ -382,19 +118,26 @@ class CloudStackException(Exception):
     Arguments and settings that cannot be used are a ValueError, before anything is sent.
 
     .response         the answer (status_code, reason, headers, text, json()), None without one
+    .shown            error as a person may see it: what the request held of secrets is replaced
     .error            the server's own words about a failure: a dict with errorcode and errortext,
                       or what stood in its place; None but for CloudStackApiException
     .jobid            the job's id, on everything raised after a job was submitted; else None
+    .jobinstanceid    of a failed job: what it was about, such as the machine of a deployment
+    .jobinstancetype  of a failed job: what kind of thing that is
     .outcome_unknown  True if a command that changes something may have run although this was raised
     .unsent           True if the server never saw the request
+    .job_failed       True if the job itself failed, not the request for its state
     .stale            True if a kept connection had been closed by the server when it was used again
     """
 
     # Each has its default here, so that nobody has to ask with getattr.
     response: "Any" = None
     error: "Any" = None
+    shown: "Any" = None
     jobid: "str | None" = None
-    outcome_unknown = unsent = stale = False
+    jobinstanceid: "str | None" = None
+    jobinstancetype: "str | None" = None
+    outcome_unknown = unsent = stale = job_failed = False
 
     def __init__(self, *args: object, response: "Any" = None) -> None:
         super().__init__(*args)
@@ -415,7 +158,8 @@ class CloudStackApiException(CloudStackException):
         self.error = error
 
     def __str__(self):
-        return f"{super().__str__()}, error: {self.error}"
+        shown = self.error if self.shown is None else self.shown
+        return f"{super().__str__()}, error: {shown}"
 
 
 class CloudStackConnectionError(CloudStackException, ConnectionError):
@@ -434,7 +178,7 @@ class CloudStackJobTimeout(CloudStackTimeoutError):
     """The job was still running after job_timeout seconds; args are the message and its id."""
 
 
-# --- 3 parameters and signature -------------------------------------------------------------------
+# --- 2 parameters and signature -------------------------------------------------------------------
 # Pure functions. The rules are the server's: ApiServer.verifyRequest for the signature,
 # ApiDispatcher for lists and maps.
 
@@ -442,8 +186,7 @@ _LISTS = (list, tuple, set, frozenset)
 
 # The server answers 431 to control characters but LF and CR (ApiServer.checkCharacterInkParams; its
 # versions differ about a tab, which is therefore sent). Lone surrogates have no UTF-8.
-_UNSENDABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
-_UNRESERVED = re.compile(r"[A-Za-z0-9._*-]*\Z")
+_UNSENDABLE = "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]"
 
 
 def flatten(params: "Mapping[str, Any]") -> "dict[str, str]":
@@ -519,7 +262,7 @@ def cs_encode(value: "str | bytes") -> str:
 
     That is Java's URLEncoder, then %20 for +: everything but A-Z a-z 0-9 . - _ * is encoded, `~`
     too, which Python 3.7 and later would leave."""
-    if isinstance(value, str) and _UNRESERVED.match(value):
+    if isinstance(value, str) and value.encode("utf-8").isalnum():  # of bytes: ASCII only
         return value
     return quote(value, safe="*").replace("~", "%7E")
 
@@ -544,204 +287,543 @@ def _join_query(params):
     return "&".join(pairs)
 
 
-# Kept because programs written for 5.2.0 import them; nothing below uses them.
+# --- 3 clients ------------------------------------------------------------------------------------
 
-EXPIRES_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
-
-
-def transform(params: "dict[str, Any]") -> None:
-    """Apply flatten() in place; bytes at the top stay as they are."""
-    kept = {name: value for name, value in params.items() if isinstance(value, bytes)}
-    flat = flatten({name: value for name, value in params.items() if name not in kept})
-    params.clear()
-    params.update(kept, **flat)
+# What CloudStack.on_event is called with. A request is a Request (prepare() describes it).
+Sent = collections.namedtuple("Sent", "request")
+Answered = collections.namedtuple("Answered", "request response seconds")
+Failed = collections.namedtuple("Failed", "request error seconds")
+Rows = collections.namedtuple("Rows", "command seen total")  # total: None if it is not known
+Waiting = collections.namedtuple("Waiting", "command jobid seconds")
 
 
-def check_key(key: str, allowed: "Iterable[str]") -> bool:
-    """Tell whether a key is one of the allowed names, or matches one of them as a shell pattern."""
-    import fnmatch
+class CloudStack:
+    """A client: any API command is a method, `cs.listZones(name="x")`, and returns plain JSON.
 
-    return any(key == pattern or fnmatch.fnmatchcase(key, pattern) for pattern in allowed)
+    Settings are described in SETTINGS and README; each may also be the string that an ini file
+    gives. Those that cs 5.2.0 had are attributes too; get_setting() and set_setting() serve all.
+    Every call reads them anew. Nothing is opened before the first call. Threads may share a client.
+
+    Control arguments of a call, never sent:
+      json=True             False: return the answer's text as it is
+      opcode_name="command" the name of the parameter that holds the command
+      fetch_list=False      True: fetch every page of a list, and return its rows as a list
+      headers=None          more HTTP headers
+      fetch_result=None     whether to wait for a job and return its result; None: as the client is
+                            set
+
+    on_event, if it is set, is called with a Sent, Answered, Failed, Rows or Waiting whenever one
+    of these happens, in the thread in which it happens. What it raises ends the call.
+
+    Raises ValueError, before anything is sent, for what cannot be sent; else CloudStackException.
+    """
+
+    on_event: "Callable[[Any], object] | None" = None
+
+    # The settings that are attributes, as they read; verify and cert are properties.
+    endpoint: str
+    key: "str | None"
+    secret: "str | None"
+    timeout: float
+    method: str
+    name: "str | None"
+    retry: int
+    retry_backoff: float
+    job_timeout: "float | None"
+    poll_interval: float
+    expiration: "datetime.timedelta"
+    trace: bool
+    headers: "dict[str, Any]"
+    session: "Any"
+    fetch_result: bool
+    _settings: "dict[str, Any]"
+
+    def __init__(
+        self, endpoint: "str | bytes", key: "_Text" = None, secret: "_Text" = None,
+        timeout: "_Number" = 10, method: "str | None" = "get", verify: "_CaPath" = None,
+        cert: "_PemPath" = None, cert_key: "_Path | None" = None, name: "_Text" = None,
+        retry: "_Number" = 0, retry_backoff: "_Number" = 0.5, job_timeout: "_Number" = None,
+        poll_interval: "_Number" = 2.0, expiration: "_Number | datetime.timedelta" = 600,
+        trace: "_Flag" = False, dangerous_no_tls_verify: "_Flag" = False,
+        headers: "Mapping[str, Any] | None" = None, session: "Any" = None,
+        fetch_result: "_Flag" = False, *, theme: object = None, output: object = None,
+        username: "_Text" = None, password: "_Text" = None, domain: "_Text" = None,
+        concurrency: "_Number" = 128, max_response_size: "_Number" = 256 * 1024 * 1024,
+        recover: "_Flag" = False
+    ) -> None:  # fmt: skip
+        # theme and output are the command line's; read_config() returns them all the same.
+        given: Any = locals()
+        self._by_process: Any = {}
+        for name, setting in _CLIENT_SETTINGS.items():
+            self.set_setting(name, setting.default if given[name] is None else given[name])
+
+    def get_setting(self, name: str) -> "Any":
+        """Return the value of a setting, by its name in SETTINGS. Raises KeyError for another.
+
+        (Settings for the command line alone are not the client's.)"""
+        _CLIENT_SETTINGS[name]
+        return getattr(self, name) if name in _ATTRIBUTES else self._settings[name]
+
+    def set_setting(self, name: str, value: "Any") -> None:
+        """Set a setting, by its name in SETTINGS.
+
+        It is the only way for those that are not attributes, since subclasses use names such as
+        `domain` for their own. Raises ValueError for a wrong value, KeyError for another name."""
+        converted = _convert(name, _CLIENT_SETTINGS[name].convert, value)
+        self.__dict__.setdefault("_settings", {})[name] = converted
+        self.__dict__["_checked"] = False
+
+    def __setattr__(self, name, value):
+        if name in _ATTRIBUTES:
+            self.set_setting(name, value)
+        else:
+            object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> "_Method":
+        """Return a command, or a setting: neither is in the instance's dict."""
+        if name in _ATTRIBUTES:
+            return self._settings[name]
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+        def method(**params):
+            return self._request(name, **params)
+
+        method.__name__ = method.__qualname__ = name
+        return method
+
+    def __repr__(self):
+        return f"<CloudStack: {self.name or mask_address(self.endpoint or '')}>"
+
+    def __getstate__(self):
+        # Connections, threads and what was learned stay behind; a copy makes its own.
+        return dict(self.__dict__, _settings=dict(self._settings), _by_process={})
+
+    @property
+    def verify(self) -> "bool | str":
+        """True, or the path of the CA certificates, or False.
+
+        False only if dangerous_no_tls_verify is set and there is no path."""
+        return _tls_files(*[self._settings[name] for name in _TLS_SETTINGS])[0]
+
+    @verify.setter
+    def verify(self, value: "_CaPath") -> None:
+        self.set_setting("verify", value)  # not reached: __setattr__ comes first
+
+    @property
+    def cert(self) -> "str | tuple[str, str] | None":
+        """The client certificate's path, or a pair with its key's."""
+        return _tls_files(*[self._settings[name] for name in _TLS_SETTINGS])[1]
+
+    @cert.setter
+    def cert(self, value: "_PemPath") -> None:
+        self.set_setting("cert", value)
+
+    def _request(
+        self, command: str, json=True, opcode_name="command", fetch_list=False, headers=None,
+        fetch_result=None, _options=None, **params: "Any"
+    ) -> "Any":  # fmt: skip
+        """Carry out a command: all of them come through here, so that a subclass can step in.
+
+        Pages, polls and log-in do not. `_options` holds what call() and pages() add."""
+        controls = {
+            "json": json, "opcode_name": opcode_name, "headers": headers, "fetch_list": fetch_list,
+            "fetch_result": fetch_result, "_options": _options,
+        }  # fmt: skip
+        return _run(_run_command(self, command, params, controls))
+
+    def call(
+        self, command: str, params: "Mapping[str, Any] | None" = None, *, pages: bool = False,
+        wait: "bool | None" = None, **options: "Any"
+    ) -> "Any":  # fmt: skip
+        """Carry out a command with options of its own, and return what its method would.
+
+        pages and wait are fetch_list and fetch_result. The options are json, opcode_name and
+        headers as above, and in the place of the client's settings, None meaning these: timeout,
+        retry, job_timeout, poll_interval and recover; post=True sends by POST. Raises TypeError
+        for another option."""
+        return self._request(command, **_call_arguments(params, options, pages, wait))
+
+    def pages(
+        self, command: str, params: "Mapping[str, Any] | None" = None, **options: "Any"
+    ) -> "Iterator[Any]":
+        """Yield the rows of a list command page by page, as lists, with a page or two in memory.
+
+        An answer that is not a list comes as a tuple that holds it. Options are those of call()."""
+        pages = self._request(command, **_call_arguments(params, options, as_pages=True))
+        while True:
+            try:
+                rows = _run(pages.__anext__())
+            except StopAsyncIteration:
+                return
+            yield rows
+
+    def iter_list(self, command: str, **params: "Any") -> "Iterator[Any]":
+        """Yield the rows of a list command one by one, with a page or two in memory.
+
+        An answer that is not a list is one row. Takes what the command itself takes."""
+        for rows in self.pages(command, params):
+            yield from rows
+
+    def prepare(
+        self, command: str, params: "Mapping[str, Any] | None" = None, **options: "Any"
+    ) -> "Request":
+        """Return the Request that a call would send now, signed: method, url, params, headers, body.
+
+        masked_url() and masked_params() are what a person may see of it. Nothing is sent; of a
+        session that would be needed, there is nothing in it."""
+        arguments = _call_arguments(params, options)
+        controls = {name: arguments.pop(name) for name in _CONTROLS if name in arguments}
+        request = _build_request(self, _Call(self, command, arguments, controls))
+        request.prepare()
+        return request
+
+    def check(self) -> None:
+        """Raise ValueError, which names them, for settings that do not go together."""
+        settings = self._settings
+        _check_endpoint(settings["endpoint"])
+        for pair in (("key", "secret"), ("username", "password")):
+            missing = [name for name in pair if settings[name] is None]
+            if len(missing) == 1:
+                raise ValueError(f"{missing[0]}: missing; {pair[0]} and {pair[1]} go together")
+        if settings["cert_key"] is not None and settings["cert"] is None:
+            raise ValueError("cert: missing, although cert_key is given; they go together")
+        if settings["key"] is not None and settings["username"] is not None:
+            raise ValueError(
+                "username: given together with key; use either key and secret or username and password"
+            )
+        self.__dict__["_checked"] = True
+
+    def find_id(self, list_command: str, name: str, **params: "Any") -> str:
+        """Return the id of the one row of a list that has this name; params are the command's own.
+
+            zoneid = cs.find_id("listZones", "Zurich-1")
+
+        Raises LookupError, which lists the candidates, for a name that no row or several have."""
+        rows = list(self.iter_list(list_command, **params))
+        return str(pick_row(list_command, name, rows)["id"])
+
+    def wait_job(self, jobid: str, **options: "Any") -> "Any":
+        """Wait for a job that was submitted earlier, as fetch_result does; returns its result.
+
+        The options are those of call()."""
+        return _run(_resume_wait(self, jobid, _call_arguments(None, options)))
+
+    def close(self) -> None:
+        """End the session, if there is one, and close the connections.
+
+        The client may be used again."""
+        request = _end_session(self)
+        try:
+            if request:
+                self._exchange(request)
+        except CloudStackException:
+            pass
+        self._forget()
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _notify(self, event):
+        """Pass an event to the observers: the trace, and the program's own."""
+        if self._settings["trace"]:
+            _trace(event)
+        if self.on_event is not None:
+            self.on_event(event)
+
+    def _exchange(self, request):
+        """Send one request and return its answer; both clients and every thread come here."""
+        request.attach(None)  # refuses one that was cancelled before it came here
+        request.prepare()
+        is_observed = self.on_event is not None or self._settings["trace"]
+        if is_observed:
+            self._notify(Sent(request))
+        begun = _clock()
+        try:
+            if self._settings["session"] is not None:
+                response = _exchange_through(self._settings["session"], request)
+            else:
+                response = self._kept.send(request)
+        except CloudStackException as error:
+            if is_observed:
+                self._notify(Failed(request, error, _clock() - begun))
+            raise
+        if is_observed:
+            self._notify(Answered(request, response, _clock() - begun))
+        return response
+
+    @property
+    def _kept(self):
+        """What is held open in this process. A fork's child starts anew: connections, locks and
+        sessions are not for two processes. (setdefault is atomic: threads get the same one.)"""
+        pid = os.getpid()
+        kept = self._by_process.get(pid)
+        if kept is None:
+            kept = self._by_process.setdefault(pid, _Transport(self._settings["concurrency"]))
+            for other in set(self._by_process) - {pid}:
+                self._by_process.pop(other, None)
+        return kept
+
+    @property
+    def _server(self):
+        """What was learned about the present endpoint, as the present user."""
+        servers = self._kept.servers
+        settings = self._settings
+        user = tuple(settings[name] for name in ("endpoint", "key", "username", "password", "domain"))
+        return servers.get(user) or servers.setdefault(user, _Server(user[0]))
+
+    def _forget(self):
+        """Close the connections and forget what was learned."""
+        kept = self._by_process.pop(os.getpid(), None)
+        if kept is not None:
+            kept.close()
+
+    # What the protocol awaits. Here it is done at once, so that _run() ends at the first step.
+
+    async def _send(self, request):
+        return self._exchange(request)
+
+    async def _pause(self, seconds):
+        _sleep(seconds)
+
+    async def _together(self, coroutines):
+        """Run coroutines at once; returns what came of each: its result, or what it raised."""
+        outcomes: list = []
+        for coroutine in coroutines:
+            try:
+                outcomes.append(_submit_work(self._kept.workers(), _run, coroutine))
+            except CloudStackException as error:
+                coroutine.close()
+                outcomes.append(error)
+        for index, future in enumerate(outcomes):
+            if not isinstance(future, BaseException):
+                outcomes[index] = future.exception() or future.result()
+        return outcomes
 
 
-# --- 4 redaction ----------------------------------------------------------------------------------
-# What a person may get to see of a request, an address, or an answer in a trace goes through here.
-# (An answer on standard output is the user's, and is shown as it came.)
+def _submit_work(workers, function, argument):
+    """Have a function run by the threads of an executor; returns the future.
 
-MASK = "***"
-
-# Names with secret values are known by how they end: `details[0].password`, `usersecretkey`. A call
-# with such a parameter also goes out by POST (_needs_post), to stay out of the logs of proxies.
-_SECRET = (
-    r"(?:password|passwd|passphrase|secret|secret[_-]?key|private[_-]?key|user[_-]?data"
-    r"|session[_-]?key|jsessionid|signature|api[_-]?key|access[_-]?key|token|credentials?|psk"
-    r"|pre[_-]?shared[_-]?key|bind[_-]?pass|secret[_-]?code|code[_-]?for[_-]?2fa|config[_-]?data)"
-)
-_SECRET_NAME = re.compile(r"(?i)" + _SECRET + r"\Z")
-_SECRET_HEADER = re.compile(r"(?i)(?:" + _SECRET + r"|auth|authorization|cookie|key)\Z")
-# A field of JSON, also of JSON within a text (three backslashes deep); and a value beside the
-# secret name that it belongs to. The bounds keep a search in proportion to the text.
-_TEXT = r'\\{0,3}"(?:[^"\\]|\\.)*"?'
-_TITLE = r'"(?:name|key)"\s*:\s*"[\w.\[\]-]*' + _SECRET + '"'
-_FIELD_NAME = r'\\{0,3}"[\w.\[\]-]*' + _SECRET + r'\\{0,3}"\s*:\s*'
-_SECRET_FIELDS = [
-    re.compile(rf"(?i)({_FIELD_NAME})(?:{_TEXT}|[^\s,}}\]\[{{]+)()"),
-    re.compile(rf'(?i)({_TITLE}[^{{}}]{{0,200}}?"value"\s*:\s*){_TEXT}()'),
-    re.compile(rf'(?i)("value"\s*:\s*){_TEXT}([^{{}}]{{0,200}}?{_TITLE})'),
-]
-_SECRET_ELEMENT = re.compile(r"(?i)(<[\w.-]*" + _SECRET + r">)[^<]*")
-_SECRET_QUERIES = [  # in an address, and in one that is a parameter of another
-    re.compile(rf"(?i)({_SECRET}{equals})(?:(?!{end})[^&\s\"'<>;\\])+")
-    for equals, end in (("=", "&"), ("%3D", "%26"))
-]
-
-# Control characters but line breaks and tabs, C1 controls, bidirectional overrides, surrogates.
-_UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff"
-    "\ud800-\udfff]"
-)
-
-
-def _secret_names(params):
-    """Yield the names of parameters whose values must not be shown.
-
-    A parameter is secret by its own name, or by the name it is given as the value of:
-    tags[0].key=password tags[0].value=..., updateConfiguration's name and value."""
-    lower: dict = {}
-    for name in params:
-        if _SECRET_NAME.search(name):
-            yield name
-        elif name.lower().endswith("value"):
-            front = name.lower()[: -len("value")]
-            lower = lower or {other.lower(): text for other, text in params.items()}
-            titles = (lower.get(front + "key"), lower.get(front + "name"))
-            if any(isinstance(title, str) and _SECRET_NAME.search(title) for title in titles):
-                yield name
-
-
-def _mask_params(params):
-    """Return the parameters with secret values replaced."""
-    secret = set(_secret_names(params))
-    return {name: MASK if name in secret else text for name, text in params.items()}
-
-
-def _mask_header(name, value):
-    """Return a header's line, its value replaced if it may be secret."""
-    return f"{name}: {MASK if _SECRET_HEADER.search(name) else value}"
-
-
-def _mask_address(endpoint):
-    """Return an address without user and password, query and fragment. Takes any text.
-
-    A password may hold / ? or #, so everything up to the last @ goes."""
-    pattern = r"((?:[A-Za-z][\w+.-]*:)?//)?(.*)"
-    scheme, rest = re.match(pattern, endpoint, re.DOTALL).groups("")  # type: ignore[union-attr]
-    return scheme + re.split("[?#]", rest.rpartition("@")[2])[0]
-
-
-def _mask_text(text, secrets):
-    """Return text with secret fields, and the given secrets wherever they stand, replaced."""
-    for field in _SECRET_FIELDS:
-        text = field.sub(r'\1"' + MASK + r'"\2', text)
-    text = _SECRET_ELEMENT.sub(r"\1" + MASK, text)
-    for query in _SECRET_QUERIES:
-        text = query.sub(r"\1" + MASK, text)
-    for secret in sorted(filter(None, secrets), key=len, reverse=True):
-        if len(secret) > 3:  # shorter ones stand in half of all words
-            for form in (secret, cs_encode(secret), quote(secret), jsonlib.dumps(secret)[1:-1]):
-                text = text.replace(form, MASK)
-    return text
-
-
-def _escape_unprintable(text):
-    """Return text that is safe for a terminal to show."""
-    return _UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], text)
-
-
-def _write_stderr(text):
-    """Write a line to standard error; a broken standard error does not stop a program.
-
-    One write for all of it, so that threads do not write into each other's lines."""
+    Context variables are those of the caller. Raises CloudStackConnectionError if the system has no
+    thread left to give; what was submitted may then be run all the same."""
     try:
-        sys.stderr.write(_escape_unprintable(text) + "\n")
-        sys.stderr.flush()
-    except (AttributeError, OSError, ValueError):
-        pass
+        return workers.submit(_with_context(function, argument))
+    except RuntimeError as error:
+        failure = CloudStackConnectionError("Cannot start a thread", str(error))
+        failure.unsent = True
+        raise failure from None
 
 
-def _trace_request(request):
-    """Show a request as it goes out, secrets replaced in place."""
-    lines = [f"{request.method} {request.masked_url()}"]
-    lines += [_mask_header(name, value) for name, value in request.headers.items()]
-    lines.append("")
-    if request.method == "POST":
-        lines += [_join_query(_mask_params(request.params)), ""]
-    _write_stderr("\n".join(lines))
+def _run(coroutine):
+    """Run a coroutine of the protocol whose every step is done at once; returns its result."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+    except RuntimeError as error:
+        if isinstance(error.__cause__, StopIteration):  # of a mock; no coroutine lets it pass
+            raise error.__cause__ from None
+        raise
+    finally:
+        coroutine.close()
 
 
-def _trace_response(request, response, seconds):
-    """Show an answer as it came, secrets replaced, and how long it took."""
-    lines = [f"{response.status_code} {response.reason}"]
-    lines += [_mask_header(name, value) for name, value in response.headers.items()]
-    lines += ["", response.text, "", f"({seconds * 1000:.0f} ms)", ""]
-    _write_stderr(_mask_text("\n".join(lines), request.all_secrets()))
+_CONTROLS = ("json", "opcode_name", "headers", "_options", "fetch_list", "fetch_result")
+_OPTIONS_OF_A_CALL = ("timeout", "retry", "job_timeout", "poll_interval", "recover")
 
 
-# --- 5 protocol -----------------------------------------------------------------------------------
-# Generators that decide everything and do no I/O. What they yield is done by a driver (room 7),
-# which sends back what came of it or throws what was raised:
-#     a _Request            is sent, and becomes its _Response
-#     a number              of seconds is slept
-#     a _Pause              is slept, but ends early when its signal is set
-#     a list of generators  is run at once, and becomes the list of their results and exceptions
+def _call_arguments(params, options, pages=False, wait=None, as_pages=False):
+    """Return the keyword arguments for _request(). Raises TypeError for an unknown option."""
+    own = {name: options[name] for name in _OPTIONS_OF_A_CALL if options.get(name) is not None}
+    own = {name: _convert(name, _CLIENT_SETTINGS[name].convert, own[name]) for name in own}
+    if options.get("post") is not None:
+        own["method"] = "post" if options["post"] else "get"
+    if as_pages:
+        own["as_pages"] = True
+    control = {"fetch_list": pages or None, "fetch_result": wait}
+    for name, value in options.items():
+        if name in ("json", "opcode_name", "headers"):
+            control[name] = value
+        elif name != "post" and name not in _OPTIONS_OF_A_CALL:
+            raise TypeError(f"a call has no option {name!r}; parameters go in a dict")
+    control = {name: value for name, value in control.items() if value is not None}
+    if own:
+        control["_options"] = own
+    return {**(params or {}), **control}
+
+
+class AIOCloudStack(CloudStack):
+    """The same client for asyncio: commands are coroutines, iter_list an asynchronous iterator.
+
+    Jobs are waited for unless fetch_result=False. Exchanges run in at most `concurrency` threads
+    of its own; waiting holds none. It is tied to no event loop. `async with` or `await aclose()`
+    end a session and close connections, and may be left out."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> _AsyncMethod: ...
+
+    # The same constructor, but for one default.
+    _code: "Any" = CloudStack.__init__
+    __init__: "Any" = type(_code)(_code.__code__, globals(), "__init__")
+    __init__.__defaults__ = _code.__defaults__[:-1] + (True,)
+    __init__.__kwdefaults__ = _code.__kwdefaults__
+
+    async def _request(
+        self, command: str, json=True, opcode_name="command", fetch_list=False, headers=None,
+        fetch_result=None, _options=None, **params: "Any"
+    ) -> "Any":  # fmt: skip
+        controls = {
+            "json": json, "opcode_name": opcode_name, "headers": headers, "fetch_list": fetch_list,
+            "fetch_result": fetch_result, "_options": _options,
+        }  # fmt: skip
+        return await _run_command(self, command, params, controls)
+
+    _request.__doc__ = CloudStack._request.__doc__
+
+    async def call(
+        self, command: str, params: "Mapping[str, Any] | None" = None, *, pages: bool = False,
+        wait: "bool | None" = None, **options: "Any"
+    ) -> "Any":  # fmt: skip
+        return await self._request(command, **_call_arguments(params, options, pages, wait))
+
+    call.__doc__ = CloudStack.call.__doc__
+
+    async def pages(  # type: ignore[override]  # the price of being a CloudStack
+        self, command: str, params: "Mapping[str, Any] | None" = None, **options: "Any"
+    ) -> "AsyncIterator[Any]":
+        async for rows in await self._request(
+            command, **_call_arguments(params, options, as_pages=True)
+        ):
+            yield rows
+
+    pages.__doc__ = CloudStack.pages.__doc__
+
+    async def iter_list(  # type: ignore[override]
+        self, command: str, **params: "Any"
+    ) -> "AsyncIterator[Any]":
+        async for rows in self.pages(command, params):
+            for row in rows:
+                yield row
+
+    iter_list.__doc__ = CloudStack.iter_list.__doc__
+
+    async def find_id(  # type: ignore[override]
+        self, list_command: str, name: str, **params: "Any"
+    ) -> str:
+        rows = [row async for row in self.iter_list(list_command, **params)]
+        return str(pick_row(list_command, name, rows)["id"])
+
+    find_id.__doc__ = CloudStack.find_id.__doc__
+
+    async def wait_job(self, jobid: str, **options: "Any") -> "Any":
+        return await _resume_wait(self, jobid, _call_arguments(None, options))
+
+    wait_job.__doc__ = CloudStack.wait_job.__doc__
+
+    async def _send(self, request):
+        """Send one request as asyncio.to_thread would, but in this client's own threads.
+
+        The event loop's default ones are too few."""
+        import asyncio
+
+        try:
+            future = _submit_work(self._kept.workers(), self._exchange_in_thread, request)
+            return await asyncio.wrap_future(future)
+        except BaseException:
+            request.cancel()  # for a caller who was cancelled, and where no thread was to be had
+            raise
+
+    def _exchange_in_thread(self, request):
+        try:
+            return self._exchange(request)
+        except StopIteration as error:  # of a mock, or of on_event: no future takes it
+            raise RuntimeError("StopIteration was raised in an exchange") from error
+
+    async def _together(self, coroutines):
+        import asyncio
+
+        return await asyncio.gather(*coroutines, return_exceptions=True)
+
+    async def _pause(self, seconds):
+        import asyncio
+
+        await asyncio.sleep(seconds)
+
+    async def aclose(self) -> None:
+        """Do what close() does, without holding up the event loop."""
+        request = _end_session(self)
+        try:
+            if request:
+                await self._send(request)
+        except CloudStackException:
+            pass
+        self._forget()
+
+    async def __aenter__(self) -> "Self":
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+
+def _with_context(function, *args):
+    """Return the call, in a copy of the caller's context variables (which 3.6 does not have)."""
+    try:
+        from contextvars import copy_context
+    except ImportError:
+        return functools.partial(function, *args)
+    return functools.partial(copy_context().run, function, *args)
+
+
+# --- 4 protocol -----------------------------------------------------------------------------------
+# Coroutines that decide everything and do no I/O: for that they await the client's _send(),
+# _pause() and _together(), which CloudStack does at once and AIOCloudStack on the event loop.
 
 PAGE_SIZE = 500  # the server's default.page.size, unless the site changed it
 PAGES_AHEAD = 4  # page requests of one fetch_list that may be under way at once
-MOST_PAGES = 100000  # of one list: a longer walk goes in circles
-_AS_WALK = "walk"  # as fetch_list: return the _Walk, along which iter_list goes
+MOST_PAGES = 100000  # of one list: a longer one goes in circles
 
-# Seconds before a retry, as retry_backoff in SETTINGS says, or a look at a job after one that went
-# wrong; if the server asks for a longer wait before a retry, the error is raised.
+# Seconds before a retry, as retry_backoff in SETTINGS says, or before a poll after one that failed;
+# if the server asks for a longer wait before a retry, the error is raised.
 LONGEST_WAIT = 30.0
 LONGEST_HEAD = 8000  # bytes of request line and headers; the server answers 414 over 8192
-_SIGNED = 150  # bytes of LONGEST_HEAD that expiry, signature and the request line's words may take
+LONGEST_FORM = 1 << 20  # bytes of a POST's body; the server answers 404 over it
 
-# The first look at a job is due at once (_JobWait).
-NEXT_LOOK = 0.5  # the part of the time waited so far that passes before the next look
-SHORTEST_PAUSE = 0.1  # the least number of seconds between two looks; poll_interval is the most
-OWN_LOOK = 15  # poll_intervals after which a job is asked for singly, whatever a list of jobs says
-LEASE = 3.0  # seconds that one caller may take for work that all callers wait for
-PATIENCE = 10  # failed looks in a row at a job without job_timeout (long enough for a restart)
-_JOB_FAILURE = "Job failure"
+# A job is polled at once, then at growing intervals.
+POLL_GROWTH = 0.5  # of the time waited so far passes before the next poll
+SHORTEST_POLL = 0.1  # seconds between two polls at least; poll_interval is the most
+DIRECT_POLL = 15  # poll_intervals after which a job is polled by itself, whatever a job list says
+MOST_FAILED_POLLS = 10  # in a row, of a job without job_timeout (long enough for a restart)
 
 
-# 5.1 Call and request: what is to be sent, and how.
+# 4.1 Call and request: what is to be sent, and how.
 
 # GET is refused for all but these where enforce.post.requests.and.timestamps is set (ApiServlet,
-# since 4.20): the names that match the pattern, and a few commands that are annotated.
-_READING = re.compile(r"(?i)(?:get|list|query|find)\w+\Z")
+# since 4.20): names that begin so, and a few commands that are annotated.
+_READING = ("get", "list", "query", "find")
 _READING_TOO = frozenset(
     "isaccountallowedtocreateofferingswithtags quotabalance quotaisenabled quotastatement"
     " quotasummary quotatarifflist cloudianisenabled readyforshutdown"
     " verifyoauthcodeandgetuser".split()
 )
-# These change something under a reading name, so that they must never be repeated.
-_CHANGING = re.compile(
-    r"(?i)(?:getUploadParamsFor\w*|getDiagnosticsData|listAndSwitchSamlAccount)\Z"
-)
-# Packing costs more than it saves on the way to the same host.
-_LOOPBACK = re.compile(r"https?://(?:127\.|localhost(?:[:/?]|\Z)|\[::1\])")
+# These change something under a reading name, so they must never be repeated.
+_CHANGING = ("getuploadparamsfor", "getdiagnosticsdata", "listandswitchsamlaccount")
 
 
 @functools.lru_cache(maxsize=1024)
-def _only_reads(command):
-    """Tell whether a command may be repeated: it is known to read and changes nothing."""
-    return _may_get(command) and not _CHANGING.match(command)
+def only_reads(command):
+    """Return whether a command may be repeated: it is known to read and changes nothing."""
+    return _may_get(command) and not command.lower().startswith(_CHANGING)
 
 
 def _may_get(command):
-    """Tell whether the server takes a command by GET, whatever its settings are."""
-    return bool(_READING.match(command)) or command.lower() in _READING_TOO
+    """Return whether the server takes a command by GET, whatever its settings are."""
+    lower = command.lower()
+    return lower in _READING_TOO or (lower.startswith(_READING) and lower not in _READING)
 
 
 class _Call:
@@ -749,35 +831,49 @@ class _Call:
 
     Raises ValueError for what the server would refuse: control characters."""
 
-    def __init__(self, command, params, json=True, opcode_name="command", headers=None):
+    def __init__(self, client, command, params, controls=None):
+        if not client._checked:
+            client.check()
+        params = flatten(params)
+        controls = controls or {}
         self.command = command
-        self.json = json
-        self.opcode_name = opcode_name
-        self.headers = headers and _convert("headers", _parse_headers, headers)
-        self.reads = _only_reads(command)
+        self.json = controls.get("json", True)
+        self.opcode_name = controls.get("opcode_name", "command")
+        self.headers = controls.get("headers")
+        if self.headers:
+            self.headers = _convert("headers", _parse_headers, self.headers)
+        options = controls.get("_options")
+        self.settings = client._settings  # at every moment as they are then
+        if options:
+            self.settings = collections.ChainMap(options, self.settings)
+        self.reads = only_reads(command)
         self.is_login = command.lower() == "login"
         self.is_secret = self.is_login or any(_secret_names(params))
         self.params = {}
         self.has_page = False
         self.expires = None
-        self.retries = None  # how often it may be sent again; None: as the client is set
         self.job_id = None  # the id its job gets, if the caller chooses it
-        self.total = None  # seconds for one exchange in all, if less than ten times the timeout
+        self.total = None  # seconds for one exchange, if less than ten times the timeout
+        self.secrets = []  # what must not be shown of the last request
         self.response: Any = None  # the last answer
+        self.request: Any = None  # the last request
+        self.cancelled = False
 
-        dropped = {"signature", "signatureversion"} | ({"response"} if json else set())
+        dropped = {"signature", "signatureversion"} | ({"response"} if self.json else set())
         for name, text in params.items():
-            found = _UNSENDABLE.search(name) or _UNSENDABLE.search(text)
-            if found:
-                character = f"U+{ord(found.group()):04X}"
-                problem = f"the server refuses the character {character}"
-                raise ValueError(f"parameter {name!a}: {problem}")
+            if not (name.isprintable() and text.isprintable()):  # which is faster than to search
+                _check_sendable(name, text)
             lower = name.lower()
             if lower == "expires":
                 self.expires = text
             elif lower not in dropped:
                 self.params[name] = text
                 self.has_page = self.has_page or lower == "page"
+        if self.has_page and self.get_param("pagesize") is None:
+            # The server refuses one without the other (431).
+            self.set_params(pagesize=client._server.page_limit)
+        if self.settings["recover"]:
+            self.choose_job_id()
 
     def get_param(self, name):
         """Return the text of the parameter of this lower-case name, in any case, or None."""
@@ -790,16 +886,12 @@ class _Call:
                 del self.params[key]
             self.params[name] = str(value)
 
-    def complete_page(self, size):
-        """Add a page size to a page; the server refuses one without the other (431)."""
-        if self.has_page and self.get_param("pagesize") is None:
-            self.set_params(pagesize=size)
-
-    def with_page(self, page, size):
+    def with_page(self, page, size, **options):
         """Return the same call for one page."""
         import copy
 
         call = copy.copy(self)
+        call.settings = collections.ChainMap(options, self.settings)
         call.params = dict(self.params)
         call.set_params(page=page, pagesize=size)
         return call
@@ -817,27 +909,50 @@ class _Call:
             self.set_params(customjobid=uuid.uuid4())
         self.job_id = self.get_param("customjobid")
 
+    def cancel(self):
+        """Let nothing more be sent, and end the exchange that is under way in another thread."""
+        self.cancelled = True
+        if self.request is not None:
+            self.request.cancel()
 
-class _Request:
-    """One HTTP request: method, url, body and headers as they go out, once it is prepared."""
 
-    cancelled = False  # set by _cut_off(); and `socket` is there while the exchange is under way
-    url = body = None
+def _check_sendable(name, text):
+    """Raise ValueError for a parameter that the server would refuse."""
+    found = re.search(_UNSENDABLE, name) or re.search(_UNSENDABLE, text)
+    if found:
+        problem = f"the server refuses the character U+{ord(found.group()):04X}"
+        raise ValueError(f"parameter {name!a}: {problem}")
 
-    def __init__(self, client, call, params, secrets):
-        self.endpoint = client.endpoint.partition("#")[0]
+
+class Request:
+    """One HTTP request: method, url, body and headers as they go out, once it is prepared.
+
+    params are those of the query or form; masked_url() and masked_params() may be shown."""
+
+    cancelled = False
+    method: str
+    url: "str | None" = None
+    body: "bytes | None" = None
+    params: "dict[str, str]"
+    headers: "dict[str, str]"
+
+    def __init__(self, settings, call, params, secrets):
+        self.endpoint = settings["endpoint"].partition("#")[0]
         self.params = params
         self.secrets = secrets  # values that must not be shown, beside those of secret parameters
         self.signing = None  # (secret, expiration, expires), if it is to be signed
         self.anonymous = False
         self.method = "GET"
         self.headers = {}
-        self.timeout = client.timeout
-        self.total = 10 * client.timeout
+        self.timeout = settings["timeout"]
+        self.total = 10 * self.timeout
         if call.total is not None:
             self.total = min(call.total, self.total)
-        self.verify, self.cert = client._state.get_tls_files()
-        self.limit = client._state.max_response_size
+        self.tls = tuple([settings[name] for name in _TLS_SETTINGS])
+        self.limit = settings["max_response_size"]
+        self.deadline = 0.0  # when the exchange must be over
+        self._lock = threading.Lock()
+        self._socket = None  # of the exchange while it is under way
 
     def prepare(self):
         """Sign the parameters and write out url and body.
@@ -857,114 +972,117 @@ class _Request:
 
         query = _join_query(self.params)
         self.url = self.endpoint
+        head = sum([len(name) + len(value) + 4 for name, value in self.headers.items()])
+        if not self.anonymous and len(self.url) + len(query) + head > LONGEST_HEAD:
+            self.method = "POST"
         if self.method == "POST":
             self.body = query.encode("ascii")
+            self.headers["Content-Type"] = "application/x-www-form-urlencoded"
         else:
             self.url += ("&" if "?" in self.endpoint else "?") + query
 
-    def masked_url(self):
+    def masked_url(self) -> str:
         """Return the url as a person may see it."""
-        url = _mask_address(self.endpoint)
+        url = mask_address(self.endpoint)
         if not urlsplit(self.endpoint).path:
             url += "/"
         if self.method == "POST":
             return url
-        return url + "?" + _join_query(_mask_params(self.params))
+        return url + "?" + _join_query(self.masked_params())
+
+    def masked_params(self) -> "dict[str, str]":
+        """Return the parameters as a person may see them."""
+        return mask_params(self.params)
 
     def all_secrets(self):
         """Return the values that must not be shown."""
         return self.secrets + [self.params[name] for name in _secret_names(self.params)]
 
+    def attach(self, sock):
+        """Take the socket of the exchange. Raises ConnectionAbortedError after a cancel()."""
+        with self._lock:
+            if self.cancelled:
+                raise ConnectionAbortedError("cancelled")
+            self._socket = sock
+
+    def detach(self):
+        """Give up the socket; returns whether it is still good, so that it may be kept."""
+        with self._lock:
+            self._socket = None
+            return not self.cancelled
+
+    def cancel(self):
+        """Wake the thread that sends or reads, for a caller who has left; nothing more is sent."""
+        import socket
+
+        with self._lock:
+            self.cancelled = True
+            try:
+                if self._socket is not None:
+                    # The plain socket's: SSLSocket's own would pull TLS from under the thread.
+                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+
+_TLS_SETTINGS = ("verify", "dangerous_no_tls_verify", "cert", "cert_key")
+
+
+def _tls_files(ca_path, is_dangerous, cert, key):
+    """Return what `verify` and `cert` come to, together with the settings beside them."""
+    return ca_path or not is_dangerous, (cert, key) if key and isinstance(cert, str) else cert
+
 
 def _build_request(client, call, login=None, post=False):
-    """Return a _Request for a call, anew for each attempt; prepare() will sign it."""
+    """Return a Request for a call, anew for each attempt; prepare() will sign it."""
+    settings, server = call.settings, client._server
     params = dict(call.params)
     params[call.opcode_name] = call.command
     if call.json:
         params["response"] = "json"
-    request = _Request(client, call, params, [client._state.password])
+    request = Request(settings, call, params, [settings["password"]])
 
     if login is not None:
         params["sessionkey"] = login.key
         request.secrets += login.cookies.values()
-    elif client.key is not None and client._state.username is None:
+    elif settings["key"] is not None and settings["username"] is None:
         for name in [name for name in params if name.lower() == "apikey"]:
             del params[name]
-        params["apiKey"] = client.key
-        request.secrets.append(client.secret)
-        request.signing = (client.secret, client.expiration, call.expires)
+        params["apiKey"] = settings["key"]
+        request.secrets.append(settings["secret"])
+        request.signing = (settings["secret"], settings["expiration"], call.expires)
     else:
-        # With a user name it is to get a session; --dry-run shows it before there is one.
-        request.anonymous = not call.is_login and client._state.username is None
+        # With a user name it is to get a session; prepare() shows it before there is one.
+        request.anonymous = not call.is_login and settings["username"] is None
     if call.expires is not None:
         params["expires"] = call.expires
 
-    packing = "identity" if _LOOPBACK.match(request.endpoint) else "gzip"
+    # On the management host itself packing takes longer than the bytes it saves.
+    packing = "identity" if server.is_loopback else "gzip"
     request.headers = {"User-Agent": "cs/" + __version__, "Accept-Encoding": packing}
     if login is not None and login.cookies:  # an empty header would hide those of a `session`
-        pairs = [name + "=" + value for name, value in login.cookies.items()]
-        request.headers["Cookie"] = "; ".join(pairs)
-    if client.headers or call.headers:
-        request.headers = _merge_headers(request.headers, client.headers, call.headers or {})
+        request.headers["Cookie"] = login.cookie_header()
+    if settings["headers"] or call.headers:
+        request.headers = _merge_headers(request.headers, settings["headers"], call.headers or {})
 
-    if _needs_post(client, call, request, post):
+    # The integration port does not read bodies: an anonymous request keeps its secrets in the URL.
+    required = call.is_secret or (server.post_only and not _may_get(call.command))
+    if not request.anonymous and (post or required or settings["method"] == "post"):
         request.method = "POST"
-        request.headers["Content-Type"] = "application/x-www-form-urlencoded"
     return request
 
 
 def _merge_headers(*maps):
     """Merge headers: later ones win, names compare without case, None takes one out."""
-    merged = {name.lower(): (name, value) for headers in maps for name, value in headers.items()}
-    for name, value in merged.values():
+    pairs = [pair for headers in maps for pair in headers.items()]
+    for name, value in pairs:
         _check_header(name, value)  # again: client.headers is the program's to change
-
+    merged = {name.lower(): (name, value) for name, value in pairs}
     return {
         name: value.decode("latin-1") if isinstance(value, bytes) else str(value)
         for name, value in merged.values()
         if value is not None
     }
-
-
-def _needs_post(client, call, request, post):
-    """Tell whether GET cannot do.
-
-    An anonymous request goes to the integration port, which reads no body; what it holds of secrets
-    is then in its address."""
-    if request.anonymous:
-        return False
-    if post or call.is_secret or client.method == "post":
-        return True
-    if client._server.post_only and not _may_get(call.command):
-        return True
-
-    # A server takes so much in a GET. A character is twelve bytes at the most, mostly one.
-    head = sum(len(name) + len(value) + 4 for name, value in request.headers.items())
-    room = LONGEST_HEAD - _SIGNED - len(request.endpoint) - head
-    raw = sum(len(name) + len(text) + 2 for name, text in request.params.items())
-    return 12 * raw > room and len(_join_query(request.params)) > room
-
-
-def _check_client(client):
-    """Refuse settings that make no sense together. Raises ValueError that names them."""
-    endpoint, state = client.endpoint, client._state
-    user = (client.key, client.secret, state.username, state.password)
-    seen = (endpoint, user, state.pem_path, state.cert_key)
-    if state.checked == seen:
-        return
-
-    _check_endpoint(endpoint)
-    for pair in (("key", "secret"), ("username", "password")):
-        missing = [name for name in pair if client.get_setting(name) is None]
-        if len(missing) == 1:
-            raise ValueError(f"{missing[0]}: missing; {pair[0]} and {pair[1]} go together")
-    if state.cert_key is not None and state.pem_path is None:
-        raise ValueError("cert: missing, although cert_key is given; they go together")
-    if client.key is not None and state.username is not None:
-        raise ValueError(
-            "username: given together with key; use either key and secret or username and password"
-        )
-    state.checked = seen
 
 
 def _check_endpoint(endpoint):
@@ -978,21 +1096,31 @@ def _check_endpoint(endpoint):
         proper = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
         proper = False
-    if not proper or re.search(r"[^\x21-\x7e]", endpoint):
+    if not proper or not all("!" <= character <= "~" for character in endpoint):
         problem = "is not an http:// or https:// address"
-        if proper and re.search(r"[^\x00-\x7f]", endpoint):
+        if proper and max(endpoint) > "\x7f":
             problem = "must be ASCII: write the host name as xn--..., other characters as %XX"
-        raise ValueError(f"endpoint: {_mask_address(endpoint)!a} {problem}")
+        raise ValueError(f"endpoint: {mask_address(endpoint)!a} {problem}")
     if parts.username is not None:
         raise ValueError("endpoint: a user name or password cannot be part of the address")
 
 
-# 5.2 Answer: what an HTTP response means.
+# 4.2 Answer: what an HTTP response means.
+
+_LONG_ANSWER = 1 << 13  # bytes; below, the garbage collector hardly runs
+_DEEPEST = 100  # lists and dicts within each other; the server nests about six
+_MOST_COUNT = 1 << 63  # Java's longest integer ends below
 
 
 def _refuse_constant(name):
     """Refuse NaN and Infinity, which Python's decoder would take."""
     raise ValueError(f"{name} is not JSON")
+
+
+def _parse_float(digits):
+    """Refuse numbers such as 1e999, which Python's decoder would take for Infinity."""
+    number = float(digits)
+    return number if abs(number) != float("inf") else _refuse_constant(digits)
 
 
 def _parse_short_int(digits):
@@ -1006,23 +1134,43 @@ def _parse_short_int(digits):
 _JSON = jsonlib.JSONDecoder(
     strict=False,
     parse_constant=_refuse_constant,
+    parse_float=_parse_float,
     parse_int=None if hasattr(sys, "get_int_max_str_digits") else _parse_short_int,
 )
-_LONG_ANSWER = 1 << 13  # characters; below, the collector hardly runs
+
+
+def _check_depth(content):
+    """Refuse lists in lists in lists: what walks through them would recurse too deeply.
+
+    Each round takes the innermost pairs of brackets out, of which nothing else is left."""
+    other = bytes(set(range(256)) - set(b"[]{}"))
+    for texts in (None, rb'(?s)"(?:[^"\\]|\\.)*(?:"|\\?\Z)'):  # brackets in texts count only at first
+        left = (re.sub(texts, b"", content) if texts else content).translate(None, other)
+        for _ in range(_DEEPEST):
+            shorter = left.replace(b"[]", b"").replace(b"{}", b"")
+            if shorter == left:
+                break
+            left = shorter
+        else:
+            raise ValueError("nested too deeply")
+        if not left:
+            return
 
 
 def _parse_json(response):
     """Return the answer as JSON. Raises ValueError or RecursionError.
 
-    Python's cyclic garbage collector rests while a long answer is decoded: that makes thousands of
-    containers that can hold no cycle, and looking through them again and again took half the time
-    of a long list. The decoder is C code that no other thread interrupts; a thread that comes in
-    between finds the collector off, as it does where a program has turned it off, and leaves it."""
+    The garbage collector rests while a long answer is decoded: that makes thousands of containers
+    that can hold no cycle, and searching them again and again took half the time of a long list.
+    (The decoder is C code that no other thread interrupts.)"""
+    import gc
+
     text = response.content.decode("utf-8", "replace")
     text = text[1:] if text[:1] == "\ufeff" else text  # a byte order mark
+    if len(text) > _DEEPEST:
+        _check_depth(response.content)
     if len(text) < _LONG_ANSWER or not gc.isenabled():
         return _JSON.decode(text)
-
     try:
         gc.disable()
         return _JSON.decode(text)
@@ -1038,8 +1186,8 @@ def _decode_answer(client, call, response):
     code = response.status_code
     status = f"HTTP {code} {response.reason}"
     if 300 <= code < 400 and response.headers.get("Location"):
-        place = _mask_address(response.headers.get("Location"))
-        detail = f"Redirects are not followed; the new address is {place!a}. Set the endpoint to"
+        address = mask_address(response.headers.get("Location"))
+        detail = f"Redirects are not followed; the new address is {address!a}. Set the endpoint to"
         raise CloudStackException(status, detail + " where the API is.", response=response)
     if not call.json:
         if code != 200:
@@ -1056,25 +1204,39 @@ def _decode_answer(client, call, response):
     try:
         document = _parse_json(response)
     except (ValueError, RecursionError):
-        broken = "Malformed JSON document. " if code == 200 else ""
-        advice = f"Make sure endpoint URL {_mask_address(client.endpoint)!r} is correct."
-        raise CloudStackException(status, broken + advice, response=response) from None
+        raise CloudStackException(status, *_why_no_json(client, call, code), response=response) from None
 
     if not isinstance(document, dict) or len(document) != 1:
         raise _unexpected("a single top-level key was expected", response)
     (value,) = document.values()
     if code != 200:
         raise _make_api_error(code, value, response)
+    count = value.get("count") if isinstance(value, dict) else None
+    if isinstance(count, int) and count >= _MOST_COUNT:
+        raise _unexpected("the count is beyond all measure", response)
     return value
 
 
-def _make_api_error(code, said, response):
+def _why_no_json(client, call, code):
+    """Return what may be the reason for an answer that is not CloudStack's, as a list."""
+    size = len(call.request.body or b"")
+    if code == 404 and size > LONGEST_FORM:
+        limit = f"The server takes forms of {LONGEST_FORM} bytes (its request.content.size)"
+        return [f"{limit}; this one had {size}."]
+    if code >= 500 and not call.reads:
+        return []  # that it may have run says more
+    endpoint = mask_address(client._settings["endpoint"])
+    broken = "Malformed JSON document. " if code == 200 else ""
+    return [f"{broken}Make sure endpoint URL {endpoint!r} is correct."]
+
+
+def _make_api_error(code, error, response):
     """Return the exception for an answer that is the server's own error."""
     message = f"HTTP {code} response from CloudStack"
     if code == 511:
         message += " (two-factor authentication is required: use an API key and secret, which it"
         message += " does not apply to)"
-    return CloudStackApiException(message, error=said, response=response)
+    return CloudStackApiException(message, error=error, response=response)
 
 
 def _unexpected(detail, response=None):
@@ -1082,7 +1244,7 @@ def _unexpected(detail, response=None):
     return CloudStackException("Unexpected response from CloudStack", detail, response=response)
 
 
-def _find_rows(answer):
+def find_rows(answer):
     """Return the answer's rows: its only list, whatever its name. None for an object."""
     if not isinstance(answer, dict):
         return None
@@ -1092,9 +1254,18 @@ def _find_rows(answer):
     return None if set(answer) - {"count"} else []  # nothing but a count is an empty list
 
 
-# 5.3 Retry: whether and when a command is sent again.
+def _count_of(answer):
+    """Return the number of rows that an answer says there are; 0 if it says none."""
+    count = answer.get("count")
+    return count if isinstance(count, int) else 0
 
-_RETRY_AFTER = re.compile(r"(?i)retry after\s*\[?\s*([0-9]+)\s*\]?\s*ms")
+
+def dicts(value):
+    """Return the dicts in a list; none for anything else."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+# 4.3 Retry: whether and when a command is sent again.
 
 
 def _status_of(error):
@@ -1103,43 +1274,34 @@ def _status_of(error):
 
 
 def _was_rejected(error):
-    """Tell whether the server says that it did not run the command: throttled, in maintenance.
+    """Return whether the server says that it did not run the command: throttled, in maintenance.
 
     Only what certainly did not run: a mere "try later" belongs to _is_transient."""
-    said = isinstance(error.error, dict) and "errorcode" in error.error
-    return _status_of(error) == 429 or (_status_of(error) == 503 and said)
+    is_stated = isinstance(error.error, dict) and "errorcode" in error.error
+    return _status_of(error) == 429 or (_status_of(error) == 503 and is_stated)
 
 
 def _is_transient(error):
-    """Tell whether the same reading request may well succeed a little later.
+    """Return whether the same reading request may well succeed a little later.
 
-    For a command that changes something see _was_rejected, for a look at a job
-    _poll_may_continue (5.6)."""
+    For a command that changes something see _was_rejected, for a poll _poll_may_continue (4.6)."""
     if error.response is None:
         return isinstance(error, OSError)
     return _status_of(error) in (429, 502, 503, 504)
 
 
 def _asked_delay(error):
-    """Return the seconds that the server asked to wait, or None.
+    """Return the seconds that the server asked to wait, 0 if it did not.
 
     They stand in the text of its answer (ApiRateLimitServiceImpl's 429) or in Retry-After."""
     if error.response is None:
-        return None
-    found = _RETRY_AFTER.search(error.response.text)
+        return 0.0
+    pattern = r"(?i)retry after[\s\[]{0,9}([0-9]{1,5000})[\s\]]{0,9}ms"
+    found = re.search(pattern, error.response.text)
     if found:
         return float(found.group(1)) / 1000.0
     after = (error.response.headers.get("Retry-After") or "").strip()
-    if re.match(r"[0-9]+\Z", after):
-        return float(after)
-
-    from email.utils import mktime_tz, parsedate_tz
-
-    try:
-        moment = parsedate_tz(after)
-        return None if moment is None else max(0.0, mktime_tz(moment) - time.time())
-    except (OverflowError, TypeError, ValueError):
-        return None
+    return float(after) if re.match(r"[0-9]+\Z", after) else 0.0
 
 
 def _random():
@@ -1156,32 +1318,37 @@ def backoff(attempt: int, first: float) -> float:
     return min(LONGEST_WAIT, first * 2.0 ** min(attempt, 32)) * (0.5 + _random() / 2)
 
 
-def _retry_delay(client, call, error, attempt):
+def _retry_delay(call, error, attempt):
     """Return the seconds until a call may be sent again, or None if it may not.
 
     A command that changes something is sent again only if the server did not run it."""
+    if attempt >= call.settings["retry"] or call.cancelled:
+        return None
     if not (error.unsent or _was_rejected(error) or (call.reads and _is_transient(error))):
         return None
-    asked = _asked_delay(error) or 0.0
-    return None if asked > LONGEST_WAIT else max(asked, backoff(attempt, client.retry_backoff))
+    asked = _asked_delay(error)
+    delay = max(asked, backoff(attempt, call.settings["retry_backoff"]))
+    return delay if asked <= LONGEST_WAIT else None
 
 
-def _wants_post(error):
-    """Tell whether the server asks for POST (ApiServlet, since 4.20)."""
-    if _status_of(error) != 400 or not isinstance(error, CloudStackApiException):
+def _wants_post(request, error):
+    """Return whether the server refused a GET and asks for POST (ApiServlet, since 4.20)."""
+    if request.method == "POST" or request.anonymous or _status_of(error) != 400:
         return False
-    return "using post request" in error.response.text.lower()
+    is_stated = isinstance(error, CloudStackApiException)
+    return is_stated and "using post request" in error.response.text.lower()
 
 
 def _mark_outcome(call, error):
-    """Say on the exception whether the command may have run."""
+    """Set on the exception whether the command may have run."""
     if error.outcome_unknown:
         return
     answered = isinstance(error.error, dict) or 300 <= (_status_of(error) or 0) < 500
     error.outcome_unknown = not (call.reads or error.unsent or answered)
-    if error.outcome_unknown and error.response is None and error.args:
-        hint = "may have run, its outcome is unknown: look before it is sent again"
-        _add_hint(error, f"{call.command} {hint}")
+    status = _status_of(error)
+    if error.outcome_unknown and error.args and (status is None or status >= 500):
+        hint = f"{call.command} may have run, its outcome is unknown: check before it is sent again"
+        _add_hint(error, hint)
 
 
 def _add_hint(error, hint):
@@ -1189,176 +1356,152 @@ def _add_hint(error, hint):
     error.args = (error.args[0], "; ".join([str(arg) for arg in error.args[1:]] + [hint]))
 
 
-def _send_with_retries(client, call):
+def _set_shown(call, error):
+    """Set on the exception what a person may see of the server's words."""
+    if isinstance(error, CloudStackApiException):
+        error.shown = mask_values(error.error, call.secrets)
+
+
+async def _send_with_retries(client, call):
     """Send one command until it is answered or may not be sent again; returns the answer."""
     attempt = 0
     post = renewed = replayed = False
-    retries = client.retry if call.retries is None else call.retries
     while True:
         login = None
-        if client._state.username is not None and not call.is_login:
-            login = yield from _current_login(client)
-        request = _build_request(client, call, login, post)
+        if client._settings["username"] is not None and not call.is_login:
+            login = await _current_login(client)
+        request = call.request = _build_request(client, call, login, post)
+        if call.cancelled:
+            request.cancel()
         try:
-            call.response = yield request
+            call.response = await client._send(request)
             return _decode_answer(client, call, call.response)
         except CloudStackException as error:
-            if _wants_post(error) and not post and not request.anonymous:
+            call.secrets = request.all_secrets()
+            if _wants_post(request, error):
                 post = client._server.post_only = True
                 continue
             if login is not None and _status_of(error) == 401 and not renewed:
                 renewed = True
-                if client._server.login is login:  # else another caller has renewed it already
-                    client._server.login = None
+                client._server.drop_login(login)
                 continue
             if call.reads and error.stale and not replayed:
                 replayed = True
                 continue
-            delay = _retry_delay(client, call, error, attempt) if attempt < retries else None
+            delay = _retry_delay(call, error, attempt)
             if delay is None:
                 _mark_outcome(call, error)
+                _set_shown(call, error)
                 raise
         attempt += 1
-        yield delay
+        await client._pause(delay)
 
 
-# 5.4 Session: user name and password instead of key and secret; and what callers share.
+# 4.4 Session: user name and password instead of key and secret; and what callers share.
 
-_Login = collections.namedtuple("_Login", "key cookies")
+
+class _Login(collections.namedtuple("_Login", "key cookies")):
+    """A session: its key, and the cookies {name: value} that go beside it."""
+
+    def cookie_header(self):
+        return "; ".join(name + "=" + value for name, value in self.cookies.items())
+
+
+class _LogInAttempt:
+    """One caller's attempt to log in, which others wait for."""
+
+    def __init__(self, seconds):
+        self.until = _clock() + seconds  # when it is given up
+        self.error = None
 
 
 class _Server:
     """Keeps what was learned about the server behind one endpoint, as one user."""
 
-    def __init__(self):
+    def __init__(self, endpoint):
+        loopback = r"(?i)https?://(?:localhost|127\.[0-9.]+|\[::1\])(?:[:/]|\Z)"
+        self.is_loopback = re.match(loopback, endpoint or "") is not None
         self.post_only = False  # commands that change something must be POST
         self.page_limit = PAGE_SIZE
         self.login = None  # a _Login, while there is a session
-        self.login_error = None
-        self.login_turn = _Turn()
+        self.attempt = None  # the last _LogInAttempt
+        self.lock = threading.Lock()
         self.jobs = _JobList()
 
+    def drop_login(self, login):
+        """Forget a session that the server refused, unless another caller has renewed it."""
+        with self.lock:
+            if self.login is login:
+                self.login = None
 
-class _Signal:
-    """Wakes all callers that wait for the same thing, in threads and event loops alike."""
-
-    def __init__(self):
-        self.wakers = set()  # functions to be called whenever it is set
-        self.count = 0  # another one whenever it is set: noted before a look, it misses nothing
-        self._counter = itertools.count(1)  # which threads may use at once
-
-    def set(self):
-        """Wake all that wait."""
-        self.count = next(self._counter)
-        for wake in list(self.wakers):
-            wake()
-
-
-# A step of the protocol: sleep for `seconds`, or until the signal's count is another one.
-_Pause = collections.namedtuple("_Pause", "seconds signal count")
+    def join_log_in(self, seconds):
+        """Return (session, attempt, whether the attempt is this caller's): one of the first two."""
+        with self.lock:
+            if self.login is not None:
+                return self.login, None, False
+            is_mine = self.attempt is None or _clock() >= self.attempt.until
+            if is_mine:
+                self.attempt = _LogInAttempt(seconds)
+            return None, self.attempt, is_mine
 
 
-class _Turn:
-    """Lets one caller do work that many need; `done` is set when it is given back.
-
-    It is lent for LEASE seconds: its holder may be a task of an event loop that was stopped, and
-    must not hold up the others for ever."""
-
-    def __init__(self):
-        self.done = _Signal()
-        self._lock = threading.Lock()
-        self._holder = None
-        self._until = 0.0
-
-    def take(self):
-        """Return a token for give_back(), or None while another caller has the turn."""
-        with self._lock:
-            if self._holder is not None and _clock() < self._until:
-                return None
-            self._until = _clock() + LEASE
-            self._holder = object()
-            return self._holder
-
-    def give_back(self, token):
-        """End the turn and wake those who waited for it."""
-        with self._lock:
-            if self._holder is token:
-                self._holder = None
-        self.done.set()
-
-
-def _current_login(client):
+async def _current_login(client):
     """Return the session to send with, made if there is none yet.
 
-    Of many callers one logs in; the others wait for it (LEASE seconds at a time) and share its
-    failure, since wrong passwords in a row would lock the account."""
+    Of many callers one logs in; the others poll for its outcome and share its failure, since wrong
+    passwords in a row would lock the account."""
     server = client._server
-    turn = server.login_turn
-    while server.login is None:
-        count = turn.done.count
-        token = turn.take()
-        if token is not None:
-            yield from _log_in_for_all(client, server, token)
-            continue
-
-        yield _Pause(LEASE, turn.done, count)
-        if server.login is None and server.login_error is not None:
+    while True:
+        login, attempt, is_mine = server.join_log_in(10 * client._settings["timeout"])
+        if login is not None:
+            return login
+        if is_mine:
+            try:
+                login = server.login = await _log_in(client)
+                return login
+            except CloudStackException as error:
+                attempt.error = error
+                raise
+            finally:
+                attempt.until = 0.0
+        await client._pause(SHORTEST_POLL)
+        if attempt.error is not None:
             import copy
 
-            raise copy.copy(server.login_error)  # each caller writes its own job's id on it
-    return server.login
+            raise copy.copy(attempt.error)  # each caller writes its own job's id on it
 
 
-def _log_in_for_all(client, server, token):
-    """Log in unless another caller has, and leave session or failure with the server."""
-    try:
-        if server.login is None:
-            server.login_error = None
-            server.login = yield from _log_in(client)
-    except CloudStackException as error:
-        server.login_error = error
-        raise
-    finally:
-        server.login_turn.give_back(token)
-
-
-def _log_in(client):
-    """Log in and return the _Login: the session key, and the cookies that go beside it."""
-    state = client._state
-    params = {
-        "username": state.username,
-        "password": state.password,
-        "domain": state.domain or "/",
-    }
-    call = _Call("login", params)
-    answer = yield from _send_with_retries(client, call)
+async def _log_in(client):
+    """Log in and return the _Login. Raises CloudStackException for one that cannot be used."""
+    params = {name: client._settings[name] for name in ("username", "password", "domain")}
+    params["domain"] = params["domain"] or "/"
+    call = _Call(client, "login", params)
+    answer = await _send_with_retries(client, call)
     key = answer.get("sessionkey") if isinstance(answer, dict) else None
-    if not isinstance(key, str) or not key or _UNSENDABLE.search(key):
+    if not isinstance(key, str) or not key:
         raise _unexpected("login gave no session key", call.response)
-    return _Login(key, call.response.cookies())
+    login = _Login(key, call.response.cookies())
+    try:  # what comes from the server and goes out again is checked like a program's own
+        _check_sendable("sessionkey", key)
+        _check_header("Cookie", login.cookie_header())
+    except ValueError:
+        raise _unexpected("login gave a session that cannot be sent", call.response) from None
+    return login
 
 
-def _log_out(client):
-    """End the session, if there is one; the server ends it by itself after half an hour idle."""
-    login = client._server.login
-    if login is None:
-        return
-    client._server.login = None
-    try:
-        yield _build_request(client, _Call("logout", {}), login, post=True)
-    except CloudStackException:
-        pass
+def _end_session(client):
+    """Return the request that ends the session, None without one.
+
+    The server ends it by itself after half an hour idle."""
+    login, client._server.login = client._server.login, None
+    return login and _build_request(client, _Call(client, "logout", {}), login, post=True)
 
 
-# 5.5 Pages: all rows of a list.
-
-# How the server says that its limit is lower (a 431). Another wording is an alternative in front of
-# the one group: (?:page ?size.*max allowed|another).*?(?P<limit>...)
-_PAGE_LIMIT_TEXT = re.compile(r"(?i)page ?size.*max allowed.*?(?P<limit>[0-9]{1,9})")
+# 4.5 Pages: all rows of a list.
 
 
 def _is_same_page(rows, page):
-    """Tell whether two pages hold the same rows in the same order.
+    """Return whether two pages hold the same rows in the same order.
 
     Rows are the same if they are equal, or go by the same ids and names while figures in them
     have moved. The id alone would not do: listTemplates repeats it for every zone."""
@@ -1366,12 +1509,13 @@ def _is_same_page(rows, page):
         return False
     if rows == page:
         return True
-
-    ids = [row.get("id") if isinstance(row, dict) else None for row in rows]
-    if len(rows) < 2 or None in ids:  # a page of one row says too little
+    if len(rows) < 2:  # a page of one row says too little
         return False
     return all(
-        isinstance(other, dict) and _identity(row) == _identity(other)
+        isinstance(row, dict)
+        and isinstance(other, dict)
+        and row.get("id") is not None
+        and _identity(row) == _identity(other)
         for row, other in zip(rows, page)
     )
 
@@ -1381,418 +1525,370 @@ def _identity(row):
     return {name: value for name, value in row.items() if name.endswith(("id", "name"))}
 
 
-class _Walk:
-    """Fetches all pages of one list, in order.
+def _identity_key(row):
+    """Return the same part as a text, which can be looked up among many."""
+    return jsonlib.dumps([row.get("id"), _identity(row)], sort_keys=True)
+
+
+async def _fetch_pages(client, call, ahead=1, most=None):
+    """Yield the rows of a list, page by page; an answer that is not a list in a tuple.
 
     A page is never taken for the last by its length alone: `count` is the total for most commands,
-    the length of this page for some, and missing for others. So the walk continues while a page is
-    full or fewer than `count` rows were seen. It ends with an empty page, with one that repeats the
-    one before it or the first (commands that ignore `page`, servers that begin anew), or with one
-    that is longer than asked for (commands that ignore `pagesize`, too)."""
-
-    def __init__(self, client, call, ahead=1, report=None):
-        self.client = client
-        self.call = call
-        self.ahead = ahead
-        self.report = report
-        self.page = self._read_number("page", 1)
-        self.size = self._read_number("pagesize", client._server.page_limit)
-        self.first = None  # the first answer, which may turn out not to be a list
-        self.total = None  # rows there are, as the server says
-        self.seen = 0
-        self.skip = 0  # rows of the first page that stand before those asked for
-        self.pages = 0
-        self.first_rows = self.previous = None
-        self.buffered = []
-        self.done = False
-
-    def _read_number(self, name, default):
-        text = self.call.get_param(name)
-        return _convert(f"parameter {name!r}", _positive_count, text) if text else default
-
-    def next_page(self):
-        """Return the next page's rows, or None after the last; to be used by `yield from`."""
-        while not self.done:
-            if not self.buffered:
-                yield from self._fetch()
-            answer = self.buffered.pop(0)
-            if isinstance(answer, BaseException):
-                self.done = True
-                raise answer
-            rows = self._accept(answer)
-            if rows and self.skip:
-                rows, self.skip = rows[self.skip :], 0
-            if rows:
-                if self.report:
-                    self.report("rows", self.seen, self.total)
-                return rows
-        return None
-
-    def is_list(self):
-        """Tell whether the answer was a list at all."""
-        return _find_rows(self.first) is not None
-
-    def _fetch(self):
-        """Fill the buffer with at least one answer."""
-        pages = self._sure_pages()
-        if len(pages) > 1:
-            yield from self._fetch_at_once(pages)
-        if not self.buffered:
-            call = self.call.with_page(self.page, self.size)
-            self.buffered = [(yield from self._send_within_limit(call))]
-
-    def _sure_pages(self):
-        """Return the pages to come that may be asked for at once.
-
-        They are sure only if the last page was full and `count` says that there are more. A
-        program's own session may not be safe in threads: then there are none."""
-        full = len(self.previous or ()) >= self.size
-        if self.ahead < 2 or not self.total or not full or self.client.session is not None:
-            return ()
-        # And the one after the last, which has to be looked at if the last is full.
-        return range(self.page, self.page + (self.total - self.seen) // self.size + 1)
-
-    def _fetch_at_once(self, pages):
-        """Fetch pages by several workers that share them."""
-        todo = iter(pages)
-        answers: dict = {}
-        halt: list = []
-        try:
-            workers = [self._page_worker(todo, answers, halt) for _ in pages[: self.ahead]]
-            outcomes = yield workers
-        finally:
-            halt.append(True)  # a caller who was interrupted wants no more of them
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise outcome
-
-        # Up to the first gap, lest rows are lost in it: what follows is read again, from there.
-        self.buffered = [
-            answers[page] for page in itertools.takewhile(answers.__contains__, pages)
-        ]
-
-    def _page_worker(self, todo, answers, halt):
-        """Ask for one shared page after another, until none is left or a worker called a halt.
-
-        The first page that is not full, or repeats an earlier one, is the end, whatever the count
-        said. The halt is looked at first: a page that was taken is always asked for."""
-        while not halt:
-            page = next(todo, None)
-            if page is None:
-                break
-            try:
-                call = self.call.with_page(page, self.size)
-                answers[page] = yield from _send_with_retries(self.client, call)
-                rows = _find_rows(answers[page])
-                good = rows is not None and len(rows) == self.size and not self._repeats(rows)
-            except CloudStackException as error:
-                answers[page], good = error, False
-            if self.report:
-                seen = min(self.seen + len(answers) * self.size, self.total)
-                self.report("rows", seen, self.total)
-            if not good:
-                halt.append(page)
-
-    def _send_within_limit(self, call):
-        """Send for one page; if the server says on the first that its limit is lower, again.
-
-        The limit is remembered for the client's other lists."""
-        try:
-            return (yield from _send_with_retries(self.client, call))
-        except CloudStackApiException as error:
-            text = error.response.text if _status_of(error) == 431 else ""
-            found = _PAGE_LIMIT_TEXT.search(text)
-            limit = int(found.group("limit")) if found else 0
-            if self.first is not None or not 0 < limit < self.size:
-                raise
-
-        start = (self.page - 1) * self.size
-        self.page, self.skip = start // limit + 1, start % limit
-        self.client._server.page_limit = self.size = limit
-        return (yield from _send_with_retries(self.client, call.with_page(self.page, limit)))
-
-    def _accept(self, answer):
-        """Return the new rows of an answer, and note whether it was the last."""
-        rows = _find_rows(answer)
-        if self.first is None:
-            self.first = answer
-        if not rows or self._repeats(rows):
-            self.done = True
-            return None
-        self.pages += 1
-        if self.pages > MOST_PAGES:
-            self.done = True
-            raise _unexpected(f"a list of more than {MOST_PAGES} pages")
-
-        self.seen += len(rows)
-        count = answer.get("count")
-        if isinstance(count, int) and count > len(rows):
-            self.total = count
-        short = len(rows) < self.size and self.seen >= (self.total or 0)
-        self.done = short or len(rows) > self.size
-        self.previous = rows
-        self.first_rows = self.first_rows or rows
-        self.page += 1
-        return rows
-
-    def _repeats(self, rows):
-        """Tell whether a page is the one before it, or the first, once more."""
-        earlier = (self.previous, self.first_rows)
-        return any(_is_same_page(rows, page) for page in earlier if page)
-
-
-def _collect_rows(client, call):
-    """Return every row of a list; any other answer as it is."""
-    walk = _Walk(client, call, PAGES_AHEAD, client._state.progress)
-    everything: list = []
+    the length of this page for some, and missing for others. So more pages are fetched while a page
+    is full or fewer than `count` rows were seen. It ends with an empty page, with one that repeats
+    the one before it or the first (commands that ignore `page`, servers that begin anew), or with
+    one that is longer than asked for (commands that ignore `pagesize`, too)."""
+    page = _read_number(call, "page", 1)
+    size = _read_number(call, "pagesize", client._server.page_limit)
+    first = previous = None
+    seen = total = skip = pages = 0
+    failed = False  # whether the next page was one of a batch, and is to be asked for again
     while True:
-        rows = yield from walk.next_page()
+        # Only a full page and a count above it promise more; the last page may be full, too.
+        is_sure = previous is not None and len(previous) >= size and total > seen
+        sure = min(ahead, (total - seen) // size + 1) if is_sure and not failed else 1
+        try:
+            answers = await _fetch_batch(client, call, range(page, page + sure), size)
+        except CloudStackApiException as error:
+            limit = _lower_limit(error)
+            if first is not None or not 0 < limit < size:
+                raise
+            page, skip = 1 + (page - 1) * size // limit, (page - 1) * size % limit
+            client._server.page_limit = size = limit  # for the client's other lists, too
+            continue
+
+        for answer in answers:
+            failed = isinstance(answer, CloudStackException)
+            if failed:
+                if _retry_delay(call, answer, 0) is None:
+                    raise answer
+                break
+            rows = find_rows(answer)
+            if rows is None and first is None:
+                yield (answer,)
+            if not rows or any(_is_same_page(rows, other) for other in (previous, first) if other):
+                return
+            pages += 1
+            if pages > MOST_PAGES:
+                raise _unexpected(f"a list of more than {MOST_PAGES} pages")
+            seen += len(rows)
+            if _count_of(answer) > len(rows):
+                total = _count_of(answer)
+            client._notify(Rows(call.command, seen, total or None))
+            yield rows[skip:] if skip else rows
+            if len(rows) > size or (len(rows) < size and seen >= total) or pages == most:
+                return
+            first, previous, skip, page = first or rows, rows, 0, page + 1
+
+
+async def _fetch_batch(client, call, pages, size):
+    """Return the answers for these pages; instead of the first that failed, its exception.
+
+    Several are asked for at once, without retries."""
+    if len(pages) == 1 or client._settings["session"] is not None:  # not safe in threads, perhaps
+        return [await _send_with_retries(client, call.with_page(pages[0], size))]
+    calls = [call.with_page(page, size, retry=0) for page in pages]
+    try:
+        outcomes = await client._together([_send_with_retries(client, one) for one in calls])
+    finally:
+        for one in calls:
+            one.cancel()
+    for number, outcome in enumerate(outcomes):
+        if isinstance(outcome, CloudStackException):
+            return outcomes[: number + 1]
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return outcomes
+
+
+def _read_number(call, name, default):
+    """Return a parameter that is a number from 1 up."""
+    text = call.get_param(name)
+    return _convert(f"parameter {name!r}", _number(1, whole=True), text) if text else default
+
+
+def _lower_limit(error):
+    """Return the page size that the server says is the most; 0 if it says nothing of the kind."""
+    if _status_of(error) != 431:
+        return 0
+    # For another wording put an alternative in front of the group: (?:page ?size ...|another ...)
+    pattern = r"(?i)page ?size.{0,200}?max allowed.{0,200}?([0-9]{1,9})"
+    found = re.search(pattern, error.response.text)
+    return int(found.group(1)) if found else 0
+
+
+async def _collect_rows(client, call):
+    """Return every row of a list; any other answer as it is.
+
+    Some lists have no fixed order (listVolumes of 4.19, by `created` in seconds): then a row may
+    come twice and another not at all, although their number is that of `count`. If whole rows are
+    repeated, the list is fetched again, twice at the most, and new rows are added."""
+    rows: Any = None
+    for _ in range(3):
+        found: list = []
+        async for page in _fetch_pages(client, call, PAGES_AHEAD):
+            if isinstance(page, tuple):
+                return page[0]
+            found += page
+        unique = _without_repeats(found)
         if rows is None:
-            return everything if walk.is_list() else walk.first
-        everything += rows
+            rows = first = found
+        else:
+            known = set(map(_identity_key, dicts(rows)))
+            new = [row for row in dicts(unique) if _identity_key(row) not in known]
+            rows = _without_repeats(rows) + new if new else rows
+        if len(unique) == len(found) or (rows is not first and len(rows) >= len(first)):
+            return rows
+    client._notify(Rows(call.command, len(_without_repeats(rows)), len(first)))
+    return rows
 
 
-# 5.6 Jobs: submit, look, wait.
+def _without_repeats(rows):
+    """Return the rows without those that came before, whole and under the same id."""
+    try:
+        if len({row["id"] for row in rows}) == len(rows):
+            return rows
+    except (KeyError, TypeError):  # rows without an id are not compared
+        return rows
+    seen: dict = {}  # {id: rows}
+    unique = []
+    for row in rows:
+        others = seen.setdefault(row["id"], [])
+        if row not in others:
+            others.append(row)
+            unique.append(row)
+    return unique
 
 
-def _run_command(client, command, params, json, opcode_name, fetch_list, headers, fetch_result):
-    """Carry out a whole call: returns the answer, all rows of a list, or the result of a job."""
+# 4.6 Jobs: submit, poll, wait.
+
+
+async def _run_command(client, command, params, controls):
+    """Carry out a whole call: returns the answer, all rows of a list, or the result of a job.
+
+    `_options` among the controls are settings of this call, and as_pages: to return the pages."""
+    fetch_list, fetch_result = controls["fetch_list"], controls["fetch_result"]
+    as_pages = (controls["_options"] or {}).get("as_pages")
     if fetch_result is None:
-        fetch_result = client.fetch_result
+        fetch_result = client._settings["fetch_result"]
     elif type(fetch_result) is not bool:
         fetch_result = _convert("fetch_result", _parse_flag, fetch_result)
-    if type(fetch_list) is not bool and fetch_list != _AS_WALK:
+    if type(fetch_list) is not bool:
         fetch_list = _convert("fetch_list", _parse_flag, fetch_list)
-    call = _Call(command, flatten(params), json, opcode_name, headers)
-    _check_client(client)
-    if fetch_list and not call.reads:  # a second page would carry it out a second time
-        if fetch_list == _AS_WALK:
+    call = _Call(client, command, params, controls)
+    if as_pages:
+        if not call.reads:  # a second page would carry it out a second time
             raise ValueError(f"{command} changes something; it cannot be read page by page")
-        fetch_list = False
-    if fetch_list == _AS_WALK:
-        return _Walk(client, call, report=client._state.progress)
+        return _fetch_pages(client, call)
 
-    if call.has_page:
-        call.complete_page(client._server.page_limit)
-    if client._state.recover:
-        call.choose_job_id()
     if call.job_id is not None:
-        answer = yield from _submit(client, call)
-    elif fetch_list:
-        answer = yield from _collect_rows(client, call)
+        answer = await _submit(client, call)
+    elif fetch_list and call.reads:
+        answer = await _collect_rows(client, call)
     else:
-        answer = yield from _send_with_retries(client, call)
+        answer = await _send_with_retries(client, call)
     # A submission's answer has a jobid and no status, which queryAsyncJobResult's own has.
     if fetch_result and isinstance(answer, dict) and "jobid" in answer:
         if "jobstatus" not in answer:
-            answer = yield from _await_job(client, call, answer["jobid"])
+            answer = await _await_job(client, call, answer["jobid"])
     return answer
 
 
 class _JobList:
-    """Finds out once, for all callers that wait, which jobs are pending.
+    """The pending jobs, asked for once for all callers that wait for one.
 
-    listAsyncJobs says in one request what single looks would ask for each. It serves threads and
-    event loops alike: the caller who needs news first fetches them, and all others are woken to
-    look at them. A job that is not in the list is asked for singly, so that whatever the list
-    leaves out (another account's jobs, rows that moved between pages) costs a request and nothing
-    else."""
+    A job that is not in the list is polled by itself, so that whatever the list leaves out (another
+    account's jobs, rows of further pages) costs a request and nothing else."""
 
-    FEWEST = 4  # waiters; for fewer, asking singly is as cheap
-    USELESS = 600.0  # seconds to do without a list that does not help
+    FEWEST = 4  # waiters; for fewer, a poll for each is as cheap
+    USELESS = 30.0  # seconds to do without a list that does not help
 
     def __init__(self):
-        self.waiting = set()
-        self.needed = self.FEWEST  # waiters, for the list to be worth its requests
-        self.reading = _Turn()
-        self.pending = set()
-        self.asked_at = float("-inf")  # when it was asked for: what it says is at least that new
-        self.off_until = 0.0
-        self.failures = 0  # in a row
-        self.in_vain = 0  # looks at jobs that the list had not shown, though they were pending
+        self.waiting = []  # the ids of the jobs
+        self.pending: frozenset = frozenset()
+        self.asked_at = self.listed_at = self.off_until = float("-inf")
+        self.misses = 0  # lists in a row that did not help
 
-    def leave(self, poll):
-        """Count one waiter less."""
-        self.waiting.discard(poll)
-        if not self.waiting:
-            self.needed = self.FEWEST
+    def is_useful(self):
+        """Return whether there are enough waiters, and a list that helps."""
+        return len(self.waiting) >= self.FEWEST and _clock() >= self.off_until
 
-    def is_used(self):
-        """Tell whether the list is worth its requests now."""
-        return len(self.waiting) >= self.needed and self.off_until <= _clock()
+    def step(self):
+        """Return the least number of seconds between two lists, and between a waiter's looks."""
+        return max(SHORTEST_POLL, len(self.waiting) / 2000)
 
-    def make_pause(self, seconds):
-        """Return the step that sleeps until the list was read anew, or for so many seconds."""
-        return _Pause(seconds, self.reading.done, self.reading.done.count)
+    def is_old(self, poll_interval):
+        """Return whether the list is to be refreshed although nobody is due to poll.
 
-    def refresh(self, client, call):
-        """Read the list, or wait for the caller who does; look for news afterwards."""
-        pause = self.make_pause(max(SHORTEST_PAUSE, client.poll_interval))
-        token = self.reading.take()
-        if token is None:
-            yield pause
-            return
+        All waiters together then send a quarter of the requests of one poll for each, or fewer."""
+        part = max(0.25, 4 / max(1, len(self.waiting)))
+        return _clock() - self.asked_at >= max(self.step(), part * poll_interval)
+
+    async def shows(self, client, call, wait):
+        """Return whether the job is pending by a list asked for after the wait's last news."""
+        if self.asked_at <= wait.news and _clock() - self.asked_at >= self.step():
+            await self.refresh(client, call)
+        return wait.jobid in self.pending
+
+    async def refresh(self, client, call):
+        """Ask for the list; who comes meanwhile goes by the old one."""
+        now = self.asked_at = _clock()
+        seconds = self.USELESS
         try:
-            yield from self._read(client, call)
-        finally:
-            self.reading.give_back(token)
-
-    def _read(self, client, call):
-        """Read the list; if that fails, do without it for a while."""
-        asked_at = _clock()
-        listing = _Call("listAsyncJobs", {}, True, call.opcode_name, call.headers)
-        listing.retries = 0
-        listing.total = max(1.0, client.poll_interval)  # a slower one saves nobody anything
-        try:
-            rows = yield from self._read_rows(client, listing)
+            pending = await self._read(client, call)
         except CloudStackException as error:
-            # Transient trouble passes; a role that may not list jobs stays a while.
-            self.failures += 1
-            transient = _is_transient(error) and self.failures < PATIENCE
-            self.off_until = _clock() + (client.poll_interval if transient else self.USELESS)
-            return
+            if _is_transient(error):
+                seconds = call.settings["poll_interval"]
+        else:
+            helps = len((pending | self.pending).intersection(self.waiting)) >= self.FEWEST
+            self.misses = 0 if helps else self.misses + 1
+            if pending:  # more pages of it will be read for more waiters
+                seconds = min(seconds, SHORTEST_POLL * (4.0**self.misses - 1))
+            elif helps:
+                seconds = 0.0
+            self.pending, self.listed_at = pending, now
+        self.off_until = _clock() + seconds
 
-        self.failures = 0
-        if rows is not None:
-            # Servers up to 4.19 list finished jobs, too.
-            pending = [row for row in rows if str(row.get("jobstatus", 0)) == "0"]
-            self.pending = {str(row.get("jobid")) for row in pending}
-            self.asked_at = asked_at
-
-    def _read_rows(self, client, listing):
-        """Return all rows of the list, or None if it takes more requests than it saves.
-
-        That can be so if it holds the jobs of others, too; it is tried again when there are twice
-        as many waiters."""
-        walk = _Walk(client, listing)
-        found = []
-        while not walk.done and walk.pages < len(self.waiting) // 2:
-            rows = yield from walk.next_page()
-            found += [row for row in rows or () if isinstance(row, dict)]
-        if not walk.done:
-            self.needed = max(self.FEWEST, 2 * len(self.waiting))
-            return None
-        if not walk.is_list():
-            raise CloudStackException("listAsyncJobs is of no use here")
-        return found
-
-    def note_unlisted(self):
-        """Note a pending job that the list did not show; with too many, do without the list."""
-        self.in_vain += 1
-        if self.in_vain > len(self.waiting):
-            self.in_vain = 0
-            self.off_until = _clock() + self.USELESS
+    async def _read(self, client, call):
+        """Return the ids of the pending jobs, in as many pages as are worth it."""
+        listing = _Call(client, "listAsyncJobs", {}, _controls_of_poll(call))
+        listing.total = max(1.0, call.settings["poll_interval"])  # a slower one is no use
+        most = len(self.waiting) // 4
+        pages = [rows async for rows in _fetch_pages(client, listing, most=most)]
+        rows = [row for rows in pages for row in dicts(rows)]
+        # Servers up to 4.19 list finished jobs, too.
+        pending = [row for row in rows if str(row.get("jobstatus", 0)) == "0"]
+        return frozenset(str(row.get("jobid")) for row in pending)
 
 
 class _JobWait:
-    """Keeps the times of one caller's looks at its job: the first is due at once."""
+    """One caller's wait for a job: when to poll next, the first time at once."""
 
-    def __init__(self, client):
-        self.client = client
-        self.started = self.due = self.looked = _clock()
-        # When the job was last known to run; a list asked for in this very moment counts, too.
-        self.news = self.started - 1e-6
-        limit = client.job_timeout
-        self.deadline = float("inf") if limit is None else self.started + limit
-        self.was_listed = False
-        self.is_missing = False  # from a list that should show it
+    def __init__(self, client, call, jobid):
+        self.client, self.settings, self.jobid = client, call.settings, jobid
+        self.started = self.due = self.polled = self.news = _clock()
+        self.is_listed = False  # whether a list has shown the job, so that one without it tells
         self.failures = 0  # in a row
 
-    def found_pending(self, at):
-        """Note that the job was pending at that moment, and set the next look."""
-        self.news = at
-        self.failures = 0
-        self.set_due(at)
+    def deadline(self):
+        limit = self.settings["job_timeout"]
+        return float("inf") if limit is None else self.started + limit
 
     def set_due(self, at):
-        """Set the next look, at growing distances.
+        """Set the next poll, at growing intervals.
 
-        So a short job is seen early, and a long one costs few looks."""
-        growing = max(SHORTEST_PAUSE, NEXT_LOOK * (at - self.started))
-        self.due = _clock() + min(self.client.poll_interval, growing)
+        So a short job is seen early, and a long one costs few polls."""
+        growing = max(SHORTEST_POLL, POLL_GROWTH * (at - self.started))
+        self.due = _clock() + min(self.settings["poll_interval"], growing)
 
     def may_continue(self, error):
-        """Set the next look after one that went wrong; False if that ends the wait.
+        """Set the next poll after one that failed; False if that ends the wait.
 
-        It does if the server says something about the job, or if trouble has lasted too long."""
-        patient = self.client.job_timeout is not None or self.failures + 1 < PATIENCE
-        if not _poll_may_continue(error) or not patient:
+        It does if the server says something about the job, or if polls have failed for too long."""
+        has_limit = self.settings["job_timeout"] is not None
+        if not _poll_may_continue(error):
+            return False
+        if not has_limit and self.failures + 1 >= MOST_FAILED_POLLS:
             return False
         # Growing also where poll_interval is 0, and not beyond what a float holds.
-        growing = max(0.001, self.client.poll_interval) * 2.0 ** min(self.failures, 32)
-        self.due = _clock() + min(LONGEST_WAIT, max(_asked_delay(error) or 0.0, growing))
+        growing = max(0.001, self.settings["poll_interval"]) * 2.0 ** min(self.failures, 32)
+        self.due = _clock() + min(LONGEST_WAIT, max(_asked_delay(error), growing))
         self.failures += 1
         return True
 
     def seconds_left(self):
-        """Return the seconds until the next look."""
-        return max(0.0, min(self.due, self.deadline) - _clock())
+        """Return the seconds until the next poll."""
+        return max(0.0, min(self.due, self.deadline()) - _clock())
+
+    async def until_due(self, call, jobs):
+        """Sleep until the job is to be polled by itself; a list of jobs may put that off."""
+        while True:
+            self.client._notify(Waiting(call.command, self.jobid, _clock() - self.started))
+            if self.is_listed and jobs.listed_at > self.news:
+                self.news = jobs.listed_at
+                if self.jobid not in jobs.pending:
+                    return
+            interval = self.settings["poll_interval"]
+            direct = min(self.deadline(), self.polled + DIRECT_POLL * max(SHORTEST_POLL, interval))
+            may_list = jobs.is_useful() and not self.failures and _clock() < direct
+            if self.seconds_left() <= 0:
+                if not may_list or not await jobs.shows(self.client, call, self):
+                    return
+                self.news, self.is_listed = jobs.listed_at, True
+                self.set_due(_clock())
+            elif not (may_list and self.is_listed):
+                await self.client._pause(self.seconds_left())
+            elif jobs.is_old(interval):
+                await jobs.refresh(self.client, call)
+            else:
+                await self.client._pause(min(self.seconds_left(), jobs.step()))
 
 
 def _poll_may_continue(error):
-    """Tell whether to look again after a look that went wrong.
+    """Return whether to poll again after a poll that failed.
 
     So it is without an answer, after a page that is not CloudStack's, and after a 429 or 503. Any
     other error that CloudStack states in JSON is about the job: _is_transient would be too wide."""
     if not isinstance(error, CloudStackApiException):
         return True
-    if error.args[0] == _JOB_FAILURE:
+    if error.job_failed:
         return False
     return _status_of(error) in (429, 503) or not isinstance(error.error, dict)
 
 
-def _make_poll(call, jobid):
-    """Return the call that looks at a job, sent as the one that started it. Raises ValueError."""
-    params = {"jobid": str(jobid)}
-    poll = _Call("queryAsyncJobResult", params, True, call.opcode_name, call.headers)
-    poll.retries = 0
-    return poll
+def _controls_of_poll(call):
+    """Return the controls of a poll: it is sent like the call that started the job."""
+    controls = {"opcode_name": call.opcode_name, "headers": call.headers}
+    return dict(controls, _options=collections.ChainMap({"retry": 0}, call.settings))
 
 
-def _await_job(client, call, jobid):
+def _make_poll(client, call, jobid):
+    """Return the call that polls a job. Raises ValueError."""
+    return _Call(client, "queryAsyncJobResult", {"jobid": str(jobid)}, _controls_of_poll(call))
+
+
+async def _await_job(client, call, jobid):
     """Wait for a job; returns its jobresult. Anything raised meanwhile carries the job's id."""
     jobs = client._server.jobs
-    poll = None
     try:
         try:
-            poll = _make_poll(call, jobid)
+            poll = _make_poll(client, call, jobid)
         except ValueError as error:
             raise _unexpected(str(error)) from None
-        jobs.waiting.add(poll)
-        return (yield from _look_until_done(client, call, poll))
+        jobs.waiting.append(str(jobid))
+        try:
+            return await _poll_until_done(client, call, poll)
+        finally:
+            jobs.waiting.remove(str(jobid))
     except BaseException as error:  # KeyboardInterrupt and CancelledError, too
         error.jobid = str(jobid)  # type: ignore[attr-defined]
+        if isinstance(error, CloudStackApiException) and not error.job_failed:
+            known = "is not known to the server" if _status_of(error) == 431 else "may still run"
+            _add_hint(error, f"job {jobid} {known}")
         raise
-    finally:
-        jobs.leave(poll)
 
 
-def _look_until_done(client, call, poll):
-    """Look at a job at once, then at growing distances, and once more at the deadline.
+async def _poll_until_done(client, call, poll):
+    """Poll a job at once, then at growing intervals, and once more at the deadline.
 
-    Trouble on the way (no answer, one that is not CloudStack's, 429, 503) is ridden out for as
-    long as the deadline allows, or PATIENCE times in a row if there is none."""
+    Failed polls (no answer, one that is not CloudStack's, 429, 503) are ridden out for as long as
+    the deadline allows, or MOST_FAILED_POLLS times in a row if there is none."""
     jobs = client._server.jobs
-    wait = _JobWait(client)
+    wait = _JobWait(client, call, poll.params["jobid"])
     answered = None
     while True:
-        if client._state.progress:
-            client._state.progress("job", call.command, _clock() - wait.started)
-        if not (yield from _wait_for_look(client, call, poll, wait)):
-            continue
-
-        wait.looked = _clock()
-        is_last = wait.looked >= wait.deadline
-        poll.total = max(0.0, wait.deadline - wait.looked) + client.timeout
+        await wait.until_due(call, jobs)
+        wait.polled = wait.news = _clock()
+        is_last = wait.polled >= wait.deadline()
+        poll.total = max(0.0, wait.deadline() - wait.polled) + wait.settings["timeout"]
         try:
-            answer = yield from _send_with_retries(client, poll)
+            answer = await _send_with_retries(client, poll)
             answered = poll.response
-            finished, result = _read_job(answer, answered)
+            finished, result = _read_job(answer, poll, call)
             if finished:
                 return result
-            wait.found_pending(wait.looked)
-            if wait.is_missing:
-                jobs.note_unlisted()
+            wait.failures = 0
+            wait.set_due(wait.polled)
         except CloudStackException as error:
             answered = error.response or answered
             if not wait.may_continue(error):
@@ -1800,51 +1896,7 @@ def _look_until_done(client, call, poll):
         if is_last:
             response = answered and answered.with_status(408, "Request Timeout")
             message = "Timeout waiting for async job result"
-            raise CloudStackJobTimeout(message, poll.params["jobid"], response=response)
-
-
-def _wait_for_look(client, call, poll, wait):
-    """Sleep until a look at the job itself is due; False if the list of jobs spares that look.
-
-    The list spares it while it shows the job as pending. The job is asked for singly without a
-    list, when the list no longer shows it, and now and then in any case."""
-    jobs = client._server.jobs
-    wait.is_missing = False
-    while jobs.is_used() and not wait.failures:
-        pause = jobs.make_pause(wait.seconds_left())
-        if jobs.asked_at > wait.news:
-            if poll.params["jobid"] in jobs.pending:
-                return _note_listed(client, jobs, wait)
-            if wait.was_listed or not pause.seconds:
-                wait.was_listed, wait.is_missing = False, True
-                return True
-
-        if pause.seconds:
-            yield pause
-        elif _clock() >= wait.deadline:
-            return True
-        elif _clock() - jobs.asked_at < min(SHORTEST_PAUSE, client.poll_interval):
-            yield jobs.make_pause(SHORTEST_PAUSE)
-        elif _clock() > wait.due + max(1.0, client.poll_interval):
-            return True  # another caller reads the list, and does not come back
-        else:
-            yield from jobs.refresh(client, call)
-
-    if wait.seconds_left():
-        yield wait.seconds_left()
-    return True
-
-
-def _note_listed(client, jobs, wait):
-    """Set the next look at a job that the list shows; True if it is to be asked for singly now.
-
-    That is so at the deadline, and now and then: no list is believed for ever. (Servers up to 4.19
-    list finished jobs, too.)"""
-    wait.was_listed = True
-    jobs.in_vain = 0
-    wait.found_pending(jobs.asked_at)
-    own_look = wait.looked + OWN_LOOK * max(SHORTEST_PAUSE, client.poll_interval)
-    return _clock() >= min(own_look, wait.deadline)
+            raise CloudStackJobTimeout(message, wait.jobid, response=response)
 
 
 def _read_job_status(answer, response):
@@ -1855,80 +1907,140 @@ def _read_job_status(answer, response):
         raise _unexpected("queryAsyncJobResult gave no jobstatus", response) from None
 
 
-def _read_job(answer, response):
+def _read_job(answer, poll, call):
     """Return (finished, result) out of queryAsyncJobResult's answer.
 
     Raises CloudStackApiException for a failed job. That may come without jobresult: the server was
     restarted, or its queue cancelled."""
-    status = _read_job_status(answer, response)
+    status = _read_job_status(answer, poll.response)
     result = answer.get("jobresult")
     if status == 0:
         return False, None
     if status == 1:
         return True, {} if result is None else result
-    said = answer if result is None else result
-    raise CloudStackApiException(_JOB_FAILURE, error=said, response=response)
+    error = answer if result is None else result
+    failure = CloudStackApiException("Job failure", error=error, response=poll.response)
+    failure.job_failed = True
+    failure.jobinstanceid = answer.get("jobinstanceid")
+    failure.jobinstancetype = answer.get("jobinstancetype")
+    call.secrets = call.request.all_secrets() if call.request else []
+    _set_shown(call, failure)
+    raise failure
 
 
-def _resume_wait(client, jobid):
+async def _resume_wait(client, jobid, controls):
     """Wait for a job that was submitted earlier."""
-    _check_client(client)
-    call = _Call("queryAsyncJobResult", {"jobid": str(jobid)})
-    return (yield from _await_job(client, call, jobid))
+    call = _Call(client, "queryAsyncJobResult", {"jobid": str(jobid)}, controls)
+    return await _await_job(client, call, jobid)
 
 
-# 5.7 Recovery: the job of a command whose answer was lost is found by the id that the command gave
+_TELLING_APART = (  # fields that show which of several rows of one name is meant
+    "path zonename domain project account vpcname vmname volumename state created".split()
+)
+
+
+def row_names(row):
+    """Return the names of a row; a domain's path is one, a user has but the one to log in with."""
+    names = [row.get("name"), row.get("displayname")]
+    if re.match(r"ROOT(/|\Z)", str(row.get("path"))):
+        names += [row["path"], row["path"][4:] or "/"]
+    names = [name for name in names if name] or [row.get("username"), row.get("ipaddress")]
+    return list(dict.fromkeys(name for name in names if isinstance(name, str)))
+
+
+def rows_named(rows, name):
+    """Return the rows of a name, one for each id; if none has it as it is spelled, in any case."""
+    for to in (str, str.lower):
+        found = [row for row in rows if to(name) in map(to, row_names(row))]
+        if found:
+            break
+    return list({str(row["id"]): row for row in found}.values())
+
+
+def pick_row(list_command, name, rows, found=None):
+    """Return the one row that has a name; found: the rows that do, if that is known better.
+
+    Raises LookupError, which lists the candidates: these, or those of names like it."""
+    rows = [row for row in dicts(rows) if "id" in row]
+    found = rows_named(rows, name) if found is None else found
+    if len(found) == 1:
+        return found[0]
+    text = f"{list_command} has {len(found) or 'nothing'} of this name"
+    near = found or _rows_like(rows, name)
+    if not near:
+        raise LookupError(text)
+    fields = [key for key in _TELLING_APART if len({str(row.get(key)) for row in near}) > 1]
+    lines = [text + "; did you mean one of these? Give its id:"]
+    for row in near[:10]:
+        facts = ", ".join(f"{key} {row[key]}" for key in fields if key in row)
+        lines.append(f"  {row['id']}  {' / '.join(row_names(row))}  {facts}".rstrip())
+    lines += [f"  and {len(near) - 10} more"] if len(near) > 10 else []
+    raise LookupError("\n    ".join(escape_unprintable(line.replace("\n", " ")) for line in lines))
+
+
+def _rows_like(rows, name):
+    """Return the rows whose names are like a name, or hold it."""
+    import difflib
+
+    names = {other.lower() for row in rows for other in row_names(row)}
+    near = difflib.get_close_matches(name.lower(), names)
+    near += [other for other in names if name.lower() in other]
+    found = [row for row in rows if set(near) & set(map(str.lower, row_names(row)))]
+    return list({str(row["id"]): row for row in found}.values())
+
+
+# 4.7 Recovery: the job of a command whose answer was lost is found by the id that the command gave
 # it. It is only asked for: sent again, even under the same id, the command would be refused and yet
 # leave a second machine behind (seen on 4.23).
 
 
-def _submit(client, call):
+async def _submit(client, call):
     """Send a command that changes something; returns its answer, or one made of its job."""
     try:
         try:
-            return (yield from _send_with_retries(client, call))
+            return await _send_with_retries(client, call)
         except CloudStackException as error:
             if not error.outcome_unknown:
                 raise
             lost = error
-        return (yield from _find_job(client, call, lost))
+        return await _find_job(client, call, lost)
     except BaseException as error:
         if not isinstance(error, CloudStackException):  # Ctrl-C, a cancelled task
             error.jobid, error.outcome_unknown = call.job_id, True  # type: ignore[attr-defined]
         raise
 
 
-def _find_job(client, call, lost):
-    """Ask for the job at once and at growing distances, riding out trouble as a wait does.
+async def _find_job(client, call, lost):
+    """Poll for the job at once and at growing intervals; failed polls count as in a wait.
 
     Raises the error by which the answer was lost, once the server has not known the job for
     `timeout` seconds in a row."""
-    poll = _make_poll(call, call.job_id)
-    wait = _JobWait(client)
+    poll = _make_poll(client, call, call.job_id)
+    wait = _JobWait(client, call, call.job_id)
     unknown_since = None
     while True:
         asked_at = _clock()
         try:
-            answer = yield from _send_with_retries(client, poll)
+            answer = await _send_with_retries(client, poll)
             _read_job_status(answer, poll.response)
             return _make_submission(answer, call.job_id)
         except CloudStackException as error:
             if isinstance(error, CloudStackApiException) and _status_of(error) == 431:
                 unknown_since = asked_at if unknown_since is None else unknown_since
                 wait.set_due(asked_at)
-                is_over = asked_at - unknown_since >= client.timeout
+                is_over = asked_at - unknown_since >= wait.settings["timeout"]
             else:
                 unknown_since = None
                 is_over = not wait.may_continue(error)
 
-        if is_over or asked_at >= wait.deadline:
+        if is_over or asked_at >= wait.deadline():
             break
-        yield wait.seconds_left()
+        await client._pause(wait.seconds_left())
 
-    said = "the server knows no job" if unknown_since else "the server could not be asked for job"
-    later = f"wait_job() or `cs --wait {call.job_id}` asks again later"
     lost.jobid = call.job_id
-    _add_hint(lost, f"{said} {call.job_id}; {later}")
+    verb = "the server knows no job" if unknown_since else "the server could not be asked for job"
+    later = f"wait_job() or `cs --wait {call.job_id}` asks again later"
+    _add_hint(lost, f"{verb} {call.job_id}; {later}")
     raise lost
 
 
@@ -1940,13 +2052,11 @@ def _make_submission(job, job_id):
     return answer
 
 
-# --- 6 transport ----------------------------------------------------------------------------------
-# Everything that opens a socket. http.client only reads answers here: its own connection cannot be
-# cut off while it connects, and reaches an https origin through a proxy by private names only.
+# --- 5 transport ----------------------------------------------------------------------------------
+# Everything that opens a socket: http.client's connections, kept.
 
 IDLE = 20.0  # seconds after which a kept connection is not used again; the server closes it at 30
 _CHUNK = 1 << 18
-_BUFFER = 1 << 14  # the longest record of TLS: with less, a part of one could hide from a poll
 
 
 class _Response:
@@ -1986,61 +2096,71 @@ class _Response:
         return {name.strip(): value.strip() for name, _, value in pairs if name.strip()}
 
 
-# 6.1 Route: how requests get to an endpoint.
+# 5.1 Route: how requests get to an endpoint.
 
-_Place = collections.namedtuple("_Place", "secure host port")  # secure: TLS is spoken there
-# headers: the lines that the proxy wants, in a request to it or in the one for a tunnel. Another
-# one is made in _parse_proxy; the last word of each is taken for a secret (_ask_for_tunnel).
-_Proxy = collections.namedtuple("_Proxy", "secure host port headers")
-_PROXY_ADDRESS = re.compile(
-    r"(?:([^/]*)@)?"  # user:password
-    r"(\[[0-9A-Fa-f:.]+\]|[^\s:/?#@\[\]]+)(?::([0-9]{1,5}))?"
-    r"(?:[/?#][^@]*)?\Z"  # an @ in here says that the password holds a slash: refuse to guess
-)
+# headers: what the proxy wants, in a request to it or in the one for a tunnel.
+_Proxy = collections.namedtuple("_Proxy", "host port headers secrets")
 
 
 class _Route:
-    """Knows the way to one endpoint: straight, as full URLs to an http proxy, or by a tunnel."""
+    """Knows how to reach one endpoint: directly, or by an http proxy.
+
+    An http proxy is sent full URLs for an http endpoint, and asked for a tunnel to an https one."""
 
     def __init__(self, endpoint):
         parts = urlsplit(endpoint)
-        secure = parts.scheme == "https"
-        usual = _default_port(secure)
-        self.origin = _Place(secure, parts.hostname, parts.port or usual)
+        self.secure = parts.scheme == "https"
+        self.default_port = 443 if self.secure else 80
+        self.host, self.port = parts.hostname, parts.port or self.default_port
         self.proxy = _find_proxy(parts)
-        self.tunnel = secure and self.proxy is not None
-        self.absolute = self.proxy is not None and not secure
-        self.host = _join_port(parts.hostname, None if parts.port == usual else parts.port)
-        self._start = len(parts.scheme) + len("://") + len(parts.netloc)  # of a URL's target
+        self.headers = {} if self.secure or not self.proxy else self.proxy.headers
+        # of a URL's target; an http proxy is sent the whole
+        self.start = 0 if self.proxy and not self.secure else len(parts.scheme + "://" + parts.netloc)
 
-    def make_head(self, request):
-        """Return the request line and headers, as bytes."""
-        target = request.url
-        if not self.absolute:
-            target = target[self._start :]
-            if target[:1] != "/":
-                target = "/" + target
+    def open(self, request, context):
+        """Return a new http.client connection, with the tunnel and TLS that it needs."""
+        from http.client import HTTPConnection, HTTPResponse
 
-        lines = [f"{request.method} {target} HTTP/1.1"]
-        if "host" not in map(str.lower, request.headers):
-            lines.append("Host: " + self.host)
-        lines += [f"{name}: {value}" for name, value in request.headers.items()]
-        if self.absolute:
-            lines += self.proxy.headers
-        if request.body is not None:
-            lines.append(f"Content-Length: {len(request.body)}")
-        return "\r\n".join(lines + ["", ""]).encode("latin-1")
+        place = self.proxy or self
+        connection: Any = HTTPConnection(place.host, place.port, timeout=request.timeout)
+        connection.auto_open = 0  # it must never connect by itself, and send what was sent before
+        connection.default_port = self.default_port
+        connection.response_class = lambda sock, *args, **options: HTTPResponse(
+            _TimedStream(connection.exchange, sock), *args, **options  # type: ignore[arg-type]
+        )
+        connection.exchange = request  # the one that is under way
+        connection._create_connection = functools.partial(_dial, request)
+        if self.proxy and self.secure:
+            connection.set_tunnel(self.host, self.port, headers=self.proxy.headers)
+        try:
+            connection.connect()
+            if context:
+                connection.sock = context.wrap_socket(
+                    connection.sock, server_hostname=self.host, do_handshake_on_connect=False
+                )
+                request.attach(connection.sock)
+                connection.sock.do_handshake()
+        except BaseException:
+            request.detach()
+            connection.close()
+            raise
+        return connection
 
 
-def _default_port(secure):
-    return 443 if secure else 80
+def _dial(request, address, timeout, source_address=None):
+    """Connect as socket.create_connection does, which a cancelled request can then cut off.
 
+    The name of a host is passed on as bytes: for text Python would import its IDNA tables."""
+    import socket
 
-def _join_port(host, port):
-    """Return host:port as a URL has it, IPv6 addresses in brackets."""
-    if ":" in host:
-        host = f"[{host}]"
-    return host if port is None else f"{host}:{port}"
+    host, port = address
+    sock = socket.create_connection((host.encode("ascii"), port), timeout)
+    try:
+        request.attach(sock)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def _find_proxy(parts):
@@ -2065,311 +2185,215 @@ def _find_proxy(parts):
 
 
 def _is_excluded(host, no_proxy):
-    """Tell whether NO_PROXY covers a host in a way that urllib does not know.
+    """Return whether NO_PROXY covers a host in a way that urllib does not know.
 
     That is: by a bare IPv6 address, by a range such as 10.0.0.0/8, or by * in a list."""
-    entries = [entry.strip() for entry in no_proxy.split(",")]
-    if "*" in entries:
-        return True
-    if ":" not in host and not host.replace(".", "").isdigit():
-        return False
-
     import ipaddress
 
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    for entry in entries:
+    for entry in re.sub(r"[\s\[\]]", "", no_proxy).split(","):
         try:
-            if address in ipaddress.ip_network(re.sub(r"[\[\]]", "", entry), strict=False):
+            if entry == "*" or ipaddress.ip_address(host) in ipaddress.ip_network(entry, False):
                 return True
         except ValueError:  # a name
-            continue
+            pass
     return False
 
 
 def _parse_proxy(address):
     """Return the _Proxy of an address. Raises OSError, which never quotes it, for a wrong one."""
-    pattern = r"(?:([A-Za-z][\w+.-]*)://)?(.*)"
-    scheme, place = re.match(pattern, address, re.DOTALL).groups()  # type: ignore[union-attr]
-    scheme = (scheme or "http").lower()
-    if scheme not in ("http", "https"):
-        raise OSError(f"{scheme} proxies cannot be used; http and https ones can")
-    found = _PROXY_ADDRESS.match(place)
-    if not found or not 0 < int(found.group(3) or 1) < 65536:
+    from urllib.parse import unquote_to_bytes
+
+    parts = urlsplit(address if "://" in address else "http://" + address)
+    if parts.scheme != "http":
+        raise OSError(f"{parts.scheme} proxies cannot be used; http ones can")
+    try:
+        host, port = parts.hostname, parts.port or 80
+    except ValueError:
+        host = None
+    if not host or "@" in parts.path + parts.query + parts.fragment:  # a password with a slash
         wanted = "http://[user:password@]host:port"
         raise OSError(f"the address of the proxy cannot be used; it is to be {wanted}")
+    headers, secrets = {}, []
+    if parts.username:
+        # surrogateescape: the environment may hold bytes that are not UTF-8.
+        texts = (parts.username, parts.password or "")
+        login = b":".join(
+            unquote_to_bytes(text.encode("utf-8", "surrogateescape")) for text in texts
+        )
+        code = b2a_base64(login, newline=False).decode("ascii")
+        headers["Proxy-Authorization"] = "Basic " + code
+        secrets = [code, texts[1], login.partition(b":")[2].decode("utf-8", "replace")]
+    return _Proxy(host, port, headers, secrets)
 
-    from urllib.parse import unquote
 
-    login, host, port = found.groups()
-    headers: tuple = ()
-    if login:
-        user, _, password = map(unquote, login.partition(":"))
-        # surrogateescape: the environment may hold bytes that are not UTF-8
-        code = b2a_base64(f"{user}:{password}".encode("utf-8", "surrogateescape"), newline=False)
-        headers = ("Proxy-Authorization: Basic " + code.decode("ascii"),)
-    secure = scheme == "https"
-    return _Proxy(secure, host.strip("[]"), int(port or _default_port(secure)), headers)
-
-
-# 6.2 Connections: kept ones, new ones, TLS, and how they are cut off.
+# 5.2 Connections: kept ones, new ones, TLS, and how they are cut off.
 
 
 class _Transport:
-    """Sends a _Request and returns its _Response, over kept connections.
+    """Sends a Request and returns its _Response, over kept connections.
 
-    Threads may share it: deque's append and pop are atomic. A fork's child gets one of its own."""
+    It keeps what a client has learned and holds open, in one process. Threads may share it:
+    deque's append and pop are atomic."""
 
-    def __init__(self, keep):
-        self.keep = keep
-        self._idle = {}  # pool_key -> deque of (socket, since); last in, first out
+    def __init__(self, concurrency):
+        self.concurrency = concurrency  # of threads, and of idle connections
+        self.servers = {}  # {(endpoint, user ...): _Server}
+        self._executor: Any = None
+        self._idle = collections.defaultdict(collections.deque)  # key: (connection, since) ...
         self._contexts = {}
-        self._routes = {}  # the environment is looked at once for each endpoint
-
-    def __del__(self):
-        self.close()
+        self._routes = {}  # the environment is read once for each endpoint
 
     def close(self):
-        """Close the connections that are not in use."""
-        # The attribute is missing if an interrupt came before __init__ had set it.
-        for idle in list(self.__dict__.get("_idle", {}).values()):
-            while idle:
-                try:
-                    idle.pop()[0].close()
-                except (IndexError, OSError):  # another thread was faster
-                    pass
+        """Close the connections that are not in use, and end the threads."""
+        self._close_idle(0.0, 0)
+        if self._executor is not None:
+            self._executor.shutdown(wait=False)
+
+    def workers(self):
+        """Return the threads that exchange for AIOCloudStack, and fetch pages."""
+        if self._executor is None:
+            from concurrent.futures import ThreadPoolExecutor
+
+            self._executor = ThreadPoolExecutor(self.concurrency, "cs")
+        return self._executor
+
+    def __del__(self):
+        if "_idle" in self.__dict__:  # else an interrupt came before __init__ had set it
+            self.close()
+
+    def _close_idle(self, seconds, keep):
+        """Close connections that were idle for so long, and the oldest beyond so many."""
+        for idle in list(self._idle.values()):
+            try:
+                while len(idle) > keep or (idle and _clock() - idle[0][1] >= seconds):
+                    idle.popleft()[0].close()
+            except IndexError:  # another thread was faster
+                pass
 
     def send(self, request):
         """Send and read one answer of any status.
 
         Raises CloudStackConnectionError, CloudStackTimeoutError, or ValueError for a setting
-        (verify, cert) that cannot be used."""
-        flight = _Flight(request)
-        try:
-            return self._round_trip(flight)
-        except _Failed as raised:
-            failed = raised
-        # Raised out here, so that what http.client quoted is not its context either.
-        raise _network_error(failed, request) from _safe_cause(failed.cause)
+        (verify, cert) that cannot be used. What a program's signal handler raises passes."""
+        import http.client
 
-    def _round_trip(self, flight):
-        """Send and read over a kept or a new connection. Raises _Failed."""
-        request = flight.request
-        route = self._routes.get(request.endpoint) or self._add_route(request.endpoint)
-        pool_key = (route.origin, route.proxy, request.verify, request.cert)
-        sock = self._checkout(pool_key)
-        kept = sock is not None
-        if not kept:
-            sock = self._connect(route, flight)
-
-        sent = False
+        key = (request.endpoint, request.tls)
+        request.deadline = _clock() + request.total
+        context = route = connection = None
+        unsent, stale = True, False
+        if request.endpoint[:5].lower() == "https":
+            context = self._get_context(request.tls)
         try:
-            flight.start_step(sock)
-            sent = True
-            sock.sendall(route.make_head(request) + (request.body or b""))
-            response, reusable = _read_response(flight)
+            route = self._routes.get(request.endpoint)
+            if route is None:
+                route = self._routes[request.endpoint] = _Route(request.endpoint)
+            connection = self._checkout(key)
+            stale = connection is not None
+            connection = connection or route.open(request, context)
+            request.attach(connection.sock)
+            unsent = False
+            response, content = _round_trip(connection, route, request)
         except BaseException as error:
-            _let_go(request)
-            sock.close()
+            request.detach()
+            if connection is not None:
+                connection.close()
             if not _is_failure(error):
                 raise
-            stale = sent and kept and isinstance(error, ConnectionError)
-            raise flight.make_failed(error, unsent=not sent, stale=stale) from None
-
-        # A caller who cancelled meanwhile has taken the socket away, to shut it down.
-        if _let_go(request) and reusable:
-            self._keep(pool_key, sock)
+            secrets = request.all_secrets() + (route.proxy.secrets if route and route.proxy else [])
+            failure = _network_error(error, request, unsent, route and route.proxy, secrets)
+            failure.stale = stale and isinstance(error, ConnectionError)
+            # What is made of bytes that were received may repeat the request, or the proxy's login.
+            is_harmless = mask_secrets(str(error), secrets) == str(error)
+            cause = error if is_harmless and (unsent or isinstance(error, OSError)) else None
         else:
-            sock.close()
-        return response
-
-    def _add_route(self, endpoint):
+            if request.detach() and connection.sock is not None:
+                idle = self._idle[key]
+                idle.append((connection, _clock()))
+                if len(idle) > 1:
+                    self._close_idle(IDLE, self.concurrency)
+            else:
+                connection.close()
+            reason = response.reason
+            if reason != http.client.responses.get(response.status):
+                reason = _mask_reason(reason, request)
+            return _Response(response.status, reason, response.headers, content)
         try:
-            route = self._routes[endpoint] = _Route(endpoint)
-        except OSError as error:
-            raise _Failed(error, unsent=True) from None
-        return route
+            # Raised out here, so that what http.client quoted is not its context either.
+            raise failure from cause
+        finally:
+            failure = cause = None  # their tracebacks hold this frame, and it would hold them
 
-    def _checkout(self, pool_key):
-        """Return the connection that was used last, if it is still good; else None."""
-        idle = self._idle.get(pool_key)
-        while idle:
-            try:
-                sock, since = idle.pop()
-            except IndexError:  # another thread was faster
-                return None
-            if _clock() - since < IDLE and not _has_news(sock):
-                return sock
-            sock.close()
-        return None
+    def _get_context(self, tls):
+        """Return the one SSLContext for a request's settings; making one takes tens of ms."""
+        if tls not in self._contexts:
+            self._contexts[tls] = _make_context(*_tls_files(*tls))
+        return self._contexts[tls]
 
-    def _keep(self, pool_key, sock):
-        """Keep a connection for the next request; the oldest one goes if there are too many."""
-        idle = self._idle.get(pool_key)
-        if idle is None:
-            idle = self._idle.setdefault(pool_key, collections.deque())
-        idle.append((sock, _clock()))
-        if len(idle) > self.keep:
-            try:
-                idle.popleft()[0].close()
-            except IndexError:
-                pass
+    def _checkout(self, key):
+        """Return the connection that was used last, if it is still good; else None.
 
-    def _get_context(self, verify, cert):
-        """Return the one SSLContext for these settings; making it costs tens of milliseconds."""
-        key = (verify, cert)
-        if key not in self._contexts:
-            self._contexts[key] = _make_context(verify, cert)
-        return self._contexts[key]
-
-    def _connect(self, route, flight):
-        """Return a new connection to the origin, with TLS to the proxy, tunnel and TLS as needed.
-
-        Raises _Failed(unsent=True), or ValueError for a setting."""
-        _response_class()  # imports what reading needs: an interrupt within an import can get lost
-        origin, proxy, request = route.origin, route.proxy, flight.request
-        context = outer = sock = None
-        if origin.secure:
-            context = self._get_context(request.verify, request.cert)
-        if proxy and proxy.secure:
-            outer = self._get_context(request.verify, None)  # our certificate is not for it
-
-        try:
-            sock = _dial(proxy or origin, flight)
-            if outer:
-                sock = _wrap_tls(outer, sock, proxy.host)
-                flight.start_step(sock)
-                sock.do_handshake()
-            if route.tunnel:
-                _ask_for_tunnel(route, flight, sock)
-            if context:
-                sock = _wrap_tls(context, sock, origin.host)
-                flight.start_step(sock)
-                sock.do_handshake()
-        except BaseException as error:
-            if sock is not None:
-                _let_go(request)
-                sock.close()
-            if not _is_failure(error):
-                raise
-            raise flight.make_failed(error, unsent=True, proxy=proxy) from None
-        return sock
-
-
-def _has_news(sock):
-    """Tell whether an idle connection was closed by the server, or said something unasked."""
-    import select
-
-    if hasattr(select, "poll"):
-        poll = select.poll()
-        poll.register(sock, select.POLLIN)
-        return bool(poll.poll(0))
-    return bool(select.select([sock], [], [], 0)[0])
-
-
-def _dial(place, flight):
-    """Connect to the first address of a place that answers, as socket.create_connection does.
-
-    But each socket is known before it connects, so that it can be cut off. (Looking up the name
-    takes the time that the system allows for it.)"""
-    import socket
-
-    addresses = socket.getaddrinfo(place.host, place.port, 0, socket.SOCK_STREAM)
-    for number, (family, kind, protocol, _, address) in enumerate(addresses, 1):
-        sock = None
-        try:
-            sock = socket.socket(family, kind, protocol)  # a system may lack the family
-            flight.start_step(sock)
-            sock.connect(address)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return sock
-        except BaseException as error:
-            if sock is not None:
-                _let_go(flight.request)
-                sock.close()
-            if not isinstance(error, OSError) or number == len(addresses):
-                raise
-    raise OSError("the name has no address")
-
-
-def _ask_for_tunnel(route, flight, sock):
-    """Have the proxy connect to the origin: CONNECT (RFC 9110, 9.3.6)."""
-    place = _join_port(route.origin.host, route.origin.port)
-    lines = [f"CONNECT {place} HTTP/1.1", "Host: " + place, *route.proxy.headers]
-    flight.start_step(sock)
-    sock.sendall("\r\n".join(lines + ["", ""]).encode("latin-1"))
-
-    response = _response_class()(_AnswerReader(flight, _BUFFER), method="CONNECT")
-    try:
-        response.begin()
-    finally:
-        response.close()
-    if not 200 <= response.status < 300:
-        reason = _mask_text(response.reason, [line.split()[-1] for line in route.proxy.headers])
-        raise OSError(f"Tunnel connection failed: {response.status} {reason}")
-
-
-def _wrap_tls(context, sock, host):
-    """Return TLS over a connection, its handshake yet to come.
-
-    The connection must be known by then, so that it can be cut off."""
-    if hasattr(sock, "do_handshake"):  # it is TLS already, to a proxy
-        return _InnerTls(context, sock, host)
-    return context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
-
-
-class _InnerTls:
-    """Speaks TLS inside the TLS connection to an https proxy, as wrap_socket() cannot."""
-
-    def __init__(self, context, outer, host):
-        import ssl
-
-        self.outer = outer
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
-        self.gettimeout, self.settimeout = outer.gettimeout, outer.settimeout
-        self.fileno, self.close = outer.fileno, outer.close
-
-    def _pump(self, function, *args):
-        """Call a method of the TLS object until it has all it needs; carry its bytes to and fro."""
-        import ssl
+        It is not if it can be read from: the server has closed it, or sent what nobody asked for."""
+        import select
 
         while True:
             try:
-                result, done = function(*args), True
-            except ssl.SSLWantReadError:
-                result, done = None, False
-            if self._outgoing.pending:
-                self.outer.sendall(self._outgoing.read())
-            if done:
-                return result
-
-            received = self.outer.recv(_BUFFER)
-            if received:
-                self._incoming.write(received)
+                connection, since = self._idle[key].pop()
+            except IndexError:
+                return None
+            if hasattr(select, "poll"):  # select() itself cannot take numbers over 1023
+                poll = select.poll()
+                poll.register(connection.sock, select.POLLIN)
+                is_readable = poll.poll(0)
             else:
-                self._incoming.write_eof()
+                is_readable = select.select([connection.sock], [], [], 0)[0]
+            if _clock() - since < IDLE and not is_readable:
+                return connection
+            connection.close()
 
-    def do_handshake(self):
-        self._pump(self._tls.do_handshake)
 
-    def sendall(self, content):
-        rest = memoryview(content)
-        while rest:
-            rest = rest[self._pump(self._tls.write, rest[:_BUFFER]) :]
+def _round_trip(connection, route, request):
+    """Send a request over a connection; returns http.client's response and the whole body."""
+    target = request.url[route.start :]
+    if route.start and target[:1] != "/":
+        target = "/" + target
+    connection.exchange = request
+    connection.sock.settimeout(request.timeout)
+    connection.request(
+        request.method, target, request.body, {**request.headers, **route.headers}
+    )  # fmt: skip
+    response = connection.getresponse()
+    try:
+        return response, _read_body(response, request.limit)
+    finally:
+        response.close()  # which frees the connection for another request
 
-    def recv_into(self, buffer):
-        import ssl
 
-        try:
-            return self._pump(self._tls.read, len(buffer), buffer)
-        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):  # as SSLSocket takes a bare end
-            return 0
+class _TimedStream(io.RawIOBase):
+    """What an answer is read from: a socket on which every read keeps the time limits."""
 
-    def pending(self):
-        return self._tls.pending() + self._incoming.pending
+    def __init__(self, request, sock):
+        self._request, self._sock = request, sock
+        self._stream = sock.makefile("rb", buffering=0)
+
+    def makefile(self, mode):
+        """Return what http.client asks a socket for."""
+        return io.BufferedReader(self)
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        left = self._request.deadline - _clock()
+        if left <= 0:
+            raise _Overdue
+        seconds = min(self._request.timeout, left)
+        if self._sock.gettimeout() != seconds:  # setting it is a system call, asking is none
+            self._sock.settimeout(seconds)
+        return self._stream.readinto(buffer)
+
+    def close(self):
+        self._stream.close()
+        super().close()
 
 
 def _make_context(verify, cert):
@@ -2377,14 +2401,16 @@ def _make_context(verify, cert):
     import ssl
 
     path = verify if isinstance(verify, str) else None
+    kind = "capath" if path and os.path.isdir(path) else "cafile"
     try:
-        if path and os.path.isdir(path):
-            context = ssl.create_default_context(capath=path)
-        else:
-            context = ssl.create_default_context(cafile=path)
+        context = ssl.create_default_context(**{kind: path})  # type: ignore[arg-type]
     except (OSError, ValueError) as error:
-        why = _error_text(error)
-        raise ValueError(f"verify: cannot read CA certificates from {path!a}: {why}") from None
+        why, name = error_text(error), getattr(error, "filename", None)
+        if path and name != os.environ.get("SSLKEYLOGFILE", ""):
+            why = f"verify: cannot read CA certificates from {path!a}: {why}"
+        else:  # because of SSLKEYLOGFILE, or of OpenSSL's own configuration
+            why = f"TLS cannot be set up: {why}" + (f": {name!a}" if name else "")
+        raise ValueError(why) from None
 
     if hasattr(context, "minimum_version"):  # since 3.7; distributions set it as they like
         context.minimum_version = max(context.minimum_version, ssl.TLSVersion.TLSv1_2)
@@ -2409,230 +2435,57 @@ def _load_certificate(context, own, key):
     try:
         context.load_cert_chain(own, key, password=refuse_to_ask)
     except (OSError, ValueError) as error:
-        why = _error_text(error)
+        why = error_text(error)
         if questions:
             advice = "decrypt it first, as `openssl pkey -in KEY -out NEWKEY` does"
             why = f"its private key is encrypted; {advice}"
         raise ValueError(f"cert: cannot use client certificate {own!a}: {why}") from None
 
 
-# A request holds the socket of its exchange. To take it away is one atomic step, so that either the
-# thread that exchanges or the one that cancels has it, and no kept connection is ever cut off.
-
-
-def _let_go(request):
-    """Take the socket back; None if it was taken away."""
-    return vars(request).pop("socket", None)
-
-
-def _cut_off(request):
-    """Wake the thread that connects or reads for a caller who has left."""
-    import socket
-
-    request.cancelled = True
-    sock = _let_go(request)
-    if sock is not None:
-        try:
-            # The plain socket's method: SSLSocket's would pull TLS from under the reading thread.
-            socket.socket.shutdown(sock, socket.SHUT_RDWR)
-        except OSError:
-            pass
-
-
-# 6.3 Reading against the clock.
-
-
-class _Flight(io.RawIOBase):
-    """Carries one request to its answer, under two clocks: each silence, and the exchange in all.
-
-    It is also the stream that http.client reads. The stream ends after `limit` bytes: for a chunk
-    of negative size http.client would read without end."""
-
-    def __init__(self, request):
-        self.request = request
-        self.deadline = _clock() + request.total
-        self.sock: Any = None
-        self.over = False
-        self._room = request.limit + (1 << 20)  # the latter for status, headers and chunk sizes
-
-    def start_step(self, sock):
-        """Use this socket from now on, and give its next step the seconds it may take.
-
-        Raises _Overdue if none are left, ConnectionAbortedError if the caller has left."""
-        self.sock = sock
-        self.request.socket = getattr(sock, "outer", sock)
-        if self.request.cancelled:
-            raise ConnectionAbortedError("cancelled")
-
-        left = self.deadline - _clock()
-        if left <= 0:
-            raise _Overdue
-        seconds = min(self.request.timeout, left)
-        if sock.gettimeout() != seconds:  # setting it is a system call, asking is none
-            sock.settimeout(seconds)
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        if self.over:
-            return 0
-        self.start_step(self.sock)
-        if self._room <= 0:
-            raise _TooLarge
-        count = self.sock.recv_into(memoryview(buffer)[: self._room])
-        self._room -= count
-        return count
-
-    def make_failed(self, error, **facts):
-        """Return the _Failed for an error: _Overdue if only the rest of all the time was left."""
-        if _is_late(error) and _clock() >= self.deadline:
-            error = _Overdue()
-        return _Failed(error, **facts)
-
-
-class _AnswerReader(io.BufferedReader):
-    """What http.client reads an answer from, in place of a socket.
-
-    http.client closes it at the answer's end, when bytes beyond that must still be seen."""
-
-    def makefile(self, mode):
-        return self
-
-    def close(self):
-        pass
-
-
-@functools.lru_cache(maxsize=None)
-def _response_class():
-    """Return http.client's HTTPResponse, made fit for interrupts.
-
-    One that comes before its constructor has set `fp` would have its destructor complain."""
-    import http.client
-
-    return type("HTTPResponse", (http.client.HTTPResponse,), {"fp": None})
-
-
-def _read_response(flight):
-    """Read the answer; returns (_Response, whether the connection can be used again)."""
-    import http.client
-
-    request, sock = flight.request, flight.sock
-    reader = _AnswerReader(flight, _BUFFER)
-    response = _response_class()(reader, method=request.method)
-    try:
-        response.begin()
-        content = _read_body(response, request.limit)
-    finally:
-        response.close()
-
-    reason = response.reason
-    if reason != http.client.responses.get(response.status):
-        reason = _mask_reason(reason, request)
-    # From here on only what is buffered counts, which a poll of the socket cannot see: more bytes
-    # than the answer's say that the connection is out of step.
-    flight.over = True
-    surplus = reader.peek(1) or (hasattr(sock, "pending") and sock.pending())
-    answer = _Response(response.status, reason, response.headers, content)
-    return answer, not (response.will_close or surplus)
-
-
-def _mask_reason(reason, request):
-    """Return a reason phrase without secrets: a server may repeat the request line in it."""
-    return _mask_text(reason, request.all_secrets()) if isinstance(reason, str) else reason
-
-
 def _read_body(response, limit):
-    """Return the whole body, unpacked.
-
-    Raises _TooLarge beyond the limit, IncompleteRead if the end is missing."""
-    packed = response.headers.get("Content-Encoding", "").strip().lower() in ("gzip", "x-gzip")
-    if response.length is not None and response.length > limit:
+    """Return the whole body, unpacked. Raises _TooLarge, or IncompleteRead if the end is missing."""
+    if (response.length or 0) > limit:
         raise _TooLarge
+    packed = response.headers.get("Content-Encoding", "").strip().lower() in ("gzip", "x-gzip")
     if response.length is not None and not packed:
         return response.read()
 
     import http.client
+    import zlib
 
-    gunzip = _Gunzip() if packed else None
+    gunzip = zlib.decompressobj(16 + zlib.MAX_WBITS) if packed else None
     parts = []
-    size = 0
     while True:
-        part = response.read(_CHUNK)
+        part = response.read1(_CHUNK)
         if not part:
             break
         if gunzip:
-            part = gunzip.unpack(part, limit - size + 1)
-        size += len(part)
-        if size > limit:
+            try:
+                part = gunzip.decompress(part, limit + 1)
+            except zlib.error:
+                raise ValueError("bad gzip") from None
+            if gunzip.unused_data:
+                raise ValueError("bytes after the gzip")
+        limit -= len(part)
+        if limit < 0:
             raise _TooLarge
         parts.append(part)
-
-    # read(amount) does not complain of a body that ends before its Content-Length.
-    if response.length or (gunzip and parts and not gunzip.is_whole()):  # what it holds is not used
+    # read1() does not complain of a body that ends before its Content-Length.
+    if response.length or (gunzip and parts and not gunzip.eof):
         raise http.client.IncompleteRead(b"", response.length)
     return b"".join(parts)
 
 
-class _Gunzip:
-    """Unpacks gzip of one member or several (RFC 1952, 2.2); other bytes after them are left.
-
-    Asked for in _build_request, by Accept-Encoding."""
-
-    MOST = 10000  # members, since each costs a copy of what follows it
-
-    def __init__(self):
-        self._members = 0
-        self._is_over = False
-        self._start_member()
-
-    def _start_member(self):
-        import zlib
-
-        self._members += 1
-        if self._members > self.MOST:
-            raise ValueError("gzip of too many members")
-        self._member = zlib.decompressobj(16 + zlib.MAX_WBITS)
-
-    def unpack(self, part, most):
-        """Return the next part, unpacked: at most so many bytes of it."""
-        import zlib
-
-        unpacked = b""
-        while part and len(unpacked) < most and not self._is_over:
-            if self._member.eof:
-                self._is_over = part[:1] != b"\x1f"  # the first byte of a member
-                if self._is_over:
-                    break
-                self._start_member()
-            try:
-                unpacked += self._member.decompress(part, most - len(unpacked))
-            except zlib.error:  # not a ValueError
-                raise ValueError("bad gzip") from None
-            part = self._member.unused_data
-        return unpacked
-
-    def is_whole(self):
-        """Tell whether the last member has come to its end."""
-        return self._member.eof
+def _mask_reason(reason, request):
+    """Return a reason phrase without secrets: a server may repeat the request line in it."""
+    return mask_text(reason, request.all_secrets()) if isinstance(reason, str) else reason
 
 
-# 6.4 Failures in words.
-
-
-class _Failed(Exception):
-    """Says that an exchange failed: what was raised, and what that says about the request."""
-
-    def __init__(self, cause, unsent=False, stale=False, proxy=None):
-        super().__init__()
-        self.cause = cause
-        self.unsent = unsent
-        self.stale = stale
-        self.proxy = proxy
+# 5.3 Failures in words.
 
 
 class _Overdue(TimeoutError):
-    """Says that an exchange took too long in all."""
+    """Says that a whole exchange took too long."""
 
 
 class _TooLarge(ValueError):
@@ -2640,21 +2493,31 @@ class _TooLarge(ValueError):
 
 
 def _is_failure(error):
-    """Tell whether an exception is an exchange's failure, unlike Ctrl-C or a program's mistake."""
-    import http.client
+    """Return whether an exception is a failure of the network or of what came from there.
 
-    # ssl.CertificateError is a ValueError on 3.6.
-    return isinstance(error, (OSError, OverflowError, ValueError, http.client.HTTPException))
+    Others, such as Ctrl-C, pass, and so does any that a program's signal handler raised."""
+    import http.client
+    import signal
+
+    # A host name that cannot be, and ssl.CertificateError on 3.6, are a ValueError.
+    if not isinstance(error, (OSError, ValueError, OverflowError, http.client.HTTPException)):
+        return False
+    handlers = (signal.getsignal(number) for number in range(1, signal.NSIG))
+    codes = {getattr(handler, "__code__", None) for handler in handlers} - {None}
+    trace = error.__traceback__
+    while trace and trace.tb_frame.f_code not in codes:
+        trace = trace.tb_next
+    return trace is None
 
 
 def _is_late(error):
-    """Tell whether an exception is a time-out."""
+    """Return whether an exception is a time-out."""
     import socket
 
     return isinstance(error, (socket.timeout, TimeoutError))  # one and the same since 3.10
 
 
-def _error_text(error):
+def error_text(error):
     """Return what went wrong, in words, without a Python class or an [Errno ..] around it."""
     text = getattr(error, "strerror", None)  # an OSError's; ssl and Unicode errors have a reason
     if text == "" and error.errno:  # as PyPy's ssl has it
@@ -2662,47 +2525,40 @@ def _error_text(error):
     return text or str(getattr(error, "reason", "") or error) or type(error).__name__
 
 
-def _safe_cause(error):
-    """Return an exception as a __cause__, or None if its text is made of what the server said."""
-    import ssl
-
-    return error if isinstance(error, (OSError, ssl.CertificateError)) else None
-
-
-def _network_error(failed, request):
+def _network_error(error, request, unsent, proxy, secrets):
     """Return the CloudStackException for what the standard library raised."""
-    kind, what, why = _describe_failure(failed, request)
-    if failed.proxy:
-        why += f" (proxy {_join_port(failed.proxy.host, failed.proxy.port)})"
-    made = kind(f"{what} {_mask_address(request.endpoint)}", why)
-    made.unsent = failed.unsent
-    made.stale = failed.stale
-    made.errno = getattr(failed.cause, "errno", None)
+    if _is_late(error) and _clock() >= request.deadline:
+        error = _Overdue()
+    kind, what, why = _describe_failure(error, request, unsent)
+    if proxy and unsent:
+        why = f"{mask_secrets(why, secrets)} (proxy {proxy.host}:{proxy.port})"
+    made = kind(f"{what} {mask_address(request.endpoint)}", why)
+    made.unsent = unsent
+    made.errno = getattr(error, "errno", None)
     return made
 
 
-def _describe_failure(failed, request):
-    """Return (exception class, what happened, why) of a _Failed."""
+def _describe_failure(error, request, unsent):
+    """Return (exception class, what happened, why)."""
     import http.client
     import socket
     import ssl
 
-    error = failed.cause
     lost, late = CloudStackConnectionError, CloudStackTimeoutError
     if _is_late(error):
         if isinstance(error, _Overdue):
             why = f"it was not whole after {request.total:g} s"
-        elif failed.unsent:
+        elif unsent:
             why = f"no answer within {request.timeout:g} s (timeout)"
         else:
             why = f"nothing for {request.timeout:g} s (timeout)"
-        return late, "Cannot connect to" if failed.unsent else "No answer from", why
+        return late, "Cannot connect to" if unsent else "No answer from", why
     if isinstance(error, (ssl.SSLError, ssl.CertificateError)):
         return lost, "TLS failure with", _describe_tls_error(error)
     if isinstance(error, socket.gaierror):
-        return lost, "Cannot find", "name look-up: " + _error_text(error)
-    if failed.unsent:
-        why = _error_text(error) if isinstance(error, OSError) else type(error).__name__
+        return lost, "Cannot find", "name look-up: " + error_text(error)
+    if unsent:
+        why = error_text(error) if isinstance(error, OSError) else type(error).__name__
         return lost, "Cannot connect to", why
     if isinstance(error, _TooLarge):
         why = f"it has more than max_response_size, {request.limit} bytes"
@@ -2712,7 +2568,7 @@ def _describe_failure(failed, request):
     if isinstance(error, http.client.RemoteDisconnected):
         return lost, "Connection lost to", "closed without an answer"
     if isinstance(error, OSError):
-        return lost, "Connection lost to", _error_text(error)
+        return lost, "Connection lost to", error_text(error)
     return lost, "Broken answer from", f"not HTTP ({type(error).__name__})"
 
 
@@ -2727,7 +2583,7 @@ def _describe_tls_error(error):
     return text
 
 
-# 6.5 A program's own session.
+# 5.4 A program's own session.
 
 
 def _exchange_through(session, request):
@@ -2735,11 +2591,10 @@ def _exchange_through(session, request):
 
     Its OSErrors, which all exceptions of requests are, become ours and are not chained: they quote
     the address, signature and all. Anything else it raises is the program's own and passes."""
-    options = {}
-    if request.verify is not True:
-        options["verify"] = request.verify
-    if request.cert:
-        options["cert"] = request.cert
+    verify, cert = _tls_files(*request.tls)
+    options = {} if verify is True else {"verify": verify}
+    if cert:
+        options["cert"] = cert
     try:
         answer = session.request(
             request.method,
@@ -2756,7 +2611,7 @@ def _exchange_through(session, request):
     except OSError as error:
         is_late = isinstance(error, TimeoutError) or "Timeout" in type(error).__name__
         kind = CloudStackTimeoutError if is_late else CloudStackConnectionError
-        place = _mask_address(request.endpoint)
+        place = mask_address(request.endpoint)
         failure = kind("No answer from " + place, "the session raised " + type(error).__name__)
     else:
         reason = _mask_reason(answer.reason, request)
@@ -2764,613 +2619,368 @@ def _exchange_through(session, request):
     raise failure
 
 
-# --- 7 clients ------------------------------------------------------------------------------------
+# --- 6 redaction and trace ------------------------------------------------------------------------
+# What a person may get to see of a request, an address, or an answer in a trace goes through here.
+# (An answer on standard output is the user's, and is shown as it came.)
+
+MASK = "***"
+
+# Names with secret values are known by how they end: `details[0].password`, `usersecretkey`; instead
+# of a hyphen there may be an underscore or nothing. A command with such a parameter also goes out by
+# POST, to stay out of the logs of proxies.
+_SECRET_WORDS = (
+    "password passwd passphrase secret secret-key private-key user-data session-key jsessionid"
+    " signature api-key access-key token credential credentials psk pre-shared-key bind-pass"
+    " secret-code code-for-2fa config-data"
+)
+_SECRET_ENDS = tuple(_SECRET_WORDS.replace("-", "").split())
+_SECRET_HEADER_ENDS = _SECRET_ENDS + ("auth", "authorization", "cookie", "key")
+
+# Control characters but line breaks and tabs, C1 controls, bidirectional overrides, surrogates.
+_UNPRINTABLE = (
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff"
+    "\ud800-\udfff]"
+)
 
 
-class CloudStack:
-    """A client: any API command is a method, `cs.listZones(name="x")`, and returns plain JSON.
-
-    Settings are described in SETTINGS and README; each may also be the string that an ini file
-    gives. Most are attributes that may be set at any time, get_setting() and set_setting() serve
-    all, and every call looks at them anew. Nothing is opened before the first call. One client may
-    be used by many threads.
-
-    Control arguments of a call, never sent:
-      json=True             False: return the answer's text as it is
-      opcode_name="command" the name of the parameter that holds the command
-      fetch_list=False      True: fetch every page of a list, and return its rows as a list
-      headers=None          more HTTP headers
-      fetch_result=None     whether to wait for a job and return its result; None: as the client is
-                            set
-
-    Raises ValueError, before anything is sent, for what cannot be sent; else CloudStackException.
-    """
-
-    # The settings that are attributes, as they read; verify and cert are properties.
-    endpoint: str
-    key: "str | None"
-    secret: "str | None"
-    timeout: float
-    method: str
-    name: "str | None"
-    retry: int
-    retry_backoff: float
-    job_timeout: "float | None"
-    poll_interval: float
-    expiration: "datetime.timedelta"
-    trace: bool
-    headers: "dict[str, Any]"
-    session: "Any"
-    fetch_result: bool
-
-    def __init__(
-        self, endpoint: "str | bytes", key: "_Text" = None, secret: "_Text" = None,
-        timeout: "_Number" = 10, method: "str | None" = "get", verify: "_CaPath" = None,
-        cert: "_PemPath" = None, cert_key: "_Path | None" = None, name: "_Text" = None,
-        retry: "_Number" = 0, retry_backoff: "_Number" = 0.5, job_timeout: "_Number" = None,
-        poll_interval: "_Number" = 2.0, expiration: "_Number | datetime.timedelta" = 600,
-        trace: "_Flag" = False, dangerous_no_tls_verify: "_Flag" = False,
-        headers: "Mapping[str, Any] | None" = None, session: "Any" = None,
-        fetch_result: "_Flag" = False, *, theme: object = None, output: object = None,
-        username: "_Text" = None, password: "_Text" = None, domain: "_Text" = None,
-        concurrency: "_Number" = 128, max_response_size: "_Number" = 256 * 1024 * 1024,
-        recover: "_Flag" = False
-    ) -> None:  # fmt: skip
-        # theme and output are taken and dropped: what an ini file holds, read_config() passes on.
-        self._state = _ClientState()
-        self._apply_settings(
-            endpoint=endpoint, key=key, secret=secret, timeout=timeout, method=method,
-            verify=verify, cert=cert, cert_key=cert_key, name=name, retry=retry,
-            retry_backoff=retry_backoff, job_timeout=job_timeout, poll_interval=poll_interval,
-            expiration=expiration, trace=trace, dangerous_no_tls_verify=dangerous_no_tls_verify,
-            headers=headers, session=session, fetch_result=fetch_result, username=username,
-            password=password, domain=domain, concurrency=concurrency,
-            max_response_size=max_response_size, recover=recover,
-        )  # fmt: skip
-
-    def _apply_settings(self, **values):
-        for name, value in values.items():
-            self.set_setting(name, _CLIENT_SETTINGS[name].default if value is None else value)
-
-    def __setattr__(self, name, value):
-        """Convert and check settings wherever they are set; other attributes are the program's."""
-        converter = _CONVERTERS.get(name)
-        if converter is not None:
-            value = _convert(name, converter, value)
-        object.__setattr__(self, name, value)
-
-    def get_setting(self, name: str) -> "Any":
-        """Return the value of a setting, by its name in SETTINGS. Raises KeyError for another.
-
-        (Settings for the command line alone are not the client's.)"""
-        setting = _CLIENT_SETTINGS[name]
-        return getattr(self._state if name in _NOT_ATTRIBUTES else self, setting.name)
-
-    def set_setting(self, name: str, value: "Any") -> None:
-        """Set a setting, by its name in SETTINGS.
-
-        It is the only way for those that are not attributes, since subclasses use names such as
-        `domain` for their own. Raises ValueError for a wrong value, KeyError for another name."""
-        setting = _CLIENT_SETTINGS[name]
-        if name in _NOT_ATTRIBUTES:
-            setattr(self._state, name, _convert(name, setting.convert, value))
-        else:
-            setattr(self, name, value)  # which converts it, also for a subclass that steps in there
-
-    def __getattr__(self, command: str) -> "_Method":
-        if command.startswith("_"):
-            raise AttributeError(command)
-
-        def method(**params):
-            return self._request(command, **params)
-
-        method.__name__ = method.__qualname__ = command
-        return method
-
-    def __repr__(self):
-        return f"<CloudStack: {self.name or _mask_address(self.endpoint or '')}>"
-
-    def __getstate__(self):
-        # Connections, threads and what was learned stay behind; a copy makes its own.
-        return dict(self.__dict__, _state=self._state.copy())
-
-    @property
-    def verify(self) -> "bool | str":
-        """True, or the path of the CA certificates, or False.
-
-        False only if dangerous_no_tls_verify is set and there is no path."""
-        return self._state.get_tls_files()[0]
-
-    @verify.setter
-    def verify(self, value: "_CaPath") -> None:
-        self._state.ca_path = value
-
-    @property
-    def cert(self) -> "str | tuple[str, str] | None":
-        """The client certificate's path, or a pair with its key's."""
-        return self._state.get_tls_files()[1]
-
-    @cert.setter
-    def cert(self, value: "_PemPath") -> None:
-        self._state.pem_path = value
-
-    @property
-    def _server(self):
-        """What was learned about the present endpoint, as the present user."""
-        state = self._state
-        servers = state.in_this_process().servers
-        place = (self.endpoint, self.key, state.username, state.password, state.domain)
-        return servers.get(place) or servers.setdefault(place, _Server())
-
-    def _request(
-        self, command: str, json=True, opcode_name="command", fetch_list=False, headers=None,
-        fetch_result=None, **params: "Any"
-    ) -> "Any":  # fmt: skip
-        """Carry out a command: all of them come through here, so that a subclass can step in.
-
-        Pages, polls and log-in do not. fetch_list="walk" is iter_list's: it returns the walk."""
-        steps = _run_command(
-            self, command, params, json, opcode_name, fetch_list, headers, fetch_result
-        )
-        return self._drive(steps)
-
-    def iter_list(self, command: str, **params: "Any") -> "Iterator[Any]":
-        """Yield the rows of a list command one by one, with a page or two in memory.
-
-        An answer that is not a list is one row. Takes what the command itself takes."""
-        walk = self._request(command, fetch_list=_AS_WALK, **params)
-        while True:
-            rows = self._drive(walk.next_page())
-            if rows is None:
-                break
-            yield from rows
-        if not walk.is_list():
-            yield walk.first
-
-    def wait_job(self, jobid: str) -> "Any":
-        """Wait for a job that was submitted earlier, as fetch_result does; returns its result."""
-        return self._drive(_resume_wait(self, jobid))
-
-    def close(self) -> None:
-        """End the session, if there is one, and close the connections.
-
-        The client may be used again."""
-        CloudStack._drive(self, _log_out(self))
-        self._state.close()
-
-    def __enter__(self) -> "Self":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def _exchange(self, request):
-        """Send one request and return its answer; both clients and every thread come here."""
-        request.prepare()
-        trace = self.trace
-        if trace:
-            _trace_request(request)
-        begun = _clock()
-        try:
-            if self.session is not None:
-                response = _exchange_through(self.session, request)
-            else:
-                response = self._state.in_this_process().transport.send(request)
-        except CloudStackException as error:
-            if trace:
-                _write_stderr(f"{error} ({(_clock() - begun) * 1000:.0f} ms)\n")
-            raise
-        if trace:
-            _trace_response(request, response, _clock() - begun)
-        return response
-
-    def _drive(self, steps):
-        """Drive a protocol generator to its end: do what it yields, in this thread."""
-        result = error = None
-        try:
-            while True:
-                done, step = _advance(steps, result, error)
-                if done:
-                    return step
-                result = error = None
-                try:
-                    if isinstance(step, _Request):
-                        result = self._exchange(step)
-                    elif isinstance(step, list):
-                        result = _map_in_threads(self._drive_quietly, step)
-                    elif isinstance(step, _Pause):
-                        _wait_in_thread(step)
-                    else:
-                        _sleep(step)
-                except StopIteration:  # of a mock; a generator cannot take it
-                    raise
-                except BaseException as raised:
-                    error = raised
-        except KeyboardInterrupt as interrupt:
-            # It may have come between two steps, where the generator does not see it: that adds the
-            # job's id, and raises it again.
-            steps.throw(interrupt)
-            raise
-        finally:
-            error = None  # an exception and this frame would keep each other alive
-            steps.close()
-
-    def _drive_quietly(self, steps):
-        """Drive a generator and return what comes of it, be it an exception."""
-        try:
-            return self._drive(steps)
-        except Exception as error:
-            return error
+def _is_secret(name, ends=_SECRET_ENDS):
+    """Return whether a name belongs to a secret value."""
+    return name.lower().replace("-", "").replace("_", "").endswith(ends)
 
 
-class _ClientState:
-    """Keeps what a client has beside its attributes."""
+def _secret_names(params):
+    """Yield the names of parameters whose values must not be shown.
 
-    # The settings that are not attributes.
-    cert_key: "str | None"
-    dangerous_no_tls_verify: bool
-    username: "str | None"
-    password: "str | None"
-    domain: "str | None"
-    concurrency: int
-    max_response_size: int
-    recover: bool
-
-    def __init__(self):
-        self.ca_path = self.pem_path = None
-        self.checked = None  # the settings that were last found to make sense together
-        self.progress = None  # the command line's: ("rows", seen, total), ("job", command, seconds)
-        self._by_process = {}
-
-    def copy(self):
-        """Return one with the same settings that has learned nothing yet."""
-        fresh = _ClientState()
-        for name in ("ca_path", "pem_path") + tuple(_NOT_ATTRIBUTES):
-            setattr(fresh, name, getattr(self, name))
-        return fresh
-
-    def get_tls_files(self):
-        """Return what CloudStack.verify and CloudStack.cert say."""
-        verify = self.ca_path or not self.dangerous_no_tls_verify
-        cert, key = self.pem_path, self.cert_key
-        if key and isinstance(cert, str):
-            cert = (cert, key)
-        return verify, cert
-
-    def in_this_process(self):
-        """Return the _Kept of this process; a fork's child starts anew.
-
-        Connections, locks and sessions are not for two processes. (setdefault is atomic: threads
-        get the same one.)"""
-        pid = os.getpid()
-        kept = self._by_process.get(pid)
-        if kept is None:
-            kept = self._by_process.setdefault(pid, _Kept(self.concurrency))
-            for other in set(self._by_process) - {pid}:
-                self._by_process.pop(other, None)
-        return kept
-
-    def close(self):
-        """Close the connections and forget what was learned."""
-        kept = self._by_process.pop(os.getpid(), None)
-        if kept is not None:
-            kept.transport.close()
-            kept.workers.close()
+    A parameter is secret by its own name, or by the name it is given as the value of:
+    tags[0].key=password tags[0].value=..., updateConfiguration's name and value."""
+    lower: dict = {}
+    for name in params:
+        if _is_secret(name):
+            yield name
+        elif name.lower().endswith("value"):
+            front = name.lower()[: -len("value")]
+            lower = lower or {other.lower(): text for other, text in params.items()}
+            titles = (lower.get(front + "key"), lower.get(front + "name"))
+            if any(isinstance(title, str) and _is_secret(title) for title in titles):
+                yield name
 
 
-class _Kept:
-    """Keeps what a client has learned and holds open, in one process."""
-
-    def __init__(self, concurrency):
-        self.servers = {}
-        self.transport = _Transport(concurrency)
-        self.workers = _Workers(concurrency)
+def mask_params(params):
+    """Return the parameters with secret values replaced."""
+    secret = set(_secret_names(params))
+    return {name: MASK if name in secret else text for name, text in params.items()}
 
 
-def _advance(steps, result, error):
-    """Take a generator one step on; returns (False, the step) or (True, what it returned)."""
+def _mask_header(name, value):
+    """Return a header's line, its value replaced if it may be secret."""
+    return f"{name}: {MASK if _is_secret(name, _SECRET_HEADER_ENDS) else value}"
+
+
+def mask_address(endpoint):
+    """Return an address without user and password, query and fragment. Takes any text.
+
+    A password may hold / ? or #, so everything up to the last @ goes."""
+    pattern = r"((?:[A-Za-z][\w+.-]*:)?//)?(.*)"
+    scheme, rest = re.match(pattern, endpoint, re.DOTALL).groups("")  # type: ignore[union-attr]
+    return scheme + re.split("[?#]", rest.rpartition("@")[2])[0]
+
+
+def mask_values(value, secrets):
+    """Return a value of JSON with the given secrets, wherever its texts hold them, replaced."""
+    if isinstance(value, str):
+        return mask_secrets(value, secrets)
+    if isinstance(value, list):
+        return [mask_values(item, secrets) for item in value]
+    if isinstance(value, dict):
+        return {name: mask_values(item, secrets) for name, item in value.items()}
+    return value
+
+
+def mask_secrets(text, secrets):
+    """Return text with the given secrets, wherever they stand, replaced."""
+    for secret in sorted(filter(None, secrets), key=len, reverse=True):
+        if len(secret) > 3:  # shorter ones stand in half of all words
+            for form in (secret, cs_encode(secret), quote(secret), jsonlib.dumps(secret)[1:-1]):
+                text = text.replace(form, MASK)
+    return text
+
+
+@functools.lru_cache(maxsize=None)
+def _secret_patterns():
+    """Return (pattern, replacement) pairs that find the values of secret names in any text.
+
+    Each takes time in proportion to the text, whatever a server makes of it."""
+    secret = "(?:" + "|".join(_SECRET_WORDS.replace("-", "[_-]?").split()) + ")"
+    # A field of JSON, also of JSON within a text (three backslashes deep); then a value beside the
+    # secret name that it belongs to. A look-ahead and its group keep what they have matched.
+    text = r'\\{0,3}"(?:[^"\\]|\\.)*"?'
+    title = rf'"(?:name|key)"\s*:\s*"[\w.\[\]-]*{secret}"'
+    field = rf'\\{{0,3}}"[\w.\[\]-]*{secret}\\{{0,3}}"\s*:\s*'
+    patterns = [
+        (rf"({field})(?:{text}|[^\s,}}\]\[{{]+)", rf'\1"{MASK}"'),
+        (rf'({title}[^{{}}]{{0,200}}?"value"\s*:\s*){text}', rf'\1"{MASK}"'),
+        (rf'("value"\s*:\s*)(?=({text}))\2([^{{}}]{{0,200}}?{title})', rf'\1"{MASK}"\3'),
+        (rf"(<[\w.-]*{secret}>)[^<]*", rf"\1{MASK}"),  # an element of XML
+    ]
+    for equals, end in (("=", "&"), ("%3D", "%26")):  # a query, and one within a query
+        patterns.append((rf"({secret}{equals})(?:(?!{end})[^&\s\"'<>;\\])+", rf"\1{MASK}"))
+    return [(re.compile("(?i)" + pattern), mask) for pattern, mask in patterns]
+
+
+def mask_text(text, secrets):
+    """Return text with secret fields, and the given secrets wherever they stand, replaced."""
+    for pattern, mask in _secret_patterns():
+        text = pattern.sub(mask, text)
+    return mask_secrets(text, secrets)
+
+
+def escape_unprintable(text):
+    """Return text that is safe for a terminal to show."""
+    return re.sub(_UNPRINTABLE, lambda found: ascii(found.group())[1:-1], text)
+
+
+def write_stderr(text):
+    """Write a line to standard error; a broken standard error does not stop a program.
+
+    One write for all of it, so that threads do not write into each other's lines."""
     try:
-        return False, steps.send(result) if error is None else steps.throw(error)
-    except StopIteration as end:
-        return True, end.value
-
-
-def _wait_in_thread(pause):
-    """Sleep in this thread until the pause is over or its signal was set."""
-    woken = threading.Event()
-    pause.signal.wakers.add(woken.set)
-    try:
-        if pause.signal.count == pause.count:
-            woken.wait(pause.seconds)
-    finally:
-        pause.signal.wakers.discard(woken.set)
-
-
-def _map_in_threads(function, items):
-    """Return [function(item) for item in items], done at once as far as there are threads for it.
-
-    An item that gets no thread (a limit of the system, the interpreter's exit) is done by the
-    caller itself, one after another."""
-    results = [None] * len(items)
-
-    def work(index):
-        results[index] = function(items[index])
-
-    threads: list = []
-    for index in range(len(items)):
-        thread = threading.Thread(target=work, args=(index,), name="cs-page", daemon=True)
-        try:
-            thread.start()
-        except (MemoryError, RuntimeError):
-            break
-        threads.append(thread)
-
-    for index in range(len(threads), len(items)):
-        work(index)
-    for thread in threads:
-        thread.join()
-    return results
-
-
-class _Workers:
-    """Runs the threads of one AIOCloudStack: starts them as needed, ends them with the client.
-
-    They are daemons, so that the interpreter's exit waits for none of them. If no thread can be
-    started, a running one takes the work; without any, the caller does it itself: the executor of
-    the standard library would refuse work that it has queued, and that may run all the same."""
-
-    # For __del__, should an interrupt come before __init__ is done.
-    _jobs: "Any" = None
-
-    def __init__(self, most):
-        self.most = most
-        self.threads = []
-        self._starting = threading.Lock()
-        self._idle = []  # a locked Lock per idle worker: releasing it wakes it; last in, first out
-        self._jobs = collections.deque()
-
-    def do(self, job):
-        """Have job(), which raises nothing, called by a worker."""
-        self._jobs.append(job)
-        if _wake_one(self._idle) or self._has_worker():
-            return
-        try:
-            self._jobs.remove(job)
-        except ValueError:  # a worker that was started meanwhile has taken it
-            return
-        job()
-
-    def _has_worker(self):
-        """Start a worker, if there may be more; tells whether there is any."""
-        with self._starting:
-            if len(self.threads) < self.most:
-                # It knows nothing of the client or of this object, so that both can end.
-                name, args = f"cs-{len(self.threads)}", (self._jobs, self._idle)
-                thread = threading.Thread(target=_work, args=args, name=name, daemon=True)
-                try:
-                    thread.start()
-                    self.threads.append(thread)
-                except (MemoryError, RuntimeError):
-                    pass
-            return bool(self.threads)
-
-    def close(self):
-        """End the workers, when what they have been given is done."""
-        if self._jobs is not None:
-            self._jobs.append(None)
-            while _wake_one(self._idle):
-                pass
-
-    __del__ = close
-
-
-def _work(jobs, idle):
-    """Do jobs until there is a None among them, which is left there for the other workers."""
-    wake = threading.Lock()
-    wake.acquire()
-    while True:
-        try:
-            job = jobs.popleft()
-        except IndexError:
-            idle.append(wake)
-            if jobs:  # one that came before this worker could be seen to wait
-                _wake_one(idle)
-            wake.acquire()
-            continue
-
-        if job is None:
-            jobs.append(None)
-            _wake_one(idle)
-            return
-        job()
-        job = None  # it holds a request and its answer
-
-
-def _wake_one(idle):
-    """Wake the worker that became idle last; False if there is none."""
-    try:
-        idle.pop().release()
-    except IndexError:
-        return False
-    return True
-
-
-class AIOCloudStack(CloudStack):
-    """The same client for asyncio: commands are coroutines, iter_list an asynchronous iterator.
-
-    Jobs are waited for unless fetch_result=False. Exchanges run in at most `concurrency` threads
-    of its own; waiting holds none. It is tied to no event loop. `async with` or `await aclose()`
-    end a session and close connections, and may be left out."""
-
-    if TYPE_CHECKING:
-
-        def __getattr__(self, command: str) -> _AsyncMethod: ...
-
-    def __init__(
-        self, endpoint, key=None, secret=None, timeout=10, method="get", verify=None, cert=None,
-        cert_key=None, name=None, retry=0, retry_backoff=0.5, job_timeout=None, poll_interval=2.0,
-        expiration=600, trace=False, dangerous_no_tls_verify=False, headers=None, session=None,
-        fetch_result=True, **options
-    ):  # fmt: skip
-        super().__init__(
-            endpoint, key, secret, timeout, method, verify, cert, cert_key, name, retry,
-            retry_backoff, job_timeout, poll_interval, expiration, trace, dangerous_no_tls_verify,
-            headers, session, True if fetch_result is None else fetch_result, **options
-        )  # fmt: skip
-
-    async def _request(
-        self, command: str, json=True, opcode_name="command", fetch_list=False, headers=None,
-        fetch_result=None, **params: "Any"
-    ) -> "Any":  # fmt: skip
-        steps = _run_command(
-            self, command, params, json, opcode_name, fetch_list, headers, fetch_result
-        )
-        return await self._drive(steps)
-
-    _request.__doc__ = CloudStack._request.__doc__
-
-    async def wait_job(self, jobid: str) -> "Any":
-        return await self._drive(_resume_wait(self, jobid))
-
-    wait_job.__doc__ = CloudStack.wait_job.__doc__
-
-    async def iter_list(  # type: ignore[override]  # the price of being a CloudStack
-        self, command: str, **params: "Any"
-    ) -> "AsyncIterator[Any]":
-        walk = await self._request(command, fetch_list=_AS_WALK, **params)
-        while True:
-            rows = await self._drive(walk.next_page())
-            if rows is None:
-                break
-            for row in rows:
-                yield row
-        if not walk.is_list():
-            yield walk.first
-
-    iter_list.__doc__ = CloudStack.iter_list.__doc__
-
-    async def _drive(self, steps):
-        """Drive a protocol generator to its end, on an event loop."""
-        import asyncio
-
-        result = error = None
-        try:
-            while True:
-                done, step = _advance(steps, result, error)
-                if done:
-                    return step
-                result = error = None
-                try:
-                    if isinstance(step, _Request):
-                        result = await self._exchange_in_worker(step)
-                    elif isinstance(step, list):
-                        result = await asyncio.gather(*map(self._drive_quietly, step))
-                    elif isinstance(step, _Pause):
-                        await _wait_on_loop(step)
-                    else:
-                        await asyncio.sleep(step)
-                except BaseException as raised:
-                    error = raised
-        finally:
-            error = None
-            steps.close()
-
-    async def _drive_quietly(self, steps):
-        try:
-            return await self._drive(steps)
-        except Exception as error:
-            return error
-
-    async def _exchange_in_worker(self, request):
-        """Send one request as asyncio.to_thread would, but in this client's own threads.
-
-        The event loop's default ones are too few."""
-        import asyncio
-
-        loop = asyncio.get_event_loop()
-        outcome = loop.create_future()
-        job = _with_context(_report_outcome, self._exchange, request, loop, outcome)
-        self._state.in_this_process().workers.do(job)
-        try:
-            response, error = await outcome
-        except BaseException:  # cancelled, or closed with its event loop
-            _cut_off(request)
-            raise
-        try:
-            if error is not None:
-                raise error
-        finally:
-            error = None  # it knows this frame
-        return response
-
-    async def aclose(self) -> None:
-        """Do what close() does, without holding up the event loop."""
-        await self._drive(_log_out(self))
-        self._state.close()
-
-    async def __aenter__(self) -> "Self":
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.aclose()
-
-
-async def _wait_on_loop(pause):
-    """Sleep on this event loop until the pause is over or a thread has set its signal."""
-    import asyncio
-
-    loop = asyncio.get_event_loop()
-    woken = loop.create_future()
-
-    def wake():
-        try:
-            loop.call_soon_threadsafe(_set_result, woken, None)
-        except RuntimeError:  # the loop was closed while this waited
-            pass
-
-    pause.signal.wakers.add(wake)
-    timer = loop.call_later(pause.seconds, _set_result, woken, None)
-    try:
-        if pause.signal.count == pause.count:
-            await woken
-    finally:
-        timer.cancel()
-        pause.signal.wakers.discard(wake)
-
-
-def _report_outcome(exchange, request, loop, outcome):
-    """Run an exchange and hand (response, error) to the event loop that waits for it."""
-    response = error = None
-    if request.cancelled:
-        return
-    try:
-        response = exchange(request)
-    except BaseException as raised:
-        error = raised
-    try:
-        loop.call_soon_threadsafe(_set_result, outcome, (response, error))
-    except RuntimeError:  # the loop is closed, so nobody waits any more
+        sys.stderr.write(escape_unprintable(text) + "\n")
+        sys.stderr.flush()
+    except (AttributeError, OSError, ValueError):
         pass
-    finally:
-        error = None  # it knows this frame
 
 
-def _set_result(future, result):
-    """Set a future's result, unless its task was cancelled meanwhile."""
-    if not future.done():
-        future.set_result(result)
+def _trace(event):
+    """Show a request as it goes out and its answer as it came, secrets replaced in place."""
+    request: Any = event.request if isinstance(event, (Sent, Answered, Failed)) else None
+    if isinstance(event, Sent):
+        lines = [f"{request.method} {request.masked_url()}"]
+        lines += [_mask_header(name, value) for name, value in request.headers.items()]
+        lines.append("")
+        if request.method == "POST":
+            lines += [_join_query(request.masked_params()), ""]
+        write_stderr("\n".join(lines))
+    elif isinstance(event, Answered):
+        response = event.response
+        lines = [f"{response.status_code} {response.reason}"]
+        lines += [_mask_header(name, value) for name, value in response.headers.items()]
+        lines += ["", response.text, "", f"({event.seconds * 1000:.0f} ms)", ""]
+        write_stderr(mask_text("\n".join(lines), request.all_secrets()))
+    elif isinstance(event, Failed):
+        write_stderr(f"{event.error} ({event.seconds * 1000:.0f} ms)\n")
 
 
-def _with_context(function, *args):
-    """Return the call, in a copy of the caller's context variables (which 3.6 does not have)."""
+# --- 7 settings and configuration -----------------------------------------------------------------
+# 7.1 Settings.
+# One table drives the constructor's conversions, the environment, the ini keys, read_config's
+# defaults and README (a test compares). A converter takes what a program or an ini file gives and
+# returns what the client works with; it raises ValueError, and never quotes what may be a secret.
+
+
+def strtobool(value: str) -> bool:
+    """Parse a boolean word: y yes t true on 1, n no f false off 0, in any case.
+
+    Raises ValueError for any other word, AttributeError for what is not text."""
+    word = value.lower()
+    if word in ("y", "yes", "t", "true", "on", "1"):
+        return True
+    if word in ("n", "no", "f", "false", "off", "0"):
+        return False
+    raise ValueError(f"invalid truth value {value!r}")
+
+
+def _parse_flag(value):
+    """Return the bool that a setting means; None and an empty ini value are False."""
+    if value is None or value == "" or isinstance(value, bool):
+        return bool(value)
+    if isinstance(value, int) and value in (0, 1):
+        return bool(value)
     try:
-        from contextvars import copy_context
-    except ImportError:
-        return functools.partial(function, *args)
-    return functools.partial(copy_context().run, function, *args)
+        return strtobool(value)
+    except (AttributeError, ValueError):
+        raise ValueError(f"{value!r} is neither true nor false") from None
 
 
-# --- 8 configuration ------------------------------------------------------------------------------
+def _number(least=float("-inf"), most=1e9, whole=False, optional=False):
+    """Return a converter to a number between the two; nan, booleans and words are refused.
+
+    Beyond 1e9 seconds the platform's own clocks give up."""
+
+    def convert(value):
+        if optional and value in (None, ""):
+            return None
+        try:
+            number = float("nan") if isinstance(value, bool) else float(value)
+            if least <= number <= most and not (whole and number % 1):
+                return number if number % 1 else int(number)
+        except (TypeError, ValueError, OverflowError):
+            pass
+        kind = "whole number" if whole else "number"
+        raise ValueError(f"{value!r} is not a {kind} from {least:g} to {most:g}")
+
+    return convert
+
+
+def _parse_lifetime(value):
+    """Return a timedelta, made of seconds if it is none yet."""
+    import datetime
+
+    if isinstance(value, datetime.timedelta):
+        return value
+    return datetime.timedelta(seconds=_number(-1e13, 1e13)(value))
+
+
+def _parse_method(value):
+    """Return "get" or "post"."""
+    if isinstance(value, str) and value.lower() in ("get", "post"):
+        return value.lower()
+    raise ValueError(f"{value!r} is neither get nor post")
+
+
+def _parse_text(value):
+    """Return plain text, or None for none and for empty text."""
+    try:
+        if isinstance(value, bytes):
+            value = bytes.decode(value, "utf-8")
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"text was expected, got {type(value).__name__}")
+        if value:
+            str.encode(value, "utf-8")
+    except UnicodeError:
+        raise ValueError("it holds something that is not UTF-8") from None
+    # The base type's own conversion, whatever a subclass (Ansible's tagged text) makes of str().
+    return str.__str__(value) if value else None
+
+
+def _parse_domain(value):
+    """Return a domain's path as log-in wants it: the server's own spelling ROOT/sub means /sub.
+
+    Seen on 4.23: answers say `domainpath: ROOT/sub`, and log-in refuses exactly that (531)."""
+    path = _parse_text(value)
+    if path == "ROOT" or (path or "").startswith("ROOT/"):
+        return path[len("ROOT") :] or "/"
+    return path
+
+
+def _parse_ca_path(value):
+    """Return a path, or None for the system's CA certificates.
+
+    A boolean word, such as an ini file's `verify = false`, reads as None: only
+    dangerous_no_tls_verify turns verification off. (A file of such a name needs ./ before it.)"""
+    if value is None or isinstance(value, bool):
+        return None
+    value = os.fsdecode(value)
+    try:
+        strtobool(value)
+    except ValueError:
+        return value or None
+    return None
+
+
+def _parse_pem_path(value):
+    """Return a path, a pair of paths (certificate, private key), or None."""
+    if value is None or value == "":
+        return None
+    if isinstance(value, (tuple, list)):
+        certificate, key = map(os.fsdecode, value)
+        return certificate, key
+    return os.fsdecode(value)
+
+
+def _parse_path(value):
+    """Return a path, or None."""
+    return None if value in (None, "") else os.fsdecode(value)
+
+
+def _parse_headers(value):
+    """Return a dict of headers that can be sent."""
+    if value is not None and not hasattr(value, "items"):
+        raise ValueError(f"a dict was expected, got {type(value).__name__}")
+    headers = dict(value or {})
+    for name, content in headers.items():
+        _check_header(name, content)
+    return headers
+
+
+def _check_header(name, content):
+    """Refuse a header that would break out of its line (RFC 9110, 5.5), never quoting its value."""
+    if not isinstance(name, str) or not re.match(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z", name):
+        raise ValueError(f"{name!r} is not a header name")
+    if name.lower() in ("content-length", "transfer-encoding"):
+        raise ValueError(f"{name!r} belongs to the transport")
+    text = content.decode("latin-1") if isinstance(content, bytes) else content
+    if not isinstance(text, (str, int, float, type(None))):
+        raise ValueError(f"the value of {name!r} is not text")
+    if re.search(r"[\x00-\x08\x0a-\x1f\x7f]|[^\x00-\xff]", str(text)):
+        problem = "holds a line break, a control character or one beyond Latin-1"
+        raise ValueError(f"the value of {name!r} {problem}")
+
+
+def _parse_session(value):
+    """Return the object that sends; an aiohttp session cannot, its methods are coroutines."""
+    if type(value).__module__.partition(".")[0] == "aiohttp":
+        raise ValueError(
+            "an aiohttp session cannot be used; leave it out, or give a requests.Session"
+        )
+    return value
+
+
+def _convert(name, converter, value):
+    """Return converter(value). Raises ValueError that begins with the name it was given by."""
+    try:
+        return converter(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+_Setting = collections.namedtuple("_Setting", "name default convert given_in")
+
+# given_in: "both" is read from the environment (CLOUDSTACK_<NAME>) and from ini files under its
+# name; "code" is an argument of the constructor only; "tool" is as "both", but for the command line
+# alone, which finds its text in _Invocation.settings. CloudStack.__init__ has an argument of that
+# name, too, and drops it, since read_config() passes it on; a flag for it stands in _OPTIONS.
+# fmt: off
+SETTINGS: "tuple[Any, ...]" = (
+    _Setting("endpoint", None, _parse_text, "both"),
+    _Setting("key", None, _parse_text, "both"),
+    _Setting("secret", None, _parse_text, "both"),
+    _Setting("timeout", 10, _number(0.001), "both"),
+    _Setting("method", "get", _parse_method, "both"),
+    _Setting("verify", None, _parse_ca_path, "both"),
+    _Setting("cert", None, _parse_pem_path, "both"),
+    _Setting("cert_key", None, _parse_path, "both"),
+    _Setting("name", None, _parse_text, "code"),
+    _Setting("retry", 0, _number(0, whole=True), "both"),
+    _Setting("retry_backoff", 0.5, _number(0), "both"),
+    _Setting("job_timeout", None, _number(0, optional=True), "both"),
+    _Setting("poll_interval", 2.0, _number(0), "both"),
+    _Setting("expiration", 600, _parse_lifetime, "both"),
+    _Setting("trace", False, _parse_flag, "both"),
+    _Setting("dangerous_no_tls_verify", False, _parse_flag, "both"),
+    _Setting("headers", None, _parse_headers, "code"),
+    _Setting("session", None, _parse_session, "code"),
+    _Setting("fetch_result", False, _parse_flag, "code"),
+    _Setting("username", None, _parse_text, "both"),
+    _Setting("password", None, _parse_text, "both"),
+    _Setting("domain", None, _parse_domain, "both"),
+    _Setting("concurrency", 128, _number(1, whole=True), "code"),
+    _Setting("max_response_size", 256 * 1024 * 1024, _number(1, whole=True), "both"),
+    _Setting("recover", False, _parse_flag, "both"),
+    _Setting("output", None, _parse_text, "tool"),
+    _Setting("theme", None, _parse_text, "tool"),
+)
+# fmt: on
+_CLIENT_SETTINGS: "dict[str, Any]" = {setting.name: setting for setting in SETTINGS if setting.given_in != "tool"}
+
+# The settings that cs 5.2.0 had as attributes of a client. The names of the others belong to the
+# subclasses written for it, as in `self.domain = {...}`.
+_ATTRIBUTES = frozenset(
+    "endpoint key secret timeout method verify cert name retry retry_backoff job_timeout"
+    " poll_interval expiration trace headers session fetch_result".split()
+)
+
+
+# 7.2 Configuration: environment and ini files.
 # Layers, later ones win. Usually:
 #     1 defaults, 2 environment, 3 section of the ini files, 4 the variables of the environment that
 #     CLOUDSTACK_OVERRIDES names, 5 options of the command line.
@@ -3397,13 +3007,16 @@ _ALWAYS = (
 )
 
 
-class _IniValues:
-    """Gathers what the ini files say about one region."""
+class Config:
+    """A configuration, and where it came from; load_config() returns it."""
 
     def __init__(self):
-        self.values = {}  # {key: text}
-        self.origins = {}  # {key: path}
+        self.settings = {}  # for CloudStack(**settings)
+        self.region = None
+        self.origins = {}  # {setting: path, variable, or "option"}
+        self.values = {}  # {key: text} of the region's section in the ini files
         self.unknown = []  # (key, path) of keys that no setting has
+        self.warnings = []  # texts
         self.regions = set()  # the sections of all files
         self.tried = []
         self.read = []
@@ -3480,7 +3093,7 @@ def _read_text(path, newline=None):
     except UnicodeDecodeError:
         raise ValueError(f"cannot read {path!a}: it is not UTF-8 text") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path!a}: {_error_text(error)}") from None
+        raise ValueError(f"cannot read {path!a}: {error_text(error)}") from None
 
 
 def _parse_ini(path, text):
@@ -3529,10 +3142,10 @@ def _expand_values(path, raw, region):
 
 
 def _read_ini_values(region, config=None):
-    """Return the _IniValues of a region, out of the files of _list_ini_paths.
+    """Return the Config of a region, out of the files of _list_ini_paths.
 
     Raises SystemExit if a file that was named is not there."""
-    found = _IniValues()
+    found = Config()
     found.tried, named = _list_ini_paths(config)
     for path in found.tried:
         try:
@@ -3596,28 +3209,33 @@ def _merge_layers(*layers):
     return {key: value for key, value in merged.items() if value}
 
 
-def _load_config(ini_group=None, flags=None, config=None):
-    """Return (settings, _IniValues); see read_config.
+def load_config(
+    region: "str | None" = None, overrides: "Mapping[str, str] | None" = None,
+    path: "str | None" = None,
+) -> Config:  # fmt: skip
+    """Return the Config of a region: its `settings` are what read_config() returns.
 
-    flags {key: text} are the command line's; config stands for CLOUDSTACK_CONFIG."""
-    region = ini_group or os.environ.get(_PREFIX + "REGION") or _DEFAULT_REGION
+    overrides {setting: text} beat all else, as options of the command line do; path stands in for
+    CLOUDSTACK_CONFIG. Raises what read_config() raises."""
     # The default's own name asks for nothing: Ansible's modules up to 2.9 always pass it.
-    is_explicit = bool(ini_group) and ini_group != _DEFAULT_REGION
-    overrides = os.environ.get(_PREFIX + "OVERRIDES", "").lower().replace(",", " ").split()
+    is_explicit = bool(region) and region != _DEFAULT_REGION
+    region = region or os.environ.get(_PREFIX + "REGION") or _DEFAULT_REGION
+    options = dict(overrides or {})
+    named = os.environ.get(_PREFIX + "OVERRIDES", "").lower().replace(",", " ").split()
     env = _read_environment()
-    env_first = "endpoint" in env and not is_explicit and not overrides
+    env_first = "endpoint" in env and not is_explicit and not named
     above = {
         key: value
         for key, value in env.items()
-        if env_first or key in overrides or _group_of(key) in overrides
+        if env_first or key in named or _group_of(key) in named
     }
-    above.update(flags or {})
+    above.update(options)
 
-    found = _IniValues()
+    found = Config()
     has_user = "username" in env and "password" in env
     is_complete = env.get("key") == "" or ("key" in env and "secret" in env) or has_user
-    if not env_first or not is_complete or config:
-        found = _read_ini_values(region, config)
+    if not env_first or not is_complete or path:
+        found = _read_ini_values(region, path)
         has_endpoint = "endpoint" in env or "endpoint" in above
         _check_region(found, region if is_explicit else None, has_endpoint)
     decided = set(above) | set(_overruled_by(above))
@@ -3629,12 +3247,53 @@ def _load_config(ini_group=None, flags=None, config=None):
         where = ""
         if not found.has_section:
             where = f" (there is no section [{region}] in {', '.join(found.read)})"
-        raise ValueError(f"the configuration is missing the following keys: endpoint{where}")
+        error = ValueError(f"the configuration is missing the following keys: endpoint{where}")
+        error.config = found  # type: ignore[attr-defined]
+        raise error
     settings = {key: _CLIENT_SETTINGS[key].default for key in _ALWAYS}
     settings["trace"] = None  # as 5.2.0 has it; the constructor takes it for False
     settings["name"] = region if found.has_section else None
     settings.update(_to_settings(values))
-    return settings, found
+    found.settings, found.region = settings, region
+    found.origins = {key: _origin_of(key, found, env, options) for key in values}
+    found.warnings = _warnings_of(found)
+    return found
+
+
+def _origin_of(key, found, env, flags):
+    """Return where a value came from: an option, an ini file, or a variable."""
+    if key in flags:
+        return "option"
+    return found.origins[key] if key in found.values else _PREFIX + key.upper().replace("-", "_")
+
+
+def _warnings_of(found):
+    """Return what is wrong with the files that were read, although they can be used."""
+    warnings = []
+    secrets = [key for key in ("secret", "password") if key in found.values]
+    for path in sorted({found.origins[key] for key in secrets}):
+        if os.name == "posix" and os.stat(path).st_mode & 0o044:
+            hint = f"can be read by others; chmod 600 {path}"
+            warnings.append(f"{path} holds a secret and {hint}")
+    return warnings
+
+
+def parse_section(path: str, text: str, region: str) -> "dict[str, Any]":
+    """Return the settings of a region in the text of one ini file. Raises ValueError."""
+    found = Config()
+    found.add_file(path, _parse_ini(path, text), region)
+    return _to_settings(found.values)
+
+
+def list_regions(path: "str | None" = None) -> "list[str]":
+    """Return the names of all sections in the ini files that can be read; path as in load_config."""
+    found = set()
+    for file in _list_ini_paths(path)[0]:
+        try:
+            found.update(_parse_ini(file, _read_text(file)).sections())
+        except (OSError, ValueError):
+            pass
+    return sorted(found)
 
 
 def _check_region(found, region, has_endpoint):
@@ -3653,7 +3312,7 @@ def read_config(ini_group: "str | None" = None) -> "dict[str, Any]":
     ini_group is the region, a section of the ini files; the head of this room shows the layers.
     Raises SystemExit if there is no configuration at all, ValueError if it cannot be used,
     configparser.NoSectionError if ini_group is in no file."""
-    return _load_config(ini_group)[0]
+    return load_config(ini_group).settings
 
 
 def read_config_from_ini(ini_group: "str | None" = None) -> "dict[str, Any]":
@@ -3666,7 +3325,7 @@ def read_config_from_ini(ini_group: "str | None" = None) -> "dict[str, Any]":
     return dict(_to_settings(found.values), name=region if found.has_section else None)
 
 
-# --- 9 command line -------------------------------------------------------------------------------
+# --- 8 command line -------------------------------------------------------------------------------
 # A line of words becomes a checked call (_checked_call), the call is made (_make_call), its answer
 # is printed (_print_answer). _Invocation holds what they share, and may serve one line after
 # another with the same client.
@@ -3674,59 +3333,54 @@ def read_config_from_ini(ini_group: "str | None" = None) -> "dict[str, Any]":
 __all__ += ["main"]
 
 
-# 9.1 Options: the words of a line, taken apart.
+# 8.1 Options: the words of a line, taken apart.
 
-# A new one is printed by _print_rows (9.3), else it comes out as a table; _HELP names it, too.
 FORMATS = ("json", "jsonl", "table", "csv", "text")
 
-# letter: its short form, if any; value: None for a flag, the only values there are, or the name
-# under which help shows the value. _HELP shows each option, too.
-_Option = collections.namedtuple("_Option", "name letter value")
+# name and letter: --name and -n. value: None for a flag, a tuple of all the values there are, or
+# what stands for the value in the help. about: what the help says; None leaves the option out.
+_Option = collections.namedtuple("_Option", "name letter value about")
 _OPTIONS = (
-    _Option("output", "o", FORMATS), _Option("columns", "c", "id,name,nic.0.ipaddress"),
-    _Option("where", "", "CONDITION"), _Option("sort", "", "[-]COLUMN"), _Option("all", "", None),
-    _Option("each", "", None), _Option("parallel", "", "COUNT"),
-    _Option("stop-on-error", "", None),
-    _Option("region", "r", "NAME"), _Option("profile", "p", "NAME"), _Option("config", "", "FILE"),
-    _Option("endpoint", "", "URL"), _Option("timeout", "", "SECONDS"),
-    _Option("retry", "", "COUNT"),
-    _Option("async", "", None), _Option("wait", "", "JOBID"), _Option("post", "", None),
-    _Option("dry-run", "", None), _Option("force", "", None),
-    _Option("quiet", "q", None), _Option("trace", "t", None),
-    _Option("color", "", ("auto", "always", "never")), _Option("theme", "", "STYLE"),
-    _Option("list", "", None), _Option("sync", "", None), _Option("shell", "", None),
-    _Option("configure", "", None), _Option("completion", "", ("bash", "zsh", "fish")),
-    _Option("version", "", None), _Option("help", "h", None),
-    _Option("complete", "", "LINE"),  # for the scripts of completion; help does not show it
+    _Option("output", "o", FORMATS, ""), _Option("columns", "c", "id,name,nic.0.ipaddress", ""),
+    _Option("where", "", "CONDITION", "name~^web"), _Option("sort", "", "[-]COLUMN", ""),
+    _Option("all", "", None, "fetch all pages of a list"),
+    _Option("sync", "", None, "refresh the known commands"),
+    _Option("each", "", None, "run once per stdin row; {name} is that row's field"),
+    _Option("parallel", "", "COUNT", "rows at a time"), _Option("stop-on-error", "", None, ""),
+    _Option("region", "r", "NAME", "ini file's section"),
+    _Option("profile", "p", "NAME", "alias of --region"),
+    _Option("config", "", "FILE", "another ini file"), _Option("endpoint", "", "URL", ""),
+    _Option("timeout", "", "SECONDS", "per request"), _Option("retry", "", "COUNT", ""),
+    _Option("async", "", None, "do not wait for jobs"),
+    _Option("wait", "", "JOBID", "wait for a job"),
+    _Option("job-timeout", "", "SECONDS", ""), _Option("poll-interval", "", "SECONDS", ""),
+    _Option("dry-run", "", None, "print, do not send"),
+    _Option("force", "", None, "skip validation"),
+    _Option("quiet", "q", None, "fewer messages"),
+    _Option("trace", "t", None, "show each exchange"),
+    _Option("color", "", ("auto", "always", "never"), ""),
+    _Option("theme", "", "STYLE", "for Pygments"), _Option("post", "", None, "send by POST"),
+    _Option("completion", "", ("bash", "zsh", "fish"), ""),
+    _Option("version", "", None, ""), _Option("help", "h", None, ""),
+    _Option("list", "", None, None), _Option("shell", "", None, None),  # these are in _USAGE
+    _Option("configure", "", None, None),
+    _Option("complete", "", "LINE", None),  # for the scripts of completion
 )  # fmt: skip
 _FLAGS = {"--" + option.name: option for option in _OPTIONS}
 _FLAGS.update(("-" + option.letter, option) for option in _OPTIONS if option.letter)
 # An empty value of any other is an unset variable of a script: it must not mean the usual region.
-_MAY_BE_EMPTY = frozenset(["columns", "sort", "theme", "complete"])
+_MAY_BE_EMPTY = frozenset(["columns", "sort", "where", "theme", "complete"])
 
-_HELP = """\
+_USAGE = """\
 cs [options] COMMAND [name=value ...]  call the CloudStack API, print its answer
 
-  cs listVirtualMachines state=Running   any API command; name=@file is a file's
-  cs startVirtualMachine id=name:web-01  the id of what has that name
-  cs --list [words], cs COMMAND --help   the commands, and what each takes
-  cs --configure, cs --shell             make the ini file; many lines at once
+  cs listVirtualMachines state=Running    name=@file reads the value from a file
+  cs startVirtualMachine id=name:web-01   look up the id by name
+  cs --list [WORD ...], cs COMMAND --help   commands, and their parameters
+  cs --configure, cs --shell              write the ini file; interactive shell
 
- -o, --output json|jsonl|table|csv|text  -c, --columns id,name,nic.0.ipaddress
-     --where CONDITION  name~^web           --sort [-]COLUMN
-     --all           every page of a list   --sync  refresh the known commands
-     --each          a call for each row of standard input, {name} filled in;
-     --parallel COUNT   of them at once     --stop-on-error
- -r, --region NAME   section of ini file -p, --profile NAME     the same
-     --config FILE   --endpoint URL         --timeout SECONDS   --retry COUNT
-     --async         do not wait for jobs   --wait JOBID   go on waiting for one
-     --dry-run       show, do not send      --force    send what looks wrong
- -q, --quiet         only usage errors   -t, --trace   show each exchange
-     --color auto|always|never              --theme STYLE  of Pygments
-     --post          send by POST           --completion bash|zsh|fish
-     --version       -h, --help
-
-exit: 0 done  1 error answer  2 usage  3 no answer  4 job still runs  130 Ctrl-C
+{options}
+exit: {codes}
 More: README.rst; the API: https://cloudstack.apache.org/api.html
 """
 
@@ -3735,60 +3389,73 @@ class _Usage(Exception):
     """The command line cannot be carried out as it was typed."""
 
 
-@functools.lru_cache(maxsize=None)
-def _make_parser():
-    """Make the parser of all options in the table."""
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="cs", add_help=False)
-    parser.error = _refuse_arguments  # type: ignore[method-assign]
-    for option in _OPTIONS:
-        flags = ["-" + letter for letter in option.letter] + ["--" + option.name]
-        action = "store_true" if option.value is None else "store"
-        if option.name == "where":  # each one counts
-            action = "append"
-        parser.add_argument(*flags, dest=option.name, action=action, default=None)
-    return parser
-
-
-def _refuse_arguments(message):
-    """Raise argparse's complaint, about an option's value, in the words of this program."""
-    text = re.sub(r"argument (?:-\w/)?(\S+): ", r"option \1 ", message)
-    text = text.replace("expected one argument", "needs a value")
-    raise _Usage(text.replace("ignored explicit argument", "takes no value:") + "; see cs --help")
+def _help_text():
+    """Return what --help prints; options stand two on a line where they fit."""
+    lines: list = []
+    for name, letter, value, about in _OPTIONS:
+        if about is not None:
+            flags = f" -{letter}, --{name} " if letter else f"     --{name} "
+            cell = f"{flags}{'|'.join(value) if isinstance(value, tuple) else value or ''}"
+            cell = f"{cell.rstrip()}  {about}".rstrip()
+            if lines and len(lines[-1]) < 40 and len(cell) <= 40:
+                cell = f"{lines.pop():39}{cell}"
+            lines.append(cell)
+    pairs = sorted((code, meaning) for code, _, meaning in _EXITS)
+    codes = "  ".join(f"{code} {meaning}" for code, meaning in pairs)
+    return _USAGE.format(options="\n".join(lines), codes=codes)
 
 
 def _parse_arguments(args):
     """Return {option: value} and the words that are not options; they may stand in any order.
 
-    Names are never completed, since tomorrow's options would change the meaning of today's
-    abbreviations. (argparse can be told so since 3.8; before, that breaks -qt.)"""
-    known: list = []
+    Names of options are never completed: a new option would change what an abbreviation means."""
+    options: dict = dict.fromkeys(option.name for option in _OPTIONS)
+    words = []
     waiting = collections.deque(args)
     while waiting:
         arg = waiting.popleft()
-        flag = arg.partition("=")[0]
-        if arg.startswith("--") and arg != "--" and flag not in _FLAGS:
-            raise _unknown_option(flag)
-        if arg == "--sort" and waiting:  # `--sort -name` is not an option -n
-            arg += "=" + waiting.popleft()
-        if arg != "--":
-            known.append(arg)
-
-    found, words = _make_parser().parse_known_args(known)
-    for word in words:
-        if word.startswith("-"):
-            raise _unknown_option(word)
-    values = vars(found)
-    options = {option.name: _check_value(option, values[option.name]) for option in _OPTIONS}
+        if not arg.startswith("-"):
+            words.append(arg)
+        elif arg != "--":
+            name, value = _parse_option(arg, waiting)
+            options[name] = [*(options[name] or ()), value] if name == "where" else value
     options["region"] = options["region"] or options["profile"]
     return options, words
 
 
-def _unknown_option(flag):
-    """Return the exception for an option that does not exist, with those it may be meant for."""
-    near = _did_you_mean(_near(flag, set(_FLAGS) - {"--complete"}, most=1))
-    return _Usage(f"there is no option {flag!a}{near or '; see cs --help'}")
+def _parse_option(arg, waiting):
+    """Return an option's name and value, which may be the next of the waiting arguments."""
+    is_long = arg.startswith("--")
+    flag, equals, value = arg.partition("=") if is_long else (arg[:2], arg[2:], arg[2:])
+    option = _FLAGS.get(flag)
+    if option is None:
+        raise _unknown_option(flag, value, waiting)
+    if option.value is None:
+        if equals and is_long:
+            raise _Usage(f"option {flag} takes no value: {value!a}; see cs --help")
+        if equals:  # -qt
+            waiting.appendleft("-" + value)
+        return option.name, True
+    if not equals:
+        if not waiting or (re.match("-[^0-9]", waiting[0]) and option.name != "sort"):
+            raise _Usage(f"option {flag} needs a value; see cs --help")
+        value = waiting.popleft()
+    return option.name, _check_value(option, value if is_long else re.sub("^=", "", value))
+
+
+def _unknown_option(flag, value, waiting):
+    """Return the exception for an option that does not exist: what may be meant by it."""
+    name = flag.lstrip("-")
+    names = [option.name for option in _OPTIONS if option.about is not None]
+    near = _near(name, names, most=1)
+    if len(name) == 1:
+        near = [other for other in names if other.startswith(name.lower())][:3]
+    meant = ["--" + other for other in near]
+    if flag.startswith("--") and not near:  # a parameter, as other tools have it
+        if not value and waiting and not re.search("^-|=", waiting[0]):
+            value = waiting[0]
+        meant = [f"{name}={value}"] if value else []
+    return _Usage(f"there is no option {flag!a}{_did_you_mean(meant) or '; see cs --help'}")
 
 
 def _merge_options(base, options):
@@ -3800,127 +3467,229 @@ def _check_value(option, value):
     """Return the value of an option. Raises _Usage for one that it cannot have."""
     if value == "" and option.name not in _MAY_BE_EMPTY:
         raise _Usage(f"option --{option.name} needs a value; see cs --help")
-    if value is None or not isinstance(option.value, tuple):
+    if not isinstance(option.value, tuple):
         return value
     if value.lower() not in option.value:
-        raise _Usage(f"--{option.name}: {value!a} is none of {', '.join(option.value)}")
+        near = _did_you_mean(_near(value, option.value, most=1))
+        raise _Usage(f"--{option.name}: {value!a} is not one of {', '.join(option.value)}{near}")
     return value.lower()
 
 
-def _parse_parameters(words):
-    """Make keyword arguments of name=value words.
+# A value as it was typed. literal: None; or "quoted" or "file" for one that is a text and nothing
+# else, so that name:... in it is not looked up.
+_Value = collections.namedtuple("_Value", "text literal")
 
-    The values of a repeated name are joined by commas, in the order given."""
+
+def _parse_parameters(words):
+    """Return {name: [_Value, ...]} of name=value words, in the order given."""
     params: dict = {}
     for word in words:
-        name, equals, value = word.partition("=")
+        name, equals, text = word.partition("=")
         name = name.strip()
         if not equals or not name:
-            raise _Usage(f"{word!a} is not a correctly formatted option; it should be name=value")
+            example = "parameters are name=value, such as id=name:web-01"
+            raise _Usage(f"{word!a} has no {'name' if equals else repr('=')}; {example}")
         if name == "headers":
             hint = "set header_<name> in the ini file, or CLOUDSTACK_HEADER_<NAME>"
             raise _Usage(f"'headers' cannot be a parameter here; {hint}")
         if name in ("self", "command"):
             raise _Usage(f"{name!a} cannot be a parameter here")
-        value = _parse_value(name, value.strip())
-        params[name] = params[name] + "," + value if name in params else value
-
-    for name in ("json", "fetch_list", "fetch_result"):
-        if name in params:
-            try:
-                params[name] = strtobool(params[name])
-            except ValueError:
-                raise _Usage(f"{name}={params[name]!a} is neither true nor false") from None
+        params.setdefault(name, []).append(_parse_value(name, text.strip()))
     return params
 
 
-class _Literal(str):
-    """A value that was quoted, or read from a file: name:... in it stands for no id."""
+def _parse_value(name, text):
+    """Return the _Value of a name=value word: quotes taken off, @file and @- read, @@ made one @.
+
+    Within quotes neither @ nor name: has a meaning. "a","b" is not one quoted text."""
+    quote = text[:1]
+    if len(text) > 1 and quote in "\"'" and text[-1] == quote:
+        if not re.search(quote + r"\s*,\s*" + quote, text[1:-1]):
+            return _Value(text[1:-1], "quoted")
+    if text.startswith("@@"):
+        return _Value(text[1:], None)
+    if text.startswith("@"):
+        return _Value(_read_value(name, text[1:]), "file")
+    return _Value(text, None)
 
 
-def _parse_value(name, value):
-    """Return the value of a name=value word: quotes taken off, @file and @- read, @@ made one @.
-
-    Within quotes neither @ nor name: has a meaning."""
-    if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
-        return _Literal(value[1:-1])
-    if not value.startswith("@"):
-        return value
-    if value.startswith("@@"):
-        return value[1:]
+def _read_value(name, path):
+    """Return the text of a file, or of standard input for "-"; userdata made base64."""
+    source = "standard input" if path == "-" else f"file {path!a}"
     try:
-        if value == "@-":
-            text = _read_stdin()
+        if path == "-":
+            content = _read_stdin()
         else:
-            text = _read_text(os.path.expanduser(value[1:]), newline="")
-    except FileNotFoundError:
-        hint = "@@ stands for a plain @"
-        raise _Usage(f"{name}: there is no file {value[1:]!a} ({hint})") from None
-    except ValueError as error:
-        raise _Usage(f"{name}: {error}") from None
-    return _Literal(re.sub(r"\r?\n\Z", "", text))
+            with open(os.path.expanduser(path), "rb") as file:
+                content = file.read()
+        if name.lower() == "userdata":
+            return _as_base64(content)
+        return re.sub(r"\r?\n\Z", "", content.decode("utf-8-sig"))
+    except (FileNotFoundError, NotADirectoryError):
+        hint = "" if path == "-" else " (@@ stands for a plain @)"
+        raise _Usage(f"{name}: there is no {source}{hint}") from None
+    except UnicodeDecodeError:
+        raise _Usage(f"{name}: {source} is not UTF-8 text") from None
+    except OSError as error:
+        raise _Usage(f"{name}: cannot read {source}: {error_text(error)}") from None
+
+
+def _as_base64(content):
+    """Return bytes as base64; what is base64 already without its line breaks."""
+    from base64 import b64decode, b64encode
+
+    text = b"".join(content.split())
+    try:
+        b64decode(text, validate=True)
+    except ValueError:
+        text = b64encode(content)
+    return text.decode("ascii")
+
+
+def _joined(values):
+    """Return the text that the values of one parameter are sent as."""
+    return ",".join(value.text for value in values)
+
+
+def _to_arguments(params):
+    """Return the keyword arguments of a call for {name: [_Value, ...]}."""
+    arguments: dict = {name: _joined(values) for name, values in params.items()}
+    for name in ("json", "fetch_list", "fetch_result"):
+        if name in arguments:
+            try:
+                arguments[name] = strtobool(arguments[name])
+            except ValueError:
+                raise _Usage(f"{name}={arguments[name]!a} is neither true nor false") from None
+    return arguments
 
 
 def _read_stdin():
-    """Return all that standard input holds. Raises ValueError."""
+    """Return all that standard input holds, as bytes. Raises OSError."""
     if sys.stdin is None:
-        raise ValueError("there is no standard input")
-    try:
-        return sys.stdin.buffer.read().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError("standard input is not UTF-8 text") from None
+        raise FileNotFoundError("there is no standard input")
+    return sys.stdin.buffer.read()
 
 
-# 9.2 Run and report.
+# 8.2 Run and report.
+
+# What a command can end with: exit code, the classes an exception has, what the help says. The
+# first that fits counts.
+_EXITS = (
+    (130, (KeyboardInterrupt,), "interrupted"),
+    (4, (CloudStackJobTimeout,), "job still runs"),
+    (3, (CloudStackException, OSError), "no answer"),
+    (1, (CloudStackException,), "error"),
+    (2, (Exception,), "usage"),
+    (0, (), "done"),
+)
 
 
 def main(args: "Iterable[str] | None" = None) -> int:
-    """Run the command line; returns the exit code.
+    """Run the command line with these arguments, or those of the process; returns the exit code.
 
     0 done; 1 an answer that is an error, or a failed job; 2 usage or configuration; 3 no answer; 4
     job still running at job_timeout; 130 interrupted."""
     if sys.stdout is None:  # closed by the process that started this one
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    return _exit_code(_attempt(_Invocation(), _dispatch, sys.argv[1:] if args is None else args))
+    invocation = _Invocation()
+    outcome = _attempt(invocation, _dispatch, sys.argv[1:] if args is None else args)
+    if args is None and isinstance(outcome, KeyboardInterrupt):
+        invocation.interrupts.end()  # else the next one would change the exit code
+    return _exit_code(outcome)
+
+
+_SIGNALS = frozenset([1, 2, 15])  # SIGHUP, SIGINT, SIGTERM
+
+
+class _Interrupts:
+    """Makes the first SIGINT, SIGTERM or SIGHUP a KeyboardInterrupt, and ignores all others.
+
+    Wrappers and impatient people send several, and none may cut the account of what was begun.
+    After the `with` block, or release(), signals have their usual effect again.
+    on_first: called in the place of raising KeyboardInterrupt; is_over: the first has come."""
+
+    def __init__(self):
+        self.on_first = None
+        self.is_over = False
+        self._usual = {}
+
+    def __enter__(self):
+        import signal
+
+        usual = (signal.SIG_DFL, signal.default_int_handler)  # not what nohup has ignored
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                if signal.getsignal(number) in usual:
+                    self._usual[number] = signal.signal(number, self._handle)
+        return self
+
+    def hold(self):
+        """Ignore signals from now on, the first one too."""
+        self.is_over = True
+        self.__enter__()
+
+    def release(self, *exc_info):
+        """Give signals their usual effect again."""
+        import signal
+
+        while self._usual:
+            signal.signal(*self._usual.popitem())
+
+    __exit__ = release
+
+    def end(self):
+        """Ignore signals for good: the process is about to end, which takes a moment."""
+        import signal
+
+        self.__enter__()
+        for number in self._usual:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _handle(self, number, frame):
+        if not self.is_over:
+            self.is_over = True
+            if self.on_first is None:
+                raise KeyboardInterrupt
+            self.on_first()
 
 
 def _attempt(invocation, dispatch, line):
-    """Do what a line asks for, and report what it raises. Returns that, or whether it succeeded."""
+    """Do what a line asks for, report what it raises, then log out and close.
+
+    Returns what was raised, or whether it succeeded."""
     outcome: Any = True
     try:
-        try:
-            outcome = dispatch(invocation, line)
-        except (CloudStackException, _Usage, ValueError, OSError, KeyboardInterrupt) as error:
-            outcome = error
-            invocation.progress.close()
-            _report(invocation, error)
-        finally:
-            invocation.progress.clear()
-        _flush()
-    except KeyboardInterrupt as again:  # while that was done
-        outcome = again
+        with invocation.interrupts:
+            try:
+                outcome = dispatch(invocation, line)
+            except (CloudStackException, _Usage, ValueError, OSError, KeyboardInterrupt) as error:
+                invocation.interrupts.hold()
+                outcome = error
+                invocation.progress.clear()
+                _report(invocation, error)
+            finally:
+                invocation.progress.clear()
+            _flush()
     except _OutputFailed as failed:
         if not _exit_code(outcome):  # a failure before this one says more
             outcome = failed
         _report_unwritten(failed.args[0])
+    except KeyboardInterrupt as error:
+        outcome = error if outcome is True else outcome
+    try:
+        invocation.close()
+    except KeyboardInterrupt as error:
+        outcome = outcome if _exit_code(outcome) else error
     return outcome
 
 
 def _exit_code(outcome):
-    """Return the exit code for what was raised, or for whether everything succeeded.
-
-    They are listed in main's docstring, in _HELP and in README; --each gives 0, 1 or 130."""
+    """Return the exit code for what was raised, or for whether everything succeeded."""
     if isinstance(outcome, _OutputFailed):  # a reader that has seen enough is no failure
         return 0 if isinstance(outcome.args[0], BrokenPipeError) else 1
-    if isinstance(outcome, KeyboardInterrupt):
-        return 130
-    if isinstance(outcome, CloudStackJobTimeout):
-        return 4
-    if isinstance(outcome, CloudStackException):
-        return 3 if isinstance(outcome, OSError) else 1
-    if isinstance(outcome, Exception):
-        return 2
-    return 0 if outcome else 1
+    if not isinstance(outcome, BaseException):
+        return 0 if outcome else 1
+    return next(code for code, kinds, _ in _EXITS if all(isinstance(outcome, k) for k in kinds))
 
 
 def _dispatch(invocation, args):
@@ -3943,8 +3712,9 @@ def _dispatch(invocation, args):
             raise _Usage("--configure stands alone; --region names the section")
         return _configure(invocation)
     elif options["help"] and not words:
-        _write(_HELP)
+        _write(_help_text())
     elif _asks_for_shell(invocation, words):
+        invocation.interrupts.release()  # each line has its own
         return _Shell(options).run()
     else:
         return _use_server(invocation, words)
@@ -3962,48 +3732,52 @@ def _use_server(invocation, words):
     """Do what needs a client. Returns whether it succeeded."""
     options = invocation.options
     invocation.conditions = [_Condition(text) for text in options["where"] or ()]
-    if options["wait"] and words:
-        raise _Usage("--wait stands alone: it waits for a job that is already running")
-    if not (words or options["wait"] or options["list"] or options["sync"]):
+    jobids = _job_ids(options["wait"], words) if options["wait"] else []
+    if not (words or jobids or options["list"] or options["sync"]):
         raise _Usage("no command given; see cs --help")
+    if words[:1] == ["help"] and not options["list"]:
+        raise _Usage(f"help is an option: cs {''.join(word + ' ' for word in words[1:2])}--help")
     if words and not options["list"] and not re.match(r"[\w.-]+\Z", words[0], re.ASCII):
         usage = "cs [options] COMMAND [name=value ...]"
         raise _Usage(f"{words[0]!a} stands where the command should be: {usage}")
-    if words[:1] == ["help"] and not options["list"]:
-        raise _Usage(f"help is an option: cs {''.join(word + ' ' for word in words[1:2])}--help")
 
     invocation.connect()
     invocation.format()  # a wrong one is refused before anything is sent
-    with invocation:
-        if options["list"]:
-            return _list_commands(invocation, words)
-        if options["help"]:
-            return _describe_command(invocation, words[0])
-        if options["sync"] and not options["dry-run"]:
-            _fetch_catalog(invocation)
-        invocation.checked = {}
-        if options["each"]:
-            return _carry_out_each(invocation, words)
-        if options["wait"]:
-            call = _CheckedCall("queryAsyncJobResult", {"jobid": options["wait"]}, [])
-        elif words:
-            call = _checked_call(invocation, words)
-        else:
-            call = None  # --sync alone
-        if options["dry-run"]:
-            _show_plan(invocation, call or _CheckedCall("listApis", {}, []))
-        elif call is not None:
-            return _carry_out(invocation, call)
+    if options["list"]:
+        return _list_commands(invocation, words)
+    if options["help"]:
+        return _describe_command(invocation, _join_command(invocation, words)[0])
+    if options["sync"] and not options["dry-run"]:
+        _fetch_catalog(invocation)
+    if options["each"]:
+        return _carry_out_each(invocation, words)
+    if jobids:
+        return _wait_for_jobs(invocation, jobids)
+    if words or options["dry-run"]:
+        sync = _CheckedCall("listApis", {}, [], pages=True)
+        call = _checked_call(invocation, words) if words else sync
+        return (_show_plan if options["dry-run"] else _carry_out)(invocation, call)
     return True
+
+
+def _job_ids(first, others):
+    """Return the ids of --wait: its value and the words beside it; `-` for those on stdin."""
+    jobids: list = []
+    for jobid in [first, *others]:
+        jobids += _read_stdin().decode("utf-8", "replace").split() if jobid == "-" else [jobid]
+    wrong = [jobid for jobid in jobids if not re.match(r"[\w.-]+\Z", jobid, re.ASCII)]
+    if wrong or not jobids:
+        raise _Usage(f"--wait takes ids of jobs, not {', '.join(map(ascii, wrong)) or 'nothing'}")
+    return jobids
 
 
 class _Invocation:
     """Holds what one use of the command line has: options, settings, client, progress.
 
-    Messages go through say(), so that -q has one place. Used with `with`, it closes its client at
-    the end, unless that is one of a shell's: {what leads to a client: (its settings, it)}."""
+    Messages go through say(), so that -q has one place. clients holds those of a shell: {what leads
+    to a client: (its Config, the client)}; they outlive the invocation."""
 
-    def __init__(self, options=None, clients=None):
+    def __init__(self, options=None, clients=None, place=""):
         self.options = _parse_arguments([])[0] if options is None else options
         self.settings = {}
         self.conditions: list = []  # of --where
@@ -4011,99 +3785,136 @@ class _Invocation:
         self.ids: dict = {}  # what _id_of_name found
         self.client: Any = None
         self.clients = clients
+        self.place = place  # "line 3: " of a script
+        self.interrupts = _Interrupts()
         self.progress = _Progress()
-        self.under_way = None  # the _CheckedCall that is under way
+        self.under_way: Any = None  # the _CheckedCall
+        self.left: Any = ()  # ids of more jobs that were begun and not waited for
+        self.request: Any = None  # the one that was sent last
+        self.fetched: Any = None  # how many rows of how many there are, of all pages
+        self.unknown: list = []  # settings that nothing knows, as texts
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc_info):
-        if self.clients is None:
+    def close(self):
+        """Log out and close connections, unless the client is one of a shell's."""
+        if self.client is not None and self.clients is None:
             self.client.close()
 
     def say(self, text):
         """Say something on standard error, unless -q."""
         if not self.options["quiet"]:
             self.progress.clear()
-            _write_stderr(text)
+            write_stderr(text)
 
     def connect(self):
         """Make the client that configuration and options describe. Raises _Usage, ValueError.
 
         In a shell it is the one that a line before had for them."""
-        options = self.options
-        place = tuple(options[name] for name in ("region", "config", "endpoint"))
-        loaded, self.client = (self.clients or {}).get(place, (None, None))
-        if loaded is None:
-            loaded, found = self._load_settings()
-            self._warn_of_readable_files(found)
-            self._warn_of_unknown_keys(found)
-
-        self.settings = {"recover": True, **loaded}
-        for name in ("timeout", "retry"):
-            self.settings[name] = options[name] or self.settings[name]
-        if options["post"]:
-            self.settings["method"] = "post"
-        if options["trace"]:
-            self.settings["trace"] = True
-        if self.client is None:
-            self.client = CloudStack(**self.settings)
-        else:  # what the line before may have set
-            names = ("timeout", "retry", "method", "trace", "recover")
-            self.client._apply_settings(**{name: self.settings[name] for name in names})
-        _check_client(self.client)
-        if self.clients is not None:
-            self.clients[place] = (loaded, self.client)
-
-        is_shown = not (options["quiet"] or self.client.trace) and _is_terminal(sys.stderr)
-        self.client._state.progress = self.progress if is_shown else None
-
-    def _load_settings(self):
-        """Return what _load_config does, its complaints in this program's words."""
-        import configparser
-
-        region, config = self.options["region"], self.options["config"]
-        flags = {name: self.options[name] for name in ("endpoint",) if self.options[name]}
+        place = tuple(self.options[name] for name in ("region", "config", "endpoint"))
+        config, self.client = (self.clients or {}).get(place, (None, None))
+        is_new = config is None
         try:
-            return _load_config(region, flags, config)
+            config = config or self._load_config()
+            self.unknown = _describe_unknown(config)
+            self.settings = {"recover": True, **config.settings}
+            self.client = self.client or CloudStack(**self.settings)
+            self.client.check()
+        except ValueError as error:
+            config = getattr(error, "config", config)
+            unknown = ", ".join(_describe_unknown(config)) if config else ""
+            raise ValueError(f"{error}{unknown and '; not known as settings: '}{unknown}") from None
+        if is_new:
+            self._warn(config)
+        if self.clients is not None:
+            self.clients[place] = (config, self.client)
+        self.client.on_event = self.observe
+        is_silent = self.options["quiet"] or self.options["trace"] or self.client.trace
+        self.progress.is_shown = not is_silent and _is_watched()
+
+    def _load_config(self):
+        """Return the Config; complaints are in this program's words."""
+        region, path = self.options["region"], self.options["config"]
+        overrides = {name: self.options[name] for name in ("endpoint",) if self.options[name]}
+        try:
+            return load_config(region, overrides, path)
         except SystemExit as error:
-            hint = "`cs --configure` makes one, or set CLOUDSTACK_ENDPOINT, _KEY and _SECRET"
-            raise _Usage(f"{error}; {hint}") from None
-        except configparser.NoSectionError:
-            regions = _regions(config)
+            variables = ", ".join(_PREFIX + name for name in ("ENDPOINT", "KEY", "SECRET"))
+            raise _Usage(f"{error}; `cs --configure` makes one, or set {variables}") from None
+        except Exception as error:
+            if type(error).__name__ != "NoSectionError":  # to import configparser takes its time
+                raise
+            regions = list_regions(path)
             there = "; there are " + ", ".join(regions) if regions else ""
             raise _Usage(f"Error: region {region!a} not in config{there}") from None
 
-    def _warn_of_readable_files(self, found):
-        """Warn of files with a secret that others may read."""
-        secrets = [key for key in ("secret", "password") if key in found.values]
-        for path in sorted({found.origins[key] for key in secrets}):
-            if os.name == "posix" and os.stat(path).st_mode & 0o044:
-                hint = f"can be read by others; chmod 600 {path}"
-                self.say(f"Warning: {path} holds a secret and {hint}")
+    def _warn(self, config):
+        """Warn of what is odd about a configuration.
 
-    def _warn_of_unknown_keys(self, found):
-        """Warn, in one line, of keys in the section that no setting has."""
-        if found.unknown and not self.options["quiet"]:
-            described = []
-            for key, path in found.unknown:
-                near = _near(key, _CONFIG_KEYS, most=1)
-                described.append(f"{key!a} in {path}" + (f" ({near[0]}?)" if near else ""))
-            self.say("Warning: not known as settings: " + ", ".join(described))
+        It works all the same, so this is for terminals: not for cron, nor for programs that read
+        standard error as well. But without a key few servers answer."""
+        texts = config.warnings if _is_terminal(sys.stderr) else []
+        if self.unknown and (self.is_unsigned() or _is_terminal(sys.stderr)):
+            texts = texts + ["not known as settings: " + ", ".join(self.unknown)]
+        for text in texts:
+            self.say("Warning: " + text)
+
+    def is_unsigned(self):
+        """Return whether requests go out without key and without user name."""
+        return self.client.key is None and not self.settings.get("username")
+
+    def call_options(self):
+        """Return the options of this line as client.call() takes them."""
+        options = {name: self.options[name.replace("_", "-")] for name in _CALL_OPTIONS}
+        return {name: value for name, value in options.items() if value is not None}
+
+    def observe(self, event):
+        """Take notice of what happens to a request; the client's on_event."""
+        if isinstance(event, Sent):
+            self.request = event.request
+        elif isinstance(event, Rows):
+            self.fetched = event
+        if self.options["trace"] and not self.client.trace:
+            _trace(event)
+        self.progress.observe(event)
+
+    def masked(self, text):
+        """Return the beginning of the server's words without what they repeat of our secrets."""
+        secrets = self.request.all_secrets() if self.request else []
+        return mask_text(text[:10000], secrets)[:2000]  # masked first: a secret may be cut in two
 
     def format(self):
-        """Return the output format: option, environment or ini file, json. Raises ValueError."""
-        name = str(self.options["output"] or self.settings.get("output") or "json").lower()
-        if name not in FORMATS:
-            raise ValueError(f"output: {name!a} is none of {', '.join(FORMATS)}")
-        return name
+        """Return the output format: option, environment or ini file, json. Raises _Usage."""
+        name = self.options["output"] or self.settings.get("output") or "json"
+        return _check_value(_FLAGS["--output"], str(name))
 
     def is_colored(self):
-        """Tell whether colours are wanted."""
+        """Return whether colours are wanted."""
         wish = self.options["color"] or "auto"
-        if wish != "auto":
-            return wish == "always"
-        return _is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
+        may = wish == "auto" and not os.environ.get("NO_COLOR")
+        return wish == "always" or (may and _is_terminal(sys.stdout))
+
+
+_CALL_OPTIONS = ("timeout", "retry", "job_timeout", "poll_interval", "post")
+# Names of settings that other tools have, letters only.
+_SPELLED_ELSEWHERE = {
+    "url": "endpoint", "apiurl": "endpoint", "apikey": "key", "secretkey": "secret",
+    "apisecret": "secret", "secretaccesskey": "secret",
+}  # fmt: skip
+
+
+def _describe_unknown(config):
+    """Return a text for each key of the section, and each variable, that no setting has."""
+    known = [_PREFIX + name.upper() for name in [*_CONFIG_KEYS, "config", "region", "overrides"]]
+    named = [(key, f" in {path}") for key, path in config.unknown]
+    for name in sorted(set(os.environ).difference(known)):
+        if name.startswith(_PREFIX) and not name.startswith(_PREFIX + "HEADER_"):
+            named.append((name, ""))
+    found = []
+    for key, where in named:
+        name = key.lower().replace(_PREFIX.lower(), "")
+        meant = _SPELLED_ELSEWHERE.get(re.sub("[^a-z]", "", name))
+        near = [meant] if meant else _near(name, _CONFIG_KEYS, most=1)
+        found.append(f"{key!a}{where}" + (f" ({near[0]}?)" if near else ""))
+    return found
 
 
 def _is_terminal(stream):
@@ -4111,237 +3922,244 @@ def _is_terminal(stream):
     return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-class _Progress:
-    """Shows one line on standard error while pages or a job are waited for, and clears it then.
+def _is_watched():
+    """Return whether progress can be shown without mixing with what a pipe's reader writes."""
+    import stat
 
-    The time is shown by a thread, so that it moves while the server is silent."""
+    try:
+        is_open = sys.stdout.isatty() or stat.S_ISREG(os.fstat(sys.stdout.fileno()).st_mode)
+    except (OSError, ValueError):
+        is_open = False
+    return is_open and _is_terminal(sys.stderr)
+
+
+class _Progress:
+    """Shows one line on standard error while pages or a job are waited for, and clears it then."""
 
     def __init__(self):
-        # What is cleared must not be written again by a thread that is still at it.
-        self._lock = threading.RLock()
-        self._is_closed = False
+        self.is_shown = False
         self._shown_at = None
-        self._ended = None  # set when the wait for a job is over
-        self.job = None  # what is waited for, where the command is not known
 
-    def __call__(self, kind, what, more):
-        if kind == "rows":
-            now = _clock()
-            if self._shown_at is None or now - self._shown_at >= 0.1:
-                self.show(f"{what} of {more} rows" if more else f"{what} rows", now)
-        elif self._ended is None:
-            self._ended = threading.Event()
-            args = (self._ended, self.job or what, _clock() - more)
-            self._show_time(*args)
-            try:
-                threading.Thread(
-                    target=self._tick, args=args, name="cs-progress", daemon=True
-                ).start()
-            except RuntimeError:  # a limit of threads: the time stands still
-                pass
+    def observe(self, event):
+        """Show what an event of the client tells."""
+        if isinstance(event, Rows):
+            self.show(f"{event.seen}{f' of {event.total}' if event.total else ''} rows")
+        elif isinstance(event, Waiting):
+            is_job = event.command == "queryAsyncJobResult"  # --wait knows no command
+            what = f"job {event.jobid}" if is_job else event.command
+            self.show(f"{what}: waiting for the job, {int(event.seconds)} s")
 
-    def _tick(self, ended, what, started):
-        """Show the time every second, until the wait has ended."""
-        while not ended.wait(1.0 - (_clock() - started) % 1.0):
-            self._show_time(ended, what, started)
-
-    def _show_time(self, ended, what, started):
-        """Show how long a job was waited for, unless the wait has ended."""
-        with self._lock:
-            if not ended.is_set():
-                now = _clock()
-                self.show(f"{what}: waiting for the job, {int(now - started)} s", now)
-
-    def show(self, text, now):
-        """Put a text in place of the line."""
-        with self._lock:
-            if self._is_closed:
-                return
-            self._shown_at = now
-            try:
-                sys.stderr.write("\r\x1b[K" + text)
-                sys.stderr.flush()
-            except (OSError, ValueError):
-                pass
-
-    def close(self):
-        """Take the line away for good."""
-        self.clear()
-        self._is_closed = True
+    def show(self, text):
+        """Put a text in place of the line, ten times a second at most."""
+        if self.is_shown and (self._shown_at is None or _clock() - self._shown_at >= 0.1):
+            self._put(text, _clock())
 
     def clear(self):
         """Take the line away."""
-        with self._lock:
-            if self._ended is not None:
-                self._ended.set()
-            self._ended = self.job = None
-            if self._shown_at is not None:
-                self.show("", None)
+        if self._shown_at is not None:
+            self._put("", None)
+
+    def _put(self, text, now):
+        self._shown_at = now
+        try:
+            sys.stderr.write("\r\x1b[K" + text)
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            pass
 
 
-# words: the command and its parameters as they were typed.
-_CheckedCall = collections.namedtuple("_CheckedCall", "command params words")
+class _CheckedCall:
+    """A call that may be made; options are those of client.call().
+
+    words: the command and its parameters as they were typed, for messages."""
+
+    def __init__(self, command, params, words, pages=False, wait=None, **options):
+        self.command, self.params, self.words = command, params, words
+        self.pages, self.wait, self.options = pages, wait, options
+
+    def make(self, client):
+        """Return what client.call() does; a coroutine for AIOCloudStack."""
+        return client.call(
+            self.command, self.params, pages=self.pages, wait=self.wait, **self.options
+        )
+
+    def is_plain(self):
+        """Return whether the answer is a text (json=false)."""
+        return self.options.get("json") is False
 
 
 def _checked_call(invocation, words):
     """Turn words into a call that may be made.
 
     Raises _Usage for what is wrong with them, by themselves or by the list of commands."""
-    options = invocation.options
     if len(words) > 1 and "=" not in words[1]:
-        _refuse_parted_command(invocation, words)
-    params = _parse_parameters(words[1:])
-    command = _check_once(invocation, words[0], params)
-    _fill_in_ids(invocation, command, params)
-    if options["all"]:
-        params["fetch_list"] = True
-    if params.get("json") is False and (invocation.conditions or options["each"]):
+        words = _join_command(invocation, words)
+    return _check_call(invocation, _parse_parameters(words[1:]), words)
+
+
+def _check_call(invocation, values, words):
+    """Return the call of a command (the first of words) with parameters {name: [_Value, ...]}.
+
+    Raises _Usage for what is wrong with it, by itself or by the list of commands."""
+    line = invocation.options
+    command, recover = _check_once(invocation, words[0], values)
+    _fill_in_ids(invocation, command, values)
+    params = _to_arguments(values)
+    own = {name: params.pop(name) for name in ("json", "opcode_name") if name in params}
+    if own.get("json") is False and (invocation.conditions or line["each"]):
         raise _Usage("json=false gives a text, in which --where and --each find no rows")
-    if not _only_reads(command):  # there is nothing to page through, and no page to ask it for
-        params.pop("fetch_list", None)
-    params.setdefault("fetch_result", not (options["async"] or "async" in command.lower()))
-    return _CheckedCall(command, params, [command] + words[1:])
+    pages = line["all"] or params.pop("fetch_list", False)
+    wait = params.pop("fetch_result", not (line["async"] or "async" in command.lower()))
+    # There is nothing to page through in a command that changes something.
+    return _CheckedCall(
+        command, params, [command] + words[1:], pages=only_reads(command) and bool(pages),
+        wait=wait, recover=recover, **own, **invocation.call_options()
+    )  # fmt: skip
 
 
 def _carry_out(invocation, call):
     """Make a call and print the answer. Returns whether it succeeded."""
     invocation.under_way = call
-    every = call.params.get("fetch_list")
-    if every and invocation.format() == "jsonl" and not invocation.options["sort"]:
-        _stream(invocation, call)
+    if call.is_plain():
+        answer = _make_call(invocation, call).rstrip("\n")
+        invocation.progress.clear()
+        if answer:
+            _write_line(answer)
         return True
+    return _print_answers(invocation, call, _answers(invocation, call))
 
-    answer = _make_call(invocation, call)
-    invocation.progress.clear()
-    _print_answer(invocation, answer, is_plain=call.params.get("json") is False)
-    _warn_of_missing_rows(invocation, answer, call.params)
-    return _tells_success(answer)
+
+def _answers(invocation, call):
+    """Yield the answer of a call; of a list whose rows are written as they arrive, its pages."""
+    if call.pages and invocation.format() == "jsonl" and not invocation.options["sort"]:
+        for page in invocation.client.pages(call.command, call.params, **call.options):
+            yield page[0] if isinstance(page, tuple) else page
+            _flush()
+    else:
+        yield _make_call(invocation, call)
 
 
 def _tells_success(answer):
-    """Return whether an answer of status 200 is none that tells of a failure all the same."""
+    """Return whether an answer of status 200 does not tell of a failure all the same."""
     said = answer if isinstance(answer, dict) else {}
     return "errortext" not in said and str(said.get("success")).lower() != "false"
 
 
 def _make_call(invocation, call):
     """Return the answer: all pages of a list where they are wanted, the result of a job."""
-    jobid = invocation.options["wait"]
-    if jobid:
-        invocation.progress.job = f"job {jobid}"
-        return invocation.client.wait_job(jobid)
-    answer = invocation.client._request(call.command, **call.params)
-    is_plain = call.params.get("json") is False
-    if is_plain and re.match(r"(?i)\s*<(?:!doctype )?html\b", answer):
-        page = _masked_page(invocation, answer)
+    if call.words[:1] == ["--wait"]:
+        return invocation.client.wait_job(call.params["jobid"], **call.options)
+    answer = call.make(invocation.client)
+    if call.is_plain() and re.match(r"(?i)\s*<(?:!doctype )?html\b", answer):
+        page = invocation.masked(answer)
         raise CloudStackException("Unexpected response from CloudStack", f"a page of HTML: {page}")
     return answer
 
 
-def _stream(invocation, call):
-    """Write the rows of a whole list as they arrive, as jsonl."""
-    control = ("fetch_list", "fetch_result")
-    params = {name: value for name, value in call.params.items() if name not in control}
-    columns = _chosen_columns(invocation)
-    unseen = {*(columns or ()), *(condition.column for condition in invocation.conditions)}
-    sample: list = []
-    flushed_at = 0.0
-    for row in invocation.client.iter_list(call.command, **params):
-        unseen = {name for name in unseen if _pick(row, name) is None}
-        if unseen and len(sample) < 100:
-            sample.append(row)
-        for shown in _only(_filtered(invocation, [row]), columns):
+def _wait_for_jobs(invocation, jobids):
+    """Wait for jobs and print their results. Returns the first failure, or whether all is well."""
+    first: Any = True
+    make = _show_plan if invocation.options["dry-run"] else _carry_out
+    for number, jobid in enumerate(jobids, 1):
+        words, options = ["--wait", jobid], invocation.call_options()
+        call = _CheckedCall("queryAsyncJobResult", {"jobid": jobid}, words, **options)
+        try:
+            outcome = make(invocation, call)
+        except KeyboardInterrupt:
+            invocation.left = jobids[number:]
+            raise
+        except CloudStackException as error:
             invocation.progress.clear()
-            _write(_json_text(shown, None) + "\n")
-        if _clock() - flushed_at > 0.1:
-            _flush()
-            flushed_at = _clock()
-    _warn_of_columns(invocation, sample, sorted(unseen))
+            _report(invocation, error)
+            outcome = error
+        first = first if _exit_code(first) else outcome
+    return first
 
 
-def _warn_of_missing_rows(invocation, answer, params):
-    """Say so if the server cut a list short."""
-    rows = _find_rows(answer) or []
-    total = answer.get("count") if rows else None
-    if params.get("fetch_list") or {name.lower() for name in params} & {"page", "pagesize"}:
-        return
-    if isinstance(total, int) and total > len(rows):
+def _warn_of_missing_rows(invocation, call, rows, seen):
+    """Say so if the server cut a list short, or if rows got lost between its pages."""
+    fetched = invocation.fetched
+    if call.pages and fetched and (fetched.total or 0) > fetched.seen:
+        lost = f"{fetched.total - fetched.seen} of {fetched.total} rows"
+        invocation.say(f"Warning: {lost} did not come, since the list changed while it was read")
+    is_page = call.pages or {name.lower() for name in call.params} & {"page", "pagesize"}
+    total = rows.answer.get("count") if rows.is_list and isinstance(rows.answer, dict) else None
+    if isinstance(total, int) and total > seen > 0 and not is_page:
         verb = "seen by --where" if invocation.conditions else "shown"
-        invocation.say(f"{len(rows)} of {total} {verb}; --all for the rest")
+        invocation.say(f"{seen} of {total} {verb}; --all for the rest")
 
 
 def _show_plan(invocation, call):
-    """Print what would be sent (--dry-run); nothing is."""
-    params = dict(call.params)
-    control = {name: params.pop(name) for name in ("json", "opcode_name") if name in params}
-    for name in ("fetch_list", "fetch_result"):
-        params.pop(name, None)
-    planned = _Call(call.command, flatten(params), **control)
-    planned.complete_page(PAGE_SIZE)
-    request = _build_request(invocation.client, planned)
-    request.prepare()
-
+    """Print what would be sent (--dry-run); nothing is. Returns True."""
+    request = invocation.client.prepare(call.command, call.params, **call.options)
     lines = [request.method + " " + request.masked_url().partition("?")[0]]
-    lines += [f"{name}={text}" for name, text in sorted(_mask_params(request.params).items())]
-    _write("".join(_escape_unprintable(line) + "\n" for line in lines))
+    lines += [f"{name}={text}" for name, text in sorted(request.masked_params().items())]
+    _write("".join(escape_unprintable(line) + "\n" for line in lines))
+    return True
 
 
-_NO_API = "Check the endpoint: it usually ends in /client/api."
+_CHECK_ENDPOINT = "Check the endpoint: it usually ends in /client/api."
+# errorcode, or the status of an answer that is not CloudStack's: what can be done about it. {cs} is
+# the command line up to the command.
 _HINTS = {
-    401: "Check endpoint, key and secret of this region, and this machine's clock; the server says "
-    "the same where it does not know the command: cs --list.",
-    404: _NO_API,
-    405: _NO_API,
-    429: "Ask less often, or let it be asked again: --retry 3.",
-    430: "See cs {command} --help for what its parameters look like.",
-    431: "See cs {command} --help for what it takes.",
-    432: "Either there is no such command or your role may not use it: cs --sync, then cs --list.",
+    200: _CHECK_ENDPOINT,
+    401: "Check endpoint, key and secret of this region, and this machine's clock. The server says "
+    "the same about a command that it does not know: {cs} --list.",
+    404: _CHECK_ENDPOINT,
+    405: _CHECK_ENDPOINT,
+    429: "Send fewer requests, or have them sent again: --retry 3.",
+    430: "Run {cs} {command} --help to list its parameters.",
+    431: "Run {cs} {command} --help to list its parameters.",
+    432: "There is no such command, or your role may not use it: {cs} --sync, then {cs} --list.",
     503: "The server is in maintenance; nothing was done. Try again later, or with --retry 3.",
     530: "The management server's log says more.",
     531: "Your role or account may not do this.",
-    532: "A limit of the account or project is reached: cs listResourceLimits.",
+    532: "A limit of the account or project is reached: {cs} listResourceLimits.",
     533: "There is no room for it now: another zone, host or a smaller offering may do.",
     536: "Something else still uses it.",
 }
+_HINTS_FOR_JOBS = (532, 533, 536)  # other codes of a failed job are not about the request
 
 
 def _report(invocation, error):
     """Say on standard error what was raised, and what can be done."""
     call = invocation.under_way
     if isinstance(error, KeyboardInterrupt):
+        text = "Interrupted."
         if getattr(error, "jobid", None):
-            _write_stderr("Interrupted. " + _how_to_go_on(invocation, error))
-        elif call and not _only_reads(call.command):
-            hint = "may have run: look before it is sent again"
-            _write_stderr(f"Interrupted. {call.command} {hint}.")
-        elif invocation.clients is not None:  # the shell's next line begins below the ^C
-            _write_stderr("Interrupted.")
+            text += " " + _how_to_go_on(invocation, error)
+        elif call and not only_reads(call.command):
+            text += f" {call.command} may have run; check before you send it again."
+        elif invocation.clients is None:
+            return
+        write_stderr(text)  # in a shell at least that: the next line begins below the ^C
     elif isinstance(error, CloudStackException):
         _report_failure(invocation, error)
     else:
-        text = _error_text(error) if isinstance(error, OSError) else str(error)
-        _write_stderr(text if text.startswith("Error: ") else "cs: " + text)
+        text = error_text(error) if isinstance(error, OSError) else str(error)
+        front = "" if text.startswith("Error: ") else "cs: "
+        write_stderr(f"{front}{invocation.place}{text}")
 
 
 def _report_failure(invocation, error):
-    """Say what failed: the message, what was asked, codes, a hint; then the server's own words."""
-    lines = ["CloudStack error: " + _sentence(error)]
-    asked = _asked(invocation, error)
-    if asked:
-        lines += ["  Asked: " + asked, "  Server: " + _mask_address(invocation.client.endpoint)]
+    """Say what failed: the message, the call, codes, a hint; then the server's own words."""
     document = _server_error(error) or {}
-    codes = [name for name in ("errorcode", "cserrorcode") if name in document]
-    if codes:
-        lines.append("  Codes: " + ", ".join(f"{name} {document[name]}" for name in codes))
-    hint = _hint(invocation, error)
-    if hint:
-        lines.append("  Try: " + hint)
-    invocation.say("\n".join(lines))
-
-    if error.jobid and not isinstance(error, CloudStackApiException):
-        _write_stderr(_how_to_go_on(invocation, error))  # also with -q: nothing else shows the id
-    if error.response is not None and not isinstance(error, CloudStackJobTimeout):
-        _print_error_answer(invocation, error)
+    names = [name for name in ("errorcode", "cserrorcode") if name in document]
+    facts = (
+        ("Call", _typed_call(invocation)), ("Server", mask_address(invocation.client.endpoint)),
+        ("Codes", ", ".join(f"{name} {document[name]}" for name in names)),
+        ("Left behind", _left_behind(error)), ("Hint", _hint(invocation, error, document)),
+    )  # fmt: skip
+    lines = [f"CloudStack error: {invocation.place}{invocation.masked(_sentence(error))}"]
+    invocation.say("\n".join(lines + [f"  {name}: {text}" for name, text in facts if text]))
+    if error.jobid and not error.job_failed and not _is_unknown_job(invocation, document):
+        write_stderr(_how_to_go_on(invocation, error))  # also with -q: nothing else shows the id
+    if error.response is None or isinstance(error, CloudStackJobTimeout):
+        return
+    if not document:
+        invocation.say(invocation.masked(error.response.text))
+    elif invocation.format() == "json" and (invocation.options["quiet"] or not sys.stdout.isatty()):
+        _write(_json_text(error.response.json()) + "\n")
 
 
 def _server_error(error):
@@ -4361,121 +4179,102 @@ def _sentence(error):
     return text
 
 
-def _hint(invocation, error):
-    """Return what can be tried after an error, or an empty text."""
-    document = _server_error(error)
-    if document is not None and _is_failed_login(error):
-        return "Check user name, password and domain of this region."
-    code = document.get("errorcode") if document else None
-    if code == 432 and invocation.under_way is None:
-        return "Your role may not list the commands; all else works without that."
-    if isinstance(code, int):
-        call = invocation.under_way or _CheckedCall("", {}, [])
-        hint = _name_hint(call) if code == 431 else ""
-        return hint or _HINTS.get(code, "").format(command=call.command)
-    if document is None and _status_of(error) in (200, 404, 405):
-        return _NO_API
-    if error.outcome_unknown:
-        return "Look whether it was done before you send it again."
-    if error.unsent:
-        return "Check the endpoint and the way there: the name, the network, proxies, --timeout."
-    return ""
-
-
-def _name_hint(call):
-    """Return how a name is typed where an id belongs, if one was typed there without that."""
-    for name, value in call.params.items():
-        is_name = re.match(r"(?![0-9a-fA-F-]{36}\Z)[^\W\d][^:,]*\Z", str(value))
-        if is_name and name.lower().endswith("id") and not isinstance(value, _Literal):
-            return f"{name}={_shell_word('name:' + value)}, if that is a name and not an id."
-    return ""
-
-
-def _is_failed_login(error):
-    """Return whether it is the log-in of a session that the server refused."""
-    try:
-        return "loginresponse" in error.response.json()
-    except (AttributeError, TypeError, ValueError, RecursionError):
-        return False
-
-
-def _asked(invocation, error):
-    """Return the call that failed as it can be typed again, secrets replaced.
-
-    It is an empty text for a call that nobody typed."""
-    call = invocation.under_way
-    if _is_failed_login(error) and (call is None or call.command != "login"):
-        user, domain = map(invocation.client.get_setting, ("username", "domain"))
-        return _one_line(f"login username={user} domain={domain or '/'}")
-    if call is None:
+def _left_behind(error):
+    """Return what a failed job was about, such as the machine of a deployment, or an empty text."""
+    if not error.job_failed or error.response is None:
         return ""
-    if invocation.options["wait"]:
-        return _shell_line(invocation, ["--wait", invocation.options["wait"]])
+    jobs = [job for job in error.response.json().values() if isinstance(job, dict)]
+    names = ("jobinstancetype", "jobinstanceid")
+    return " ".join(str(jobs[0][name]) for name in names if jobs and jobs[0].get(name))
 
-    hidden = {name for name, text in _mask_params(call.params).items() if text == MASK}
-    words = call.words[:1]
-    for word in call.words[1:]:
-        name, _, value = word.partition("=")
-        is_file = re.match(r"\s*@(?!@)", value)
-        words.append(f"{name}={MASK}" if name.strip() in hidden and not is_file else word)
+
+def _is_unknown_job(invocation, document):
+    """Return whether --wait was given a job that the server does not know."""
+    return invocation.options["wait"] and document.get("errorcode") == 431
+
+
+def _hint(invocation, error, document):
+    """Return what can be tried after an error, or an empty text."""
+    call = invocation.under_way or _CheckedCall("", {}, [])
+    sent = invocation.request.params["command"] if invocation.request else ""
+    code = document.get("errorcode") if document else getattr(error.response, "status_code", None)
+    usual = _HINTS.get(code, "") if isinstance(code, int) else ""
+    size = sum(len(str(value)) for value in call.params.values())
+    in_project = "projectid" in map(str.lower, call.params)
+    unsigned = "There was no key, so the request was not signed."
+    if invocation.unknown:
+        unsigned += " Not known as settings: " + ", ".join(invocation.unknown)
+    hints = (
+        (error.job_failed, usual if code in _HINTS_FOR_JOBS else ""),
+        (_is_unknown_job(invocation, document), "The server knows no such job."),
+        (error.jobid and document, "The command was accepted; only asking for its job failed."),
+        (sent == "login" and document, "Check user name, password and domain."),
+        (code == 401 and invocation.is_unsigned(), unsigned),
+        (code == 432 and in_project, "You may not be in this project."),
+        (code == 404 and size > 1 << 20, "It is over 1 MiB, the most that servers usually take."),
+        (document, code == 431 and _hint_about_id(invocation, call, document) or usual),
+        (error.outcome_unknown, "Check whether it was done before you send it again."),
+        (error.unsent, "Check the endpoint, its name, the network, proxies and --timeout."),
+        (True, usual),
+    )
+    hint = next(hint for holds, hint in hints if holds)
+    return hint.replace("{cs}", _shell_line(invocation, [])).replace("{command}", call.command)
+
+
+def _hint_about_id(invocation, call, document):
+    """Return what can be tried after the server has found nothing of an id, or an empty text."""
+    text = str(document.get("errortext"))[:2000]
+    found = re.search(r"Invalid parameter (\w{1,50}) value=(.{1,255}?)(?: due to |$)", text)
+    if not found:
+        return ""
+    name, value = found.groups()
+    if not re.match(r"[0-9]+\Z|[0-9a-fA-F-]{36}\Z", value):
+        return f"{name}=name:{value}, if that is a name."
+    catalog = _cached_catalog(invocation.client)
+    lister = _lister(catalog, call.command, name, {}) if catalog else None
+    show = f": {{cs}} {lister.name} --all -c id,name" if lister else "."
+    return "Nothing has this id, or it is not yours" + show
+
+
+def _typed_call(invocation):
+    """Return the call that failed as it can be typed again, secrets replaced."""
+    call = invocation.under_way
+    if call is None or not call.words:
+        return ""
+    hidden = {name for name, text in mask_params(call.params).items() if text == MASK}
+    pairs = [(word, word.partition("=")[0]) for word in call.words]
+    words = [f"{name}={MASK}" if name.strip() in hidden else word for word, name in pairs]
     return _shell_line(invocation, words)
 
 
 def _shell_line(invocation, words):
-    """Return the line that has these words carried out with the same configuration."""
+    """Return a command line that carries out these words with the same configuration."""
     line = ["cs"]
     for name in ("region", "config", "endpoint"):
         value = invocation.options[name]
         if value:
-            line += ["--" + name, _mask_address(value) if name == "endpoint" else value]
+            line += ["--" + name, mask_address(value) if name == "endpoint" else value]
     return " ".join(_shell_word(_cut(word, 500)) for word in line + words)
 
 
 def _shell_word(word):
-    """Quote a word for a shell; what a terminal must not see as bash, zsh and ksh write it."""
+    """Quote a word for a shell; with line breaks and what cannot be printed as $'...'."""
     import shlex
 
-    if "\n" not in word and "\t" not in word and not _UNPRINTABLE.search(word):
+    if not re.search("[\n\t]", word) and word == escape_unprintable(word):
         return shlex.quote(word)
-    text = re.sub(r"[\\']", r"\\\g<0>", word).replace("\n", r"\n").replace("\t", r"\t")
-    return "$'" + _UNPRINTABLE.sub(lambda found: f"\\u{ord(found.group()):04x}", text) + "'"
+    word = re.sub(r"[\\']", r"\\\g<0>", word).replace("\n", "\\n").replace("\t", "\\t")
+    return f"$'{escape_unprintable(word)}'"
 
 
 def _how_to_go_on(invocation, error):
-    """Return how to wait for a job that may still run."""
-    line = _shell_line(invocation, ["--wait", error.jobid])
+    """Return how to wait for a job that may still run, and for those that were to come after it."""
+    line = _shell_line(invocation, ["--wait", error.jobid, *invocation.left])
     call = invocation.under_way
-    if isinstance(error, KeyboardInterrupt) and getattr(error, "outcome_unknown", False) and call:
-        # Its answer was not there yet; and without the list of commands each is given an id.
-        return f"{call.command} may have run; if it starts a job, this waits for it: {line}"
+    if getattr(error, "outcome_unknown", False) and call:
+        # Its answer was lost; and without the list of commands each is given an id.
+        return f"{call.command} may have run; if it started a job, this waits for it: {line}"
     return f"Job {error.jobid} may still be running; to go on waiting for it: {line}"
-
-
-def _print_error_answer(invocation, error):
-    """Print CloudStack's own JSON of an error on standard output.
-
-    Not on a terminal, which has shown its text already. Any other answer goes to standard error,
-    masked, and only its beginning."""
-    document = _server_error(error)
-    try:
-        text = _json_text(error.response.json())
-    except (ValueError, RecursionError):
-        document = None
-    if document is None:
-        invocation.say(_masked_page(invocation, error.response.text))
-    elif invocation.options["quiet"] or not (document.get("errortext") and sys.stdout.isatty()):
-        _write(text + "\n")
-
-
-def _masked_page(invocation, text):
-    """Return the beginning of what is not CloudStack's: it may repeat the address, key and all."""
-    # Masked first, lest a secret is cut in two.
-    return _mask_text(text[:10000], _secrets_of(invocation.client))[:2000]
-
-
-def _secrets_of(client):
-    """Return the values that must not be shown of a client's requests."""
-    return [client.key, client.secret, client.get_setting("password")]
 
 
 def _report_unwritten(error):
@@ -4490,10 +4289,10 @@ def _report_unwritten(error):
     except (AttributeError, OSError, ValueError):
         pass
     if not isinstance(error, BrokenPipeError):
-        _write_stderr(f"cs: cannot write the answer: {_error_text(error)}")
+        write_stderr(f"cs: cannot write the answer: {error_text(error)}")
 
 
-# 9.3 Formats.
+# 8.3 Formats.
 
 # The columns of a table, as far as there are such; others come after them.
 _PREFERRED = (
@@ -4508,7 +4307,6 @@ _STATE_COLORS = (  # of the first pattern that fits: green, yellow, red
     ("33", r"\w+ing|\w*maintenance"),
     ("31", r"alert|down|disconnected|fault|\w*error\w*|\w*fail\w*"),
 )
-_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?\Z", re.ASCII)
 
 
 class _OutputFailed(Exception):
@@ -4533,7 +4331,7 @@ def _write(text):
 
 def _write_line(text):
     """Write a line whose characters are data: as they are, but escaped on a terminal."""
-    _write((_escape_unprintable(text) if sys.stdout.isatty() else text) + "\n")
+    _write((escape_unprintable(text) if sys.stdout.isatty() else text) + "\n")
 
 
 def _flush():
@@ -4549,7 +4347,7 @@ def _json_text(document, indent=2):
 
     Characters that a terminal must not see, or that standard output cannot show, are \\uXXXX."""
     text = jsonlib.dumps(document, indent=indent, sort_keys=True, ensure_ascii=False)
-    text = _UNPRINTABLE.sub(lambda found: jsonlib.dumps(found.group())[1:-1], text)
+    text = re.sub(_UNPRINTABLE, lambda found: jsonlib.dumps(found.group())[1:-1], text)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
@@ -4573,113 +4371,121 @@ def _highlighted(text, theme):
     return highlight(text, JsonLexer(), formatter).rstrip("\n")
 
 
-def _print_answer(invocation, answer, is_plain=False):
-    """Print an answer in the format asked for, or as the text it is (json=false)."""
-    if is_plain:
-        if answer:
-            _write_line(answer.rstrip("\n"))
-        return
-    try:
-        if answer not in ({}, [], None, ""):
-            _print_document(invocation, answer)
-        elif invocation.format() == "csv":
-            _print_csv([], _chosen_columns(invocation))
-    except RecursionError:
-        raise CloudStackException("The answer is nested too deeply to be printed") from None
+class _Rows:
+    """The rows of an answer: a list's items, else the one object in it (as of a job), else itself.
+
+    Assign to rows to put others in their place; document() is the answer with them."""
+
+    def __init__(self, answer):
+        self.answer, self.count = answer, None
+        self.came_empty = answer in ({}, [], None, "")
+        rows = answer if isinstance(answer, list) else find_rows({} if self.came_empty else answer)
+        self.is_list = rows is not None
+        values = list(answer.values()) if isinstance(answer, dict) else []
+        if not self.is_list:
+            rows = values if len(values) == 1 and isinstance(values[0], dict) else [answer]
+        self.rows = rows
+        inner = rows if self.is_list else rows[0]
+        self._key = next((key for key in answer if answer[key] is inner), None) if values else None
+
+    def filter(self, invocation):
+        """Leave only those that meet every --where, and count these."""
+        if invocation.conditions:
+            self.rows = _filtered(invocation, self.rows)
+            self.count = len(self.rows)  # else a script would look for the rest
+
+    def sort(self, column):
+        """Put them in the order of --sort; those without the column come last."""
+        path = column.lstrip("-")
+        missing = [row for row in self.rows if _pick(row, path) is None]
+        present = [row for row in self.rows if _pick(row, path) is not None]
+        present.sort(key=lambda row: _sort_key(_pick(row, path)), reverse=column.startswith("-"))
+        self.rows = present + missing
+
+    def picked(self, columns):
+        """Return them with nothing but these columns; all of them where none were chosen."""
+        if columns is None:
+            return self.rows
+        return [{name: _pick(row, name) for name in columns} for row in self.rows]
+
+    def document(self, columns=None):
+        """Return the answer with these rows in the place of its own."""
+        rows = self.picked(columns)
+        if isinstance(self.answer, list) or not (self.is_list or rows):
+            return rows if self.is_list else {}
+        if self._key is None:  # a list without rows, or one object
+            return self.answer if self.is_list else rows[0]
+        document = {**self.answer, self._key: rows if self.is_list else rows[0]}
+        if self.count is not None and "count" in document:
+            document["count"] = self.count
+        return document
 
 
-def _print_document(invocation, answer):
-    """Print an answer that holds something, in the format asked for."""
-    rows = _rows_of(answer)
-    columns = _chosen_columns(invocation)
-    named = [condition.column for condition in invocation.conditions] + (columns or [])
-    _warn_of_columns(invocation, rows, dict.fromkeys(named))
-    wanted = _sorted(invocation, _filtered(invocation, rows))
-    is_object = not isinstance(answer, list) and _find_rows(answer) is None
-    if is_object and not wanted:  # it does not meet --where
-        return
+def _pick(value, path, unknown=None):
+    """Return what a dotted path leads to, or None. A list without an index gives all of its items.
 
-    if invocation.format() == "json":
-        is_changed = columns is not None or invocation.options["sort"] or invocation.conditions
-        shown = _with_rows(answer, _only(wanted, columns)) if is_changed else answer
-        if invocation.conditions and isinstance(shown, dict) and "count" in shown and not is_object:
-            shown["count"] = len(wanted)  # else a script would look for the rest
-        _print_json(invocation, shown)
+    unknown: what to return where null or an empty list or object hides whether it leads somewhere.
+    """
+    head, _, rest = path.partition(".")
+    if isinstance(value, list):
+        if not re.match(r"[0-9]{1,9}\Z", head):
+            found = [_pick(item, path, unknown) for item in value]
+            return [item for item in found if item is not None] or (None if value else unknown)
+        inner = value[int(head)] if int(head) < len(value) else None
+    elif isinstance(value, dict) and (path in value or head in value):
+        if path in value:  # a name with a dot of its own
+            head, rest = path, ""
+        inner = value[head]
     else:
-        _print_rows(invocation, wanted, columns)
+        return None
+    if inner is None or (rest and inner == {}):
+        return unknown
+    return _pick(inner, rest, unknown) if rest else inner
+
+
+def _print_answers(invocation, call, answers):
+    """Print what a call gave: one answer, or the pages of a list. Returns whether it succeeded.
+
+    Raises _Usage, with nothing printed, if no row has a column of --where."""
+    chosen: Any = [name.strip() for name in (invocation.options["columns"] or "").split(",")]
+    chosen = [name for name in chosen if name] or None
+    needed = [condition.column for condition in invocation.conditions]
+    sorted_by = (invocation.options["sort"] or "").lstrip("-")
+    unseen = list(dict.fromkeys(filter(None, [*needed, *(chosen or ()), sorted_by])))
+    needed = needed if only_reads(call.command) else []  # what was done cannot be refused
+    rows, held, seen, shown, succeeded = _Rows([]), [], 0, 0, True
+    names: list = []  # of fields, in case that one is unseen
+    for answer in answers:
+        rows = _Rows(answer)
+        held.append(rows)
+        seen += len(rows.rows)
+        unseen = [name for name in unseen if _is_missing(name, rows.rows)]
+        names += _field_names(rows.rows) if unseen else []
+        succeeded = succeeded and _tells_success(answer)
+        while held and not set(needed).intersection(unseen):
+            shown += _print_rows(invocation, held.pop(0), chosen)
+
+    for name in unseen if seen else ():
+        problem = f"no row has {name!a}{_did_you_mean(_near(name, names))}"
+        if name in needed:
+            raise _Usage(f"--where: {problem}")
+        invocation.say(f"Warning: {problem}")
+    for rows in held:
+        shown += _print_rows(invocation, rows, chosen)
+    if not shown and only_reads(call.command) and _is_terminal(sys.stderr):
+        invocation.say("no rows")
+    _warn_of_missing_rows(invocation, call, rows, seen)
+    return succeeded
 
 
 def _print_rows(invocation, rows, columns):
-    """Print rows in one of the formats that have rows.
-
-    A new one is named in FORMATS and _HELP (9.1); for no rows at all see _print_answer."""
-    shape = invocation.format()
-    if shape == "jsonl":
-        _write("".join(_json_text(row, None) + "\n" for row in _only(rows, columns)))
-    elif shape == "csv":
-        _print_csv(rows, columns)
-    elif shape == "text":
-        _print_text(rows, columns or _default_columns(rows))
-    elif rows:
-        _print_table(invocation, rows, columns)
-
-
-def _rows_of(answer):
-    """Return what a table shows of an answer.
-
-    That is the rows of a list, else the one object in it (the result of a job), else itself."""
-    if isinstance(answer, list):
-        return answer
-    if not isinstance(answer, dict):
-        return [answer]
-    rows = _find_rows(answer)
-    if rows is not None:
-        return rows
-    inner = list(answer.values())
-    return inner if len(inner) == 1 and isinstance(inner[0], dict) else [answer]
-
-
-def _with_rows(answer, rows):
-    """Return the answer with other rows in the place of its own."""
-    if isinstance(answer, list):
-        return rows
-    if not isinstance(answer, dict):
-        return rows[0]
-    keys = [key for key, value in answer.items() if isinstance(value, list)]
-    if _find_rows(answer) is not None and keys:
-        return dict(answer, **{keys[0]: rows})
-    if not rows:
-        return answer
-    if len(answer) == 1 and isinstance(list(answer.values())[0], dict):
-        return {list(answer)[0]: rows[0]}
-    return rows[0]
-
-
-def _pick(value, path):
-    """Return what a dotted path leads to, or None.
-
-    A list without an index gives all of its items."""
-    head, _, rest = path.partition(".")
-    if isinstance(value, list):
-        if re.match("[0-9]{1,9}\\Z", head):
-            inner = value[int(head)] if int(head) < len(value) else None
-            return _pick(inner, rest) if rest else inner
-        found = [_pick(item, path) for item in value]
-        found = [item for item in found if item is not None]
-        return found or None
-    if not isinstance(value, dict):
-        return None
-    if path in value:  # a name with a dot of its own
-        return value[path]
-    inner = value.get(head)
-    return _pick(inner, rest) if rest else inner
-
-
-def _only(rows, columns):
-    """Return rows with nothing but these columns; all of them where none were chosen."""
-    if columns is None:
-        return rows
-    return [{name: _pick(row, name) for name in columns} for row in rows]
+    """Print those rows that are wanted, in their order; returns how many they are."""
+    rows.filter(invocation)
+    if invocation.options["sort"]:
+        rows.sort(invocation.options["sort"])
+    invocation.progress.clear()
+    _PRINTERS[invocation.format()](invocation, rows, columns)
+    return len(rows.rows)
 
 
 def _cell(value):
@@ -4695,10 +4501,19 @@ def _cell(value):
     return jsonlib.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
-def _default_columns(rows, is_complete=False):
-    """Return sensible columns, id, name, state and the like first; for csv all that there are."""
-    objects = [row for row in rows if isinstance(row, dict)]
-    present = dict.fromkeys(key for row in objects for key in row)
+def _default_columns(invocation, rows, is_complete=False):
+    """Return sensible columns, id, name, state and the like first; for csv all that there are.
+
+    What the list of commands says comes before what rows have, so that a list has one header."""
+    objects = dicts(rows.rows)
+    catalog = _cached_catalog(invocation.client) if objects and rows.is_list else None
+    spec = catalog.find(invocation.under_way.command) if catalog else None
+    fields = spec.fields if spec else []
+    nested = {name.partition(".")[0] for name in fields if "." in name}
+    present = dict.fromkeys(name for name in fields if "." not in name)
+    if is_complete or not fields:
+        present.update(dict.fromkeys(key for row in objects for key in row))
+        nested.update(key for row in objects for key in row if isinstance(row[key], (dict, list)))
     columns = [path for path in _PREFERRED if path.partition(".")[0] in present]
     rest = [key for key in present if key not in columns]
     if is_complete:
@@ -4708,7 +4523,6 @@ def _default_columns(rows, is_complete=False):
     if "jobstatus" in present and "cmd" not in present:  # of the job that made it, no job itself
         unwanted |= {"jobid", "jobstatus"}
     columns = [path for path in columns if path not in unwanted]
-    nested = {key for row in objects for key in row if isinstance(row[key], (dict, list))}
     columns += [key for key in rest if key not in nested]
     return columns[:_MOST_COLUMNS] or ["value"]
 
@@ -4727,76 +4541,54 @@ def _did_you_mean(names):
     return f"; did you mean {' or '.join(names)}?" if names else ""
 
 
+def _is_missing(name, rows):
+    """Return whether no row has a column. Where all it could be in is empty, it is not missing."""
+    found = [_pick(row, name, ()) for row in rows]
+    if any(value not in (None, ()) for value in found):
+        return False
+    heads = [_pick(row, name.partition(".")[0]) for row in rows]
+    return () not in found or any(head and value is None for head, value in zip(heads, found))
+
+
 def _field_names(rows):
     """Return every dotted path that leads somewhere in rows, one level into lists and objects."""
-    names = {}
-    for row in rows[:1000]:
-        for key, value in row.items() if isinstance(row, dict) else ():
-            names[key] = True
-            for inner in value[:1] if isinstance(value, list) else [value]:
-                if isinstance(inner, dict):
-                    names.update((f"{key}.{field}", True) for field in inner)
+    names: dict = {}
+    for key, value in [item for row in dicts(rows) for item in row.items()]:
+        names[key] = True
+        for inner in dicts(value[:1] if isinstance(value, list) else [value]):
+            names.update((f"{key}.{field}", True) for field in inner)
     return list(names)
-
-
-def _chosen_columns(invocation):
-    """Return the columns asked for with -c; None where none were."""
-    names = [name.strip() for name in (invocation.options["columns"] or "").split(",")]
-    return [name for name in names if name] or None
-
-
-def _warn_of_columns(invocation, rows, columns):
-    """Say which columns no row has."""
-    for name in columns or ():
-        if rows and all(_pick(row, name) is None for row in rows):
-            near = _did_you_mean(_near(name, _field_names(rows)))
-            invocation.say(f"Warning: no row has {name!a}{near}")
-
-
-def _sorted(invocation, rows):
-    """Return the rows in the order of --sort; those without the column come last."""
-    column = invocation.options["sort"]
-    if not column:
-        return rows
-    backwards = column.startswith("-")
-    column = column.lstrip("-")
-    _warn_of_columns(invocation, rows, [column])
-    present = [row for row in rows if _pick(row, column) is not None]
-    missing = [row for row in rows if _pick(row, column) is None]
-    present.sort(key=lambda row: _sort_key(_pick(row, column)), reverse=backwards)
-    return present + missing
-
-
-def _sort_key(value):
-    """Return a key that puts numbers in their order, also where the API gives them as text."""
-    text = _cell(value)
-    if _NUMBER.match(text):
-        return (0, float(text), text)
-    return (1, 0, text.lower())
 
 
 def _cells(rows, columns):
     """Yield the texts of each row in these columns."""
-    for row in rows:
+    for row in rows.rows:
         is_bare = columns == ["value"] and not isinstance(row, dict)
         yield [_cell(row if is_bare else _pick(row, name)) for name in columns]
 
 
-def _print_json(invocation, document):
-    """Print JSON, coloured if colours are wanted."""
-    text = _json_text(document)
+def _print_json(invocation, rows, columns):
+    """Print the answer as JSON; nothing for one that was empty, unless JSON was asked for."""
+    if rows.came_empty and not invocation.options["output"]:
+        return
+    text = _json_text(rows.document(columns))
     if invocation.is_colored():
         text = _highlighted(text, invocation.options["theme"] or invocation.settings.get("theme"))
     _write(text + "\n")
 
 
-def _print_csv(rows, columns):
+def _print_jsonl(invocation, rows, columns):
+    """Print each row as a line of JSON."""
+    _write("".join(_json_text(row, None) + "\n" for row in rows.picked(columns)))
+
+
+def _print_csv(invocation, rows, columns):
     """Print RFC 4180: a header, CRLF, quotes if they are needed.
 
     By hand, since the csv module of 3.10 refuses NUL characters."""
     end = "" if os.linesep == "\r\n" else "\r"  # there the stream itself makes CRLF of LF
     if columns is None:
-        columns = _default_columns(rows, is_complete=True) if rows else []
+        columns = _default_columns(invocation, rows, is_complete=True) if rows.rows else []
     for cells in [columns, *_cells(rows, columns)] if columns else ():
         line = ",".join(map(_csv_field, cells)) or '""'
         _write_line(line + end)
@@ -4807,33 +4599,28 @@ def _csv_field(text):
     return '"' + text.replace('"', '""') + '"' if re.search('[",\r\n]', text) else text
 
 
-def _print_text(rows, columns):
-    """Print the values of each row, separated by tabs."""
+def _print_text(invocation, rows, columns):
+    """Print the values of each row, separated by tabs; the only one of an object as it is.
+
+    (As it is, a value may have several lines: those of a list could be taken for rows.)"""
+    columns = columns or _default_columns(invocation, rows)
     escapes = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
     for cells in _cells(rows, columns):
-        _write_line("\t".join(cell.translate(escapes) for cell in cells))
-
-
-def _widths(text):
-    """Return how many columns of a terminal each character takes.
-
-    Wide ones take two, combining ones none."""
-    if len(text.encode("utf-8", "replace")) == len(text):  # ASCII
-        return [1] * len(text)
-    from unicodedata import category, east_asian_width
-
-    widths = []
-    for char in text:
-        if category(char) in ("Mn", "Me", "Cf"):
-            widths.append(0)
+        if len(columns) == 1 and not rows.is_list:
+            _write_line(cells[0][:-1] if cells[0].endswith("\n") else cells[0])
         else:
-            widths.append(2 if east_asian_width(char) in "WF" else 1)
-    return widths
+            _write_line("\t".join(cell.translate(escapes) for cell in cells))
 
 
 def _width(text):
-    """Return how many columns of a terminal a text takes."""
-    return sum(_widths(text))
+    """Return how many columns of a terminal a text takes: two for each wide character, none for
+    one that combines with another."""
+    if len(text.encode("utf-8", "replace")) == len(text):  # ASCII
+        return len(text)
+    from unicodedata import category, east_asian_width
+
+    seen = [char for char in text if category(char) not in ("Mn", "Me", "Cf")]
+    return len(seen) + sum(east_asian_width(char) in "WF" for char in seen)
 
 
 def _terminal_width(otherwise):
@@ -4847,169 +4634,162 @@ def _terminal_width(otherwise):
 
 def _cut(text, width):
     """Return text made to fit a width, an ellipsis at its end where something is gone."""
+    from itertools import accumulate
+
     text = text[: 2 * width + 100]  # combining characters aside, more cannot be seen
     if _width(text) <= width:
         return text
-    room = width - 1
-    for index, columns in enumerate(_widths(text)):
-        room -= columns
-        if room < 0:
-            return text[:index] + "…"
-    return text
+    return text[: sum(end < width for end in accumulate(map(_width, text)))] + "…"
 
 
 def _one_line(text):
     """Return text that is safe to show, on one line."""
-    return _escape_unprintable(text.replace("\n", " ").replace("\t", " "))
+    return escape_unprintable(text.replace("\n", " ").replace("\t", " "))
 
 
 def _print_table(invocation, rows, chosen):
     """Print aligned columns under a header.
 
-    On a terminal it fits: default columns are left out from the end, and only then is anything cut.
-    Elsewhere nothing is."""
-    columns = chosen or _default_columns(rows)
-    table = [list(map(_one_line, cells)) for cells in [columns] + list(_cells(rows, columns))]
-    widths = [max(_width(line[index]) for line in table) for index in range(len(columns))]
+    On a terminal, default columns that do not fit are left out, which is said; a line that is too
+    long all the same is cut. Elsewhere nothing is."""
+    columns = chosen or (_default_columns(invocation, rows) if rows.rows else [])
+    table = [list(map(_one_line, cells)) for cells in [columns, *_cells(rows, columns)]]
+    widths = [max(map(_width, cells)) for cells in zip(*table)]
     room = _terminal_width(None)
-    if room:
-        least = [
-            width if name.endswith("id") else min(width, 20) for name, width in zip(columns, widths)
-        ]
-        while not chosen and len(least) > 2 and sum(least) + 2 * len(least) - 2 > room:
-            least.pop()
-        widths = _fitted(widths[: len(least)], columns, room - 2 * len(least) + 2)
-
+    fits = _columns_with_room(columns, widths, room) if room and not chosen else range(len(columns))
     is_colored = invocation.is_colored()
-    for number, line in enumerate(table):
-        cells = [_cut(cell, width) for cell, width in zip(line, widths)]
-        padded = [cell + " " * (width - _width(cell)) for cell, width in zip(cells, widths)]
-        if is_colored and number:
-            padded = [_colored_state(*cell) for cell in zip(columns, line, padded)]
+    for number, line in enumerate(table if columns else ()):
+        padded = [line[index] + " " * (widths[index] - _width(line[index])) for index in fits]
         text = "  ".join(padded).rstrip()
-        _write((f"\x1b[1m{text}\x1b[0m" if is_colored and not number else text) + "\n")
+        text = _cut(text, room) if room else text
+        if is_colored:
+            text = f"\x1b[1m{text}\x1b[0m" if not number else _colored_states(columns, line, text)
+        _write(text + "\n")
+    left_out = ", ".join(table[0][index] for index in range(len(columns)) if index not in fits)
+    if left_out and _is_terminal(sys.stderr):
+        invocation.say(f"no room for {left_out}; -c chooses columns")
 
 
-def _colored_state(name, state, padded):
-    """Return the cell of a state in its colour; what stopped, or is no state, in none."""
-    shown = padded.rstrip()
-    for color, pattern in _STATE_COLORS if re.search(r"(?i)(?:state|status)\Z", name) else ():
-        if re.match(rf"(?i)(?:{pattern})\Z", state):
-            return f"\x1b[{color}m{shown}\x1b[0m" + padded[len(shown) :]
-    return padded
+def _columns_with_room(columns, widths, room):
+    """Return the indexes of those default columns that a terminal has room for.
+
+    Others go from the end, where 20 characters do; but an id that would be alone goes before."""
+    fits = list(range(len(columns)))
+    while len(fits) > 1:
+        *others, last = (widths[index] for index in fits)
+        if sum(width + 2 for width in others) + min(last, 20) <= room:
+            break
+        fits.pop()
+        if fits == [0] and columns[0] == "id":
+            fits = list(range(1, len(columns)))
+    return fits
 
 
-def _fitted(widths, columns, room):
-    """Return widths that add up to the room, if they can.
-
-    The widest gives way first, down to four columns; ids, which are whole or useless, come last."""
-    widths = [min(width, max(room, 4)) for width in widths]
-    plain = [index for index, name in enumerate(columns[: len(widths)]) if not name.endswith("id")]
-    for some in (plain, list(range(len(widths)))):
-        while sum(widths) > room and some and max(widths[index] for index in some) > 4:
-            widths[max(some, key=lambda index: widths[index])] -= 1
-    return widths
+def _colored_states(columns, line, text):
+    """Return a line with its states in their colours; what stopped, or is no state, in none."""
+    for name, state in zip(columns, line):
+        for color, pattern in _STATE_COLORS if re.search(r"(?i)(?:state|status)\Z", name) else ():
+            if re.match(rf"(?i)(?:{pattern})\Z", state):
+                text = text.replace(f"  {state}", f"  \x1b[{color}m{state}\x1b[0m", 1)
+                break
+    return text
 
 
-# 9.4 The list of commands.
-# What the server offers: listApis, reduced to what help, checks and completion need, and kept.
+_PRINTERS = {
+    "json": _print_json,
+    "jsonl": _print_jsonl,
+    "table": _print_table,
+    "csv": _print_csv,
+    "text": _print_text,
+}
 
-_CATALOG_VERSION = 1
+
+# 8.4 The list of commands.
+# What the server offers: the rows of listApis as they came, kept in a file.
+
 _CATALOG_LIFE = 30 * 86400  # seconds; an older one only warns
+_SYNC_TIMEOUT = 60.0  # seconds; a server that has just started took 19.5 for its first answer
 _ALWAYS_KNOWN = frozenset(
     "response customjobid page pagesize expires signature signatureversion apikey sessionkey"
     " ctxuserid ctxaccountid ctxstarteventid ctxdetails uuid".split()
 )
 _CONTROL = frozenset(["json", "fetch_list", "fetch_result", "opcode_name"])
+_SHORT_WORDS = {"vm": "virtualmachine", "ip": "ipaddress"}
+_REFUSALS = (431, 432, 531)  # statuses of what an account may not ask for
 
-_Param = collections.namedtuple("_Param", "name type required description length since")
+_Param = collections.namedtuple("_Param", "name type required description length since related")
 
 
-class _CommandSpec(
-    collections.namedtuple("_CommandSpec", "name description is_async since params fields")
-):
-    """What is known of one command. params: a _Param each; fields: dotted names of the answer's."""
+class _CommandSpec:
+    """What is known of one command: a row of listApis, whatever shape it has."""
 
-    @classmethod
-    def from_json(cls, line):
-        """Return the _CommandSpec of a line of a catalog's file."""
-        name, description, is_async, since, params, fields = jsonlib.loads(line)
-        params = [_Param(*param) for param in params]
-        return cls(name, description, is_async, since, params, fields)
+    def __init__(self, api):
+        def texts(row, names):
+            return [str(row.get(name) or "") for name in names]
+
+        self.name, self.description, self.since = texts(api, ("name", "description", "since"))
+        self.is_async = api.get("isasync") is True
+        made = [_Param(*texts(param, _Param._fields)) for param in dicts(api.get("params"))]
+        self.params = sorted(made, key=lambda param: (not param.required, param.name))
+        self.required = [param.name for param in self.params if param.required]
+        self.fields = []  # of the answer; those of an object in it are dotted
+        for field in dicts(api.get("response")):
+            name = field.get("name")
+            inner = [f"{name}.{row.get('name')}" for row in dicts(field.get("response"))]
+            self.fields += [name, *inner] if isinstance(name, str) else []
 
     def find_param(self, name):
         """Return the _Param of a name in any case, or None."""
         return next((param for param in self.params if param.name.lower() == name.lower()), None)
 
-    def ordered_params(self):
-        """Return the required ones first, each by name."""
-        return sorted(self.params, key=lambda param: (not param.required, param.name))
-
 
 class _Catalog:
-    """Holds the commands of one account, as listApis gave them.
+    """Holds the commands of one account: a line of JSON for each, which begins with its name.
 
-    On disk: a header line, a line of JSON for each command, a checksum; so that one command can be
-    looked up without parsing all of them, and a damaged file is noticed (ValueError)."""
+    So one command can be looked up without parsing all of them. It is false if it holds none: the
+    account may not ask for them."""
 
-    def __init__(self, text):
-        content, _, checksum = text.rpartition("\n")
-        if checksum != _checksum(content):
-            raise ValueError("damaged, or written by another version")
-        head, _, lines = content.partition("\n")
-        self.fetched_at = float(head)
-        self._file = text
-        self._text = "\n" + lines
+    def __init__(self, text, fetched_at):
+        self.text, self.age = text, time.time() - fetched_at  # in seconds
 
-    @classmethod
-    def of_specs(cls, specs):
-        """Return the _Catalog of these commands, fetched now."""
-        lines = [str(int(time.time()))] + sorted(jsonlib.dumps(spec) for spec in specs)
-        content = "\n".join(lines)
-        return cls(content + "\n" + _checksum(content))
-
-    def save(self, path):
-        """Write the file. Raises OSError."""
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        _write_private(path, self._file)
-
-    def is_old(self):
-        """Tell whether it was fetched so long ago that it only warns."""
-        return not 0 <= time.time() - self.fetched_at < _CATALOG_LIFE
+    def __bool__(self):
+        return self.text != ""
 
     def names(self):
         """Return the names of all commands."""
-        return re.findall(r'\n\["([^"]+)"', self._text)
+        return re.findall(r'\n\{"name": "([^"]+)"', self.text)
 
     def summaries(self):
-        """Return (name, description) of each command; its parameters are not made for that."""
-        return [tuple(jsonlib.loads(line)[:2]) for line in self._text.split("\n") if line]
+        """Return (name, description) of each command."""
+        begun = re.findall(r'\n(\{"name": "[^"]+", "description": "(?:[^"\\]|\\.)*")', self.text)
+        return [tuple(jsonlib.loads(text + "}").values()) for text in begun]
 
     def find(self, name):
         """Return the _CommandSpec of a name, in any case where only one fits; else None."""
-        if f'\n["{name}",' not in self._text:
-            alike = [other for other in self.names() if other.lower() == name.lower()]
-            if len(alike) != 1:
-                return None
-            name = alike[0]
-        start = self._text.index(f'\n["{name}",') + 1
-        return _CommandSpec.from_json(self._text[start:].partition("\n")[0])
+        alike = [other for other in self.names() if other.lower() == name.lower()]
+        if name not in alike and len(alike) != 1:
+            return None
+        start = self.text.index(f'\n{{"name": "{name if name in alike else alike[0]}",') + 1
+        return _CommandSpec(jsonlib.loads(self.text[start:].partition("\n")[0]))
 
 
-def _checksum(text):
-    """Return the last line of a catalog's file, by which a damaged one is noticed."""
-    checksum = crc32(text.encode("utf-8", "replace")) & 0xFFFFFFFF
-    return f"cs-commands {_CATALOG_VERSION} {checksum:08x}"
+def _make_catalog(rows):
+    """Return the _Catalog of rows of listApis."""
+    lines = []
+    for row in rows:
+        first = {"name": row["name"], "description": str(row.get("description") or "")}
+        lines.append("\n" + jsonlib.dumps({**first, **row, **first}))
+    return _Catalog("".join(sorted(lines)), time.time())
 
 
-def _cache_path(client, *more):
-    """Return the path of a file of the cache for this endpoint and account.
+def _cache_path(client):
+    """Return the path of the list of commands of this endpoint and account.
 
     Its name is a hash, so that it says nothing about them."""
     import hashlib
 
     user = client.key or client.get_setting("username") or ""
-    account = "\0".join([client.endpoint, user, client.get_setting("domain") or "", *more])
+    account = "\0".join([client.endpoint, user, client.get_setting("domain") or "", "commands"])
     name = hashlib.sha256(account.encode("utf-8")).hexdigest()[:32]
     return _own_path("XDG_CACHE_HOME", ".cache", name)
 
@@ -5036,85 +4816,50 @@ def _write_private(path, text):
         raise
 
 
-def _text_of(entry, name):
-    """Return an entry's text, or an empty one for anything else."""
-    value = entry.get(name)
-    return value if isinstance(value, str) else ""
-
-
-def _dicts(value):
-    """Return the dicts in a list; none for anything else."""
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
-def _reduced(api):
-    """Return the _CommandSpec of one entry of listApis, whatever shape it has."""
-    params = []
-    for param in _dicts(api.get("params")):
-        name, kind, meaning, since = (
-            _text_of(param, key) for key in ("name", "type", "description", "since")
-        )
-        length = param.get("length") if isinstance(param.get("length"), int) else None
-        params.append(_Param(name, kind, param.get("required") is True, meaning, length, since))
-
-    fields = []
-    for field in _dicts(api.get("response")):
-        name = _text_of(field, "name")
-        inner = [_text_of(entry, "name") for entry in _dicts(field.get("response"))]
-        fields += [name] + [f"{name}.{other}" for other in inner]
-    fields = [field for field in fields if field]
-
-    name, description, since = (_text_of(api, key) for key in ("name", "description", "since"))
-    return _CommandSpec(name, description, api.get("isasync") is True, since, params, fields)
-
-
 def _fetch_catalog(invocation):
-    """Ask the server for listApis and keep it.
+    """Ask the server for the list of commands, keep it, say how many there are, and return it.
 
     Raises CloudStackException, and ValueError if --sync cannot keep it."""
     client = invocation.client
-    specs = [_reduced(row) for row in client.listApis(fetch_list=True) if isinstance(row, dict)]
-    specs = [spec for spec in specs if re.match(r"[\w.-]+\Z", spec.name)]
-    if not specs:
-        detail = "listApis gave no commands"
-        raise CloudStackException("Unexpected response from CloudStack", detail)
-    catalog = _Catalog.of_specs(specs)
+    options = {"timeout": max(_SYNC_TIMEOUT, client.timeout), **invocation.call_options()}
+    rows = dicts(client.call("listApis", pages=True, **options))
+    rows = [row for row in rows if isinstance(row.get("name"), str)]
+    rows = [row for row in rows if re.match(r"[\w.-]{1,100}\Z", row["name"], re.ASCII)]
+    if not rows:
+        raise _unexpected("listApis gave no commands")
+    catalog = _keep_catalog(invocation, _make_catalog(rows))
+    invocation.say(f"{len(rows)} commands of {mask_address(client.endpoint)} are now known")
+    return catalog
+
+
+def _keep_catalog(invocation, catalog):
+    """Write the list of commands to its file and return it. Raises ValueError if --sync cannot."""
+    path = _cache_path(invocation.client)
     try:
-        catalog.save(_cache_path(client))
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        _write_private(path, catalog.text)
     except OSError as error:
-        problem = f"cannot write the cache {_cache_path(client)!a}: {_error_text(error)}"
+        problem = f"cannot write the cache {path!a}: {error_text(error)}"
         if invocation.options["sync"]:
             raise ValueError(problem) from None
         invocation.say("Warning: " + problem)
-    else:
-        invocation.say(f"{len(specs)} commands of {_mask_address(client.endpoint)} are now known")
     return catalog
 
 
 def _cached_catalog(client):
-    """Return the _Catalog that is kept, or None.
-
-    A damaged one is thrown away; one that cannot be read just now (too many open files) may be
-    good."""
+    """Return the _Catalog that is kept, or None."""
     path = _cache_path(client)
     try:
-        found = os.stat(path)
-        return _read_catalog(path, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
-    except OSError:
-        return None
-    except ValueError:
-        try:
-            os.unlink(path)
-        except OSError:
-            pass
+        with open(path, encoding="utf-8") as file:
+            return _Catalog(file.read(), os.stat(path).st_mtime)
+    except (OSError, ValueError):
         return None
 
 
-@functools.lru_cache(maxsize=4)
-def _read_catalog(path, *file_state):
-    """Read a _Catalog; once for all lines of a shell, until its file changes."""
-    with open(path, encoding="utf-8") as file:
-        return _Catalog(file.read())
+def _catalog_for_reading(invocation):
+    """Return the list of commands, fetched now if it is not there: --list and --help need it."""
+    catalog = None if invocation.options["sync"] else _cached_catalog(invocation.client)
+    return catalog or _fetch_catalog(invocation)
 
 
 def _check_once(invocation, command, params):
@@ -5122,45 +4867,39 @@ def _check_once(invocation, command, params):
 
     It looks at names and at what is empty, no further: a thousand rows of --each are alike to it,
     and warned of once."""
-    shape = (command, *((name, value == "") for name, value in params.items()))
+    shape = (command, *((name, not _joined(values)) for name, values in params.items()))
     if not invocation.options["each"] or shape not in invocation.checked:
         invocation.checked[shape] = _check_against_catalog(invocation, command, params)
     return invocation.checked[shape]
 
 
 def _check_against_catalog(invocation, command, params):
-    """Return the command in its own spelling, and decide whether its lost answer may be recovered.
+    """Return the command in its own spelling, and whether its lost answer may be recovered.
 
-    Raises _Usage for what the list of commands knows to be wrong, unless --force."""
+    Without a job there is nothing by which it could be found again. Raises _Usage for what the list
+    of commands knows to be wrong, unless --force."""
+    recover = invocation.settings["recover"]
     catalog = _cached_catalog(invocation.client)
-    if catalog is None:
-        return command
-    spec = catalog.find(command)
-    if spec is None:
-        problems, missing = [], []
-        if command not in ("login", "logout"):  # which no server lists
-            problems = [_unknown_command(catalog, command)]
-    else:
-        command = spec.name
-        # Without a job there is nothing by which a lost answer could be found again.
-        may_recover = spec.is_async and invocation.settings["recover"]
-        invocation.client.set_setting("recover", may_recover)
-        problems, missing = _unknown_params(spec, params), _missing_params(spec, params)
-        problems += _unknown_columns(spec, invocation)
+    spec = catalog.find(command) if catalog else None
+    problems, missing = [], []
+    if spec is not None:
+        command, recover = spec.name, recover and spec.is_async
+        problems, missing = _unknown_params(catalog, spec, params), _missing_params(spec, params)
+    elif catalog and command not in ("login", "logout"):  # which no server lists
+        problems = [_unknown_command(catalog, command)]
 
     if invocation.options["force"] or not (problems or missing):
-        return command
+        return command, recover
     needs = [f"{command} needs {', '.join(missing)}"] if missing else []
     text = "\n    ".join(problems + needs)
-    if catalog.is_old():
-        days = (time.time() - catalog.fetched_at) / 86400
-        hint = f"(known from {days:.0f} days ago; `cs --sync` looks again)"
-        invocation.say(f"Warning: {text}\n    {hint}")
-        return command
+    sync = f"`{_shell_line(invocation, ['--sync'])}` fetches the list of commands again"
+    if not 0 <= catalog.age < _CATALOG_LIFE:
+        days = f"known from {catalog.age / 86400:.0f} days ago"
+        invocation.say(f"Warning: {text}\n    ({days}; {sync})")
+        return command, recover
     if not problems:  # no newer list, and no --force, would help
         raise _Usage(f"{text}; see cs {command} --help")
-    hint = "`cs --sync` looks again what the server offers; --force sends it all the same."
-    raise _Usage(f"{text}\n    Nothing was sent. {hint}")
+    raise _Usage(f"{text}\n    Nothing was sent. {sync}; --force sends the call as it is.")
 
 
 def _base_name(name):
@@ -5168,86 +4907,79 @@ def _base_name(name):
     return name.partition("[")[0].lower()
 
 
-def _unknown_params(spec, params):
+def _unknown_params(catalog, spec, params):
     """Return a sentence for each parameter that the server would ignore in silence."""
     known = {param.name.lower(): param.name for param in spec.params}
     problems = []
     for name in params:
         base = _base_name(name)
         if name not in _CONTROL and base not in known and base not in _ALWAYS_KNOWN:
-            near = _did_you_mean(_near(base, known.values()))
-            problems.append(f"{spec.name} has no parameter {name!a}{near}")
-    return problems
-
-
-def _unknown_columns(spec, invocation):
-    """Return a sentence for each --where of a column that the answer cannot have.
-
-    != would hold for every row, and a script would take all of them for those it wanted."""
-    if invocation.options["each"] or not spec.fields:
-        return []
-    problems = []
-    for condition in invocation.conditions:
-        if condition.column.partition(".")[0] not in spec.fields:
-            near = _did_you_mean(_near(condition.column, spec.fields))
-            problems.append(f"{spec.name} returns no {condition.column!a}{near}")
+            near = _near(base, known.values())
+            if base == "name" and "id" in known and _lister(catalog, spec.name, "id"):
+                near = ["id=name:" + _joined(params[name])]
+            problems.append(f"{spec.name} has no parameter {name!a}{_did_you_mean(near)}")
     return problems
 
 
 def _missing_params(spec, params):
-    """Return the required parameters that have no value, or an empty one."""
-    given = {_base_name(name) for name, value in params.items() if value != ""}
-    names = [param.name for param in spec.params if param.required]
-    return sorted(name for name in names if name.lower() not in given)
+    """Return the required parameters that are not given.
+
+    To the server an empty text is a value; an empty id or number is not."""
+    given = {_base_name(name): _joined(values) for name, values in params.items()}
+    texts = [param.name for param in spec.params if param.type not in ("uuid", "integer", "long")]
+    usable = [name for name, value in given.items() if value or name in map(str.lower, texts)]
+    return [name for name in spec.required if name.lower() not in usable]
 
 
 def _unknown_command(catalog, name):
     """Return the sentence about a command that the list of commands does not have."""
-    near = _did_you_mean(_meant_commands(catalog, [name]) or _near(name, catalog.names()))
+    near = _did_you_mean(_meant_commands(catalog, name) or _near(name, catalog.names()))
     return f"the server has no command {name!a} for you{near}"
 
 
-def _meant_commands(catalog, words):
-    """Return the command that habits from elsewhere spell as these words, if there is one.
+def _meant_commands(catalog, text):
+    """Return the command that habits from elsewhere spell so, if there is one.
 
-    That is verb and noun apart, or the noun alone; in any case, singular or plural."""
+    That is a noun or a verb alone, vm for virtualmachine; in any case, singular or plural."""
 
     def bare(name):
-        return re.sub(r"(?:ies|y|s*e?s*)\Z", "", name.lower())
+        name = name.lower().replace("vm", "virtualmachine").rstrip("es")
+        return name[:-1] + "i" if name.endswith("y") else name
 
-    noun = _SHORT_NAMES.get(bare(words[-1]), words[-1])
-    meant = bare("".join(words[:-1]) + noun)
     names = {bare(name): name for name in catalog.names()}
-    return [names[name] for name in (meant, "list" + meant) if name in names][:1]
+    tries = [bare(form) for form in (text, "list" + text, text + "virtualmachine")]
+    return [names[name] for name in tries if name in names][:1]
 
 
-def _refuse_parted_command(invocation, words):
-    """Raise _Usage if the words up to the first parameter mean one command together."""
-    words = list(itertools.takewhile(lambda word: "=" not in word, words))
+def _join_command(invocation, words):
+    """Return the words with `stop virtualmachine` made one, where that is exactly one command.
+
+    Raises _Usage if the words before the first parameter mean a command in another way."""
+    apart = list(itertools.takewhile(lambda word: "=" not in word, words))
     catalog = _cached_catalog(invocation.client)
-    meant = _meant_commands(catalog, words) if catalog else []
+    if not catalog or len(apart) < 2 or catalog.find(apart[0]):
+        return words
+    spec = catalog.find("".join(apart))
+    if spec is not None and len(apart) == 2:
+        return [spec.name] + words[2:]
+    meant = _meant_commands(catalog, "".join(apart))
     if meant:
-        raise _Usage(f"there is no command {' '.join(words)!a}{_did_you_mean(meant)}")
-
-
-def _catalog_for_reading(invocation):
-    """Return the catalog, fetched now if it is not there.
-
-    --list and COMMAND --help ask for nothing else."""
-    catalog = None if invocation.options["sync"] else _cached_catalog(invocation.client)
-    return catalog or _fetch_catalog(invocation)
+        raise _Usage(f"there is no command {' '.join(apart)!a}{_did_you_mean(meant)}")
+    return words
 
 
 def _list_commands(invocation, words):
     """Print the commands in whose name or description all the words stand (--list).
 
     Returns whether there are any."""
-    found = []
-    for name, description in _catalog_for_reading(invocation).summaries():
-        if all(word.lower() in f"{name} {description}".lower() for word in words):
-            found.append((name, description))
+    wanted = [(word, _SHORT_WORDS.get(word, word)) for word in map(str.lower, words)]
+    found = [
+        pair for pair in _catalog_for_reading(invocation).summaries()
+        if all(any(form in " ".join(pair).lower() for form in forms) for forms in wanted)
+    ]  # fmt: skip
     if not found:
-        invocation.say(f"No command matches {' '.join(words)}")
+        quoted = " and ".join(map(ascii, words))
+        invocation.say(f"No command has {quoted} in its name or description")
 
     longest = max([len(name) for name, _ in found] or [0])
     width = _terminal_width(None)
@@ -5263,63 +4995,62 @@ def _describe_command(invocation, name):
     spec = catalog.find(name)
     if spec is None:
         raise _Usage(_unknown_command(catalog, name) + "\n    `cs --list WORD` looks for one.")
-    lines = _description_lines(spec, min(_terminal_width(100), 100))
-    _write(_escape_unprintable("\n".join(lines)) + "\n")
+    lines = _description_lines(catalog, spec, min(_terminal_width(100), 100))
+    _write(escape_unprintable("\n".join(lines)) + "\n")
     return True
 
 
-def _description_lines(spec, width):
+def _description_lines(catalog, spec, width):
     """Yield the lines of COMMAND --help."""
     import textwrap
 
+    def wrapped(text, first="", rest="  "):
+        return textwrap.wrap(text[:5000], width, initial_indent=first, subsequent_indent=rest)
+
     yield spec.name + (f" (since {spec.since})" if spec.since else "")
-    yield from textwrap.wrap(
-        spec.description, width, initial_indent="  ", subsequent_indent="  "
-    )
+    yield from wrapped(spec.description, "  ")
     if spec.is_async:
         yield "  It starts a job, which is waited for unless --async."
-
-    params = spec.ordered_params()
     for heading, required in (("Required:", True), ("Optional:", False)):
-        group = [param for param in params if param.required is required]
-        if group:
-            yield ""
-            yield heading
+        group = [param for param in spec.params if bool(param.required) is required]
+        yield from ["", heading] if group else []
         for param in group:
             text = f"  {param.name} ({_facts(param)})  {param.description}"
-            yield from textwrap.wrap(text, width, subsequent_indent=" " * 6)
-
+            yield from wrapped(text, rest=" " * 6)
     top = ", ".join(field for field in spec.fields if "." not in field)
-    if top:
-        yield ""
-        yield from textwrap.wrap("Returns: " + top, width, subsequent_indent="  ")
+    yield from ["", *wrapped("Returns: " + top)] if top else []
     yield ""
-    examples = [_example(param) for param in params if param.required]
-    yield "Example: cs " + " ".join([spec.name] + examples)
+    yield "Example: cs " + " ".join([spec.name, *_example(catalog, spec)])
 
 
 def _facts(param):
     """Return what is known of a parameter beside its description."""
     facts = [param.type] if param.type else []
-    if param.length and param.type == "string" and param.length != 255:
+    if param.type == "string" and param.length not in ("", "255"):
         facts.append(f"at most {param.length}")
-    if param.since:
-        facts.append(f"since {param.since}")
-    return ", ".join(facts)
+    return ", ".join(facts + ([f"since {param.since}"] if param.since else []))
 
 
-def _example(param):
-    """Return a parameter as an example has it."""
-    if param.type == "map":
-        return f"{param.name}[0].key=... {param.name}[0].value=..."
-    kinds = {
-        "boolean": "true", "integer": "1", "long": "1", "uuid": "ID", "date": "2026-01-31",
-        "list": "A,B",
-    }  # fmt: skip
-    return f"{param.name}={kinds.get(param.type, '...')}"
+# What an example has beside the required parameters, without which the call does nothing useful.
+_EXAMPLES = {
+    "deployVirtualMachine": "templateid",
+    "authorizeSecurityGroupIngress": "securitygroupid protocol startport endport cidrlist",
+}
+_EXAMPLE_VALUES = {"boolean": "true", "integer": "1", "long": "1", "uuid": "ID", "list": "A,B"}
 
 
-# 9.5 Completion.
+def _example(catalog, spec):
+    """Yield the parameters of a call as an example has them."""
+    for name in dict.fromkeys(spec.required + _EXAMPLES.get(spec.name, "").split()):
+        param = spec.find_param(name)
+        if param and param.type == "map":
+            yield f"{name}[0].key=... {name}[0].value=..."
+        elif param:
+            is_named = _lister(catalog, spec.name, name)
+            yield f"{name}=" + ("name:..." if is_named else _EXAMPLE_VALUES.get(param.type, "..."))
+
+
+# 8.5 Completion.
 # The shells' scripts hand over the line up to the cursor and get lines of `word TAB description`.
 # Words come partly from the server, and names from tenants: only words that no shell would evaluate
 # are given, and the scripts never evaluate any.
@@ -5327,75 +5058,63 @@ def _example(param):
 _SCRIPTS = {
     "bash": r"""
 _cs_complete() {
-    local line text word cut="" ends="${COMP_WORDBREAKS//[^=:]/}" keep=""; local -a shown
+    local found line="${COMP_LINE:0:COMP_POINT}" ends="${COMP_WORDBREAKS//[^=:]/}" cut=""
+    local quotes="${line//[^\']/}" word="${line##*[[:space:]]}"
     COMPREPLY=()
-    word="${COMP_LINE:0:COMP_POINT}"; word="${word##*[[:space:]]}"
-    # bash takes a word apart at = and : and replaces only the last part
-    [[ -n "$ends" ]] && cut="${word%"${word##*[$ends]}"}"
-    while IFS= read -r text; do
-        line="${text%%$'\t'*}"; text="${text/$'\t'/  }"
-        if [[ -z "$line" ]]; then shown=("${text#  }"); keep=1; continue; fi  # a message
-        [[ "$line" == "$cut"* ]] || continue
-        [[ "$line" == *= || "$line" == *, ]] && compopt -o nospace 2>/dev/null
-        [[ "$line" == *=* && "$line" != "$word"* ]] && keep=1  # found by its name
-        COMPREPLY+=("${line#"$cut"}"); text="${text#"$cut"}"; shown+=("${text:0:${COLUMNS:-80}-2}")
-    done < <(CLOUDSTACK_TRACE= command "${COMP_WORDS[0]}" \
-        --complete="${COMP_LINE:0:COMP_POINT}" 2>/dev/null)
-    (( ${#COMPREPLY[@]} == 1 )) && return
-    # Descriptions only where words are listed, never where one of them is put on the line.
-    case "$COMP_TYPE" in 63|33|64) COMPREPLY=("${shown[@]}") ;; esac
-    # One that begins otherwise keeps what is typed: the beginning of several ids is not put there.
-    [[ -n "$keep" && "$COMP_TYPE" != 37 ]] && (( ${#COMPREPLY[@]} )) && COMPREPLY+=(" ")
+    while IFS= read -r found; do
+        [[ "$found" == $'\t'* ]] && { COMPREPLY=("${found#?}" " "); return; }  # a message
+        COMPREPLY+=("${found%%$'\t'*}")
+    done < <(command "${COMP_WORDS[0]}" --complete="$line" 2>/dev/null)
+    if (( ${#quotes} % 2 )); then  # bash replaces what follows an open quote, and closes it
+        COMPREPLY=("${COMPREPLY[@]#*\'}"); COMPREPLY=("${COMPREPLY[@]%\'}")
+    elif [[ -n "$ends" ]]; then  # else what follows the last = or :
+        cut="${word%"${word##*[$ends]}"}"; COMPREPLY=("${COMPREPLY[@]#"$cut"}")
+    fi
+    [[ "${COMPREPLY[*]}" == *[=,] ]] && compopt -o nospace 2>/dev/null
 }
 complete -o nosort -F _cs_complete cs 2>/dev/null || complete -F _cs_complete cs
 """,
     "zsh": r"""#compdef cs
 _cs() {
-    local line word; local -a plain shown open any
-    for line in "${(@f)$(CLOUDSTACK_TRACE= command "${words[1]}" \
-        --complete="${(j: :)words[1,CURRENT-1]} ${PREFIX}" 2>/dev/null)}"; do
-        [[ -n "$line" ]] || continue
-        word="${line%%$'\t'*}"
-        [[ -n "$word" ]] || { compadd -x "${${line#?}//\%/%%}"; continue }
-        [[ "$word" == "$PREFIX"* ]] || any=(-U)
-        if [[ "$word" == *= || "$word" == *, ]]; then open+=("$word"); continue; fi
-        plain+=("$word"); shown+=("${line//$'\t'/  -- }")
-    done
-    (( $#open )) && compadd $any -V cs -S '' -- "${open[@]}"
-    (( $#plain )) && compadd $any -V cs -l -d shown -- "${plain[@]}"
-    # the beginning of several ids must not take the place of the name that is typed
-    (( $#any && $#plain > 1 )) && [[ $PREFIX == *=* ]] && compstate[insert]= compstate[list]=list
+    local line="${(j: :)words[1,CURRENT-1]} $PREFIX"
+    local -a found=(${(f)"$(command ${words[1]} --complete="$line" 2>/dev/null)"}) end
+    local -a plain=(${found%%$'\t'*}) shown=(${found/$'\t'/  -- })
+    (( $#plain )) || { compadd -x "${${shown[1]#  -- }//\%/%%}"; return }
+    [[ $#plain = 1 && $plain[1] != *[=,] ]] || end=(-S '')
+    compadd -U -Q -V cs "${end[@]}" -l -d shown -- $plain
+    # a name that is typed stays there, although the words begin with name:
+    [[ $#plain -gt 1 && $plain[1] != "$PREFIX"* ]] && compstate[insert]= compstate[list]=list
 }
 if [[ "$funcstack[1]" = _cs ]]; then _cs "$@"; else compdef _cs cs; fi
 """,
     "fish": r"""
 function __cs_complete
-    set -l line (commandline -cp)
-    set -l found (env CLOUDSTACK_TRACE= (commandline -opc)[1] --complete="$line" 2>/dev/null)
+    set -l found (env (commandline -opc)[1] --complete=(commandline -cp) 2>/dev/null)
     if string match -q \t'*' -- "$found"  # a message
         printf '\n%s\n' (string trim -- "$found") >&2; commandline -f repaint
-    else
-        string join \n -- $found
+    else  # fish quotes by itself
+        string replace -r "'([^'\t]*)'" '$1' -- $found
     end
 end
 complete -c cs -k -f -a '(__cs_complete)'
 """,
 }
-_SAFE_WORD = re.compile(r"[A-Za-z0-9_.,:/@%+=\[\]-]+\Z")
-_PATIENCE_AT_A_KEY = 1.0  # seconds to connect and as many for the answer
-_REMEMBERED = 60.0  # seconds for which ids are not asked for again
-_SHORT_NAMES = {"vm": "virtualmachine", "parentdomain": "domain"}
+_SAFE_WORD = re.compile(r"(?:[A-Za-z0-9_.,:/@%+=\[\]-]|'[A-Za-z0-9_.:/@%+() -]+')+\Z")
+_SAFE_NAME = re.compile(r"(?! )[A-Za-z0-9_.:/@%+() -]+(?<! )\Z")
+_KEY_TIMEOUT = 1.0  # seconds that a list command may take at a key
 
 # pending: the option whose value is being typed, or None; front: `--name=` where the value follows
-# it in the same word; current: the word, or the value, that is being typed.
-_NO_OPTION = _Option("", "", None)
+# it in the same word; current: the word, or the value, that is being typed, with its quotes.
+_NO_OPTION = _Option("", "", None, None)
 _Line = collections.namedtuple("_Line", "options pending front command words current")
 
 
 def _read_line(text):
     """Take a line apart as far as it is typed; mistakes on it are passed over."""
-    typed = text.split()[1:]
-    current = typed.pop() if typed and not text[-1].isspace() else ""
+    found = list(re.finditer(r"""(?:\\.?|'[^']*'?|"[^"]*"?|[^\s'"\\])+""", text, re.DOTALL))
+    is_open = len(found) > 1 and found[-1].end() == len(text)
+    current = found.pop().group() if is_open else ""
+    typed = [_unquoted(match.group()) for match in found[1:]]
     pending = _FLAGS.get(typed[-1]) if typed else None
     front = ""
     if pending is not None and pending.value is not None:
@@ -5415,6 +5134,11 @@ def _read_line(text):
     return _Line(options, pending, front, words[0] if words else None, words[1:], current)
 
 
+def _unquoted(word):
+    """Return a word as a shell would pass it on."""
+    return re.sub(r"""\\(.)|['"]""", r"\1", word)
+
+
 def _print_completions(text):
     """Print the words that may stand where the cursor is, at the end of the text."""
     try:
@@ -5429,22 +5153,15 @@ def _completions(line):
 
     Raises _Usage as _candidates does."""
     words = set()
-    for word, description in _starting(_candidates(line), line.current):
+    for word, description in _candidates(line):
         if word not in words and _SAFE_WORD.match(line.front + word):
             words.add(word)
-            yield line.front + word, _cut(" ".join(_escape_unprintable(description).split()), 60)
+            yield line.front + word, _cut(" ".join(escape_unprintable(description).split()), 60)
 
 
 def _starting(pairs, prefix):
-    """Return the pairs whose word begins so.
-
-    For a value those count, too, whose description does: the name of an id."""
-    typed = re.sub(r".*[=,]", "", prefix) if "=" in prefix else ""
-
-    def fits(pair, to):
-        return to(pair[0]).startswith(to(prefix)) or typed and to(pair[1]).startswith(to(typed))
-
-    return _fitting(pairs, fits)
+    """Return the pairs whose word begins so."""
+    return _fitting(pairs, lambda pair, to: to(pair[0]).startswith(to(prefix)))
 
 
 def _fitting(items, fits):
@@ -5454,36 +5171,33 @@ def _fitting(items, fits):
 
 
 def _candidates(line):
-    """Return (word, description) pairs of what may stand there, whatever it begins with.
+    """Return (word, description) pairs of what may stand there.
 
     Raises _Usage if the list of commands is missing."""
+    current = line.current
     if line.pending is not None:
-        return [(word, "") for word in _option_values(line)]
-    if line.current.startswith("-"):
-        return [(flag, "") for flag in sorted(_FLAGS) if flag[1] == "-" and flag != "--complete"]
+        return _starting([(word, "") for word in _option_values(line)], current)
+    if current.startswith("-"):
+        flags = [flag for flag in sorted(_FLAGS) if flag[1] == "-" and flag != "--complete"]
+        return _starting([(flag, "") for flag in flags], current)
     invocation, catalog = _known_commands(line)
+    if not catalog:
+        return []
     if line.command is None:
-        return catalog.summaries() if catalog else []
-    spec = catalog.find(line.command) if catalog else None
+        return _starting(catalog.summaries(), current)
+    spec = catalog.find(line.command)
     if spec is None:
         return []
 
-    name, equals, value = line.current.partition("=")
+    name, equals, _ = current.partition("=")
     if not equals:
         used = {word.partition("=")[0].lower() for word in line.words}
-        unused = [param for param in spec.ordered_params() if param.name.lower() not in used]
-        return [(param.name + "=", param.description) for param in unused]
+        unused = [param for param in spec.params if param.name.lower() not in used]
+        return _starting([(param.name + "=", param.description) for param in unused], current)
     param = spec.find_param(name)
     if param and param.type == "boolean":
-        return [(name + "=true", ""), (name + "=false", "")]
-    if not name.lower().endswith(("id", "ids")):
-        return []
-    typed = value[value.rfind(",") + 1 :] if name.lower().endswith("s") else value
-    front = line.current[: len(line.current) - len(typed)]
-    pairs = _ids(invocation, catalog, spec, name)
-    if typed.startswith("name:"):
-        return [(front + "name:" + text, ident) for ident, text in pairs if text]
-    return [(front + ident, text) for ident, text in pairs]
+        return _starting([(name + "=true", ""), (name + "=false", "")], current)
+    return _id_words(invocation, catalog, line) if name.lower().endswith(("id", "ids")) else []
 
 
 def _option_values(line):
@@ -5492,12 +5206,13 @@ def _option_values(line):
     if isinstance(option.value, tuple):
         return option.value
     if option.name in ("region", "profile"):
-        return _regions(line.options["config"])
-    if option.name in ("columns", "sort") and line.command is not None:
+        return list_regions(line.options["config"])
+    if option.name in ("columns", "sort", "where") and line.command is not None:
         catalog = _known_commands(line)[1]
         spec = catalog.find(line.command) if catalog else None
-        front = line.current[: line.current.rfind(",") + 1]
-        return [front + field for field in (spec.fields if spec else ())]
+        front = re.match(r"-|(?:.*,)?", line.current).group()  # type: ignore[union-attr]
+        end = "=" if option.name == "where" else ""
+        return [front + field + end for field in (spec.fields if spec else ())]
     return []
 
 
@@ -5516,100 +5231,75 @@ def _known_commands(line):
     return invocation, catalog
 
 
-def _regions(config):
-    """Return the names of all sections in the ini files that can be read."""
-    found = set()
-    for path in _list_ini_paths(config)[0]:
-        try:
-            found.update(_parse_ini(path, _read_text(path)).sections())
-        except (OSError, ValueError):
-            pass
-    return sorted(found)
+def _id_words(invocation, catalog, line):
+    """Return (word, description) of what an ...id parameter may be: names, or else ids.
+
+    What is typed may begin a name, name: and a name, or an id. A name is offered where it is safe
+    to type and nothing else has it."""
+    name, _, value = line.current.partition("=")
+    raw = value[value.rfind(",") + 1 :] if name.lower().endswith("s") else value
+    front = line.current[: len(line.current) - len(raw)]
+    typed = _unquoted(raw)
+    begun = typed[5:] if typed.startswith("name:") else typed
+
+    rows = _rows_at_a_key(invocation, catalog, line, name)
+    owners = collections.Counter(other for row in rows for other in row_names(row))
+    choices = []  # what begins as it is typed, whether it is a name, the description
+    for row in rows:
+        names = [x for x in row_names(row) if owners[x] == 1 and _SAFE_NAME.match(x)]
+        choices += [(x, True, str(row["id"])) for x in names[: None if begun else 1]]
+        if begun == typed and (typed or not names):
+            choices.append((str(row["id"]), False, " / ".join(row_names(row))))
+    choices = _fitting(choices, lambda choice, to: to(choice[0]).startswith(to(begun)))
+    # All in quotes if one is: a shell replaces what was typed by what all words have in common.
+    spaced = {text for text, _, _ in choices if re.search("[ ()]", text)}
+    for text, is_name, info in choices:
+        word = f"name:'{text}'" if begun and spaced or text in spaced else "name:" + text
+        word = f"'name:{text}'" if raw[:1] in ("'", '"') else word
+        yield front + (word if is_name else text), info
 
 
-def _ids(invocation, catalog, spec, name):
-    """Return (id, name) of what an ...id parameter may be, asked of the list command that fits.
+def _rows_at_a_key(invocation, catalog, line, name):
+    """Return the rows of the list command whose ids a parameter takes, one for each id.
 
-    It is remembered for a minute, as is that it could not be had: a server that hangs is not waited
-    for at every key, nor a wrong password tried."""
-    lister = _lister(catalog, spec.name, name)
-    if lister is None:
+    A log-in that is refused deletes the list of commands, without which no key causes another one:
+    five of them lock an account."""
+    given = {word.partition("=")[0].lower(): word.partition("=")[2] for word in line.words}
+    lister = _lister(catalog, line.command, name, given)
+    if lister is None or _unanswerable(lister, given):
         return []
+    question = next(_questions(lister, given))
+    if question.get("projectid", "").startswith("name:"):  # rows tell the project's name
+        question["projectid"] = "-1"
     client = invocation.client
-    path, refused = _cache_path(client, "ids", lister.name), _cache_path(client, "ids")
-    rows = _remembered(refused)
-    if rows is None:
-        rows = _remembered(path)
-    if rows is not None:
-        return rows
-
+    client.timeout, client.retry = _KEY_TIMEOUT, 0  # of a log-in, too
     try:
         with client:
-            rows = _ask_ids(client, lister)
-    except CloudStackException:
-        rows, path = [], refused
-    try:
-        _write_private(path, jsonlib.dumps({"at": int(time.time()), "rows": rows}))
-    except OSError:
-        pass
-    return rows
+            rows = find_rows(client.call(lister.name, question))
+    except CloudStackException as error:
+        if error.response is not None and "loginresponse" in error.response.text:
+            os.unlink(_cache_path(client))
+        return []
+    by_id = {str(row.get("id") or ""): row for row in _in_place(dicts(rows), given)}
+    return [row for ident, row in by_id.items() if re.match(r"[\w-]+\Z", ident, re.ASCII)]
 
 
-def _remembered(path):
-    """Return the rows that a file of ids holds, None unless it is less than a minute old."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            kept = jsonlib.load(file)
-        if 0 <= time.time() - kept["at"] < _REMEMBERED:
-            rows = [(ident, text) for ident, text in kept["rows"]]
-            return rows if all(isinstance(part, str) for row in rows for part in row) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
-    return None
+# 8.6 Configure.
 
-
-def _ask_ids(client, lister):
-    """Ask a list command for (id, name) of what it has, within a person's patience at a key."""
-    params = {}
-    if lister.find_param("listall"):
-        params["listall"] = "true"
-    if lister.find_param("templatefilter"):
-        params["templatefilter"] = "executable"
-    client.timeout, client.retry = _PATIENCE_AT_A_KEY, 0
-    call = _Call(lister.name, params)
-    call.total = _PATIENCE_AT_A_KEY
-
-    found = []
-    for row in _dicts(_find_rows(client._drive(_send_with_retries(client, call)))):
-        if isinstance(row.get("id"), str):
-            found += [(row["id"], name) for name in reversed(_names(row) or [""])]
-    return found
-
-
-def _lister(catalog, command, name):
-    """Return the list command whose ids a parameter takes, or None.
-
-    It is listZones for zoneid, and for a plain id that of the command's own object."""
-    thing = re.sub(r"ids?\Z", "", name.lower())
-    if not thing:
-        thing = re.sub(r"\A[a-z]+", "", command).lower()
-    thing = _SHORT_NAMES.get(thing, thing)
-    wanted = [f"list{thing}s", f"list{thing}", f"list{thing}es", f"list{thing[:-1]}ies"]
-    spelled = {other.lower(): other for other in catalog.names()}
-    return next((catalog.find(spelled[other]) for other in wanted if other in spelled), None)
-
-
-# 9.6 Configure.
-
-_QUESTIONS = (
-    ("endpoint", "Endpoint (https://host/client/api): "),
-    ("key", "API key: "),
-    ("secret", "Secret key (not shown): "),
-)
+# What is asked, and what is said of an answer that cannot be used. An answer is never repeated:
+# pasted a line too early, it is the secret.
+_QUESTIONS = {
+    "endpoint": ("Endpoint (https://host/client/api): ",
+                 "Please type a full URL, such as https://host/client/api"),
+    "key": ("API key: ", "Nothing was typed"),
+    "secret": ("Secret key (not shown): ", "Nothing was typed"),
+    "save": ("Save them all the same? [y/N] ", ""),
+    "output": ("Output format, table or json [json]: ", f"It is one of {', '.join(FORMATS)}"),
+}  # fmt: skip
 
 
 def _configure(invocation):
-    """Ask for a section, try it with one call, add it to ~/.cloudstack.ini (--configure).
+    """Ask for a section, try it, add it to ~/.cloudstack.ini (--configure).
 
     Returns whether it was written."""
     options = invocation.options
@@ -5617,23 +5307,22 @@ def _configure(invocation):
     if not re.match(r"[^\[\]\s][^\[\]\r\n]*\Z", region) or region == "DEFAULT":
         raise _Usage(f"{region!a} cannot be the name of a section")
     path = os.path.realpath(os.path.expanduser(options["config"] or "~/.cloudstack.ini"))
-    _text_without_section(path, region)
 
-    answers = {name: _ask_until_usable(name, question) for name, question in _QUESTIONS}
-    text = _text_without_section(path, region)  # as it is now, minutes later
-    text += f"[{region}]\n"
-    for name, answer in answers.items():
-        text += f"{name} = {answer.replace('%', '%%')}\n"
-    if not _works(invocation, path, text, region):
-        answer = _ask_person("Save them all the same? [y/N] ")
-        if answer.lower() not in ("y", "yes"):
+    text = _text_without_section(path, region)  # refused before anything is asked
+    section = f"[{region}]\n"
+    for name in ("endpoint", "key", "secret"):
+        section += f"{name} = {_ask(name).replace('%', '%%')}\n"
+    if not _works(invocation, parse_section(path, text + section, region)):
+        if _ask("save").lower() not in ("y", "yes"):
             invocation.say("Nothing was written.")
             return False
+    section += f"output = {_ask('output', 'json')}\n"
+    text = _text_without_section(path, region)  # as it is now: others may have written to it
     try:
-        _write_private(path, text)
+        _write_private(path, text + section)
     except OSError as error:
-        raise ValueError(f"cannot write {path!a}: {_error_text(error)}") from None
-    invocation.say(f"Section [{region}] of {path} is written.")
+        raise ValueError(f"cannot write {path!a}: {error_text(error)}") from None
+    invocation.say(f"Section [{region}] is in {path} now.")
     return True
 
 
@@ -5646,202 +5335,325 @@ def _text_without_section(path, region):
         text = _read_text(path)
     except FileNotFoundError:
         return ""
-    if _parse_ini(path, text).has_section(region):
-        heads = [line.startswith(f"[{region}]") for line in text.split("\n")]
-        line = heads.index(True) + 1 if True in heads else "?"
-        hint = "edit it there, or give another name with --region"
-        raise _Usage(f"[{region}] stands in {path}, line {line}; {hint}")
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.startswith(f"[{region}]"):
+            hint = "edit it there, or give another name with --region"
+            raise _Usage(f"[{region}] stands in {path}, line {number}; {hint}")
+    parse_section(path, text, region)
     text = text.rstrip("\n")
     return text + "\n\n" if text else ""
 
 
-def _ask_until_usable(name, question):
-    """Ask again until an answer makes sense.
+def _ask(name, otherwise=None):
+    """Ask a person until the answer makes sense; otherwise: what no answer means.
 
-    It is never repeated in a message: pasted a line too early, it is the secret."""
+    Raises _Usage without one."""
+    question, complaint = _QUESTIONS[name]
     while True:
-        answer = _ask_person(question, is_hidden=name == "secret")
-        if not answer:
-            problem = "nothing was typed"
-        elif name == "endpoint" and not _is_endpoint(answer):
-            problem = "that is not an http:// or https:// address without user and password"
-        else:
+        try:
+            if name == "secret" and sys.stdin.isatty():
+                from getpass import getpass
+
+                answer = getpass(question, sys.stderr) + "\n"
+            else:
+                sys.stderr.write(question)
+                sys.stderr.flush()
+                answer = sys.stdin.readline()
+        except (AttributeError, EOFError):  # no standard input, or Ctrl-D
+            answer = ""
+        if not answer and otherwise is None:
+            raise _Usage(f"no answer to '{question.strip()}'; nothing was written")
+        answer = answer.strip() or otherwise or ""
+        if _is_usable(name, answer):
             return answer
-        _write_stderr(f"  {problem}; once more, or Ctrl-C to end")
+        write_stderr(f"  {complaint}; or press Ctrl-C to end")
 
 
-def _is_endpoint(text):
-    """Tell whether a text can be an endpoint."""
+def _is_usable(name, answer):
+    """Return whether an answer makes sense."""
+    if name == "endpoint":
+        try:
+            CloudStack(answer).check()
+        except ValueError:
+            return False
+    if name == "output":
+        return answer.lower() in FORMATS
+    return answer != "" or name == "save"
+
+
+def _works(invocation, settings):
+    """Try settings by fetching the list of commands, or by a call that every role may make.
+
+    Raises ValueError if they cannot be used."""
+    client = invocation.client = CloudStack(**settings)
+    client.check()
+    client.on_event = invocation.observe
     try:
-        _check_client(CloudStack(text))
-    except ValueError:
-        return False
-    return True
-
-
-def _ask_person(question, is_hidden=False):
-    """Return a person's answer to a question. Raises _Usage without one."""
-    try:
-        if is_hidden and sys.stdin.isatty():
-            from getpass import getpass
-
-            return getpass(question, sys.stderr).strip()
-        sys.stderr.write(question)
-        sys.stderr.flush()
-        answer = sys.stdin.readline()
-    except (AttributeError, EOFError):  # no standard input, or Ctrl-D
-        answer = ""
-    if not answer:
-        raise _Usage(f"no answer to '{question.strip()}'; nothing was written")
-    return answer.strip()
-
-
-def _works(invocation, path, text, region):
-    """Try a section with one call, and with what [DEFAULT] adds to it, such as certificates.
-
-    Raises ValueError if it cannot be used."""
-    found = _IniValues()
-    found.add_file(path, _parse_ini(path, text), region)
-    invocation.client = CloudStack(**{"endpoint": None, **_to_settings(found.values)})
-    _check_client(invocation.client)
-    try:
-        with invocation.client:
-            invocation.client.listCapabilities()
+        try:
+            text = f"They work; {len(_fetch_catalog(invocation).names())} commands are known now."
+        except CloudStackException as error:
+            if isinstance(error, OSError):
+                raise
+            client.listCapabilities()
+            text = "They work, but your role may not list the commands: typos are not noticed."
     except CloudStackException as error:
-        _write_stderr(f"They do not work: {_sentence(error)}")
+        write_stderr(f"They do not work: {invocation.masked(_sentence(error))}")
         return False
-    invocation.say(f"They work: {_mask_address(invocation.client.endpoint)} answered.")
+    invocation.say(text)
     return True
 
 
-# 9.7 Names for ids.
+# 8.7 Names for ids.
 # name:web-01 where an id belongs is looked up before the call, by the list command that completion
 # asks, too.
 
-_TELLING_APART = ("zonename", "domain", "project", "account", "state")
-_PLACES = ("zoneid", "domainid", "account", "projectid")  # known first, they tell others apart
+# The kind of thing that a parameter's ids belong to, where its name, or for a plain id the
+# command's, does not show it. There is no list command for "none".
+_IDS_OF = dict(
+    pair.split("=")
+    for pair in """
+    registeruserkeys.id=user getuserkeys.id=user discovergpudevices.id=host
+    generateclusterdrsplan.id=cluster executeclusterdrsplan.id=cluster removeipfromnic.id=none
+    findstoragepoolsformigration.id=volume migratesystemvm.virtualmachineid=systemvm
+    revokesecuritygroupingress.id=none revokesecuritygroupegress.id=none
+    type.loadbalancer=loadbalancerrule aclid=networkacllist groupid=instancegroup
+    guestosid=ostype ipaddressid=publicipaddress ipv4subnetforzoneid=ipv4subnetsforzone
+    kubernetesversionid=kubernetessupportedversion lbruleid=loadbalancerrule
+    nodeid=virtualmachine objectstorageid=objectstoragepool osid=ostype podipaddressid=none
+    publicipid=publicipaddress publiciprangeid=vlaniprange s2scustomergatewayid=vpncustomergateway
+    scaledownpolicyid=autoscalepolicy scaleuppolicyid=autoscalepolicy storageid=storagepool
+    targetid=systemvm uservmid=virtualmachine vmid=virtualmachine vmgroupid=autoscalevmgroup
+    vmprofileid=autoscalevmprofile
+    """.split()
+)
+_USUAL_LISTS = (  # for an account that may not ask for the list of commands
+    "Accounts AffinityGroups DiskOfferings Domains Isos NetworkOfferings Networks Projects"
+    " SecurityGroups ServiceOfferings Snapshots Templates Users VPCs VirtualMachines Volumes Zones"
+)
+# Parameters of a call that tell things of one name apart, and the fields with the places' names.
+# They are looked up before others.
+_PLACES = {"zoneid": "zonename", "domainid": "domain", "account": "account", "projectid": "project"}
 # A keyword may be a pattern to the server, which may compare what is not ASCII in its own ways.
 _SAFE_KEYWORD = re.compile(r"[\w .()/-]+\Z", re.ASCII)
 
 
 def _fill_in_ids(invocation, command, params):
-    """Put ids where names were typed. Raises _Usage for a name that nothing has, or several."""
-    catalog = None
-    for param in sorted(params, key=lambda param: param.lower() not in _PLACES):
-        parts = _split_names(param, params[param])
-        if not any(part.startswith("name:") for part in parts):
-            continue
-        catalog = catalog or _cached_catalog(invocation.client)
-        if catalog is None:
-            raise _Usage(f"{param}: names need {_shell_line(invocation, ['--sync'])} first")
+    """Replace names by ids in {name: [_Value, ...]}.
 
-        lister = _lister(catalog, command, param)
-        if lister is None and not invocation.options["force"]:
-            hint = f"""give an id, or {param}='"name:..."' for the text itself"""
-            raise _Usage(f"{param}: there is no list command to look a name up by; {hint}")
-        for index, part in enumerate(parts if lister else ()):
-            if part.startswith("name:"):
-                parts[index] = _id_of_name(invocation, lister, f"{param}={part}", params)
-        params[param] = ",".join(parts)
+    Raises _Usage for a name that no thing has, or that several have."""
+    for param in sorted(params, key=lambda param: param.lower() not in _PLACES):
+        parts = [part for value in params[param] for part in _split_names(param, value)]
+        for index, part in enumerate(parts):
+            if _is_name(part):
+                row = _row_of_name(invocation, command, param, part.text, params)
+                parts[index] = _Value(str(row["id"]), "file")
+        params[param] = parts
     invocation.under_way = None
 
 
-def _id_of_name(invocation, lister, typed, params):
-    """Return what _look_up_id does, once for all rows of --each that ask for the same."""
-    places = sorted((name, value) for name, value in params.items() if name.lower() in _PLACES)
-    key = (lister.name, typed.partition("=")[2], *places)
-    if key not in invocation.ids:
-        invocation.ids[key] = _look_up_id(invocation, lister, typed, params)
-    return invocation.ids[key]
+def _is_name(value):
+    """Return whether a value stands for the id of what has that name."""
+    return value.literal in (None, "name") and value.text.startswith("name:")
 
 
 def _split_names(param, value):
-    """Return the parts of what an ...id parameter is given; [] for what can hold no name.
+    """Return the parts of a value of an ...id parameter; itself, quoted, if it can hold no name.
 
-    In a list a comma ends a name only before another name or an id: others are the name's own."""
-    if isinstance(value, _Literal) or not re.search("ids?\\Z", param.lower()):
-        return []
+    In a list a comma ends a name only before another name or an id: others are the name's own. A
+    value that is one name, whatever it holds, is marked as "name"."""
+    if value.literal or not param.lower().endswith(("id", "ids")):
+        return [value._replace(literal=value.literal or "quoted")]
+    if not param.lower().endswith("s"):
+        return [value]
     end = r",(?=name:|[0-9a-fA-F-]{36}(?:,|\Z))"
-    return re.split(end, value) if param.lower().endswith("s") else [value]
+    return [_Value(text, None) for text in re.split(end, value.text)]
 
 
-def _look_up_id(invocation, lister, typed, params):
-    """Return the id of what has the name in a word such as zoneid=name:x. Raises _Usage."""
-    name = typed.partition("=name:")[2]
-    given = {param.lower(): value for param, value in params.items()}
-    seen: dict = {}
-    for question in _questions(lister, name, given):
-        _add_rows(invocation, lister, question, seen)
-        if any(name in _names(row) for row in seen.values()):
+def _row_of_name(invocation, command, param, text, params):
+    """Return the row that has the name in a text such as name:x. Raises _Usage.
+
+    A listing shows a project's things only if it names the project, which is put into params."""
+    given = {name.lower(): _joined(values) for name, values in params.items()}
+    typed, name = f"{param}={text}", text.partition(":")[2]
+    if not name.strip():
+        raise _Usage(f"{typed}: a name is missing after name:")
+    catalog = _catalog_for_names(invocation)
+    lister = _lister(catalog, command, param, given)
+    if lister is None:
+        hint = f"""give an id, or {param}='"{text}"' for the text itself"""
+        raise _Usage(f"{typed}: there is no list command to look a name up by; {hint}")
+    missing = _unanswerable(lister, given)
+    if missing:
+        raise _Usage(f"{typed}: {lister.name} looks it up, and needs {missing}; or give an id")
+
+    spec = catalog.find(command)
+    may_choose = "projectid" not in given and (spec is None or spec.find_param("projectid"))
+    if may_choose and not only_reads(command) and param.lower() not in ("id", "ids"):
+        given["projectid"] = ""  # it makes something for the account, out of the account's things
+    key = (lister.name, name, *(given.get(other) for other in [*_PLACES, *lister.required]))
+    if key not in invocation.ids:  # once for all rows of --each that ask for the same
+        invocation.ids[key] = _look_up(invocation, lister, typed, name, given)
+    row = invocation.ids[key]
+    if may_choose and only_reads(command) and row.get("projectid"):
+        params["projectid"] = [_Value(row["projectid"], "file")]
+    return row
+
+
+def _catalog_for_names(invocation):
+    """Return the list of commands, fetched now if it is not there.
+
+    An account that may not ask for it gets the usual list commands. An empty file says so, so that
+    it is told once."""
+    catalog = _cached_catalog(invocation.client)
+    if catalog is None:
+        try:
+            catalog = _fetch_catalog(invocation)
+        except CloudStackApiException as error:
+            if _status_of(error) not in _REFUSALS:
+                raise
+            invocation.say("Your role may not ask for the list of commands; names work without it")
+            catalog = _keep_catalog(invocation, _make_catalog(()))
+    usual = []
+    for thing in _USUAL_LISTS.split():
+        names = ("keyword", "listall", "projectid", thing[:-1].lower() + "filter")
+        usual.append({"name": "list" + thing, "params": [{"name": name} for name in names]})
+    return catalog or _make_catalog(usual)
+
+
+def _lister(catalog, command, name, given=()):
+    """Return the list command whose ids a parameter takes, or None.
+
+    It is listZones for zoneid, and for a plain id that of the command's own object. If the server
+    relates the parameter to list commands, it is one of them."""
+    spelled = {other.lower(): other for other in catalog.names()}
+    spec = catalog.find(command)
+    param = spec.find_param(name) if spec else None
+    related = re.findall(r"\blist\w+", param.related.lower()) if param else []
+    wanted = []
+    for thing in _things(command, name.lower(), given):
+        thing = _IDS_OF.get(thing + "id", thing)
+        wanted += [f"list{thing}s", f"list{thing}", f"list{thing}es", f"list{thing[:-1]}ies"]
+    for other in [other for other in wanted if other in (related or wanted)] + related:
+        lister = catalog.find(spelled[other]) if other in spelled else None
+        if lister and "id" not in lister.required:
+            return lister
+    return None
+
+
+def _things(command, name, given):
+    """Yield the kinds of thing that ids may belong to, the likeliest first: zone for zoneid."""
+    name = name[:-1] if name.endswith("s") else name
+    known = _IDS_OF.get(f"{command.lower()}.{name}")
+    if name in ("resourceid", "entityid"):
+        kind = dict(given).get(name[:-2] + "type", "").lower()
+        known = _IDS_OF.get("type." + kind, kind)
+    if known is not None:
+        yield known
+    elif name == "id":
+        words = re.findall("[A-Z]+(?![a-z])|[A-Z]?[^A-Z]+", command)[1:]
+        ends = range(len(words), 0, -1)
+        lasts = [words[end:] for end in ends if words[end - 1] in ("For", "To", "From")]
+        # stopVirtualMachine, resetPasswordForVirtualMachine, prepareHostForMaintenance
+        for part in [words, *lasts, *(words[:end] for end in ends)]:
+            yield "".join(part).lower()
+    else:
+        thing = re.sub(r"(uu)?id\Z", "", name[-50:])
+        yield from (thing[start:] for start in range(max(1, len(thing) - 2)))  # zone of destzoneid
+
+
+def _unanswerable(lister, given):
+    """Return the parameters that a list command needs and the call does not have, as a text."""
+    return " and ".join(x for x in lister.required if x not in given and x != "templatefilter")
+
+
+def _look_up(invocation, lister, typed, name, given):
+    """Return the one row of a list command that has a name. Raises _Usage."""
+    rows: list = []
+    keyword = name.rpartition("/")[2]  # of a domain's path
+    can_search = lister.find_param("keyword") and _SAFE_KEYWORD.match(keyword)
+    for word in [keyword, ""] if can_search else [""]:
+        for question in _questions(lister, given, word):
+            rows += _ask_list(invocation, lister, typed, question)
+        if any(name in row_names(row) for row in rows):
             break
 
-    found = _fitting(seen.values(), lambda row, to: to(name) in map(to, _names(row)))
-    for key in _PLACES:
-        found = [row for row in found if key in given and row.get(key) == given[key]] or found
-    if len(found) == 1:
-        return str(found[0]["id"])
-    problem = f"{typed}: {lister.name} has {len(found) or 'nothing'} of this name"
-    if not found:
-        owners = {other: row for row in seen.values() for other in _names(row)}
-        near = _near(name, owners) + [other for other in owners if name.lower() in other.lower()]
-        found = list({id(owners[other]): owners[other] for other in near}.values())
-    problem += "; did you mean one of these? Give its id:" if found else ""
-    lines = [_one_line(problem), *_candidate_lines(found), "The call was not sent."]
-    raise _Usage("\n    ".join(lines))
-
-
-def _questions(lister, name, given):
-    """Yield the parameters of ever wider questions to a list command.
-
-    First what holds the word, then what can be used, then what there is. What belongs to a project
-    is in the lists for projects only."""
-    has = lister.find_param
-    asked = {"listall": "true"} if has("listall") else {}
-    filters = [param for param in ("templatefilter", "isofilter") if has(param)]
-    words = ("executable", "self", "all") if filters else ("",)
-    projects = [given["projectid"], ""] if "projectid" in given else ["", "-1"]
-
-    for keyword in [name, ""] if has("keyword") and _SAFE_KEYWORD.match(name) else [""]:
-        for project in projects if has("projectid") else [""]:
-            for word in words[:1] if keyword else words:
-                more = {"keyword": keyword, "projectid": project, **dict.fromkeys(filters, word)}
-                yield {**asked, **{param: value for param, value in more.items() if value}}
-
-
-def _add_rows(invocation, lister, question, seen):
-    """Ask a list command for all its pages, and add its rows to those that were seen: {id: row}."""
-    words = [lister.name] + [f"{param}={value}" for param, value in question.items()]
-    invocation.under_way = _CheckedCall(lister.name, question, words)
+    found = rows_named(_in_place(rows, given), name)
+    question = next(_questions(lister, given))
+    in_projects = any("project" in row for row in found)
+    if len(found) > 1 and question.pop("listall", "") and not in_projects:  # the account's own?
+        mine = {row["id"] for row in _ask_list(invocation, lister, typed, question)}
+        own = [row for row in found if row["id"] in mine]
+        if len(own) == 1:
+            told = f"{len(found)} have this name; your account's own is {own[0]['id']}"
+            invocation.say(f"{typed}: {told}")
+            found = own
     try:
-        rows = _dicts(list(invocation.client.iter_list(lister.name, **question)))
-        seen.update((str(row["id"]), row) for row in rows if isinstance(row.get("id"), (str, int)))
-    except CloudStackApiException:
-        if not {"all", "-1"} & set(question.values()):  # which not everybody may ask for
+        return pick_row(lister.name, name, rows, found)
+    except LookupError as error:
+        problem = f"{typed}: {error}"
+    if "*" in name:
+        where = f"--where 'name~^{name.partition('*')[0]}'"
+        problem += f"\n    For all names of a kind: cs {lister.name} {where} | cs ... --each"
+    elif "Give its id" not in problem:
+        problem += f"; cs {lister.name} -o table -c id,name shows what there is"
+    raise _Usage(problem + "\n    The call was not sent.")
+
+
+def _questions(lister, given, keyword=""):
+    """Yield the parameters of the requests that together return all rows of a list command.
+
+    What belongs to a project is listed for projects only. Templates and ISOs that cannot be run are
+    listed as one's own, and to administrators among all."""
+    has = lister.find_param
+    fixed = {name: given[name] for name in lister.required if name in given}
+    fixed.update({"listall": "true"} if has("listall") else {})
+    fixed.update({"keyword": keyword} if keyword else {})
+    filters = [name for name in ("templatefilter", "isofilter") if has(name)]
+    project = given.get("projectid")
+    projects = [{"projectid": project or "-1"}, {}] if has("projectid") else [{}]
+    for kind in ("executable", "self", "all") if filters else ("",):
+        for more in projects if project else projects[::-1]:
+            yield {**fixed, **dict.fromkeys(filters, kind), **more}
+
+
+def _ask_list(invocation, lister, typed, question):
+    """Return the rows of a list command. Raises _Usage if this account may not ask it at all."""
+    words = [lister.name] + [f"{param}={value}" for param, value in question.items()]
+    call = _CheckedCall(lister.name, question, words, pages=True, **invocation.call_options())
+    invocation.under_way = call
+    try:
+        rows = call.make(invocation.client)
+    except CloudStackApiException as error:
+        if _status_of(error) not in _REFUSALS:
             raise
+        if not {"-1", "self", "all"} & set(question.values()):  # which not everybody may ask for
+            raise _Usage(f"{typed}: {_sentence(error)}; give an id") from None
+        rows = []
     invocation.progress.clear()
+    return [row for row in dicts(rows) if "id" in row]
 
 
-def _names(row):
-    """Return the names of a row; a user has but the one to log in with."""
-    names = [row.get("name"), row.get("displayname")]
-    names = [name for name in names if name] or [row.get("username")]
-    return list(dict.fromkeys(name for name in names if isinstance(name, str)))
+def _in_place(rows, given):
+    """Return the rows that fit a call's zone, domain, account and project.
+
+    What is in another zone never fits; the others decide only if some row fits them."""
+    for place, field in _PLACES.items():
+        wanted = given.get(place)
+        if wanted is not None:
+            texts = [(row.get(place) or "", f"name:{row.get(field)}") for row in rows]
+            near = [row for row, text in zip(rows, texts) if wanted in text]
+            anywhere = [row for row in rows if place == "zoneid" and not row.get(place)]
+            rows = near + anywhere if place == "zoneid" else near or rows
+    return rows
 
 
-def _candidate_lines(rows):
-    """Return a line for each of the first rows: id, names, and the fields that tell them apart."""
-    fields = [key for key in _TELLING_APART if len({_cell(row.get(key)) for row in rows}) > 1]
-    for row in rows[:10]:
-        facts = ", ".join(f"{key} {_cell(row[key])}" for key in fields if key in row)
-        yield _one_line(f"  {row['id']}  {' / '.join(_names(row))}  {facts}").rstrip()
+# 8.8 Rows that meet conditions: --where.
 
-
-# 9.8 Rows that meet conditions: --where.
-
-# Compiled when it is used. A new sign has its first character in [^...], too, and its meaning in
-# _Condition; one that _ORDERS lacks means `=`.
+# Compiled when it is used.
 _CONDITION = r"([^=!<>~]+)(!=|<=|>=|=?~|==?|[<>])(.*)\Z"
 _ORDERS = {"<": (-1,), "<=": (-1, 0), ">": (1,), ">=": (0, 1)}  # what comparing may give
+_NUMBER = r"(-?[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?)(?: ?(%|[kmgtp]?i?b|[kmg]?hz|m?s))?\Z"
+_VERSION = r"v?([0-9]{1,9}(?:\.[0-9]{1,9})*)(?:[-+/].*)?\Z"  # an address, too
 
 
 class _Condition:
@@ -5849,17 +5661,17 @@ class _Condition:
 
     def __init__(self, text):
         found = re.match(_CONDITION, text, re.DOTALL)
-        if not found or not found.group(1).strip():
+        self.column, self.sign, self.wanted = map(str.strip, found.groups() if found else ("",) * 3)
+        if not self.column or (self.sign in _ORDERS and not self.wanted):
             raise _Usage(f"--where {text!a}: it should be COLUMN=VALUE, or != ~ < <= > >= for =")
-        self.column, self.sign, wanted = (part.strip() for part in found.groups())
-        self.wanted = _comparable(wanted)
+        self.odd = None  # the first text that has no order beside the value
         try:
-            self.pattern = re.compile(wanted, re.IGNORECASE) if "~" in self.sign else None
+            self.pattern = re.compile(self.wanted, re.IGNORECASE) if "~" in self.sign else None
         except (re.error, OverflowError, RecursionError) as error:
-            raise _Usage(f"--where {wanted!a}: no regular expression: {error}") from None
+            raise _Usage(f"--where {self.wanted!a}: no regular expression: {error}") from None
 
     def is_met(self, row):
-        """Tell whether a row meets it.
+        """Return whether a row meets it.
 
         Of a list any item may, but for != none may be equal; what a row does not have counts as the
         empty text."""
@@ -5867,12 +5679,15 @@ class _Condition:
         return holds != (self.sign == "!=")
 
     def _holds(self, text):
-        """Tell whether one text meets the condition; for != whether it is equal."""
+        """Return whether one text meets the condition; for != whether it is equal."""
         if self.pattern:
             return self.pattern.search(text) is not None
-        given, wanted = _comparable(text), self.wanted
-        order = (given > wanted) - (given < wanted)
-        return given[0] == wanted[0] and order in _ORDERS.get(self.sign, (0,))
+        if self.sign not in _ORDERS:
+            return text == self.wanted or (_as_number(text) or ()) == _as_number(self.wanted)
+        order = _order(text, self.wanted) if text else None
+        if text and order is None:
+            self.odd = self.odd or text
+        return order in _ORDERS[self.sign]
 
 
 def _texts(value):
@@ -5882,33 +5697,71 @@ def _texts(value):
     return [_cell(value)]
 
 
-def _comparable(text):
-    """Return (kind, value). Numbers compare with numbers, texts with texts, nothing with itself."""
-    if not _NUMBER.match(text):
-        return (1 if text else 2, text)
-    try:
-        return (0, int(text))
-    except ValueError:  # a fraction; or more digits than int() takes
-        return (0, float(text))
+def _as_number(text):
+    """Return (unit, number) of a text such as 7, 1e3, 87.3% or 48.00 GB; else None."""
+    found = re.match(_NUMBER, text, re.ASCII | re.IGNORECASE)
+    if not found:
+        return None
+    number, unit = found.groups("")
+    is_whole = re.match(r"-?[0-9]{1,999}\Z", number)  # int() may refuse more digits
+    return (unit.lower(), int(number) if is_whole else float(number))
+
+
+def _as_version(text):
+    """Return the numbers of a text such as 4.20.0.0 or v1.28.4-rc1, ten of them; else None."""
+    found = re.match(_VERSION, text, re.ASCII | re.DOTALL)
+    return [*map(int, found.group(1).split(".")), *[0] * 10][:10] if found else None
+
+
+def _order(text, other):
+    """Return -1, 0 or 1 as a text comes before, with or after another; None if none of these."""
+    numbers = [_as_number(text), _as_number(other)]
+    versions = [_as_version(text), _as_version(other)]
+    one, two = text.lower(), other.lower()
+    if all(numbers):
+        (unit, one), (other_unit, two) = numbers
+        if unit and other_unit and unit != other_unit:
+            return None
+    elif all(versions) and max(text.count("."), other.count(".")) > 1:
+        one, two = versions
+    elif any(numbers) and not re.search(r"(?m)^[0-9]{4}-[0-9]{2}(?![0-9])", f"{text}\n{other}"):
+        return None  # 7 and "many"; a year and a date are compared as texts
+    return (one > two) - (one < two)
+
+
+def _sort_key(value):
+    """Return what puts values in their order: numbers by their units, versions, then texts."""
+    text = _cell(value)
+    number = _as_number(text)
+    if number:
+        return (0, *number, text)
+    if text.count(".") > 1 and _as_version(text):
+        return (1, "", _as_version(text), text)
+    return (2, "", text.lower(), text)
 
 
 def _filtered(invocation, rows):
-    """Return the rows that meet every --where."""
+    """Return the rows that meet every --where; what has no order is said once."""
     for condition in invocation.conditions:
+        known = condition.odd
         rows = [row for row in rows if condition.is_met(row)]
+        if condition.odd and not known:
+            wanted = f"{condition.column} {condition.sign} {condition.wanted}"
+            invocation.say(f"--where: {_cut(condition.odd, 60)!a} does not compare: {wanted!a}")
     return rows
 
 
-# 9.9 Many at once: --each.
+# 8.9 Many at once: --each.
 
 _FIELD = r"\{\{|\}\}|\{([^{}]*)\}|[{}]"
 _PARALLEL = 10
+_TABLE_HEADER = r"(?:id|name|[a-z][\w.]*(?:(?:,|  +)[a-z][\w.]*)+)\Z"
 
 
 def _check_each(options):
     """Raise _Usage for options that do not go with --each, or not without it."""
     word = "with" if options["each"] else "without"
-    others = {"with": "columns sort wait list shell", "without": "parallel stop-on-error"}
+    others = {"with": "columns sort wait list sync shell", "without": "parallel stop-on-error"}
     for name in others[word].split():
         if options[name]:
             raise _Usage(f"--{name} does not go {word} --each")
@@ -5919,47 +5772,47 @@ def _check_each(options):
 
 def _carry_out_each(invocation, words):
     """Make the call once for each row of standard input. Returns whether all succeeded."""
-    template = [words[0]] + [_word_template(word) for word in words[1:]]
+    if any(word.partition("=")[2].strip() == "@-" for word in words):
+        raise _Usage("@- does not go with --each, whose rows are standard input")
+    if len(words) > 1 and "=" not in words[1]:
+        words = _join_command(invocation, words)
+    template = _parse_parameters(words[1:])
     given = _read_rows(invocation)
-    for condition in invocation.conditions:  # != of a column that is not there would hold for all
-        if given and all(_pick(row, condition.column) is None for row in given):
-            near = _did_you_mean(_near(condition.column, _field_names(given)))
-            raise _Usage(f"--where: no row has {condition.column!a}{near}; nothing was sent")
+    for name in [condition.column for condition in invocation.conditions if given]:
+        if _is_missing(name, given):  # != would hold for all of them
+            near = _did_you_mean(_near(name, _field_names(given)))
+            raise _Usage(f"--where: no row has {name!a}{near}")
     rows = _filtered(invocation, given)
+    calls = []
+    for number, row in enumerate(rows, 1):  # all of them before the first is sent
+        try:
+            call = _row_call(invocation, words, template, row)
+            invocation.client.prepare(call.command, call.params, **call.options)
+        except (_Usage, ValueError) as error:
+            raise _Usage(f"row {number}{_label(row)}: {error}") from None
+        calls.append(call)
     if not rows:
         problem = "None of the rows meets --where" if given else "No rows on standard input"
         invocation.say(problem + ": nothing to do")
-
-    is_dry = invocation.options["dry-run"]
-    for number, row in enumerate(rows, 1):  # all of them before the first is sent
-        try:
-            call = _row_call(invocation, template, row)
-            _Call(call.command, flatten(call.params))  # refuses what the server would
-        except (_Usage, ValueError) as error:
-            raise _Usage(f"row {number}, {_cut(_json_text(row, None), 60)}: {error}") from None
-        if is_dry:
-            _show_plan(invocation, call)
-    return is_dry or not rows or _Batch(invocation, template, rows).run()
+    if invocation.options["dry-run"]:
+        for row, call in zip(rows, calls):
+            pairs = [f"{name}={text}" for name, text in mask_params(call.params).items()]
+            _write_line(" ".join(map(_shell_word, [call.command, *pairs])) + _label(row))
+        return True
+    return not rows or _Batch(invocation, rows, calls).run()
 
 
-def _word_template(word):
-    """Return a name=value word with {field} in it.
-
-    The filled-in text stands in quotes, so that a row's own @ or name: is text and nothing else; a
-    file is read once, and its braces are text."""
-    name, _, value = word.partition("=")
-    value = value.strip()
-    if value == "@-":
-        raise _Usage(f"{name.strip()}: @- does not go with --each, whose rows are standard input")
-    is_file = re.match("@(?!@)", value)
-    if not is_file and (value.startswith("name:") or not re.search("[{}]", value)):
-        return word
-    text = _parse_value(name.strip(), value)
-    return f'{name}="' + (re.sub("[{}]", r"\g<0>\g<0>", text) if is_file else text) + '"'
+def _label(row):
+    """Return a row's name or id in brackets, to tell it from others; the rest may be secret."""
+    name = isinstance(row, dict) and (row.get("name") or row.get("id"))
+    return f" ({_cut(_one_line(str(name)), 60)})" if name else ""
 
 
-def _row_call(invocation, template, row):
-    """Return the checked call for a row. Raises _Usage for a field that it lacks."""
+def _row_call(invocation, words, template, row):
+    """Return the checked call for a row. Raises _Usage for a field that it lacks.
+
+    template: {name: [_Value, ...]} with {field} in values that no file gave. What is filled in is
+    a text and nothing else, or all of a name that is looked up."""
 
     def fill(found):
         field = found.group(1)
@@ -5969,23 +5822,41 @@ def _row_call(invocation, template, row):
             return found.group()[0]
         value = _pick(row, field) if field else row
         if value is None:
-            near = _near(field, _field_names([row]))
+            near = [name for name in _near(field, _field_names([row])) if name != field]
             raise _Usage(f"there is no {field!a}{_did_you_mean(near)}")
         return _cell(value)
 
-    return _checked_call(invocation, [re.sub(_FIELD, fill, word) for word in template])
+    def filled(part):
+        if part.literal == "file" or not re.search("[{}]", part.text):
+            return part
+        is_name = part.literal is None and part.text.startswith("name:")
+        text = re.sub(_FIELD, fill, part.text)
+        return _Value(text, "name" if is_name else part.literal or "quoted")
+
+    values = {
+        param: [filled(part) for value in given for part in _split_names(param, value)]
+        for param, given in template.items()
+    }
+    shown = [f"{name}={_joined(parts)}" for name, parts in values.items()]
+    return _check_call(invocation, values, words[:1] + shown)
 
 
 def _read_rows(invocation):
     """Return the rows of standard input: JSON, one document or many, else its lines."""
     if _is_terminal(sys.stdin):
         invocation.say("Type the rows, then Ctrl-D")
-    text = _read_stdin().strip()
-    if not re.match(r'[\[{"]', text):
-        return [line.strip() for line in text.split("\n") if line.strip()]
-
+    try:
+        text = _read_stdin().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise _Usage("standard input is not UTF-8 text") from None
     rows: list = []
-    index = 0
+    if not re.match(r'\s*[\[{"]', text):
+        rows = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
+        if rows and re.match(_TABLE_HEADER, rows[0]):
+            raise _Usage(f"standard input begins like a table, {_cut(rows[0], 60)!a}; use -o jsonl")
+        return rows
+
+    text, index = text.strip(), 0
     while index < len(text):
         try:
             document, index = jsonlib.JSONDecoder().raw_decode(text, index)
@@ -5999,165 +5870,173 @@ def _read_rows(invocation):
 
 
 def _rows_in(document):
-    """Return the rows of a JSON document: a list, an answer, or a row.
+    """Return the rows of a JSON document: a list's, those of an answer that is a list, or itself.
 
-    A row may also be one that an earlier --each has not sent."""
-    if isinstance(document, dict) and set(document) == {"row", "unsent"}:
-        return [document["row"]]
-    if isinstance(document, dict) and len(set(document) - {"count"}) > 1:
-        return [document]
-    return _rows_of(document)
+    A row may also be one that an earlier --each has not sent. Raises _Usage for an error answer."""
+    is_answer = isinstance(document, dict) and len(document) == 2 and "count" in document
+    found = find_rows(document) if is_answer else None
+    rows = document if isinstance(document, list) else [document] if found is None else found
+    if any(map(_is_error, rows)):
+        raise _Usage("standard input holds the answer of a call that failed; nothing was sent")
+    return [
+        row["row"] if isinstance(row, dict) and row.get("unsent") is True and "row" in row else row
+        for row in rows
+    ]
+
+
+def _is_error(row):
+    """Return whether a row is a server's error, with the key that stands around it or without."""
+    inner = list(row.values())[0] if isinstance(row, dict) and len(row) == 1 else {}
+    job = inner.get("jobresult") if isinstance(inner, dict) else {}
+    bodies = [body for body in (row, inner, job) if isinstance(body, dict)]
+    return any({"errorcode", "errortext"} & set(body) for body in bodies)
 
 
 class _Batch:
-    """The calls for rows that were checked, some at once, on one event loop."""
+    """The calls of --each: some are made at once, and a line is written for each row.
 
-    def __init__(self, invocation, template, rows):
-        self.invocation, self.template, self.rows = invocation, template, rows
-        self.started = 0  # how many rows were
-        self.counts: dict = collections.Counter()  # of what became of them, or is becoming
-        self.table = {}  # number of a row: what is shown of it at the end
-        self.left = []  # the exceptions of jobs that may still run
-        self.is_ending = self.is_interrupted = False  # nothing more is started
-        self.unwritten = None  # why standard output could not be written
+    Rows and jobs are accounted for before connections are closed, whatever happens."""
+
+    def __init__(self, invocation, rows, calls):
+        self.invocation, self.rows, self.calls = invocation, rows, calls
+        self.todo = collections.deque(range(len(rows)))
+        self.tasks: list = []
+        self.is_over = False  # no more calls are begun
+        self.counts: Any = collections.Counter()
+        self.jobids: list = []  # of jobs that may still run
+        self.failure: Any = None  # of standard output
+        self.names = sorted({name for call in calls for name in call.params})
+        self.sent: set = set()  # the values that requests had for these names
+        self.most = min(int(invocation.options["parallel"] or _PARALLEL), 128, len(rows))
+        settings = {**invocation.settings, "concurrency": self.most}
+        if invocation.options["trace"]:
+            settings["trace"] = True
+        self.client = AIOCloudStack(**settings)
+        self.client.on_event = self.observe
 
     def run(self):
-        """Make the calls, and say what became of them. Returns whether all succeeded."""
-        import asyncio
-        import signal
+        """Make the calls and write the account. Returns whether all succeeded.
 
-        def interrupt(*_):
-            signal.signal(signal.SIGINT, usual)  # the next one ends everything at once
-            self.is_ending = self.is_interrupted = True
-            for task in tasks:
-                loop.call_soon_threadsafe(task.cancel)
-
-        most = int(self.invocation.options["parallel"] or _PARALLEL)
-        client = AIOCloudStack(**self.invocation.settings, concurrency=min(most, 128))
-        client.set_setting("recover", self.invocation.client.get_setting("recover"))
-        usual = signal.getsignal(signal.SIGINT)  # it may be ignored (nohup), or a program's own
-        may_catch = usual is signal.default_int_handler
-        may_catch = may_catch and threading.current_thread() is threading.main_thread()
-        loop = asyncio.new_event_loop()
-        tasks = [loop.create_task(self._work(client)) for _ in self.rows[:most]]
-        try:
-            if may_catch:
-                signal.signal(signal.SIGINT, interrupt)
-            loop.run_until_complete(asyncio.wait(tasks))
-            loop.run_until_complete(client.aclose())
-        finally:
-            if may_catch:
-                signal.signal(signal.SIGINT, usual)
-            loop.close()
-        return self._conclude()
-
-    async def _work(self, client):
-        """Take one row after another, as long as there are any."""
+        Raises KeyboardInterrupt after a signal, _OutputFailed."""
         import asyncio
 
-        while self.started < len(self.rows) and not self.is_ending:
-            number = self.started
-            self.started += 1
-            self.counts["running"] += 1
-            self._show_progress()
-            try:
-                call = _row_call(self.invocation, self.template, self.rows[number])
-                answer = await client._request(call.command, **call.params)
-                if not _tells_success(answer):
-                    raise CloudStackApiException(_cell(answer), error=answer)
-                state, outcome = "done", {"result": answer}
-            except (Exception, asyncio.CancelledError) as error:  # the latter is Ctrl-C
-                state, outcome = self._read_failure(error)
-            self.counts["running"] -= 1
-            self._note(number, state, outcome)
-
-    def _read_failure(self, error):
-        """Return (state, outcome) of a call that failed or was broken off."""
-        words = dict(_server_error(error) or {"message": _sentence(error) or "interrupted"})
-        is_unknown = getattr(error, "outcome_unknown", not _only_reads(self.template[0]))
-        state = "unknown" if is_unknown else "failed"
-        if getattr(error, "jobid", None):
-            words["jobid"] = error.jobid
-            if not isinstance(error, CloudStackApiException):
-                self.left.append(error)
-                state = "running"
-        return state, {"error": words, "outcome_unknown": is_unknown}
-
-    def _note(self, number, state, outcome):
-        """Count what became of a row, and show it: as JSON now, in other formats at the end."""
-        row = self.rows[number]
-        self.counts[state] += 1
-        if state != "done" and self.invocation.options["stop-on-error"]:
-            self.is_ending = True
-        if self.invocation.format() in ("json", "jsonl"):
-            self._write_line(_json_text(dict(outcome, row=row), None), state)
-        else:
-            error = outcome.get("error", {})
-            text = error.get("errortext") or error.get("message") or ""
-            (cells,) = _cells([row], _default_columns([row])[:1])
-            self.table[number] = {"row": cells[0], "state": state, "error": text}
-        self._show_progress()
-
-    def _write_line(self, line, state):
-        """Write a line at once; if nobody takes it, on standard error, and start nothing more."""
-        self.invocation.progress.clear()
-        try:
-            if self.unwritten is None:
-                _write(line + "\n")
-                _flush()
-                return
-        except _OutputFailed as failed:
-            self.unwritten, self.is_ending = failed.args[0], True
-        if state != "unsent" or self.is_interrupted:
-            _write_stderr(line)
-
-    def _show_progress(self):
-        """Show the counts on a terminal."""
-        if self.invocation.client._state.progress:
-            self.invocation.progress.show(self._counted(), _clock())
-
-    def _counted(self):
-        """Return the counts in words."""
-        counted = [f"{count} {state}" for state, count in sorted(self.counts.items()) if count]
-        return f"{', '.join(counted)}, of {len(self.rows)}"
-
-    def _conclude(self):
-        """Show what was not sent, and say what is left. Returns whether all succeeded."""
-        for number in range(self.started, len(self.rows)):
-            self._note(number, "unsent", {"unsent": True})
-        self.invocation.progress.clear()
-        try:
-            table = [row for _, row in sorted(self.table.items())]
-            _print_rows(self.invocation, table, ["row", "state", "error"])
-            _flush()
-        except _OutputFailed as failed:
-            self.unwritten = failed.args[0]
-
-        is_done = self.counts["done"] == len(self.rows)
-        lines = [("Interrupted: " if self.is_interrupted else "") + self._counted() + " rows"]
-        lines += [_how_to_go_on(self.invocation, error) for error in self.left]
-        if self.counts["unsent"] and (self.unwritten is None or self.is_interrupted):
-            lines.append('Those that say "unsent" can be piped in again.')
-        if not is_done:
-            may_be_quiet = not (self.left or self.counts["unsent"])
-            say = self.invocation.say if may_be_quiet else _write_stderr
-            say("\n".join(lines))
-        if self.unwritten is not None:
-            _report_unwritten(self.unwritten)
-        if self.is_interrupted and not is_done:
+        interrupts = self.invocation.interrupts
+        loop = asyncio.new_event_loop()  # asyncio.run does not exist in 3.6
+        interrupts.on_first = lambda: self.stop(loop)
+        self.invocation.client.close()  # it has looked up names
+        self.invocation.client = self.client  # to be closed after the account
+        self.tasks = [asyncio.ensure_future(self.work(), loop=loop) for _ in range(self.most)]
+        loop.run_until_complete(asyncio.wait(self.tasks))
+        was_interrupted = interrupts.is_over
+        interrupts.hold()
+        loop.close()
+        self.account("Interrupted: " if was_interrupted else "")
+        for task in self.tasks:
+            if not task.cancelled():
+                task.result()  # raises what nobody has thought of
+        if was_interrupted:
             raise KeyboardInterrupt
-        return is_done and self.unwritten is None
+        if self.failure and not isinstance(self.failure.args[0], BrokenPipeError):
+            raise self.failure
+        return self.counts["done"] == len(self.rows)
+
+    def stop(self, loop):
+        """Begin no more calls, and give up those under way; a signal's handler."""
+        self.is_over = True
+        for task in self.tasks:
+            loop.call_soon_threadsafe(task.cancel)
+
+    async def work(self):
+        """Make one call after another."""
+        while self.todo and not self.is_over:
+            number = self.todo.popleft()
+            call = self.calls[number]
+            self.counts["running"] += 1
+            try:
+                answer = await call.make(self.client)
+                state, line = "done", {"result": answer}
+                if not _tells_success(answer):
+                    state, line = "failed", {"error": answer, "outcome_unknown": False}
+            except BaseException as error:  # CancelledError, too
+                state, line = self.read_failure(call, error)
+            self.counts["running"] -= 1
+            self.note(number, state, line)
+            if state != "done" and self.invocation.options["stop-on-error"]:
+                self.is_over = True
+
+    def observe(self, event):
+        """Take notice of what happens to a request; the client's on_event."""
+        if isinstance(event, Sent):
+            self.sent.add(self.values(event.request.params))
+        elif isinstance(event, Waiting):  # in this thread
+            self.invocation.progress.show(self.counted())
+
+    def values(self, params):
+        """Return what tells requests of these calls from each other."""
+        return tuple(params.get(name) for name in self.names)
+
+    def read_failure(self, call, error):
+        """Return what became of a call that raised, and what its line says."""
+        said = dict(_server_error(error) or {"message": _sentence(error) or "interrupted"})
+        jobid = getattr(error, "jobid", None)
+        is_unsent = getattr(error, "unsent", False) and not jobid
+        if is_unsent or self.values(call.params) not in self.sent:
+            return "unsent", {"error": said, "unsent": True}
+        if jobid:
+            said["jobid"] = jobid
+        if getattr(error, "job_failed", False):
+            said["left_behind"] = _left_behind(error)
+        elif jobid or getattr(error, "outcome_unknown", not only_reads(call.command)):
+            self.jobids += [jobid] if jobid else []
+            return "unknown", {"error": said, "outcome_unknown": True}
+        return "failed", {"error": said, "outcome_unknown": False}
+
+    def note(self, number, state, line):
+        """Write a row's line; on standard error no more than its number once output is broken."""
+        self.counts[state] += 1
+        self.invocation.progress.clear()
+        try:
+            if not self.failure:
+                _write(_json_text({**line, "row": self.rows[number]}, None) + "\n")
+                _flush()
+        except _OutputFailed as error:
+            self.failure, self.is_over = error, True
+        if self.failure and state != "unsent":
+            write_stderr(f"row {number + 1}{_label(self.rows[number])}: {state}")
+        self.invocation.progress.show(self.counted())
+
+    def counted(self):
+        """Return a text such as: 5 done, 1 failed, of 6 rows."""
+        counted = [f"{self.counts[state]} {state}" for state in sorted(+self.counts)]
+        return ", ".join([*counted, f"of {len(self.rows)} rows"])
+
+    def account(self, front):
+        """Write the rows whose calls were never begun, and say how many came to what."""
+        for number in self.todo:
+            self.note(number, "unsent", {"unsent": True})
+        self.invocation.progress.clear()
+        if front or self.counts["done"] < len(self.rows):
+            say = write_stderr if front or self.failure else self.invocation.say
+            say(front + self.counted())
+        if self.jobids:
+            line = _shell_line(self.invocation, ["--wait", *self.jobids])
+            write_stderr(f"To go on waiting for jobs that were started: {line}")
 
 
-# 9.10 The shell.
+# 8.10 The shell.
 # Lines are carried out as arguments are, but with the same clients: {what leads to one: (its
-# settings, the client)}.
+# Config, the client)}.
 
-_SHELL_HELP = "In the shell: help [COMMAND], list [WORDS], use REGION, exit. Tab completes."
-# What a word stands for among arguments, and what Tab offers. _Shell._dispatch does `use`, and
-# _Shell.run `exit` and `quit`: a word that is not an option needs such a place, too; _SHELL_HELP
-# names them.
-_SHELL_WORDS = {"help": "--help", "list": "--list", "use": "--region", "exit": "exit"}
+# word: what it takes, and the option that it stands for.
+_SHELL_WORDS = {
+    "help": ("[COMMAND]", "--help"),
+    "list": ("[WORD ...]", "--list"),
+    "use": ("[REGION]", "--region"),
+    "set": ("OPTION VALUE|off", "--"),
+    "exit": ("", None),
+}
+# What a line does cannot be set for all lines.
+_NOT_SET = "each wait list sync shell configure completion version help complete".split()
 _HISTORY_LINES = 1000
 
 
@@ -6167,11 +6046,14 @@ def _asks_for_shell(invocation, words):
     is_idle = not (words or options["wait"] or options["list"] or options["sync"])
     if options["shell"] and (is_inside or not is_idle):
         raise _Usage("--shell stands alone: it reads line by line what is to be done")
-    return options["shell"] or (is_idle and not is_inside and _is_at_terminal())
+    if options["shell"] or is_inside or not is_idle or not _is_at_terminal():
+        return options["shell"]
+    invocation.connect()  # without a configuration it could do nothing
+    return True
 
 
 def _is_at_terminal():
-    """Tell whether a person sits at both ends."""
+    """Return whether a person sits at both ends."""
     return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
 
@@ -6181,21 +6063,23 @@ class _Shell:
     def __init__(self, options):
         self.options = {**options, "shell": None}  # they hold for every line
         self.clients = {}
-        self.place = options["region"] or _DEFAULT_REGION  # for the prompt
-        self.has_history = True
+        self.readline: Any = None
+        self.history = None  # its path
 
     def run(self):
-        """Carry out the lines. Returns what became of the first that failed, as far as nobody saw
-        it; what a person interrupts is one line, elsewhere it is all."""
+        """Carry out the lines. At a terminal, where each failure was seen, it returns True, else
+        what became of the first line that failed; and Ctrl-C ends one line there, else all."""
         is_typed = _is_at_terminal()
         ends = _OutputFailed if is_typed else (_OutputFailed, KeyboardInterrupt)
         first = True
         try:
-            for line in self._typed_lines() if is_typed else _piped_lines():
+            lines = self._typed_lines() if is_typed else _piped_lines()
+            for number, line in enumerate(lines, 1):
                 line = re.sub(r"\A\s*(?:cs\s+|#.*)?", "", line).rstrip()
                 if line in ("exit", "quit"):
                     break
-                invocation = _Invocation(dict(self.options), self.clients)
+                place = "" if is_typed else f"line {number}: "
+                invocation = _Invocation(dict(self.options), self.clients, place)
                 outcome = _attempt(invocation, self._dispatch, line) if line else True
                 if first is True and _exit_code(outcome):
                     first = outcome
@@ -6207,127 +6091,143 @@ class _Shell:
         return is_typed or first
 
     def _dispatch(self, invocation, line):
-        """Do what a line asks for: `use` here, the rest as arguments. Returns as _dispatch does."""
+        """Do what a line asks for. Returns as _dispatch does."""
         words = _split_line(line)
-        if words[0] != "use":
-            return _dispatch(invocation, [_SHELL_WORDS.get(words[0], words[0])] + words[1:])
+        for index, word in enumerate(words):
+            if word in ("|", ">", ">>", "<"):
+                end = " ".join(words[index:])
+                raise _Usage(f"pipes and redirections are a real shell's: cs ... {end}")
+        first, *others = words
+        if first == "use":
+            return self._set(invocation, "region", [" ".join(others) or "off"])
+        if first == "set":
+            return self._set(invocation, others[0] if others else "", others[1:])
+        return _dispatch(invocation, [_SHELL_WORDS.get(first, (None, first))[1], *others])
 
-        region = invocation.options["region"] = " ".join(words[1:])
+    def _set(self, invocation, name, values):
+        """Have an option hold for every line, if it can be used. Returns True."""
+        if "--" + name not in _FLAGS or name in _NOT_SET:
+            raise _Usage("set takes an option that holds for every line, such as: set output table")
+        options = {}
+        if values != ["off"]:
+            options = _parse_arguments(["--" + name, *values])[0]
+        invocation.options = _merge_options({**invocation.options, name: None}, options)
         invocation.connect()
-        self.options["region"] = region
-        named = not self.options["endpoint"] and invocation.client.name
-        self.place = named or urlsplit(invocation.client.endpoint).hostname
+        invocation.format()
+        self.options = invocation.options
         return True
 
     def _typed_lines(self):
         """Yield what a person types. Ctrl-C clears a line, Ctrl-D is the end."""
-        readline = self._prepare()
-        _Invocation(self.options).say(_SHELL_HELP)
-        yield "use " + _shell_word(self.options["region"] or "")
+        self._prepare()
+        words = ", ".join(f"{word} {takes}".strip() for word, (takes, _) in _SHELL_WORDS.items())
+        _Invocation(self.options).say(f"In the shell: {words}. Tab completes.")
         while True:
             try:
-                line = input(f"cs {_one_line(self.place)}> ")
+                line = input(f"cs {_one_line(self.options['region'] or _DEFAULT_REGION)}> ")
             except EOFError:
-                _write_stderr("")
+                write_stderr("")
                 return
             except (KeyboardInterrupt, UnicodeError):
-                _write_stderr("")
+                write_stderr("")
                 continue
-            if readline and line.strip() and not self._holds_secret(line):
-                readline.add_history(line)
-                self._keep_history(line)
+            if self.history:
+                self._remember(line)
             yield line
 
     def _prepare(self):
-        """Have lines completed and remembered. Returns readline, None if Python lacks it."""
+        """Have lines completed and remembered, as far as this Python's readline can."""
         try:
             import readline
 
             readline.set_auto_history(False)  # not every line is to be remembered
-        except (ImportError, AttributeError):  # PyPy has one that cannot be asked for that
-            return None
+            readline.set_completer(self._complete)
+            readline.set_completer_delims(" \t\n")  # `=` and `:` are part of a word
+            is_editline = "libedit" in (readline.__doc__ or "")
+            readline.parse_and_bind("bind ^I rl_complete" if is_editline else "tab: complete")
+        except Exception:  # PyPy's lacks one of these, and raises errors of its own for some TERMs
+            return
+        self.readline = readline
+        path = _own_path("XDG_STATE_HOME", os.path.join(".local", "state"), "history")
+        self.history = path = os.path.realpath(path)
+        os.umask(0o077)
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            if os.path.exists(path):
+                readline.read_history_file(path)
+            readline.set_history_length(_HISTORY_LINES)
+        except (OSError, ValueError) as error:
+            self.history = None
+            _Invocation(self.options).say(f"Warning: no history is kept: {error}")
 
-        found: list = []
+    def _remember(self, line):
+        """Add a line to the history, unless it holds a secret."""
+        if not line.strip() or _holds_secret(line, [client for _, client in self.clients.values()]):
+            return
+        self.readline.add_history(line)
+        try:
+            self.readline.write_history_file(self.history)
+        except OSError:
+            pass
 
-        def complete(word, number):
-            if number == 0:
-                found[:] = self._complete(readline.get_line_buffer()[: readline.get_endidx()])
-            return found[number] if number < len(found) else None
+    def _complete(self, word, number):
+        """Return one of the words that may stand in place of the one at the cursor."""
+        if number == 0:
+            typed = self.readline.get_line_buffer()[: self.readline.get_endidx()].lstrip()
+            self.found = self._candidates(typed)
+        return self.found[number] if number < len(self.found) else None
 
-        readline.set_completer(complete)
-        readline.set_completer_delims(" \t\n")  # `=` and `:` are part of a word
-        is_editline = "libedit" in (readline.__doc__ or "")
-        readline.parse_and_bind("bind ^I rl_complete" if is_editline else "tab: complete")
-        for line in self._keep_history():
-            readline.add_history(line)
-        return readline
-
-    def _complete(self, typed):
-        """Return what may stand in place of the word at the end, or the one that does.
-
-        Several come with descriptions, which stay on the screen since they differ."""
-        first, space, rest = typed.lstrip().partition(" ")
-        found = [] if space else [(word, "") for word in _SHELL_WORDS if word.startswith(first)]
-        line = _read_line(f"cs {_SHELL_WORDS.get(first, first) if space else first}{space}{rest}")
+    def _candidates(self, typed):
+        """Return what may stand at the end of a line."""
+        first, space, rest = typed.partition(" ")
+        found = [] if space else [word + " " for word in _SHELL_WORDS if word.startswith(first)]
+        option = _SHELL_WORDS.get(first, ("", None))[1]
+        if space and option:
+            typed = option + ("" if first == "set" else " ") + rest
+        line = _read_line("cs " + typed)
         line = line._replace(options=_merge_options(self.options, line.options))
         try:
-            found += _completions(line)
+            words = [word for word, _ in _completions(line)]
         except _Usage as error:
             return [_one_line(str(error)), " "]
-        if len(found) == 1:
-            return [found[0][0] + ("" if found[0][0].endswith(("=", ",")) else " ")]
-        by_name = any("=" in word and not word.startswith(line.current) for word, _ in found)
-        # One more that differs has readline keep a name, though its ids begin otherwise.
-        shown = [f"{word}  {text}".rstrip() for word, text in found]
-        return shown + [" "] if by_name else shown
+        if first == "set" and " " not in rest:
+            words = [word[2:] for word in words]
+        return found + [word if word.endswith(("=", ",")) else word + " " for word in words]
 
-    def _holds_secret(self, line):
-        """Return whether a line, be it one that is not understood, holds a secret's value."""
-        text = re.sub(r"\S+=@(?!@)\S*", "", line)  # the value stands in a file
-        try:
-            words = _split_line(text)
-        except _Usage:
-            words = text.split()
-        pairs = (word.partition("=") for word in words if "=" in word)
-        params = {name.strip(): value.strip("\"' ") for name, _, value in pairs}
-        mistaken = rf"(?i){_SECRET}[\"']?\s*[=:]\s*\S"  # such as `password = x`
-        if any(_secret_names(params)) or re.search(mistaken, text):
-            return True
-        own = [_secrets_of(client) for _, client in self.clients.values()]
-        return _mask_text(text, itertools.chain(*own)) != text
 
-    def _keep_history(self, *new):
-        """Add lines to the history's file, and return its lines.
-
-        It is read anew, since other shells add to it, too. That there can be none is said once."""
-        path = _own_path("XDG_STATE_HOME", os.path.join(".local", "state"), "history")
-        lines = []
-        try:
-            if self.has_history:
-                usual = os.umask(0o077)  # the folders above it are for their owner only, too
-                try:
-                    os.makedirs(os.path.dirname(path), exist_ok=True)
-                finally:
-                    os.umask(usual)
-                if os.path.exists(path):
-                    with open(path, encoding="utf-8", errors="replace") as file:
-                        lines = file.read().splitlines()
-                lines = [*lines, *new][-_HISTORY_LINES:]
-                _write_private(path, "".join(line + "\n" for line in lines))
-        except (OSError, ValueError) as error:
-            self.has_history = False
-            _write_stderr(f"Warning: no history is kept: {_error_text(error)}")
-        return lines
+_PART_OF_A_WORD = r"""[^\s"'\\]+|'([^']*)'|"([^"\\]*(?:\\.[^"\\]*)*)"|\\(.)"""
 
 
 def _split_line(line):
-    """Return the words of a line, as a shell takes it apart. Raises _Usage."""
-    import shlex
+    """Return the words of a line, as a shell takes it apart. Raises _Usage.
 
+    By hand, since shlex takes seconds for the userdata of some lines."""
+
+    def plain(found):
+        single, double, escaped = found.groups()
+        double = re.sub(r'\\(["\\])', r"\1", double or "")
+        return single or escaped or double or (found.group() if found.lastindex is None else "")
+
+    closed: Any = re.match(rf"(?:\s+|{_PART_OF_A_WORD})*", line, re.DOTALL)
+    open_at = closed.end()
+    if open_at < len(line):
+        raise _Usage(f"the line cannot be taken apart: nothing closes the {line[open_at]}")
+    words = re.finditer(rf"(?:{_PART_OF_A_WORD})+", line, re.DOTALL)
+    return [re.sub(_PART_OF_A_WORD, plain, word.group(), flags=re.DOTALL) for word in words]
+
+
+def _holds_secret(line, clients):
+    """Return whether a line must not be remembered: a secret name stands at or after the first
+    `=` or `:`, unless the value is a file's; or it holds a client's own secret."""
     try:
-        return shlex.split(line)
-    except ValueError as error:
-        raise _Usage(f"the line cannot be taken apart: {error}") from None
+        words = _split_line(line)
+    except _Usage:
+        words = [line]
+    rest = " ".join(word for word in words if not re.search("=@(?!@)", word))
+    found = re.search(r"""[\w.-]*["' ]*[=:].*""", rest)
+    names = re.findall(r"[\w.-]+", found.group()) if found else []
+    secrets = [client.secret for client in clients if client.secret]
+    return MASK in mask_params(dict.fromkeys(names, "")).values() or any(s in line for s in secrets)
 
 
 def _piped_lines():

@@ -2,8 +2,10 @@ import ast
 import os
 import re
 
+import setuptools
 from setuptools import setup
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -25,7 +27,7 @@ HEAD = re.compile(r"(.*?:)(  #[^\n]*)?\n", re.DOTALL)
 def declarations(lines, body, in_class=False):
     """Yield the lines of a stub: the public names of a module or a class, without what they do.
 
-    In a class only annotated methods count; a subclass inherits the others. What is under TYPE_CHECKING stands in the
+    Only annotated functions count; in a class a subclass inherits the others. What is under TYPE_CHECKING stands in the
     stub as it is. The text is the source's own: Python 3.6 cannot write one from a syntax tree."""
     for node in body:
         text = lines[node.lineno - 1]
@@ -44,7 +46,7 @@ def declarations(lines, body, in_class=False):
                 yield "\n" + head(lines, node) + "\n"
                 yield from list(declarations(lines, node.body, in_class=True)) or ["    ...\n"]
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            if node.returns is not None if in_class else not node.name.startswith("_"):
+            if node.returns is not None and (in_class or not node.name.startswith("_")):
                 yield head(lines, node, " ...") + "\n"
 
 
@@ -58,8 +60,11 @@ def block(lines, node):
 
 
 def constant(node):
-    """Yield a line for public names, or a dunder, that stand for something literal."""
+    """Yield a line for public names, or a dunder, that stand for something literal or for a named tuple."""
     names = [getattr(target, "id", "_") for target in node.targets]
+    if names[0][0] != "_" and getattr(getattr(node.value, "func", None), "attr", None) == "namedtuple":
+        yield names[0] + ": Any\n"
+        return
     try:
         value = ast.literal_eval(node.value)
     except ValueError:
@@ -80,6 +85,21 @@ def head(lines, node, body=""):
     return signature + body + (comment or "")
 
 
+def with_other_default(stub):
+    """Return the stub with AIOCloudStack's constructor: that of CloudStack, but for the default of fetch_result."""
+    init = re.search(r" +def __init__\([^)]*fetch_result(?:.|\n)*?\.\.\.[^\n]*\n", stub).group()
+    init = re.sub(r"(fetch_result: [^=]*= )\w+", r"\1True", init)
+    return re.sub(r"(class AIOCloudStack\(CloudStack\):\n)", lambda found: found.group() + init, stub)
+
+
+class SdistWithTests(sdist):
+    """Put the tests into the source distribution, too."""
+
+    def add_defaults(self):
+        super().add_defaults()
+        self.filelist.append("test_cs.py")
+
+
 class BuildWithStub(build_py):
     """Build the package cs-stubs, too: a module cannot say that it is annotated, a package beside it can (PEP 561)."""
 
@@ -88,8 +108,9 @@ class BuildWithStub(build_py):
         if not getattr(self, "editable_mode", False):
             source = read("cs.py")
             self.mkpath(os.path.dirname(self.stub_path()))
+            stub = "".join(declarations(source.splitlines(True), ast.parse(source).body))
             with open(self.stub_path(), "w", encoding="utf-8", newline="\n") as file:
-                file.writelines(declarations(source.splitlines(True), ast.parse(source).body))
+                file.write(with_other_default(stub))
 
     def get_outputs(self, *args, **options):
         return super().get_outputs(*args, **options) + [self.stub_path()]
@@ -105,9 +126,12 @@ setup(
     long_description=read("README.rst"),
     long_description_content_type="text/x-rst",
     author="The cs authors",
-    license="BSD-3-Clause",
+    # Metadata 2.4 (PEP 639) is written by setuptools 77 and later.
+    **{"license_expression" if int(setuptools.__version__.split(".")[0]) >= 77 else "license": "BSD-3-Clause"},
+    url="https://cloudstack.apache.org/api.html",
+    project_urls={"API documentation": "https://cloudstack.apache.org/api.html"},
     py_modules=["cs"],
-    cmdclass={"build_py": BuildWithStub},
+    cmdclass={"build_py": BuildWithStub, "sdist": SdistWithTests},
     python_requires=">=3.6",
     # Nothing is needed for AIOCloudStack; the extra stays for those who ask for cs[async].
     extras_require={"highlight": ["pygments"], "async": []},
@@ -122,7 +146,7 @@ setup(
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3 :: Only",
     ]
-    + ["Programming Language :: Python :: 3.%d" % minor for minor in range(6, 15)]
+    + ["Programming Language :: Python :: 3.%d" % minor for minor in range(6, 16)]
     + [
         "Topic :: Software Development :: Libraries :: Python Modules",
         "Topic :: System :: Systems Administration",

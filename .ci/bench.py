@@ -6,6 +6,7 @@
     python3 .ci/bench.py --only http,jobs --runs 15
     python3 .ci/bench.py --json           everything measured, for machines
     python3 .ci/bench.py --ours DIR       measure the cs.py (or package cs) in DIR instead
+    python3 .ci/bench.py --peer 28f687a   beside the cs.py of that commit (or DIR), not 5.2.0: what a change has cost
 
 It makes two virtual environments for the peer (kept in the temporary directory for the next time), one with
 aiohttp and one without, and starts a stand-in server in a process of its own. Both clients run under the peer's
@@ -491,9 +492,11 @@ class Failure(Exception):
 
 
 class Bench:
-    def __init__(self, temp, ours, quiet):
+    def __init__(self, temp, ours, peer, quiet):
         self.temp, self.quiet = temp, quiet
-        self.ours = copy_of_ours(ours, os.path.join(temp, "ours"))
+        self.folders = {"ours": copy_of(ours, os.path.join(temp, "ours"))}  # in front of the interpreter's path
+        if peer:
+            self.folders["peer"] = copy_of(peer, os.path.join(temp, "peer"))
         self.environments, self.warmed = {}, set()
         self.pem = make_certificate(temp)
         self.server = self.start_server()
@@ -535,8 +538,8 @@ class Bench:
         """A clean environment: no settings of the user's, no proxies; bytecode may be cached."""
         clean = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
         clean.update(HOME=self.temp, CLOUDSTACK_ENDPOINT=self.url(), CLOUDSTACK_KEY=KEY, CLOUDSTACK_SECRET=SECRET)
-        if side == "ours":
-            clean["PYTHONPATH"] = self.ours
+        if side in self.folders:
+            clean["PYTHONPATH"] = self.folders[side]
         return clean
 
     def run(self, side, arguments):
@@ -582,7 +585,7 @@ class Bench:
 
     def check_module(self, side, module, python):
         """Make sure that each side ran the client it stands for."""
-        wanted = {"ours": self.ours, "peer": os.path.dirname(os.path.dirname(python))}.get(side)
+        wanted = self.folders.get(side) or (side == "peer" and os.path.dirname(os.path.dirname(python)))
         if wanted and not os.path.realpath(module or "").startswith(os.path.realpath(wanted) + os.sep):
             raise Failure("%s: the client measured was %s, not in %s" % (side, module, wanted))
 
@@ -597,13 +600,21 @@ class Bench:
             self.check_module(side, module, python)
 
 
-def copy_of_ours(source, target):
+def copy_of(source, target):
+    """Put the client of a directory, or of a commit, into a directory of its own; the directory."""
+    import subprocess
     os.makedirs(target)
     for name, copy in (("cs.py", shutil.copy), ("cs", shutil.copytree)):
         if os.path.exists(os.path.join(source, name)):
             copy(os.path.join(source, name), os.path.join(target, name))
             return target
-    raise SystemExit("bench.py: no cs.py in %s" % source)
+    shown = subprocess.run(["git", "-C", HERE, "show", source + ":cs.py"], stdout=subprocess.PIPE,
+                           stderr=subprocess.DEVNULL)
+    if shown.returncode:
+        raise SystemExit("bench.py: no cs.py in %s, and no such commit" % source)
+    with open(os.path.join(target, "cs.py"), "wb") as file:
+        file.write(shown.stdout)
+    return target
 
 
 def make_certificate(directory):
@@ -656,7 +667,9 @@ COMMAND_FLOOR = ["-c", "import argparse, json, sys, urllib.request\n"
 
 
 class Row:
-    """One piece of work. `goals` is {figure: the ratio ours/peer that is asked for}."""
+    """One piece of work. `goals` is {figure: the ratio ours/peer that is asked for} beside the peer; `since` the same
+    beside an earlier commit, where equal work is measured up to 3 % apart."""
+    since = {}
     work = command = floor_command = floor_value = None
     options = state = {}
     scheme, extras, floor_name = "http", WITH, "-"
@@ -682,30 +695,31 @@ def table(quick):
     listed, slow = {"rows": rows}, {"rows": rows, "latency": 0.1}
     lines = 3 if quick else 100
     return [
-        Row("import", "import cs, aiohttp there", {"wall": 0.15}, starts, command=["-c", "import cs"],
+        Row("import", "import cs, aiohttp there", {"wall": 0.11}, starts, command=["-c", "import cs"],
             floor_name="import json, urllib.parse, hmac", floor_command=IMPORT_FLOOR),
         Row("import-bare", "import cs, no aiohttp", {"wall": 0.30}, starts, command=["-c", "import cs"],
             extras=WITHOUT, floor_name="import json, urllib.parse, hmac", floor_command=IMPORT_FLOOR),
-        Row("command", "python -m cs listZones, aiohttp there", {"wall": 0.28}, starts,
+        Row("command", "python -m cs listZones, aiohttp there", {"wall": 0.22}, starts,
             command=["-m", "cs", "listZones"], floor_name="urllib.request + argparse + json",
             floor_command=COMMAND_FLOOR),
         Row("command-bare", "python -m cs listZones, no aiohttp", {"wall": 0.65}, starts,
             command=["-m", "cs", "listZones"], extras=WITHOUT, floor_name="urllib.request + argparse + json",
             floor_command=COMMAND_FLOOR),
         Row("http", "%d calls, http" % calls, {"wall": 0.40, "cpu": 0.40}, usual, work="calls",
-            options={"calls": calls}, floor_name="kept http.client"),
+            options={"calls": calls}, floor_name="kept http.client", since={"wall": 1.15, "cpu": 1.15}),
         Row("https", "%d calls, https" % calls, {"wall": 0.45, "cpu": 0.45}, usual, work="calls",
-            options={"calls": calls}, scheme="https", floor_name="kept http.client"),
+            options={"calls": calls}, scheme="https", floor_name="kept http.client",
+            since={"wall": 1.15, "cpu": 1.15}),
         Row("list", "fetch_list of %d machines" % rows, {"wall": 0.48}, usual, work="list", options=listed,
-            state=listed, floor_name="json.loads of the same bytes"),
-        Row("list-slow", "the same, 100 ms a page", {"wall": 0.32}, usual, work="list", options=slow, state=slow,
+            state=listed, floor_name="json.loads of the same bytes", since={"wall": 1.03, "memory": 1.03}),
+        Row("list-slow", "the same, 100 ms a page", {"wall": 0.36}, usual, work="list", options=slow, state=slow,
             floor_name="one page's latency + json.loads"),
         Row("iter", "%d machines by iter_list" % rows, {"wall": 0.48, "memory": 0.25}, usual, work="iter",
-            options=listed, state=listed, floor_name="one page"),
+            options=listed, state=listed, floor_name="one page", since={"wall": 1.03, "memory": 1.03}),
         Row("concurrent", "%d concurrent calls, 100 ms each (async)" % concurrent, {"wall": 0.95}, usual,
             work="concurrent", options={"calls": concurrent}, state={"latency": 0.1},
             floor_value={"wall": -(-concurrent // CONCURRENCY) * 0.1}, floor_name="calls / %d x 100 ms" % CONCURRENCY),
-        Row("jobs", "%d jobs of %d poll rounds (async), requests" % (jobs, rounds), {"requests": 0.20}, few,
+        Row("jobs", "%d jobs of %d poll rounds (async), requests" % (jobs, rounds), {"requests": 0.35}, few,
             work="jobs", options={"jobs": jobs, "poll_interval": interval},
             state={"job_seconds": (rounds - 0.5) * interval},
             floor_value={"requests": 2 * jobs + 2 * rounds}, floor_name="2 a job + 2 a round"),
@@ -771,16 +785,17 @@ def lines(result, quick):
     for figure, goal in result["goals"].items():
         ratio = result["ratios"].get(figure, float("nan"))
         memory = "%.1f / %.1f MB" % (ours["memory"] / 1e6, peer["memory"] / 1e6)
-        verdict = "" if quick else "met" if ratio <= goal else "MISS"
+        verdict = "" if quick or not goal else "met" if ratio <= goal else "MISS"
         yield LINE % (result["work"], figure, shown(figure, ours[figure]), shown(figure, peer[figure]),
-                      "%.2f" % ratio, "%.2f" % goal, verdict, shown(figure, floor.get(figure)), memory, result["floor"])
+                      "%.2f" % ratio, "%.2f" % goal if goal else "-", verdict, shown(figure, floor.get(figure)), memory,
+                      result["floor"])
 
 
-def facts(bench):
+def facts(bench, peer):
     import platform
     client = bench.run("ours", [sys.executable, "-c", "import cs; print(getattr(cs, '__version__', '?'))"]).strip()
     return {"python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count(),
-            "ours": client, "peer": PEER}
+            "ours": client, "peer": peer or PEER}
 
 
 def main():
@@ -791,9 +806,13 @@ def main():
     parser.add_argument("--only", metavar="ROW[,ROW..]", help="some rows: %s" % ", ".join(r.key for r in table(False)))
     parser.add_argument("--runs", type=int, metavar="N", help="measurements for each side (default: by the row)")
     parser.add_argument("--json", action="store_true", help="everything measured, as JSON")
+    parser.add_argument("--peer", metavar="COMMIT", help="beside the cs.py of a commit, or in a directory, instead")
     parser.add_argument("--ours", metavar="DIR", default=os.path.dirname(HERE), help="where the cs.py to measure lives")
     arguments = parser.parse_args()
     rows = table(arguments.quick)
+    if arguments.peer:
+        for row in rows:
+            row.goals = row.since or dict.fromkeys(row.goals)
     if arguments.only:
         wanted = arguments.only.split(",")
         unknown = set(wanted) - {row.key for row in rows}
@@ -803,7 +822,7 @@ def main():
     if sys.version_info < (3, 10):
         raise SystemExit("bench.py: the peer, cs %s, needs Python 3.10 or later" % PEER)
     with tempfile.TemporaryDirectory(prefix="cs-bench-") as temp:
-        bench = Bench(os.path.realpath(temp), arguments.ours, arguments.json)
+        bench = Bench(os.path.realpath(temp), arguments.ours, arguments.peer, arguments.json)
         try:
             return report(bench, rows, arguments)
         finally:
@@ -813,7 +832,7 @@ def main():
 def report(bench, rows, arguments):
     for extras in sorted({row.extras for row in rows}):
         bench.python(extras)
-    told, results, failures = facts(bench), [], {}
+    told, results, failures = facts(bench, arguments.peer), [], {}
     if not arguments.json:
         print("cs %(ours)s against cs %(peer)s, Python %(python)s, %(system)s, %(cpus)s CPUs" % told)
         print(LINE % ("work", "figure", "ours", "peer", "ratio", "goal", "", "floor", "memory", "what the floor is"))

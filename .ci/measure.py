@@ -4,10 +4,12 @@
     python3 .ci/measure.py                    cs.py, and the lines of test_cs.py and README.rst
     python3 .ci/measure.py OTHER.py ...       the same figures of these files in further columns
     python3 .ci/measure.py --longest N        the N longest functions of cs.py as well
-    python3 .ci/measure.py --names            the helpers used once and the lines that are too long, by name
+    python3 .ci/measure.py --names            the helpers used once, the lines that are too long, and the private names
+                                              of the library that the command line uses, by name
 
 A line of code holds something other than a comment, a docstring or nothing. Functions are measured from `def` to their
-last line, docstring and blank lines included. Needs Python 3.8 or later, for the ends of functions.
+last line, docstring and blank lines included. The library is all that stands before the banner of the command line.
+Needs Python 3.8 or later, for the ends of functions.
 """
 import argparse
 import ast
@@ -85,8 +87,46 @@ class Source:
                 uses[node.id] = uses.get(node.id, 0) + 1
         return [node for node in self.top_level() if uses.get(node.name) == 1]
 
+    def banner(self):
+        """The line with the banner of the command line; None where there is no such."""
+        found = [number for number, line in enumerate(self.lines, 1) if re.match("# --- [0-9]+ command line -", line)]
+        return found[0] if found else None
+
+    def sections(self):
+        """{banner: lines of code} of the sections, in their order."""
+        found, name = {"front page": 0}, "front page"
+        code = self.code_lines()
+        for number, line in enumerate(self.lines, 1):
+            banner = re.match("# --- ([0-9]+ .*?) -+$", line)
+            name = banner.group(1) if banner else name
+            found[name] = found.get(name, 0) + (number in code)
+        return found
+
+    def private_names_used(self):
+        """{name: lines} of the underscored names of the library that the command line uses."""
+        library, tool = {}, {}
+        for node in ast.walk(self.tree):
+            part = tool if getattr(node, "lineno", 0) >= self.banner() else library
+            for name, is_made in names_in(node):
+                if re.match("_[^_]", name):
+                    part.setdefault(name, {True: [], False: []})[is_made].append(node.lineno)
+        return {name: uses[False] for name, uses in tool.items()
+                if uses[False] and not uses[True] and library.get(name, {True: []})[True]}
+
     def top_level(self):
         return [node for node in self.tree.body if isinstance(node, FUNCTIONS)]
+
+
+def names_in(node):
+    """(name, whether it is made here and not used) of one node of a tree."""
+    if isinstance(node, FUNCTIONS + (ast.ClassDef,)):
+        yield node.name, True
+    elif isinstance(node, ast.Name):
+        yield node.id, not isinstance(node.ctx, ast.Load)
+    elif isinstance(node, ast.Attribute):
+        yield node.attr, not isinstance(node.ctx, ast.Load)
+    elif isinstance(node, ast.arg):
+        yield node.arg, True
 
 
 def lines_of(node):
@@ -111,9 +151,17 @@ def figures_of(path):
     code, words = len(source.code_lines()), source.words_for_readers()
     hints = [token for token in source.comments() if re.match(r"#\s*type:(?!\s*ignore)", token.string)]
     calls = calls_of(source.path)
+    library, private = "-", "-"
+    if source.banner():
+        library = sum(number < source.banner() for number in source.code_lines())
+        library = f"{library} ({percent(library, code)})"
+        used = source.private_names_used()
+        private = f"{len(used)} / {sum(map(len, used.values()))}"
     return [
         ("lines", len(source.lines)),
         ("lines of code", code),
+        ("  of them the library", library),
+        ("private names of it that the command line uses, uses", private),
         ("docstrings and comments", f"{words} ({percent(words, len(source.lines))})"),
         ("functions", len(lengths)),
         ("  median / p90 / longest",
@@ -252,12 +300,19 @@ def print_table(paths):
 
 def print_others():
     test = Source(os.path.join(ROOT, "test_cs.py"))
-    print(f"test_cs.py: {len(test.lines)} lines, {len(test.code_lines())} of code")
+    wide = sum(len(line) > 120 for line in test.lines)
+    print(f"test_cs.py: {len(test.lines)} lines, {len(test.code_lines())} of code, {wide} over 120 columns")
     with open(os.path.join(ROOT, "README.rst"), encoding="utf-8") as file:
         print(f"README.rst: {len(file.readlines())} lines")
 
 
 def print_names(source):
+    print("\nlines of code by section:")
+    for name, lines in source.sections().items():
+        print(f"  {lines:5} {name}")
+    print("private names of the library in the command line:")
+    for name, lines in sorted(source.private_names_used().items()):
+        print(f"  {name}: {', '.join(map(str, lines))}")
     print("\nused once, small:")
     for node in source.used_once():
         if length(node) <= SMALL:

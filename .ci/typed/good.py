@@ -9,7 +9,6 @@ from typing import Any, AsyncIterator, Dict, Iterator, List
 
 import cs
 from cs import (
-    EXPIRES_FORMAT,
     AIOCloudStack,
     CloudStack,
     CloudStackApiException,
@@ -17,12 +16,10 @@ from cs import (
     CloudStackException,
     CloudStackJobTimeout,
     CloudStackTimeoutError,
-    check_key,
     cs_encode,
     read_config,
     read_config_from_ini,
     strtobool,
-    transform,
 )
 
 
@@ -64,6 +61,18 @@ def call(client: CloudStack) -> None:
     copy.deepcopy(client).close()
 
 
+def call_by_name(client: CloudStack, seen: List[Any]) -> None:
+    """The settings of one call, pages, a request that is not sent, a name for an id, and what happens on the way."""
+    client.on_event = seen.append
+    client.check()
+    job = client.call("startVirtualMachine", {"id": "1"}, wait=True, job_timeout=60, poll_interval=0.5, recover=False)
+    print(job["virtualmachine"], client.find_id("listZones", "Zurich-1", available=True).upper())
+    for rows in client.pages("listVirtualMachines", {"state": "Running"}):
+        print(len(rows), rows[0]["id"])
+    request = client.prepare("listZones", {"name": "Zurich-1"})
+    print(request.method, request.masked_url())
+
+
 def set_up(client: CloudStack) -> None:
     client.timeout = client.timeout * 2
     client.retry += 1
@@ -92,6 +101,13 @@ def fail(client: CloudStack) -> int:
     except CloudStackException as error:
         print(*error.args, error.jobid, error.response.reason, error.response.headers["server"], error.response.text)
     raise CloudStackApiException("made by hand", error={"errorcode": 431}, response=None)
+
+
+async def call_on_loop_by_name(client: AIOCloudStack) -> None:
+    zone = await client.find_id("listZones", "Zurich-1")
+    print((await client.call("startVirtualMachine", {"zoneid": zone}, timeout=5))["jobid"])
+    async for rows in client.pages("listVirtualMachines"):
+        print(len(rows))
 
 
 async def call_on_loop(client: AIOCloudStack) -> None:
@@ -140,8 +156,7 @@ class AuditingAsync(AIOCloudStack):
 
 def use_the_rest() -> int:
     params: Dict[str, Any] = {"tags": [{"key": "a"}]}
-    transform(params)
-    print(cs_encode("a b").upper(), check_key("a", ["a*"]), strtobool("yes"), EXPIRES_FORMAT.upper())
+    print(cs_encode("a b").upper(), strtobool("yes"))
     print(cs.sign(cs.flatten(params), "secret"), cs.backoff(1, 0.5), cs.__version__.split("."))
     print([setting.name for setting in cs.SETTINGS])
     with Auditing("https://cloud.example") as client:

@@ -20,6 +20,9 @@ def call(client: CloudStack) -> int:
     client.iter_list("listZones", "Zurich-1")  # refused
     print(client.iter_list("listZones")[0])  # refused
     client.wait_job(5)  # refused
+    client.call({"id": "1"})  # refused
+    client.find_id("listZones")  # refused
+    print(client.prepare("listZones").nothing)  # refused
     client.timeout = None  # refused
     client.timeot = 5  # refused
     client.expiration = "600"  # refused
