@@ -354,6 +354,8 @@ class CloudStack:
         # theme and output are the command line's; read_config() returns them all the same.
         given: Any = locals()
         self._by_process: Any = {}
+        if fetch_result is None:
+            given["fetch_result"] = isinstance(self, AIOCloudStack)
         for name, setting in _CLIENT_SETTINGS.items():
             self.set_setting(name, setting.default if given[name] is None else given[name])
 
@@ -430,10 +432,11 @@ class CloudStack:
             "json": json, "opcode_name": opcode_name, "headers": headers, "fetch_list": fetch_list,
             "fetch_result": fetch_result, "_options": _options,
         }  # fmt: skip
-        return _run(_run_command(self, command, params, controls))
+        return self._drive(_run_command(self, command, params, controls))
 
     def call(
-        self, command: str, params: "Mapping[str, Any] | None" = None, *, pages: bool = False,
+        self, command: str, params: "Mapping[str, Any] | None" = None, *,
+        pages: "bool | None" = None,
         wait: "bool | None" = None, **options: "Any"
     ) -> "Any":  # fmt: skip
         """Carry out a command with options of its own, and return what its method would.
@@ -442,7 +445,8 @@ class CloudStack:
         headers as above, and in the place of the client's settings, None meaning these: timeout,
         retry, job_timeout, poll_interval and recover; post=True sends by POST. Raises TypeError
         for another option."""
-        return self._request(command, **_call_arguments(params, options, pages, wait))
+        arguments = _call_arguments(params, options, fetch_list=pages, fetch_result=wait)
+        return self._request(command, **arguments)
 
     def pages(
         self, command: str, params: "Mapping[str, Any] | None" = None, **options: "Any"
@@ -468,7 +472,7 @@ class CloudStack:
     def prepare(
         self, command: str, params: "Mapping[str, Any] | None" = None, **options: "Any"
     ) -> "Request":
-        """Return the Request that a call would send now, signed: method, url, params, headers, body.
+        """Return the Request that a call would send now, signed: method, url, headers, ...
 
         masked_url() and masked_params() are what a person may see of it. Nothing is sent; of a
         session that would be needed, there is nothing in it."""
@@ -490,7 +494,7 @@ class CloudStack:
             raise ValueError("cert: missing, although cert_key is given; they go together")
         if settings["key"] is not None and settings["username"] is not None:
             raise ValueError(
-                "username: given together with key; use either key and secret or username and password"
+                "username: given together with key; use key and secret, or username and password"
             )
         self.__dict__["_checked"] = True
 
@@ -507,7 +511,7 @@ class CloudStack:
         """Wait for a job that was submitted earlier, as fetch_result does; returns its result.
 
         The options are those of call()."""
-        return _run(_resume_wait(self, jobid, _call_arguments(None, options)))
+        return self._drive(_resume_wait(self, jobid, _call_arguments(None, options)))
 
     def close(self) -> None:
         """End the session, if there is one, and close the connections.
@@ -572,7 +576,8 @@ class CloudStack:
         """What was learned about the present endpoint, as the present user."""
         servers = self._kept.servers
         settings = self._settings
-        user = tuple(settings[name] for name in ("endpoint", "key", "username", "password", "domain"))
+        names = ("endpoint", "key", "username", "password", "domain")
+        user = tuple(settings[name] for name in names)
         return servers.get(user) or servers.setdefault(user, _Server(user[0]))
 
     def _forget(self):
@@ -580,6 +585,10 @@ class CloudStack:
         kept = self._by_process.pop(os.getpid(), None)
         if kept is not None:
             kept.close()
+
+    def _drive(self, coroutine):
+        """Return what a coroutine of the protocol returns; AIOCloudStack returns it as it is."""
+        return _run(coroutine)
 
     # What the protocol awaits. Here it is done at once, so that _run() ends at the first step.
 
@@ -631,28 +640,25 @@ def _run(coroutine):
         coroutine.close()
 
 
-_CONTROLS = ("json", "opcode_name", "headers", "_options", "fetch_list", "fetch_result")
+_CONTROLS = ("json", "opcode_name", "headers", "fetch_list", "fetch_result", "_options")
 _OPTIONS_OF_A_CALL = ("timeout", "retry", "job_timeout", "poll_interval", "recover")
 
 
-def _call_arguments(params, options, pages=False, wait=None, as_pages=False):
+def _call_arguments(params, options, as_pages=False, **controls):
     """Return the keyword arguments for _request(). Raises TypeError for an unknown option."""
-    own = {name: options[name] for name in _OPTIONS_OF_A_CALL if options.get(name) is not None}
-    own = {name: _convert(name, _CLIENT_SETTINGS[name].convert, own[name]) for name in own}
-    if options.get("post") is not None:
-        own["method"] = "post" if options["post"] else "get"
-    if as_pages:
-        own["as_pages"] = True
-    control = {"fetch_list": pages or None, "fetch_result": wait}
+    own: Any = {"as_pages": True} if as_pages else {}
     for name, value in options.items():
-        if name in ("json", "opcode_name", "headers"):
-            control[name] = value
-        elif name != "post" and name not in _OPTIONS_OF_A_CALL:
+        if name in _CONTROLS[:3]:
+            controls[name] = value
+        elif name not in _OPTIONS_OF_A_CALL + ("post",):
             raise TypeError(f"a call has no option {name!r}; parameters go in a dict")
-    control = {name: value for name, value in control.items() if value is not None}
-    if own:
-        control["_options"] = own
-    return {**(params or {}), **control}
+        elif value is not None and name == "post":
+            own["method"] = "post" if value else "get"
+        elif value is not None:
+            own[name] = _convert(name, _CLIENT_SETTINGS[name].convert, value)
+    controls["_options"] = own or None
+    given = {name: value for name, value in controls.items() if value is not None}
+    return {**(params or {}), **given}
 
 
 class AIOCloudStack(CloudStack):
@@ -672,25 +678,10 @@ class AIOCloudStack(CloudStack):
     __init__.__defaults__ = _code.__defaults__[:-1] + (True,)
     __init__.__kwdefaults__ = _code.__kwdefaults__
 
-    async def _request(
-        self, command: str, json=True, opcode_name="command", fetch_list=False, headers=None,
-        fetch_result=None, _options=None, **params: "Any"
-    ) -> "Any":  # fmt: skip
-        controls = {
-            "json": json, "opcode_name": opcode_name, "headers": headers, "fetch_list": fetch_list,
-            "fetch_result": fetch_result, "_options": _options,
-        }  # fmt: skip
-        return await _run_command(self, command, params, controls)
-
-    _request.__doc__ = CloudStack._request.__doc__
-
-    async def call(
-        self, command: str, params: "Mapping[str, Any] | None" = None, *, pages: bool = False,
-        wait: "bool | None" = None, **options: "Any"
-    ) -> "Any":  # fmt: skip
-        return await self._request(command, **_call_arguments(params, options, pages, wait))
-
-    call.__doc__ = CloudStack.call.__doc__
+    async def _request(  # type: ignore[override]
+        self, command: str, json=True, **params: "Any"
+    ) -> "Any":
+        return await super()._request(command, json, **params)
 
     async def pages(  # type: ignore[override]  # the price of being a CloudStack
         self, command: str, params: "Mapping[str, Any] | None" = None, **options: "Any"
@@ -699,8 +690,6 @@ class AIOCloudStack(CloudStack):
             command, **_call_arguments(params, options, as_pages=True)
         ):
             yield rows
-
-    pages.__doc__ = CloudStack.pages.__doc__
 
     async def iter_list(  # type: ignore[override]
         self, command: str, **params: "Any"
@@ -717,12 +706,8 @@ class AIOCloudStack(CloudStack):
         rows = [row async for row in self.iter_list(list_command, **params)]
         return str(pick_row(list_command, name, rows)["id"])
 
-    find_id.__doc__ = CloudStack.find_id.__doc__
-
-    async def wait_job(self, jobid: str, **options: "Any") -> "Any":
-        return await _resume_wait(self, jobid, _call_arguments(None, options))
-
-    wait_job.__doc__ = CloudStack.wait_job.__doc__
+    def _drive(self, coroutine):
+        return coroutine
 
     async def _send(self, request):
         """Send one request as asyncio.to_thread would, but in this client's own threads.
@@ -831,6 +816,13 @@ class _Call:
 
     Raises ValueError for what the server would refuse: control characters."""
 
+    has_page = cancelled = False
+    expires = None
+    job_id = None  # the id its job gets, if the caller chooses it
+    total = None  # seconds for one exchange, if less than ten times the timeout
+    request: "Any" = None  # the last one
+    response: "Any" = None  # the last answer
+
     def __init__(self, client, command, params, controls=None):
         if not client._checked:
             client.check()
@@ -850,15 +842,6 @@ class _Call:
         self.is_login = command.lower() == "login"
         self.is_secret = self.is_login or any(_secret_names(params))
         self.params = {}
-        self.has_page = False
-        self.expires = None
-        self.job_id = None  # the id its job gets, if the caller chooses it
-        self.total = None  # seconds for one exchange, if less than ten times the timeout
-        self.secrets = []  # what must not be shown of the last request
-        self.response: Any = None  # the last answer
-        self.request: Any = None  # the last request
-        self.cancelled = False
-
         dropped = {"signature", "signatureversion"} | ({"response"} if self.json else set())
         for name, text in params.items():
             if not (name.isprintable() and text.isprintable()):  # which is faster than to search
@@ -929,20 +912,19 @@ class Request:
 
     params are those of the query or form; masked_url() and masked_params() may be shown."""
 
-    cancelled = False
-    method: str
+    cancelled = anonymous = False
+    method: str = "GET"
     url: "str | None" = None
     body: "bytes | None" = None
     params: "dict[str, str]"
     headers: "dict[str, str]"
+    signing: "Any" = None  # (secret, expiration, expires), if it is to be signed
+    deadline = 0.0  # when the exchange must be over
 
     def __init__(self, settings, call, params, secrets):
         self.endpoint = settings["endpoint"].partition("#")[0]
         self.params = params
         self.secrets = secrets  # values that must not be shown, beside those of secret parameters
-        self.signing = None  # (secret, expiration, expires), if it is to be signed
-        self.anonymous = False
-        self.method = "GET"
         self.headers = {}
         self.timeout = settings["timeout"]
         self.total = 10 * self.timeout
@@ -950,7 +932,6 @@ class Request:
             self.total = min(call.total, self.total)
         self.tls = tuple([settings[name] for name in _TLS_SETTINGS])
         self.limit = settings["max_response_size"]
-        self.deadline = 0.0  # when the exchange must be over
         self._lock = threading.Lock()
         self._socket = None  # of the exchange while it is under way
 
@@ -1144,7 +1125,7 @@ def _check_depth(content):
 
     Each round takes the innermost pairs of brackets out, of which nothing else is left."""
     other = bytes(set(range(256)) - set(b"[]{}"))
-    for texts in (None, rb'(?s)"(?:[^"\\]|\\.)*(?:"|\\?\Z)'):  # brackets in texts count only at first
+    for texts in (None, rb'(?s)"(?:[^"\\]|\\.)*(?:"|\\?\Z)'):  # brackets in texts count at first
         left = (re.sub(texts, b"", content) if texts else content).translate(None, other)
         for _ in range(_DEEPEST):
             shorter = left.replace(b"[]", b"").replace(b"{}", b"")
@@ -1204,7 +1185,8 @@ def _decode_answer(client, call, response):
     try:
         document = _parse_json(response)
     except (ValueError, RecursionError):
-        raise CloudStackException(status, *_why_no_json(client, call, code), response=response) from None
+        why = _why_no_json(client, call, code)
+        raise CloudStackException(status, *why, response=response) from None
 
     if not isinstance(document, dict) or len(document) != 1:
         raise _unexpected("a single top-level key was expected", response)
@@ -1359,7 +1341,7 @@ def _add_hint(error, hint):
 def _set_shown(call, error):
     """Set on the exception what a person may see of the server's words."""
     if isinstance(error, CloudStackApiException):
-        error.shown = mask_values(error.error, call.secrets)
+        error.shown = mask_values(error.error, call.request.all_secrets() if call.request else [])
 
 
 async def _send_with_retries(client, call):
@@ -1377,7 +1359,6 @@ async def _send_with_retries(client, call):
             call.response = await client._send(request)
             return _decode_answer(client, call, call.response)
         except CloudStackException as error:
-            call.secrets = request.all_secrets()
             if _wants_post(request, error):
                 post = client._server.post_only = True
                 continue
@@ -1800,10 +1781,13 @@ class _JobWait:
         """Return the seconds until the next poll."""
         return max(0.0, min(self.due, self.deadline()) - _clock())
 
+    def notify(self, call):
+        self.client._notify(Waiting(call.command, self.jobid, _clock() - self.started))
+
     async def until_due(self, call, jobs):
         """Sleep until the job is to be polled by itself; a list of jobs may put that off."""
+        self.notify(call)
         while True:
-            self.client._notify(Waiting(call.command, self.jobid, _clock() - self.started))
             if self.is_listed and jobs.listed_at > self.news:
                 self.news = jobs.listed_at
                 if self.jobid not in jobs.pending:
@@ -1816,6 +1800,7 @@ class _JobWait:
                     return
                 self.news, self.is_listed = jobs.listed_at, True
                 self.set_due(_clock())
+                self.notify(call)
             elif not (may_list and self.is_listed):
                 await self.client._pause(self.seconds_left())
             elif jobs.is_old(interval):
@@ -1862,9 +1847,9 @@ async def _await_job(client, call, jobid):
             jobs.waiting.remove(str(jobid))
     except BaseException as error:  # KeyboardInterrupt and CancelledError, too
         error.jobid = str(jobid)  # type: ignore[attr-defined]
-        if isinstance(error, CloudStackApiException) and not error.job_failed:
-            known = "is not known to the server" if _status_of(error) == 431 else "may still run"
-            _add_hint(error, f"job {jobid} {known}")
+        is_refused = isinstance(error, CloudStackApiException) and not error.job_failed
+        if is_refused and _status_of(error) != 431:  # which says that there is no such job
+            _add_hint(error, f"job {jobid} may still run")
         raise
 
 
@@ -1923,7 +1908,6 @@ def _read_job(answer, poll, call):
     failure.job_failed = True
     failure.jobinstanceid = answer.get("jobinstanceid")
     failure.jobinstancetype = answer.get("jobinstancetype")
-    call.secrets = call.request.all_secrets() if call.request else []
     _set_shown(call, failure)
     raise failure
 
@@ -2115,7 +2099,8 @@ class _Route:
         self.proxy = _find_proxy(parts)
         self.headers = {} if self.secure or not self.proxy else self.proxy.headers
         # of a URL's target; an http proxy is sent the whole
-        self.start = 0 if self.proxy and not self.secure else len(parts.scheme + "://" + parts.netloc)
+        origin = parts.scheme + "://" + parts.netloc
+        self.start = 0 if self.proxy and not self.secure else len(origin)
 
     def open(self, request, context):
         """Return a new http.client connection, with the tunnel and TLS that it needs."""
@@ -2332,7 +2317,7 @@ class _Transport:
     def _checkout(self, key):
         """Return the connection that was used last, if it is still good; else None.
 
-        It is not if it can be read from: the server has closed it, or sent what nobody asked for."""
+        It is not if it can be read from: the server closed it, or sent what nobody asked for."""
         import select
 
         while True:
@@ -2443,7 +2428,7 @@ def _load_certificate(context, own, key):
 
 
 def _read_body(response, limit):
-    """Return the whole body, unpacked. Raises _TooLarge, or IncompleteRead if the end is missing."""
+    """Return the whole body, unpacked. Raises _TooLarge, or IncompleteRead without its end."""
     if (response.length or 0) > limit:
         raise _TooLarge
     packed = response.headers.get("Content-Encoding", "").strip().lower() in ("gzip", "x-gzip")
@@ -2625,9 +2610,9 @@ def _exchange_through(session, request):
 
 MASK = "***"
 
-# Names with secret values are known by how they end: `details[0].password`, `usersecretkey`; instead
-# of a hyphen there may be an underscore or nothing. A command with such a parameter also goes out by
-# POST, to stay out of the logs of proxies.
+# Names with secret values are known by how they end: `details[0].password`, `usersecretkey`. In
+# place of a hyphen there may be an underscore or nothing. A command with such a parameter also
+# goes out by POST, to stay out of the logs of proxies.
 _SECRET_WORDS = (
     "password passwd passphrase secret secret-key private-key user-data session-key jsessionid"
     " signature api-key access-key token credential credentials psk pre-shared-key bind-pass"
@@ -2970,7 +2955,9 @@ SETTINGS: "tuple[Any, ...]" = (
     _Setting("theme", None, _parse_text, "tool"),
 )
 # fmt: on
-_CLIENT_SETTINGS: "dict[str, Any]" = {setting.name: setting for setting in SETTINGS if setting.given_in != "tool"}
+_CLIENT_SETTINGS: "dict[str, Any]" = {
+    setting.name: setting for setting in SETTINGS if setting.given_in != "tool"
+}
 
 # The settings that cs 5.2.0 had as attributes of a client. The names of the others belong to the
 # subclasses written for it, as in `self.domain = {...}`.
@@ -3286,7 +3273,7 @@ def parse_section(path: str, text: str, region: str) -> "dict[str, Any]":
 
 
 def list_regions(path: "str | None" = None) -> "list[str]":
-    """Return the names of all sections in the ini files that can be read; path as in load_config."""
+    """Return the sections of all ini files that can be read; path as in load_config."""
     found = set()
     for file in _list_ini_paths(path)[0]:
         try:
@@ -4709,11 +4696,11 @@ _PRINTERS = {
 
 _CATALOG_LIFE = 30 * 86400  # seconds; an older one only warns
 _SYNC_TIMEOUT = 60.0  # seconds; a server that has just started took 19.5 for its first answer
-_ALWAYS_KNOWN = frozenset(
-    "response customjobid page pagesize expires signature signatureversion apikey sessionkey"
-    " ctxuserid ctxaccountid ctxstarteventid ctxdetails uuid".split()
+_ALWAYS_KNOWN = frozenset(  # the last four are arguments of call()
+    "response customjobid page pagesize expires signature signatureversion apikey sessionkey uuid"
+    " ctxuserid ctxaccountid ctxstarteventid ctxdetails json fetch_list fetch_result"
+    " opcode_name".split()
 )
-_CONTROL = frozenset(["json", "fetch_list", "fetch_result", "opcode_name"])
 _SHORT_WORDS = {"vm": "virtualmachine", "ip": "ipaddress"}
 _REFUSALS = (431, 432, 531)  # statuses of what an account may not ask for
 
@@ -4766,19 +4753,19 @@ class _Catalog:
 
     def find(self, name):
         """Return the _CommandSpec of a name, in any case where only one fits; else None."""
-        alike = [other for other in self.names() if other.lower() == name.lower()]
-        if name not in alike and len(alike) != 1:
-            return None
-        start = self.text.index(f'\n{{"name": "{name if name in alike else alike[0]}",') + 1
-        return _CommandSpec(jsonlib.loads(self.text[start:].partition("\n")[0]))
+        line = r'\n(\{"name": "%s", .*)' % re.escape(name)
+        found = re.findall(line, self.text) or re.findall("(?i)" + line, self.text)
+        return _CommandSpec(jsonlib.loads(found[0])) if len(found) == 1 else None
 
 
 def _make_catalog(rows):
-    """Return the _Catalog of rows of listApis."""
+    """Return the _Catalog of rows of listApis; those without a proper name are left out."""
     lines = []
     for row in rows:
-        first = {"name": row["name"], "description": str(row.get("description") or "")}
-        lines.append("\n" + jsonlib.dumps({**first, **row, **first}))
+        name, about = row.get("name"), str(row.get("description") or "")
+        if isinstance(name, str) and re.match(r"[\w.-]{1,100}\Z", name, re.ASCII):
+            first = {"name": name, "description": about}
+            lines.append("\n" + jsonlib.dumps({**first, **row, **first}))
     return _Catalog("".join(sorted(lines)), time.time())
 
 
@@ -4790,8 +4777,8 @@ def _cache_path(client):
 
     user = client.key or client.get_setting("username") or ""
     account = "\0".join([client.endpoint, user, client.get_setting("domain") or "", "commands"])
-    name = hashlib.sha256(account.encode("utf-8")).hexdigest()[:32]
-    return _own_path("XDG_CACHE_HOME", ".cache", name)
+    digest = hashlib.sha256(account.encode("utf-8")).hexdigest()
+    return _own_path("XDG_CACHE_HOME", ".cache", digest[:32])
 
 
 def _own_path(variable, otherwise, name):
@@ -4816,25 +4803,24 @@ def _write_private(path, text):
         raise
 
 
-def _fetch_catalog(invocation):
+def _fetch_catalog(invocation, is_needed=True):
     """Ask the server for the list of commands, keep it, say how many there are, and return it.
 
-    Raises CloudStackException, and ValueError if --sync cannot keep it."""
+    An account that may not have it gets one that is false, if none is needed; kept, so that this
+    is told once. Raises CloudStackException, and ValueError if --sync cannot keep it."""
     client = invocation.client
     options = {"timeout": max(_SYNC_TIMEOUT, client.timeout), **invocation.call_options()}
-    rows = dicts(client.call("listApis", pages=True, **options))
-    rows = [row for row in rows if isinstance(row.get("name"), str)]
-    rows = [row for row in rows if re.match(r"[\w.-]{1,100}\Z", row["name"], re.ASCII)]
-    if not rows:
-        raise _unexpected("listApis gave no commands")
-    catalog = _keep_catalog(invocation, _make_catalog(rows))
-    invocation.say(f"{len(rows)} commands of {mask_address(client.endpoint)} are now known")
-    return catalog
-
-
-def _keep_catalog(invocation, catalog):
-    """Write the list of commands to its file and return it. Raises ValueError if --sync cannot."""
-    path = _cache_path(invocation.client)
+    try:
+        catalog = _make_catalog(dicts(client.call("listApis", pages=True, **options)))
+        if not catalog:
+            raise _unexpected("listApis gave no commands")
+        told = f"{len(catalog.names())} commands of {mask_address(client.endpoint)} are now known"
+    except CloudStackApiException as error:
+        if is_needed or _status_of(error) not in _REFUSALS:
+            raise
+        catalog = _make_catalog(())
+        told = "Your role may not ask for the list of commands; names work without it"
+    path = _cache_path(client)
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         _write_private(path, catalog.text)
@@ -4843,15 +4829,15 @@ def _keep_catalog(invocation, catalog):
         if invocation.options["sync"]:
             raise ValueError(problem) from None
         invocation.say("Warning: " + problem)
+    invocation.say(told)
     return catalog
 
 
 def _cached_catalog(client):
     """Return the _Catalog that is kept, or None."""
-    path = _cache_path(client)
     try:
-        with open(path, encoding="utf-8") as file:
-            return _Catalog(file.read(), os.stat(path).st_mtime)
+        with open(_cache_path(client), encoding="utf-8") as file:
+            return _Catalog(file.read(), os.fstat(file.fileno()).st_mtime)
     except (OSError, ValueError):
         return None
 
@@ -4880,55 +4866,46 @@ def _check_against_catalog(invocation, command, params):
     of commands knows to be wrong, unless --force."""
     recover = invocation.settings["recover"]
     catalog = _cached_catalog(invocation.client)
-    spec = catalog.find(command) if catalog else None
-    problems, missing = [], []
-    if spec is not None:
-        command, recover = spec.name, recover and spec.is_async
-        problems, missing = _unknown_params(catalog, spec, params), _missing_params(spec, params)
-    elif catalog and command not in ("login", "logout"):  # which no server lists
-        problems = [_unknown_command(catalog, command)]
-
-    if invocation.options["force"] or not (problems or missing):
+    if not catalog or command in ("login", "logout"):  # which no server lists
         return command, recover
-    needs = [f"{command} needs {', '.join(missing)}"] if missing else []
-    text = "\n    ".join(problems + needs)
+    spec = catalog.find(command)
+    if spec is None:
+        problems = [_unknown_command(catalog, command)]
+    else:
+        command, recover = spec.name, recover and spec.is_async
+        problems = list(_wrong_params(catalog, spec, params))
+    if invocation.options["force"] or not problems:
+        return command, recover
+
+    text = "\n    ".join(problems)
     sync = f"`{_shell_line(invocation, ['--sync'])}` fetches the list of commands again"
     if not 0 <= catalog.age < _CATALOG_LIFE:
         days = f"known from {catalog.age / 86400:.0f} days ago"
         invocation.say(f"Warning: {text}\n    ({days}; {sync})")
         return command, recover
-    if not problems:  # no newer list, and no --force, would help
-        raise _Usage(f"{text}; see cs {command} --help")
-    raise _Usage(f"{text}\n    Nothing was sent. {sync}; --force sends the call as it is.")
+    if not text.startswith(f"{command} needs"):  # for that, no newer list and no --force would help
+        text += f"\n    Nothing was sent. {sync}; --force sends the call as it is."
+    raise _Usage(text)
 
 
-def _base_name(name):
-    """Return the name under which the list of commands has a parameter: tags for tags[0].key."""
-    return name.partition("[")[0].lower()
-
-
-def _unknown_params(catalog, spec, params):
-    """Return a sentence for each parameter that the server would ignore in silence."""
-    known = {param.name.lower(): param.name for param in spec.params}
-    problems = []
-    for name in params:
-        base = _base_name(name)
-        if name not in _CONTROL and base not in known and base not in _ALWAYS_KNOWN:
-            near = _near(base, known.values())
-            if base == "name" and "id" in known and _lister(catalog, spec.name, "id"):
-                near = ["id=name:" + _joined(params[name])]
-            problems.append(f"{spec.name} has no parameter {name!a}{_did_you_mean(near)}")
-    return problems
-
-
-def _missing_params(spec, params):
-    """Return the required parameters that are not given.
+def _wrong_params(catalog, spec, params):
+    """Yield a sentence for each parameter that the server would ignore; last, what is missing.
 
     To the server an empty text is a value; an empty id or number is not."""
-    given = {_base_name(name): _joined(values) for name, values in params.items()}
-    texts = [param.name for param in spec.params if param.type not in ("uuid", "integer", "long")]
-    usable = [name for name, value in given.items() if value or name in map(str.lower, texts)]
-    return [name for name in spec.required if name.lower() not in usable]
+    known = {param.name.lower(): param for param in spec.params}
+    given = set()
+    for name, values in params.items():
+        base, text = name.partition("[")[0].lower(), _joined(values)  # tags, of tags[0].key
+        if text or (base in known and known[base].type not in ("uuid", "integer", "long")):
+            given.add(base)
+        if base not in known and base not in _ALWAYS_KNOWN:
+            near = _near(base, [param.name for param in spec.params])
+            if base == "name" and "id" in known and _lister(catalog, spec.name, "id"):
+                near = ["id=name:" + text]
+            yield f"{spec.name} has no parameter {name!a}{_did_you_mean(near)}"
+    missing = [name for name in spec.required if name.lower() not in given]
+    if missing:
+        yield f"{spec.name} needs {', '.join(missing)}; see cs {spec.name} --help"
 
 
 def _unknown_command(catalog, name):
@@ -4943,8 +4920,7 @@ def _meant_commands(catalog, text):
     That is a noun or a verb alone, vm for virtualmachine; in any case, singular or plural."""
 
     def bare(name):
-        name = name.lower().replace("vm", "virtualmachine").rstrip("es")
-        return name[:-1] + "i" if name.endswith("y") else name
+        return name.lower().replace("vm", "virtualmachine").rstrip("es")
 
     names = {bare(name): name for name in catalog.names()}
     tries = [bare(form) for form in (text, "list" + text, text + "virtualmachine")]
@@ -4952,19 +4928,13 @@ def _meant_commands(catalog, text):
 
 
 def _join_command(invocation, words):
-    """Return the words with `stop virtualmachine` made one, where that is exactly one command.
-
-    Raises _Usage if the words before the first parameter mean a command in another way."""
+    """Return the words with `stop virtualmachine` made one, where that means some command."""
     apart = list(itertools.takewhile(lambda word: "=" not in word, words))
+    joined = "".join(apart)
     catalog = _cached_catalog(invocation.client)
-    if not catalog or len(apart) < 2 or catalog.find(apart[0]):
-        return words
-    spec = catalog.find("".join(apart))
-    if spec is not None and len(apart) == 2:
-        return [spec.name] + words[2:]
-    meant = _meant_commands(catalog, "".join(apart))
-    if meant:
-        raise _Usage(f"there is no command {' '.join(apart)!a}{_did_you_mean(meant)}")
+    if catalog and not catalog.find(words[0]):
+        if catalog.find(joined) or _meant_commands(catalog, joined):
+            return [joined, *words[len(apart) :]]
     return words
 
 
@@ -4972,7 +4942,7 @@ def _list_commands(invocation, words):
     """Print the commands in whose name or description all the words stand (--list).
 
     Returns whether there are any."""
-    wanted = [(word, _SHORT_WORDS.get(word, word)) for word in map(str.lower, words)]
+    wanted = [(word.lower(), _SHORT_WORDS.get(word.lower(), word.lower())) for word in words]
     found = [
         pair for pair in _catalog_for_reading(invocation).summaries()
         if all(any(form in " ".join(pair).lower() for form in forms) for forms in wanted)
@@ -4980,74 +4950,59 @@ def _list_commands(invocation, words):
     if not found:
         quoted = " and ".join(map(ascii, words))
         invocation.say(f"No command has {quoted} in its name or description")
-
     longest = max([len(name) for name, _ in found] or [0])
-    width = _terminal_width(None)
+    width = _terminal_width(None) or sys.maxsize
     for name, description in found:
-        line = _one_line(f"{name:{longest}}  {description.strip()}").rstrip()
-        _write((_cut(line, width) if width else line) + "\n")
+        _write(_cut(_one_line(f"{name:{longest}}  {description.strip()}").rstrip(), width) + "\n")
     return bool(found)
 
 
 def _describe_command(invocation, name):
     """Print what a command takes and returns (COMMAND --help)."""
+    import textwrap
+
     catalog = _catalog_for_reading(invocation)
     spec = catalog.find(name)
     if spec is None:
         raise _Usage(_unknown_command(catalog, name) + "\n    `cs --list WORD` looks for one.")
-    lines = _description_lines(catalog, spec, min(_terminal_width(100), 100))
+    since = f" (since {spec.since})" if spec.since else ""
+    lines = [spec.name + since, "  " + spec.description]
+    lines += ["  It starts a job, which is waited for unless --async."] if spec.is_async else []
+    for heading, required in (("Required:", True), ("Optional:", False)):
+        group = [param for param in spec.params if bool(param.required) is required]
+        lines += ["", heading] if group else []
+        for param in group:
+            is_long = param.type == "string" and param.length not in ("", "255")
+            facts = [param.type, is_long and f"at most {param.length}"]
+            facts += [param.since and f"since {param.since}"]
+            lines.append(f"  {param.name} ({', '.join(filter(None, facts))})  {param.description}")
+    top = ", ".join(field for field in spec.fields if "." not in field)
+    lines += ["", "Returns: " + top] if top else []
+    wrapper = textwrap.TextWrapper(min(_terminal_width(100), 100), subsequent_indent="    ")
+    lines = [part for line in lines for part in wrapper.wrap(line[:5000]) or [""]]
+    lines += ["", "Example: cs " + " ".join([spec.name, *_example(catalog, spec)])]
     _write(escape_unprintable("\n".join(lines)) + "\n")
     return True
 
 
-def _description_lines(catalog, spec, width):
-    """Yield the lines of COMMAND --help."""
-    import textwrap
-
-    def wrapped(text, first="", rest="  "):
-        return textwrap.wrap(text[:5000], width, initial_indent=first, subsequent_indent=rest)
-
-    yield spec.name + (f" (since {spec.since})" if spec.since else "")
-    yield from wrapped(spec.description, "  ")
-    if spec.is_async:
-        yield "  It starts a job, which is waited for unless --async."
-    for heading, required in (("Required:", True), ("Optional:", False)):
-        group = [param for param in spec.params if bool(param.required) is required]
-        yield from ["", heading] if group else []
-        for param in group:
-            text = f"  {param.name} ({_facts(param)})  {param.description}"
-            yield from wrapped(text, rest=" " * 6)
-    top = ", ".join(field for field in spec.fields if "." not in field)
-    yield from ["", *wrapped("Returns: " + top)] if top else []
-    yield ""
-    yield "Example: cs " + " ".join([spec.name, *_example(catalog, spec)])
-
-
-def _facts(param):
-    """Return what is known of a parameter beside its description."""
-    facts = [param.type] if param.type else []
-    if param.type == "string" and param.length not in ("", "255"):
-        facts.append(f"at most {param.length}")
-    return ", ".join(facts + ([f"since {param.since}"] if param.since else []))
-
-
 # What an example has beside the required parameters, without which the call does nothing useful.
-_EXAMPLES = {
-    "deployVirtualMachine": "templateid",
-    "authorizeSecurityGroupIngress": "securitygroupid protocol startport endport cidrlist",
-}
 _EXAMPLE_VALUES = {"boolean": "true", "integer": "1", "long": "1", "uuid": "ID", "list": "A,B"}
 
 
 def _example(catalog, spec):
-    """Yield the parameters of a call as an example has them."""
-    for name in dict.fromkeys(spec.required + _EXAMPLES.get(spec.name, "").split()):
-        param = spec.find_param(name)
-        if param and param.type == "map":
-            yield f"{name}[0].key=... {name}[0].value=..."
-        elif param:
-            is_named = _lister(catalog, spec.name, name)
-            yield f"{name}=" + ("name:..." if is_named else _EXAMPLE_VALUES.get(param.type, "..."))
+    """Return the parameters of a call: what it needs, or else an id and two others."""
+
+    def word(param):
+        name, value = param.name, _EXAMPLE_VALUES.get(param.type, "...")
+        if name.endswith(("id", "ids")) and _lister(catalog, spec.name, name):
+            value = "name:..."
+        is_map = param.type == "map"
+        return f"{name}[0].key=... {name}[0].value=..." if is_map else f"{name}={value}"
+
+    also = {"deployVirtualMachine": "templateid"}.get(spec.name)  # of little use without it
+    needed = [word(param) for param in spec.params if param.required or param.name == also]
+    others = [word(param) for param in spec.params if param.name not in _PLACES]
+    return needed or sorted(others, key=lambda text: "name:" not in text)[:3]
 
 
 # 8.5 Completion.
@@ -5099,39 +5054,35 @@ end
 complete -c cs -k -f -a '(__cs_complete)'
 """,
 }
-_SAFE_WORD = re.compile(r"(?:[A-Za-z0-9_.,:/@%+=\[\]-]|'[A-Za-z0-9_.:/@%+() -]+')+\Z")
-_SAFE_NAME = re.compile(r"(?! )[A-Za-z0-9_.:/@%+() -]+(?<! )\Z")
+# Patterns of what no shell evaluates: a word, and a name within one.
+# What no shell evaluates; within quotes, spaces and parentheses are safe, too.
+_SAFE_WORD = r"(?:[A-Za-z0-9_.,:/@%+=\[\]-]|'[A-Za-z0-9_.:/@%+() -]+')+\Z"
 _KEY_TIMEOUT = 1.0  # seconds that a list command may take at a key
 
 # pending: the option whose value is being typed, or None; front: `--name=` where the value follows
 # it in the same word; current: the word, or the value, that is being typed, with its quotes.
-_NO_OPTION = _Option("", "", None, None)
-_Line = collections.namedtuple("_Line", "options pending front command words current")
+# option: the one whose value is being typed, or None; front: `--name=` where the value follows in
+# the same word; words: those before that are not options; current: what is typed, quotes kept.
+_Line = collections.namedtuple("_Line", "options option front words current")
 
 
 def _read_line(text):
-    """Take a line apart as far as it is typed; mistakes on it are passed over."""
+    """Take a line apart as far as it is typed. Raises _Usage for options that are wrong."""
     found = list(re.finditer(r"""(?:\\.?|'[^']*'?|"[^"]*"?|[^\s'"\\])+""", text, re.DOTALL))
-    is_open = len(found) > 1 and found[-1].end() == len(text)
-    current = found.pop().group() if is_open else ""
-    typed = [_unquoted(match.group()) for match in found[1:]]
-    pending = _FLAGS.get(typed[-1]) if typed else None
-    front = ""
-    if pending is not None and pending.value is not None:
-        typed.pop()
-    elif current.startswith("--") and "=" in current:
+    words = [_unquoted(match.group()) for match in found[1:]]
+    front = current = ""
+    if words and found[-1].end() == len(text):
+        words, current = words[:-1], found[-1].group()
+    if re.match("--[^=]*=", current):
         flag, _, current = current.partition("=")
-        pending, front = _FLAGS.get(flag, _NO_OPTION), flag + "="
+        words, front = [*words, flag], flag + "="
+    option = _FLAGS.get(words[-1]) if words else None
+    if option is None or not option.value:
+        option, last = None, [front] if front else words[-1:]
     else:
-        pending = None
-
-    known = [arg for arg in typed if arg[:1] != "-" or arg.partition("=")[0] in _FLAGS]
-    try:
-        options, words = _parse_arguments(known)
-    except _Usage:
-        options, words = _parse_arguments([arg for arg in known if arg[:1] != "-"])
-    options["quiet"] = True
-    return _Line(options, pending, front, words[0] if words else None, words[1:], current)
+        last = []
+    options, words = _parse_arguments(words[:-1] + last)
+    return _Line({**options, "quiet": True}, option, front, words, current)
 
 
 def _unquoted(word):
@@ -5149,90 +5100,75 @@ def _print_completions(text):
 
 
 def _completions(line):
-    """Yield (word, description) of what may stand at the end of a line.
-
-    Raises _Usage as _candidates does."""
-    words = set()
+    """Return (word, description) of what may stand at the end of a line. Raises _Usage."""
+    found: dict = {}
     for word, description in _candidates(line):
-        if word not in words and _SAFE_WORD.match(line.front + word):
-            words.add(word)
-            yield line.front + word, _cut(" ".join(escape_unprintable(description).split()), 60)
+        if re.match(_SAFE_WORD, line.front + word):
+            about = _cut(" ".join(escape_unprintable(description).split()), 60)
+            found.setdefault(line.front + word, about)
+    return list(found.items())
 
 
-def _starting(pairs, prefix):
-    """Return the pairs whose word begins so."""
-    return _fitting(pairs, lambda pair, to: to(pair[0]).startswith(to(prefix)))
-
-
-def _fitting(items, fits):
-    """Return the items that fit as they are spelled; if none does, in any case of letters."""
-    as_spelled = [item for item in items if fits(item, str)]
-    return as_spelled or [item for item in items if fits(item, str.lower)]
+def _starting(items, prefix):
+    """Return the items whose first text begins so; if none does, in any case of letters."""
+    for to in (str, str.lower):
+        found = [item for item in items if to(item[0]).startswith(to(prefix))]
+        if found:
+            break
+    return found
 
 
 def _candidates(line):
-    """Return (word, description) pairs of what may stand there.
+    """Return (word, description) pairs, of which only those that are safe may be offered.
 
     Raises _Usage if the list of commands is missing."""
-    current = line.current
-    if line.pending is not None:
-        return _starting([(word, "") for word in _option_values(line)], current)
-    if current.startswith("-"):
-        flags = [flag for flag in sorted(_FLAGS) if flag[1] == "-" and flag != "--complete"]
-        return _starting([(flag, "") for flag in flags], current)
-    invocation, catalog = _known_commands(line)
-    if not catalog:
-        return []
-    if line.command is None:
-        return _starting(catalog.summaries(), current)
-    spec = catalog.find(line.command)
-    if spec is None:
-        return []
-
+    option, current = line.option, line.current
     name, equals, _ = current.partition("=")
-    if not equals:
-        used = {word.partition("=")[0].lower() for word in line.words}
-        unused = [param for param in spec.params if param.name.lower() not in used]
-        return _starting([(param.name + "=", param.description) for param in unused], current)
-    param = spec.find_param(name)
-    if param and param.type == "boolean":
-        return _starting([(name + "=true", ""), (name + "=false", "")], current)
-    return _id_words(invocation, catalog, line) if name.lower().endswith(("id", "ids")) else []
-
-
-def _option_values(line):
-    """Return the values that the option before the cursor may have."""
-    option = line.pending
-    if isinstance(option.value, tuple):
-        return option.value
-    if option.name in ("region", "profile"):
-        return list_regions(line.options["config"])
-    if option.name in ("columns", "sort", "where") and line.command is not None:
-        catalog = _known_commands(line)[1]
-        spec = catalog.find(line.command) if catalog else None
-        front = re.match(r"-|(?:.*,)?", line.current).group()  # type: ignore[union-attr]
+    if option is not None and option.name in ("columns", "sort", "where"):
+        spec = _known_commands(line)[2]
+        front = re.match(r"-|(?:.*,)?", current).group()  # type: ignore[union-attr]
         end = "=" if option.name == "where" else ""
-        return [front + field + end for field in (spec.fields if spec else ())]
-    return []
+        pairs = [(front + field + end, "") for field in (spec.fields if spec else ())]
+    elif option is not None:
+        is_region = option.name in ("region", "profile")
+        values = list_regions(line.options["config"]) if is_region else option.value
+        pairs = [(value, "") for value in values if not isinstance(values, str)]
+    elif current.startswith("-"):
+        pairs = [(flag, "") for flag in sorted(_FLAGS) if flag[1] == "-" and flag != "--complete"]
+    else:
+        invocation, catalog, spec = _known_commands(line)
+        if spec is None:
+            pairs = [] if line.words else catalog.summaries()
+        elif not equals:
+            used = {word.partition("=")[0].lower() for word in line.words[1:]}
+            unused = [param for param in spec.params if param.name.lower() not in used]
+            pairs = [(param.name + "=", param.description) for param in unused]
+        elif name.lower().endswith(("id", "ids")):
+            return _id_words(invocation, catalog, line)
+        else:
+            param = spec.find_param(name)
+            is_boolean = param is not None and param.type == "boolean"
+            pairs = [(f"{name}={value}", "") for value in ("true", "false") if is_boolean]
+    return _starting(pairs, current)
 
 
 def _known_commands(line):
-    """Return the invocation that a line describes and its _Catalog.
+    """Return the invocation that a line describes, its _Catalog and its _CommandSpec, if any.
 
-    Both are None if it cannot be used. Raises _Usage if only the _Catalog is missing."""
+    The _Catalog is empty where the configuration cannot be used. Raises _Usage if it is missing."""
     invocation = _Invocation(line.options)
     try:
         invocation.connect()
+        catalog = _cached_catalog(invocation.client)
     except (_Usage, ValueError):
-        return None, None
-    catalog = _cached_catalog(invocation.client)
+        catalog = _make_catalog(())
     if catalog is None:
         raise _Usage(f"to have commands completed, type: {_shell_line(invocation, ['--sync'])}")
-    return invocation, catalog
+    return invocation, catalog, catalog.find(line.words[0]) if line.words else None
 
 
 def _id_words(invocation, catalog, line):
-    """Return (word, description) of what an ...id parameter may be: names, or else ids.
+    """Yield (word, description) of what an ...id parameter may be: names, or else ids.
 
     What is typed may begin a name, name: and a name, or an id. A name is offered where it is safe
     to type and nothing else has it."""
@@ -5241,22 +5177,22 @@ def _id_words(invocation, catalog, line):
     front = line.current[: len(line.current) - len(raw)]
     typed = _unquoted(raw)
     begun = typed[5:] if typed.startswith("name:") else typed
-
     rows = _rows_at_a_key(invocation, catalog, line, name)
     owners = collections.Counter(other for row in rows for other in row_names(row))
-    choices = []  # what begins as it is typed, whether it is a name, the description
+    choices = []  # (what begins as it is typed, what stands before it, description)
     for row in rows:
-        names = [x for x in row_names(row) if owners[x] == 1 and _SAFE_NAME.match(x)]
-        choices += [(x, True, str(row["id"])) for x in names[: None if begun else 1]]
-        if begun == typed and (typed or not names):
-            choices.append((str(row["id"]), False, " / ".join(row_names(row))))
-    choices = _fitting(choices, lambda choice, to: to(choice[0]).startswith(to(begun)))
+        safe = [x for x in row_names(row) if owners[x] == 1 and x.strip() == x]
+        safe = [x for x in safe if re.match(_SAFE_WORD, f"'{x}'")]
+        choices += [(x, "name:", str(row["id"])) for x in safe]
+        if begun == typed and (typed or not safe):
+            choices.append((str(row["id"]), "", " / ".join(row_names(row))))
+    choices = _starting(choices, begun)
     # All in quotes if one is: a shell replaces what was typed by what all words have in common.
-    spaced = {text for text, _, _ in choices if re.search("[ ()]", text)}
-    for text, is_name, info in choices:
-        word = f"name:'{text}'" if begun and spaced or text in spaced else "name:" + text
-        word = f"'name:{text}'" if raw[:1] in ("'", '"') else word
-        yield front + (word if is_name else text), info
+    quote = "'" if any(re.search("[ ()]", text) for text, _, _ in choices) else ""
+    for text, kind, about in choices:
+        is_open = raw[:1] in ("'", '"') and raw
+        word = f"'{kind}{text}'" if is_open else f"{kind}{quote}{text}{quote}"
+        yield front + word, about
 
 
 def _rows_at_a_key(invocation, catalog, line, name):
@@ -5265,8 +5201,8 @@ def _rows_at_a_key(invocation, catalog, line, name):
     A log-in that is refused deletes the list of commands, without which no key causes another one:
     five of them lock an account."""
     given = {word.partition("=")[0].lower(): word.partition("=")[2] for word in line.words}
-    lister = _lister(catalog, line.command, name, given)
-    if lister is None or _unanswerable(lister, given):
+    lister = _lister(catalog, line.words[0], name, given)
+    if lister is None or _lacking(lister, given):
         return []
     question = next(_questions(lister, given))
     if question.get("projectid", "").startswith("name:"):  # rows tell the project's name
@@ -5275,12 +5211,12 @@ def _rows_at_a_key(invocation, catalog, line, name):
     client.timeout, client.retry = _KEY_TIMEOUT, 0  # of a log-in, too
     try:
         with client:
-            rows = find_rows(client.call(lister.name, question))
+            rows = _in_place(dicts(find_rows(client.call(lister.name, question))), given)
     except CloudStackException as error:
         if error.response is not None and "loginresponse" in error.response.text:
             os.unlink(_cache_path(client))
         return []
-    by_id = {str(row.get("id") or ""): row for row in _in_place(dicts(rows), given)}
+    by_id = {str(row.get("id")): row for row in rows if row.get("id")}
     return [row for ident, row in by_id.items() if re.match(r"[\w-]+\Z", ident, re.ASCII)]
 
 
@@ -5415,15 +5351,14 @@ _IDS_OF = dict(
     registeruserkeys.id=user getuserkeys.id=user discovergpudevices.id=host
     generateclusterdrsplan.id=cluster executeclusterdrsplan.id=cluster removeipfromnic.id=none
     findstoragepoolsformigration.id=volume migratesystemvm.virtualmachineid=systemvm
-    revokesecuritygroupingress.id=none revokesecuritygroupegress.id=none
-    type.loadbalancer=loadbalancerrule aclid=networkacllist groupid=instancegroup
-    guestosid=ostype ipaddressid=publicipaddress ipv4subnetforzoneid=ipv4subnetsforzone
-    kubernetesversionid=kubernetessupportedversion lbruleid=loadbalancerrule
-    nodeid=virtualmachine objectstorageid=objectstoragepool osid=ostype podipaddressid=none
-    publicipid=publicipaddress publiciprangeid=vlaniprange s2scustomergatewayid=vpncustomergateway
-    scaledownpolicyid=autoscalepolicy scaleuppolicyid=autoscalepolicy storageid=storagepool
-    targetid=systemvm uservmid=virtualmachine vmid=virtualmachine vmgroupid=autoscalevmgroup
-    vmprofileid=autoscalevmprofile
+    revokesecuritygroupingress.id=none revokesecuritygroupegress.id=none type.uservm=virtualmachine
+    type.loadbalancer=loadbalancerrule acl=networkacllist downpolicy=autoscalepolicy
+    group=instancegroup guestos=ostype ip=publicipaddress ipaddress=publicipaddress
+    ipv4subnetforzone=ipv4subnetsforzone kubernetesversion=kubernetessupportedversion
+    lbrule=loadbalancerrule node=virtualmachine objectstorage=objectstoragepool os=ostype
+    podipaddress=none publiciprange=vlaniprange s2scustomergateway=vpncustomergateway
+    storage=storagepool target=systemvm uppolicy=autoscalepolicy vm=virtualmachine
+    vmgroup=autoscalevmgroup vmprofile=autoscalevmprofile
     """.split()
 )
 _USUAL_LISTS = (  # for an account that may not ask for the list of commands
@@ -5433,8 +5368,6 @@ _USUAL_LISTS = (  # for an account that may not ask for the list of commands
 # Parameters of a call that tell things of one name apart, and the fields with the places' names.
 # They are looked up before others.
 _PLACES = {"zoneid": "zonename", "domainid": "domain", "account": "account", "projectid": "project"}
-# A keyword may be a pattern to the server, which may compare what is not ASCII in its own ways.
-_SAFE_KEYWORD = re.compile(r"[\w .()/-]+\Z", re.ASCII)
 
 
 def _fill_in_ids(invocation, command, params):
@@ -5444,16 +5377,11 @@ def _fill_in_ids(invocation, command, params):
     for param in sorted(params, key=lambda param: param.lower() not in _PLACES):
         parts = [part for value in params[param] for part in _split_names(param, value)]
         for index, part in enumerate(parts):
-            if _is_name(part):
+            if part.literal in (None, "name") and part.text.startswith("name:"):
                 row = _row_of_name(invocation, command, param, part.text, params)
                 parts[index] = _Value(str(row["id"]), "file")
         params[param] = parts
     invocation.under_way = None
-
-
-def _is_name(value):
-    """Return whether a value stands for the id of what has that name."""
-    return value.literal in (None, "name") and value.text.startswith("name:")
 
 
 def _split_names(param, value):
@@ -5463,10 +5391,9 @@ def _split_names(param, value):
     value that is one name, whatever it holds, is marked as "name"."""
     if value.literal or not param.lower().endswith(("id", "ids")):
         return [value._replace(literal=value.literal or "quoted")]
-    if not param.lower().endswith("s"):
-        return [value]
     end = r",(?=name:|[0-9a-fA-F-]{36}(?:,|\Z))"
-    return [_Value(text, None) for text in re.split(end, value.text)]
+    texts = re.split(end, value.text) if param.lower().endswith("s") else [value.text]
+    return [_Value(text, None) for text in texts]
 
 
 def _row_of_name(invocation, command, param, text, params):
@@ -5482,9 +5409,9 @@ def _row_of_name(invocation, command, param, text, params):
     if lister is None:
         hint = f"""give an id, or {param}='"{text}"' for the text itself"""
         raise _Usage(f"{typed}: there is no list command to look a name up by; {hint}")
-    missing = _unanswerable(lister, given)
-    if missing:
-        raise _Usage(f"{typed}: {lister.name} looks it up, and needs {missing}; or give an id")
+    if _lacking(lister, given):
+        needs = f"{lister.name} looks it up, and needs {_lacking(lister, given)}"
+        raise _Usage(f"{typed}: {needs}; or give an id")
 
     spec = catalog.find(command)
     may_choose = "projectid" not in given and (spec is None or spec.find_param("projectid"))
@@ -5500,19 +5427,10 @@ def _row_of_name(invocation, command, param, text, params):
 
 
 def _catalog_for_names(invocation):
-    """Return the list of commands, fetched now if it is not there.
-
-    An account that may not ask for it gets the usual list commands. An empty file says so, so that
-    it is told once."""
+    """Return the list of commands, fetched if it is not there, or else the usual list commands."""
     catalog = _cached_catalog(invocation.client)
     if catalog is None:
-        try:
-            catalog = _fetch_catalog(invocation)
-        except CloudStackApiException as error:
-            if _status_of(error) not in _REFUSALS:
-                raise
-            invocation.say("Your role may not ask for the list of commands; names work without it")
-            catalog = _keep_catalog(invocation, _make_catalog(()))
+        catalog = _fetch_catalog(invocation, is_needed=False)
     usual = []
     for thing in _USUAL_LISTS.split():
         names = ("keyword", "listall", "projectid", thing[:-1].lower() + "filter")
@@ -5531,7 +5449,7 @@ def _lister(catalog, command, name, given=()):
     related = re.findall(r"\blist\w+", param.related.lower()) if param else []
     wanted = []
     for thing in _things(command, name.lower(), given):
-        thing = _IDS_OF.get(thing + "id", thing)
+        thing = _IDS_OF.get(thing, thing)
         wanted += [f"list{thing}s", f"list{thing}", f"list{thing}es", f"list{thing[:-1]}ies"]
     for other in [other for other in wanted if other in (related or wanted)] + related:
         lister = catalog.find(spelled[other]) if other in spelled else None
@@ -5550,18 +5468,17 @@ def _things(command, name, given):
     if known is not None:
         yield known
     elif name == "id":
-        words = re.findall("[A-Z]+(?![a-z])|[A-Z]?[^A-Z]+", command)[1:]
-        ends = range(len(words), 0, -1)
-        lasts = [words[end:] for end in ends if words[end - 1] in ("For", "To", "From")]
         # stopVirtualMachine, resetPasswordForVirtualMachine, prepareHostForMaintenance
-        for part in [words, *lasts, *(words[:end] for end in ends)]:
-            yield "".join(part).lower()
+        words = re.findall("[A-Z]+(?![a-z])|[A-Z]?[^A-Z]+", command)[1:]
+        starts = [at for at, word in enumerate(words, 1) if word in ("For", "To", "From")]
+        parts = [words[at:] for at in [0, *starts]] + [words[:-end] for end in range(1, len(words))]
+        yield from ("".join(part).lower() for part in parts)
     else:
         thing = re.sub(r"(uu)?id\Z", "", name[-50:])
-        yield from (thing[start:] for start in range(max(1, len(thing) - 2)))  # zone of destzoneid
+        yield from (thing[start:] for start in range(max(1, len(thing) - 1)))  # zone of destzoneid
 
 
-def _unanswerable(lister, given):
+def _lacking(lister, given):
     """Return the parameters that a list command needs and the call does not have, as a text."""
     return " and ".join(x for x in lister.required if x not in given and x != "templatefilter")
 
@@ -5570,23 +5487,23 @@ def _look_up(invocation, lister, typed, name, given):
     """Return the one row of a list command that has a name. Raises _Usage."""
     rows: list = []
     keyword = name.rpartition("/")[2]  # of a domain's path
-    can_search = lister.find_param("keyword") and _SAFE_KEYWORD.match(keyword)
+    # To the server it may be a pattern, and what is not ASCII is compared in the server's own ways.
+    can_search = lister.find_param("keyword") and re.match(r"[\w .()/-]+\Z", keyword, re.ASCII)
     for word in [keyword, ""] if can_search else [""]:
         for question in _questions(lister, given, word):
             rows += _ask_list(invocation, lister, typed, question)
-        if any(name in row_names(row) for row in rows):
+        if rows_named(rows, name):
             break
 
     found = rows_named(_in_place(rows, given), name)
     question = next(_questions(lister, given))
-    in_projects = any("project" in row for row in found)
-    if len(found) > 1 and question.pop("listall", "") and not in_projects:  # the account's own?
-        mine = {row["id"] for row in _ask_list(invocation, lister, typed, question)}
-        own = [row for row in found if row["id"] in mine]
+    if len(found) > 1 and question.pop("listall", "") and not any("project" in x for x in found):
+        own = [row["id"] for row in _ask_list(invocation, lister, typed, question)]
+        own = [row for row in found if row["id"] in own]
         if len(own) == 1:
-            told = f"{len(found)} have this name; your account's own is {own[0]['id']}"
-            invocation.say(f"{typed}: {told}")
-            found = own
+            account = f"{len(found)} have this name; your account's own is {own[0]['id']}"
+            invocation.say(f"{typed}: {account}")
+            return own[0]
     try:
         return pick_row(lister.name, name, rows, found)
     except LookupError as error:
@@ -5618,32 +5535,32 @@ def _questions(lister, given, keyword=""):
 
 def _ask_list(invocation, lister, typed, question):
     """Return the rows of a list command. Raises _Usage if this account may not ask it at all."""
-    words = [lister.name] + [f"{param}={value}" for param, value in question.items()]
+    words = [lister.name, *(f"{param}={value}" for param, value in question.items())]
     call = _CheckedCall(lister.name, question, words, pages=True, **invocation.call_options())
     invocation.under_way = call
     try:
-        rows = call.make(invocation.client)
+        return [row for row in dicts(call.make(invocation.client)) if "id" in row]
     except CloudStackApiException as error:
         if _status_of(error) not in _REFUSALS:
             raise
         if not {"-1", "self", "all"} & set(question.values()):  # which not everybody may ask for
             raise _Usage(f"{typed}: {_sentence(error)}; give an id") from None
-        rows = []
-    invocation.progress.clear()
-    return [row for row in dicts(rows) if "id" in row]
+        return []
+    finally:
+        invocation.progress.clear()
 
 
 def _in_place(rows, given):
     """Return the rows that fit a call's zone, domain, account and project.
 
     What is in another zone never fits; the others decide only if some row fits them."""
-    for place, field in _PLACES.items():
-        wanted = given.get(place)
-        if wanted is not None:
-            texts = [(row.get(place) or "", f"name:{row.get(field)}") for row in rows]
-            near = [row for row, text in zip(rows, texts) if wanted in text]
-            anywhere = [row for row in rows if place == "zoneid" and not row.get(place)]
-            rows = near + anywhere if place == "zoneid" else near or rows
+    for place in [place for place in _PLACES if place in given]:
+        name = _PLACES[place]
+        fits = [x for x in rows if given[place] in (x.get(place) or "", f"name:{x.get(name)}")]
+        if place == "zoneid":
+            rows = fits + [row for row in rows if not row.get(place)]
+        else:
+            rows = fits or rows
     return rows
 
 

@@ -8898,17 +8898,19 @@ class CatalogFileTest(CloudCase):
                          json.loads(open_bytes(self.cache_file()).decode("utf-8")))
         self.assertLacks(text, self.cloud.users["admin"].key, self.cloud.users["admin"].secret)
 
-    def test_it_is_replaced_in_one_step(self):
+    def test_it_is_replaced_in_one_step_or_stays(self):
         path = self.sync()
         before = open_bytes(path)
         with mock.patch("os.replace", side_effect=OSError("no")):
             self.assertIn("cannot write the cache", self.fails(2, "--sync"))
+        for api in ([], [{"description": "nameless"}]):
+            self.reply("listApis", {"count": len(api), "api": api})
+            self.assertIn("listApis", self.says(1, "--sync"))
         self.assertEqual((before, [os.path.basename(path)]), (open_bytes(path), os.listdir(os.path.dirname(path))))
         with mock.patch("os.replace", side_effect=KeyboardInterrupt), mock.patch("os.unlink", side_effect=OSError):
             self.main("--sync", "-q")  # a process that is killed there
         self.assertGreater(len(os.listdir(os.path.dirname(path))), 1)
         self.good("--sync", "-q")
-
     @unittest.skipUnless(os.name == "posix", "needs a directory that is a file")
     def test_only_sync_fails_where_it_cannot_be_kept(self):
         os.environ["XDG_CACHE_HOME"] = self.write("file", "")
@@ -8926,6 +8928,7 @@ class CatalogFileTest(CloudCase):
             self.main(*args)
         self.assertNotIn("listApis", self.asked)
         self.assertFalse(os.path.exists(os.path.join(self.home, ".cache")))
+        self.assertIn("'zones' has no '='", self.usage("list", "zones"))
         path = self.sync()
         with later(400 * 86400):
             self.good("listZones")
@@ -8963,25 +8966,13 @@ class CatalogFileTest(CloudCase):
 
     def test_sync_waits_longer_than_other_calls(self):
         """The first listApis of a fresh, busy server took 19.5 s."""
-        self.configure(timeout="0.05")
-
-        def slow(_):
-            time.sleep(0.3)
-            return Answer(200, {"listapisresponse": {"count": 1, "api": [api_entry(("listZones",))]}})
-
-        self.cloud.script("listApis", slow, slow)
-        self.assertEqual((0, "", ""), self.main("--sync", "-q"))
         self.assertGreaterEqual(cs._SYNC_TIMEOUT, 60)
-        with mock.patch.object(cs, "_SYNC_TIMEOUT", 0):
-            self.says(3, "--sync")
-
-    @each("document", {}, {"count": 0, "api": []}, {"count": 1, "api": [{"description": "nameless"}]})
-    def test_a_server_without_any_commands_is_an_error_and_keeps_the_old_list(self, document):
-        path = self.sync()
-        before = open_bytes(path)
-        self.reply("listApis", document)
-        self.assertIn("listApis", self.says(1, "--sync"))
-        self.assertEqual(before, open_bytes(path))
+        self.configure(timeout="0.05")
+        document = {"listapisresponse": {"count": 1, "api": [api_entry(("listZones",))]}}
+        for limit, code in ((60, 0), (0, 3)):
+            self.cloud.script("listApis", lambda _: time.sleep(0.3) or Answer(200, document))
+            with mock.patch.object(cs, "_SYNC_TIMEOUT", limit):
+                self.assertEqual(code, self.main("--sync", "-q")[0])
 
     def test_entries_of_odd_shapes_do_no_harm(self):
         self.reply("listApis", {"count": 9, "api": [
@@ -9016,6 +9007,7 @@ class CatalogChecksTest(CloudCase):
         self.path = self.known()
 
     @each("line, told", *(row.split(" -> ") for row in r"""
+listZone --help -> no command 'listZone'|listZones|--list
 listVirtualMachine -> no command 'listVirtualMachine' for you; did you mean listVirtualMachines|--sync|--force
 listZones nam=x -q -> listZones has no parameter 'nam'; did you mean name?\n    Nothing was sent.
 deployVirtualMachine nam=x zone=y templateid=t -> 'nam'; did you mean name?|'zone'; did|needs serviceofferingid, zoneid
@@ -9030,8 +9022,8 @@ list.ones -> no command
 vm -> no command 'vm' for you; did you mean listVirtualMachines?
 reboot id=1 -> did you mean rebootVirtualMachine?
 deployVM name=x -> did you mean deployVirtualMachine?
-start vms id=1 -> no command 'start vms'; did you mean startVirtualMachine?
-LIST Virtual machine name=x -> no command 'LIST Virtual machine'; did you mean listVirtualMachines?
+start vms id=1 -> no command 'startvms' for you; did you mean startVirtualMachine?
+LIST Virtual machine name=x -> no command 'LISTVirtualmachine' for you; did you mean listVirtualMachines?
 list zonez -> 'zonez' has no '='
 listZones zones -> 'zones' has no '='
 """.strip().split("\n")))
@@ -9064,12 +9056,6 @@ listZones zones -> 'zones' has no '='
         self.path = self.sync_as(("listThings",), ("listthingS",))
         self.assertIn("no command", self.usage("LISTTHINGS"))
         self.printed({"ok": True}, "listthingS")
-
-    def test_without_a_list_everything_is_sent_and_nothing_guessed(self):
-        os.unlink(self.path)
-        self.printed({"ok": True}, "inventThings", "nam=x")
-        self.assertEqual({"nam": "x"}, self.sent())
-        self.assertIn("'zones' has no '='", self.usage("list", "zones"))
 
     @each("seconds, old", (29 * 86400, False), (31 * 86400, True), (-86400, True))
     def test_an_old_list_only_warns(self, seconds, old):
@@ -9138,7 +9124,7 @@ class CommandHelpTest(CloudCase):
         ("stopVirtualMachine", "id=name:..."), ("createTags",
         "resourceids=A,B resourcetype=... tags[0].key=... tags[0].value=..."),
         ("authorizeSecurityGroupIngress",
-         "securitygroupid=name:... protocol=... startport=1 endport=1 cidrlist=A,B"), ("listZones", ""))
+         "securitygroupid=name:... cidrlist=A,B endport=1"), ("listZones", "id=name:... available=true keyword=..."))
     def test_the_example(self, command, example):
         line = self.good(command, "--help").rstrip("\n").splitlines()[-1]
         self.assertEqual(f"Example: cs {command} {example}".rstrip(), line)
@@ -9148,10 +9134,6 @@ class CommandHelpTest(CloudCase):
             line = self.good(name, "--help").rstrip("\n").splitlines()[-1]
             words = line.replace("name:...", "1").split()[3:]
             self.assertTrue(self.good("--dry-run", name, *words), line)
-
-    @each("name, near", ("listZone", "listZones"), ("nosuch", ""))
-    def test_an_unknown_command(self, name, near):
-        self.assertHolds(self.usage(name, "--help"), f"no command {name!r}", near, "--list")
 
     @each("columns", 60, 80, 200)
     def test_help_fits_the_terminal(self, columns):
@@ -9166,6 +9148,9 @@ class CommandHelpTest(CloudCase):
         for line in lines:
             self.assertIn(COMMANDS[line.split()[0]].description, line)
         self.assertEqual(1, len({re.match(r"\S+ +", line).end() for line in lines}))  # aligned
+        self.assertEqual("No command has 'zzz' and 'name=x' in its name or description\n",
+                         self.fails(1, "--list", "zzz", "name=x"))
+        self.assertEqual((1, "", ""), self.main("--list", "zzz", "-q"))
 
     @each("words, names", ("VOLUME attach", ["attachVolume"]), ("vm snapshots", ["listVMSnapshot"]),
           ("VM reboots", ["rebootVirtualMachine"]), ("ip public", ["listPublicIpAddresses"]))
@@ -9174,11 +9159,6 @@ class CommandHelpTest(CloudCase):
             ("attachVolume", "Attaches"), ("listVMSnapshot", "Lists snapshots"), ("rebootVirtualMachine", "Reboots"),
             ("listPublicIpAddresses", "Lists"))])
         self.assertEqual(names, [line.split()[0] for line in self.good("--list", *words.split()).splitlines()])
-
-    def test_list_of_nothing(self):
-        self.assertEqual("No command has 'zzz' and 'name=x' in its name or description\n",
-                         self.fails(1, "--list", "zzz", "name=x"))
-        self.assertEqual((1, "", ""), self.main("--list", "zzz", "-q"))
 
     def test_list_on_a_terminal_is_a_line_each(self):
         self.sync_as(dict(api_entry(("listWide",)), description="宽" * 300),
@@ -9328,13 +9308,7 @@ class CompletionTest(CompletionCase):
                 self.assertEqual(expected, self.completed(line))
         self.assertEqual({"listVirtualMachines"}, set(self.asked))
         both = dict(self.completed(stop))
-        self.assertEqual((web, cache), (both["id=name:web-01"], both["id=name:'front end (2)'"]))
-
-    def test_in_quotes_all_or_none_where_a_name_is_begun(self):
-        """A shell puts what several words have in common on the line: it must not take away what was typed."""
-        self.rows("listVirtualMachines", [{"id": "1", "name": "web 1"}, {"id": "2", "name": "web-2"}])
-        self.assertEqual(["id=name:'web 1'", "id=name:'web-2'"], self.words("cs stopVirtualMachine id=we"))
-        self.assertEqual(["id=name:'web 1'", "id=name:web-2"], self.words("cs stopVirtualMachine id="))
+        self.assertEqual((web, cache), (both["id=name:'web-01'"], both["id=name:'front end (2)'"]))
 
     def test_a_name_is_offered_where_nothing_else_has_it(self):
         rows = [{"id": "1", "name": "web"}, {"id": "2", "name": "web"}, {"id": "3", "name": "x", "displayname": "web"},
@@ -9342,6 +9316,9 @@ class CompletionTest(CompletionCase):
         self.rows("listVirtualMachines", rows)
         self.assertEqual([["id=1", "web"], ["id=2", "web"], ["id=name:x", "3"], ["id=name:db", "4"], ["id=5", ""],
                           ["id=name:y", "6"]], self.completed("cs stopVirtualMachine id="))
+        self.cloud._scripts.clear()
+        self.rows("listVirtualMachines", [{"id": "1", "name": "web 1"}, {"id": "2", "name": "web-2"}])
+        self.assertEqual(["id=name:'web 1'", "id=name:'web-2'"], self.words("cs stopVirtualMachine id=we"))
 
     @each("line, question, offered",
         ("zoneid=z1 virtualmachineid=", {"listall": "true"}, ["a", "d"]),
@@ -9473,11 +9450,6 @@ class CompletionTest(CompletionCase):
         code, out, err = self.main("--complete=" + line)
         self.assertEqual((0, []), (code, re.findall("[\x00-\x08\x0b-\x1f\x7f-\x9f]", out)))
         self.assertEqual([], os.listdir(self.cwd))
-
-    @each("shell", "bash", "zsh", "fish")
-    def test_the_scripts(self, shell):
-        self.assertLacks(self.good("--completion", shell), "eval ", "compgen", "-W", "print -P")
-
 
 class Typed:
     """A process on a pseudo-terminal of its own, and what is typed there."""
@@ -9623,13 +9595,9 @@ class ShellCompletionTest(CompletionCase):
                                 ("cs listVirtualMachines ids=name:x,web-01\t", "listVirtualMachines",
                                  "ids=name:x,name:web-01")):
             self.assertEqual(expected, self.typed(shell, line))
-
-    @each("name", "bash", "zsh")
-    def test_an_open_quote(self, name):
-        shell = self.start(name)
-        for line in ("id=name:'front e", "id=name:'fr", "id='name:front e", "id='fr"):
+        for word in ("id=name:'front e", "id=name:'fr", "id='name:front e", "id='fr") if name != "fish" else ():
             self.assertEqual(["stopVirtualMachine", "id=name:front end (2)"],
-                             self.typed(shell, f"cs stopVirtualMachine {line}\t"), line)
+                             self.typed(shell, f"cs stopVirtualMachine {word}\t"), word)
 
     @each("name", *SHELLS)
     def test_nothing_is_evaluated(self, name):
@@ -10005,13 +9973,6 @@ class NamesForIdsTest(CloudCase):
                 self.assertEqual(expected, self.planned(*line.split("|")))
         self.assertEqual({"list"}, {name[:4] for name in self.asked})
 
-    def test_the_same_case_first(self):
-        self.change(self.row("virtualmachine", "db-01"), name="WEB-01")
-        for name in ("web-01", "WEB-01"):
-            ident = self.id_of("virtualmachine", name)
-            self.assertEqual({"id": ident}, self.planned("startVirtualMachine", "id=name:" + name))
-        self.assertIn("has 2 of this name", self.refused("startVirtualMachine", "id=name:Web-01"))
-
     def test_what_is_no_name(self):
         path = self.write("id.txt", "name:web-01\n")
         for words, expected in (
@@ -10023,7 +9984,7 @@ class NamesForIdsTest(CloudCase):
         self.assertEqual({"name": "name:x"}, self.planned("listVirtualMachines", "name=name:x"))
         self.assertEqual([], self.asked)
         one_name = cs._Value("name:x,name:y", "name")  # out of a row
-        self.assertEqual(([one_name], True), (cs._split_names("ids", one_name), cs._is_name(one_name)))
+        self.assertEqual([one_name], cs._split_names("ids", one_name))
 
     @each("word, told", ("startVirtualMachine id=name:", "id=name:: a name is missing after name:"),
           ("createTags tags[0].key=a tags[0].value=b resourceids=name:x resourcetype=Nonsense",
@@ -10048,8 +10009,6 @@ class NamesForIdsTest(CloudCase):
         for zone, account in itertools.product(("north", "south"), ("admin", "user")):
             row = self.row("network", "web", zonename=zone, account=account)
             self.assertIn(f"      {row['id']}  web  zonename {zone}, domain {row['domain']}, account {account}\n", err)
-        self.change(self.row("virtualmachine", "db-01"), displayname="web-01")
-        self.assertIn("  db-01 / web-01  zonename south", self.refused("destroyVirtualMachine", "id=name:web-01"))
         many = [{"id": str(number), "name": "x"} for number in range(13)]
         self.reply("listVirtualMachines", {"count": 13, "virtualmachine": many})
         self.reply("listVirtualMachines", {})
@@ -10160,15 +10119,10 @@ class NamesForIdsTest(CloudCase):
         self.assertIn("has nothing of this name", self.refused(*words))
         for code in (431, 432, 531):
             self.answers("listTemplates", lambda params, code=code: code)
-            err = self.usage_after_questions(*words)
+            err = self.says(2, *words)
             self.assertIn(f"templateid=name:x: HTTP {code} response from CloudStack: Not for you; give an id\n", err)
         self.answers("listTemplates", lambda params: 530 if "-1" in params.values() else [{"id": "1", "name": "x"}])
         self.assertIn("Not for you\n  Call: cs listTemplates", self.says(1, *words))  # more may have the name
-
-    def usage_after_questions(self, *words):
-        code, out, err = self.main(*words)
-        self.assertEqual((2, ""), (code, out))
-        return err
 
     def test_an_error_of_the_call_shows_what_was_typed(self):
         self.say_error("stopVirtualMachine", 530, "out of order")
