@@ -731,7 +731,8 @@ class AIOCloudStack(CloudStack):
     async def _together(self, coroutines):
         import asyncio
 
-        return await asyncio.gather(*coroutines, return_exceptions=True)
+        tasks = [asyncio.ensure_future(one) for one in coroutines]  # 3.6 would start them unordered
+        return await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _pause(self, seconds):
         import asyncio
@@ -2110,9 +2111,14 @@ class _Route:
         connection: Any = HTTPConnection(place.host, place.port, timeout=request.timeout)
         connection.auto_open = 0  # it must never connect by itself, and send what was sent before
         connection.default_port = self.default_port
-        connection.response_class = lambda sock, *args, **options: HTTPResponse(
-            _TimedStream(connection.exchange, sock), *args, **options  # type: ignore[arg-type]
-        )
+        answers: list = []  # of the proxy, which http.client leaves open up to Python 3.7
+
+        def make_response(sock, *args, **options):
+            stream: Any = _TimedStream(connection.exchange, sock)
+            answers[:] = [HTTPResponse(stream, *args, **options)]
+            return answers[0]
+
+        connection.response_class = make_response
         connection.exchange = request  # the one that is under way
         connection._create_connection = functools.partial(_dial, request)
         if self.proxy and self.secure:
@@ -2127,6 +2133,8 @@ class _Route:
                 connection.sock.do_handshake()
         except BaseException:
             request.detach()
+            for answer in answers:
+                answer.close()
             connection.close()
             raise
         return connection
@@ -2291,13 +2299,7 @@ class _Transport:
             is_harmless = mask_secrets(str(error), secrets) == str(error)
             cause = error if is_harmless and (unsent or isinstance(error, OSError)) else None
         else:
-            if request.detach() and connection.sock is not None:
-                idle = self._idle[key]
-                idle.append((connection, _clock()))
-                if len(idle) > 1:
-                    self._close_idle(IDLE, self.concurrency)
-            else:
-                connection.close()
+            self._put_back(key, connection, request.detach() and connection.sock is not None)
             reason = response.reason
             if reason != http.client.responses.get(response.status):
                 reason = _mask_reason(reason, request)
@@ -2307,6 +2309,15 @@ class _Transport:
             raise failure from cause
         finally:
             failure = cause = None  # their tracebacks hold this frame, and it would hold them
+
+    def _put_back(self, key, connection, is_open):
+        """Keep a connection for the next request; the oldest go if they have expired."""
+        if not is_open:
+            connection.close()
+            return
+        self._idle[key].append((connection, _clock()))
+        if len(self._idle[key]) > 1:
+            self._close_idle(IDLE, self.concurrency)
 
     def _get_context(self, tls):
         """Return the one SSLContext for a request's settings; making one takes tens of ms."""

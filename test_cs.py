@@ -825,10 +825,10 @@ OWNING, PAGING = "account domainid projectid listall isrecursive".split(), "keyw
 OWNER_FIELDS = ("account", "domainid", "domain", "domainpath", "projectid", "project")
 FURNISHED = "2026-01-12T09:30:00+0000"  # when all that is there from the beginning was made
 COMMANDS = {}
-OWNED = set("virtualmachine volume snapshot network securitygroup sshkeypair project event".split())
+OWNED = set("virtualmachine volume network securitygroup project event".split())
 TABLES = (
     "zone host template serviceoffering diskoffering network account domain project user virtualmachine volume "
-    "snapshot securitygroup sshkeypair event resourcelimit").split()
+    "securitygroup event resourcelimit").split()
 
 # The types of parameters that are no strings. An "id" without a table is one of the command's own entity.
 _TYPES = {
@@ -838,7 +838,7 @@ _TYPES = {
     "list": "cidrlist ids networkids resourceids securitygroupids securitygroupnames",
     "long": "deviceid rootdisksize size",
     "map": "details tags",
-    "uuid": "diskofferingid domainid hostid id jobid networkid projectid securitygroupid serviceofferingid snapshotid "
+    "uuid": "diskofferingid domainid hostid id jobid networkid projectid securitygroupid serviceofferingid "
             "templateid virtualmachineid volumeid zoneid"}
 _TYPES = {name: kind for kind, names in _TYPES.items() for name in names.split()}
 _TEXTS = {
@@ -911,7 +911,7 @@ class User:
 class Job:
     """An asynchronous job. What its state is depends on the clock alone: nothing runs until somebody asks."""
 
-    _KINDS = {"virtualmachine": "VirtualMachine", "volume": "Volume", "snapshot": "Snapshot"}
+    _KINDS = {"virtualmachine": "VirtualMachine", "volume": "Volume"}
 
     def __init__(self, uuid, call, body, instance, begins):
         self.id, self.spec, self.user, self.body = uuid, call.spec, call.user, body
@@ -970,7 +970,7 @@ class Cloud:
     def __init__(self, clock=time.time):
         self.clock, self.lock = clock, threading.RLock()
         self.jobs, self._pending, self._busy = collections.OrderedDict(), [], {}
-        self.tables, self.users, self.userdata, self.removed = {name: [] for name in TABLES}, {}, {}, set()
+        self.tables, self.users, self.removed = {name: [] for name in TABLES}, {}, set()
         self._serial = self._machines = self._addresses = 0
         self._furnish()
 
@@ -984,8 +984,6 @@ class Cloud:
         row = without_none(id=self.uuid(), name=name)
         for fields in more + (values,):
             row.update(without_none(**fields))
-        if table == "sshkeypair":
-            row.pop("domainpath", None)  # the one thing with an owner that does not show it
         self.tables[table].append(row)
         return row
 
@@ -1084,7 +1082,6 @@ class Cloud:
         for name, text, ports in (("default", "Default Security Group", ()), ("web", "HTTP and HTTPS", (80, 443))):
             group = self.add("securitygroup", name, owner, description=text, ingressrule=[], egressrule=[], tags=[])
             group["ingressrule"] += [self.rule("tcp", port, port, "0.0.0.0/0") for port in ports]
-        self.add("sshkeypair", "laptop", owner, fingerprint="4b:5d:1f:aa:02:1c:44:9e:7e:91:3a:0c:55:61:de:12")
 
     def rule(self, protocol, first, last, cidr):
         return without_none(ruleid=self.uuid(), protocol=protocol, startport=first, endport=last, cidr=cidr, tags=[])
@@ -1331,7 +1328,6 @@ _TEMPLATE_FILTERS = "featured self selfexecutable sharedexecutable executable co
 _FILTERS = {
     "ids": lambda row, ids: row["id"] in ids,
     "networkid": lambda row, uuid: uuid in [nic["networkid"] for nic in row["nic"]],
-    "securitygroupid": lambda row, uuid: uuid in [group["id"] for group in row["securitygroup"]],
     "securitygroupname": lambda row, name: row["name"] == name,
     "startdate": lambda row, seconds: parse_date(row["created"]) >= seconds,
     "enddate": lambda row, seconds: parse_date(row["created"]) <= seconds,
@@ -1380,26 +1376,9 @@ def has_tags(row, wanted):
     return all(key in tags and value in (None, tags[key]) for key, value in wanted)
 
 
-def of_machine(call):
-    """The security groups of the caller, or those of the machine that the call names."""
-    rows, machine = visible(call, call.cloud.tables["securitygroup"]), call.entity("virtualmachine", "virtualmachineid")
-    if machine is None:
-        return rows
-    del call.args["virtualmachineid"]
-    return [row for row in rows if row["id"] in [group["id"] for group in machine["securitygroup"]]]
-
-
 def accounts(call):
     every = call.user.admin and call.get("listall")
     return [row for row in call.cloud.tables["account"] if every or row["id"] == call.user.accountid]
-
-
-def newest_first(call):
-    return visible(call, call.cloud.tables["event"])[::-1]
-
-
-def templates(call):
-    return call.cloud.tables["template"]
 
 
 def _list(name, table, parameters="", description=None, rows=None, admin=False):
@@ -1423,18 +1402,17 @@ _list("listDomains", "domain", "id name listall", admin=True)
 _list("listUsers", "user", "id username account", admin=True)
 _list("listProjects", "project", "id name state")
 _list("listVirtualMachines", "virtualmachine",
-      "id ids@4.4 name zoneid state hostid templateid serviceofferingid@4.4 networkid securitygroupid@4.15 "
-      "keypair hypervisor tags details:list",
+      "id ids@4.4 name zoneid state hostid templateid serviceofferingid@4.4 networkid "
+      "hypervisor tags details:list",
       "Lists the virtual machines of the caller.")
 _list("listVolumes", "volume", "id ids@4.9 name zoneid type state virtualmachineid diskofferingid@4.4 tags")
-_list("listSnapshots", "snapshot", "id ids@4.9 name volumeid zoneid tags")
-_list("listSSHKeyPairs", "sshkeypair", "id name fingerprint", "Lists ssh key pairs.")
-_list("listEvents", "event", "id type level startdate enddate", rows=newest_first)
+_list("listEvents", "event", "id type level startdate enddate",
+      rows=lambda call: visible(call, call.cloud.tables["event"])[::-1])
 _list("listResourceLimits", "resourcelimit", "resourcetype:integer", "Lists resource limits.")
-_list("listTemplates", "template", "templatefilter! id ids@4.9 name zoneid hypervisor tags", rows=templates)
+_list("listTemplates", "template", "templatefilter! id ids@4.9 name zoneid hypervisor tags",
+      rows=lambda call: call.cloud.tables["template"])
 _list("listAccounts", "account", "id name state domainid listall isrecursive", rows=accounts)
-_list("listSecurityGroups", "securitygroup", "id securitygroupname virtualmachineid tags", "Lists security groups.",
-      of_machine)
+_list("listSecurityGroups", "securitygroup", "id securitygroupname tags", "Lists security groups.")
 
 
 @command("listAsyncJobs", "startdate account domainid listall isrecursive keyword page pagesize",
@@ -1475,12 +1453,6 @@ def _get_api_limit(call):
                          "apiAllowed": max(0, limit - issued), "expireAfter": 1000}}
 
 
-@command("getVirtualMachineUserData", "virtualmachineid!", "Returns the user data of a machine.", "virtualmachine")
-def _get_user_data(call):
-    uuid = call.entity("virtualmachine", "virtualmachineid")["id"]
-    return {"virtualmachineuserdata": without_none(virtualmachineid=uuid, userdata=call.cloud.userdata.get(uuid))}
-
-
 # virtual machines
 
 
@@ -1510,10 +1482,6 @@ def failing(body):
     raise ApiError(530, "Failed, as the simulator was told")
 
 
-def check_userdata(call):
-    require(_BASE64.fullmatch(call.get("userdata", "")), "User data is not base64 encoded")
-
-
 def check_host_name(call, name, networks):
     """A name stands once in a network."""
     for machine in call.cloud.rows("virtualmachine", name=name):
@@ -1524,7 +1492,7 @@ def check_host_name(call, name, networks):
 
 @command("deployVirtualMachine",
          "serviceofferingid! zoneid! templateid name displayname networkids diskofferingid size rootdisksize@4.4 "
-         "details@4.3 userdata keypair securitygroupids securitygroupnames hostid group startvm hypervisor +owner",
+         "details@4.3 userdata securitygroupids securitygroupnames hostid group startvm hypervisor +owner",
          "Creates a virtual machine and starts it.", "virtualmachine", job=True)
 def _deploy(call):
     machine = deployed(call)
@@ -1548,10 +1516,8 @@ def deployed(call):
     """The new row of a machine, its arguments checked."""
     cloud, get, owner = call.cloud, call.get, call.owner()
     require("templateid" in call.args, "Unable to use template null")
-    check_userdata(call)
+    require(_BASE64.fullmatch(get("userdata", "")), "User data is not base64 encoded")
     groups = call.entities("securitygroup", "securitygroupids", "securitygroupnames")
-    is_known = "keypair" not in call.args or cloud.named("sshkeypair", get("keypair"))
-    require(is_known, f"A key pair with name '{get('keypair')}' was not found.")
     zone, networks = call.entity("zone", "zoneid"), call.entities("network", "networkids")
     template, offering = call.entity("template", "templateid"), call.entity("serviceoffering", "serviceofferingid")
     name, details = get("name") or "VM-" + cloud.uuid(), {}
@@ -1559,10 +1525,8 @@ def deployed(call):
         details.update(entry)
     check_host_name(call, name, [network["id"] for network in networks])
     machine = cloud.new_machine(name, owner, zone, template, offering, networks, details)
-    machine.update({field: get(field) for field in ("displayname", "keypair", "group") if field in call.args})
+    machine.update({field: get(field) for field in ("displayname", "group") if field in call.args})
     machine["securitygroup"] = [{"id": row["id"], "name": row["name"]} for row in groups]
-    if "userdata" in call.args:
-        cloud.userdata[machine["id"]] = get("userdata")
     if "diskofferingid" in call.args:
         size = call.entity("diskoffering", "diskofferingid").get("disksize") or get("size", 1)
         cloud.new_volume(owner, zone, "DATA-" + machine["instancename"].split("-")[2], size, machine)
@@ -1609,35 +1573,17 @@ def _destroy(call):
     return {"virtualmachine": dict(lists, deleteprotection=False)}  # nothing else is left to tell of
 
 
-@command("updateVirtualMachine", "id! name@4.4 displayname group haenable userdata@4.16.0",
-         "Changes the properties of a machine.", "virtualmachine")
-def _update(call):
-    machine, name = call.entity("virtualmachine"), call.get("name")
-    check_userdata(call)
-    if name not in (None, machine["name"]):
-        check_host_name(call, name, [nic["networkid"] for nic in machine["nic"]])
-    for field in ("name", "displayname", "group", "haenable"):
-        if field in call.args:
-            machine[field] = call.args[field]
-    if "userdata" in call.args:
-        call.cloud.userdata[machine["id"]] = call.args["userdata"]
-    return {"virtualmachine": machine}
+# volumes
 
 
-# volumes and snapshots
-
-
-@command("createVolume", "name zoneid diskofferingid snapshotid size +owner", "Creates a volume.", "volume",
-         job=True)
+@command("createVolume", "name zoneid diskofferingid size +owner", "Creates a volume.", "volume", job=True)
 def _create_volume(call):
     zone = call.entity("zone", "zoneid") or call.cloud.tables["zone"][0]
-    offering, snapshot = call.entity("diskoffering", "diskofferingid"), call.entity("snapshot", "snapshotid")
-    text = "Missing parameter(s), either a positive volume size or snapshotid must be specified."
-    require(offering or snapshot, text)
-    size = call.get("size") or (offering or {}).get("disksize") or (snapshot or {}).get("virtualsize", 1 << 30) >> 30
+    offering = call.entity("diskoffering", "diskofferingid")
+    require(offering, "Missing parameter(s), either a positive volume size or snapshotid must be specified.")
+    size = call.get("size") or offering.get("disksize") or 1
     volume = call.cloud.new_volume(call.owner(), zone, call.get("name") or "VOL-" + call.cloud.uuid(), size)
-    if offering:
-        volume.update(diskofferingid=offering["id"], diskofferingname=offering["name"])
+    volume.update(diskofferingid=offering["id"], diskofferingname=offering["name"])
     yield volume["id"], volume["id"]
     yield
     return {"volume": volume}
@@ -1679,27 +1625,7 @@ def _delete_volume(call):
     return {"success": True}
 
 
-@command("createSnapshot", "volumeid! name account domainid", "Takes a snapshot of a volume.", "snapshot", job=True)
-def _create_snapshot(call):
-    volume, cloud = call.entity("volume", "volumeid"), call.cloud
-    owner = {field: volume[field] for field in OWNER_FIELDS if field in volume}
-    snapshot = cloud.add(
-        "snapshot", call.get("name") or volume["name"] + "_snapshot", owner, zoneid=volume["zoneid"],
-        volumeid=volume["id"], volumename=volume["name"], virtualsize=volume["size"], snapshottype="MANUAL",
-        state="BackingUp", created=format_date(cloud.clock()), tags=[])
-    yield volume["id"], snapshot["id"]
-    yield
-    snapshot["state"] = "BackedUp"
-    return {"snapshot": snapshot}
-
-
-@command("deleteSnapshot", "id!", "Deletes a snapshot.", "snapshot", job=True)
-def _delete_snapshot(call):
-    call.cloud.remove("snapshot", (yield from held(call, "snapshot")))
-    return {"success": True}
-
-
-# tags, groups, keys
+# tags and security groups
 
 
 @command("createTags", "tags! resourcetype! resourceids!", "Puts tags on resources.", "tag", job=True)
@@ -1718,17 +1644,13 @@ def _create_tags(call):
     return {"success": True}
 
 
-def _new(call, table, **values):
-    """A row of the caller's with a name that it has not given before."""
-    name, owner = call.args["name"], call.owner()
-    require(not call.mine(table, name), f"A {table} with name '{name}' already exists.")
-    return call.cloud.add(table, name, owner, **values)
-
-
 @command("createSecurityGroup", "name! description +owner", "Creates a security group.", "securitygroup")
 def _create_security_group(call):
-    text = call.get("description", "")
-    return {"securitygroup": _new(call, "securitygroup", description=text, ingressrule=[], egressrule=[], tags=[])}
+    name, text = call.args["name"], call.get("description", "")
+    require(not call.mine("securitygroup", name), f"A securitygroup with name '{name}' already exists.")
+    lists = {"ingressrule": [], "egressrule": [], "tags": []}
+    group = call.cloud.add("securitygroup", name, call.owner(), description=text, **lists)
+    return {"securitygroup": group}
 
 
 @command("authorizeSecurityGroupIngress",
@@ -1750,15 +1672,6 @@ def _authorize(call):
     require(rules, "Failed to authorize security group ingress rule(s)", 530)
     group["ingressrule"] += rules
     return {"securitygroup": dict(group, ingressrule=rules)}
-
-
-@command("createSSHKeyPair", "name! +owner", "Creates an ssh key pair.", "sshkeypair")
-def _create_key_pair(call):
-    digest = hashlib.md5(call.args["name"].encode("utf-8")).hexdigest()
-    pair = _new(call, "sshkeypair", fingerprint=":".join(re.findall("..", digest)))
-    lines = "\n".join(make_key(pair["id"] + str(line))[:64] for line in range(4))
-    pem = f"-----BEGIN RSA PRIVATE KEY-----\n{lines}\n-----END RSA PRIVATE KEY-----\n"
-    return {"keypair": dict(pair, privatekey=pem)}
 
 
 # listApis
@@ -1789,8 +1702,6 @@ def _response_fields(entity, rows):
 def schema():
     """Pairs of a command and its entry in listApis, made once: (Command, dict)."""
     tables = Cloud().tables
-    # A table that is empty at first shows what its rows will look like.
-    tables["snapshot"] = [dict(tables["volume"][0], volumeid="", volumename="", virtualsize=1, snapshottype="")]
     tables["tag"] = tables["virtualmachine"][0]["tags"]
     return [(spec, _api(spec, tables)) for spec in COMMANDS.values()]
 
@@ -2459,16 +2370,12 @@ class SimulatorTest(unittest.TestCase):
         self.assertEqual(1, self.ok("listVirtualMachines", name="second")["count"])
 
     def test_what_is_made_can_be_looked_at(self):
-        volume = self.first("listVolumes", type="ROOT")
-        snapshot = self.done("createSnapshot", volumeid=volume["id"], name="s")["jobresult"]["snapshot"]
-        self.assertEqual("BackedUp", self.first("listSnapshots", volumeid=volume["id"])["state"])
-        data = self.done("createVolume", snapshotid=snapshot["id"], name="d")["jobresult"]["volume"]
-        self.assertEqual(volume["size"], data["size"])
-        machine = self.done("deployVirtualMachine", self.order(userdata="aGk="))["jobresult"]["virtualmachine"]
+        offering = self.first("listDiskOfferings", name="20 GB")["id"]
+        data = self.done("createVolume", diskofferingid=offering, name="d")["jobresult"]["volume"]
+        machine = self.done("deployVirtualMachine", self.order())["jobresult"]["virtualmachine"]
         self.done("attachVolume", id=data["id"], virtualmachineid=machine["id"])
-        self.assertEqual(1, self.first("listVolumes", name="d")["deviceid"])
-        user_data = self.ok("getVirtualMachineUserData", virtualmachineid=machine["id"])
-        self.assertEqual("aGk=", user_data["virtualmachineuserdata"]["userdata"])
+        disk = self.first("listVolumes", name="d")
+        self.assertEqual((20 << 30, 1), (disk["size"], disk["deviceid"]))
         self.done("destroyVirtualMachine", id=machine["id"], expunge="true")
         self.assertEqual({}, self.ok("listVirtualMachines", id=machine["id"]))
         group = self.ok("createSecurityGroup", name="g")["securitygroup"]
@@ -3845,7 +3752,7 @@ class PagesTest(ProtocolCase):
         """A command that ignores `page`, and fills its page exactly, would be read for ever."""
         def around(played, request):
             number = (int(wire(request)["page"]) - 1) % pages
-            rows = [dict(row, id=row["id"] + 10 * number, cpuused=len(played.requests)) for row in page]
+            rows = [dict(row, id=row["id"] + 10 * number, cpuused=int(wire(request)["page"])) for row in page]
             return answer({"r": {"count": 100, "host": rows}})
 
         played = self.play(around, how(pagesize=len(page)))
@@ -7130,7 +7037,8 @@ class FilesTogetherTest(ConfigCase, ServerCase):
           "dangerous_no_tls_verify=true", "header_x-tenant=t", "[DEFAULT] endpoint=http://x/ [cloudstack] timeout=3")
     @each("where", "|", "||")
     def test_each_of_them_is_refused_from_a_second_file(self, line, where):
-        own = open(self.own).read()
+        with open(self.own, encoding="utf-8") as file:
+            own = file.read()
         self.files(where + line)
         path = os.environ.get("CLOUDSTACK_CONFIG", os.path.join(self.cwd, "cloudstack.ini"))
         self.ini(own)
@@ -10534,9 +10442,9 @@ class EachTest(EachCase):
         self.assertEqual(20, out.count("listVirtualMachines id="))
         self.assertIn("needs id", self.refused([{"id": "x"}, {"id": ""}], "stopVirtualMachine", "id={id}"))
         self.each([{"id": "x"}], "stop", "virtualmachine", "id={id}")
-        self.each([{"id": "x"}], "updateVirtualMachine", "id={id}")  # which starts no job
+        self.each([{"id": "x"}], "createSecurityGroup", "name={id}")  # which starts no job
         sent = [(record.command, "customjobid" in record.params) for record in self.cloud.requests]
-        self.assertEqual([("stopVirtualMachine", True), ("updateVirtualMachine", False)], sent)
+        self.assertEqual([("stopVirtualMachine", True), ("createSecurityGroup", False)], sent)
 
     def test_dry_run_is_a_line_for_each_row(self):
         rows = [{"id": "1", "name": "web 01", "p": "CANARY"}, {"id": "2", "p": ""}]
