@@ -1,4 +1,6 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) 2026, the cs authors. See LICENSE.
 """cs: a CloudStack API client in one file, for Python 3.6 and later, standard library only.
 
     from cs import CloudStack, read_config
@@ -12,36 +14,54 @@
 Every API call, present or future, is a method; AIOCloudStack has the same ones as coroutines.
 On the command line: `cs listZones`, `python -m cs listZones` or `python cs.py listZones`.
 
-Rooms (the numbered parts of this file)
-    1 settings          the one table of them, and how each is converted
-    2 errors            the tree of exceptions
-    3 parameters        keyword arguments to names and texts, and their signature
-    4 redaction         what a person may see of a request; the trace
-    5 protocol          limits and waits, then 5.1 call and request, 5.2 answer, 5.3 retry,
-                        5.4 session, 5.5 pages, 5.6 jobs, 5.7 recovery
-    6 transport         6.1 route, 6.2 connections, 6.3 reading against the clock,
-                        6.4 failures in words, 6.5 a program's own session
-    7 clients           CloudStack, AIOCloudStack, and their threads
-    8 configuration     environment and ini files
-    9 command line      the tool `cs`, which a library can do without: 9.1 options, 9.2 run and
-                        report, 9.3 formats, 9.4 the list of commands, 9.5 completion,
-                        9.6 configure, 9.7 names for ids, 9.8 --where, 9.9 --each, 9.10 the shell
+The sections of this file
+    1 errors            the tree of exceptions
+    2 parameters        keyword arguments to names and texts, and their signature
+    3 clients           CloudStack, AIOCloudStack, and the events that they report
+    4 protocol          4.1 call and request, 4.2 answer, 4.3 retry, 4.4 session, 4.5 pages,
+                        4.6 jobs, 4.7 recovery
+    5 transport         5.1 route, 5.2 connections, 5.3 failures in words, 5.4 a program's session
+    6 redaction, trace  what a person may see of a request and its answer
+    7 settings          7.1 the table of settings, 7.2 configuration: environment and ini files
+    8 command line      the tool `cs`, which a library can do without: 8.1 options, 8.2 run and
+                        report, 8.3 formats, 8.4 the list of commands, 8.5 completion,
+                        8.6 configure, 8.7 names for ids, 8.8 --where, 8.9 --each, 8.10 the shell
 
-Data flows one way: keyword arguments -> parameters -> signed request -> exchange -> decoded
-answer -> page or job loop -> result. Rooms 1 to 5 decide everything and do no I/O, but for the
-trace that room 4 writes: the protocol is made of generators that yield what they need done. Room 6
-does it, room 7 brings the two together.
+A call, by names
+    cs.listZones(name="x")              CloudStack.__getattr__ makes the method
+    -> CloudStack._request              every command comes through here; subclasses step in
+    -> _run_command                     4.6: one answer, all pages, or a job's result
+    -> _Call                            4.1: the parameters as texts, and this call's settings
+    -> _send_with_retries               4.3: until it is answered, or may not be sent again
+    -> _build_request                   4.1: credentials and headers, for one attempt
+    -> CloudStack._exchange             signs (Request.prepare), reports events, sends
+    -> _Transport.send                  5.2: a kept or a new connection, one request, one answer
+    -> _decode_answer                   4.2: the value, or the exception that the answer means
+Sections 1 to 4 do no I/O. The protocol is made of coroutines that await _send(), _pause() and
+_together() of their client; CloudStack's never suspend, so _run() carries one out at once.
+
+Words
+    command    what the API calls it: listZones        call      one use of a command, with pages,
+    request    one HTTP request; a call may send many            retries and polls
+    exchange   a request and its answer                job       work that goes on in the server
+    poll       to ask for a job's state                unsent    the server never saw the request
+
+Invariants
+    A command that changes something is sent once. The only places that allow another request are
+    _retry_delay (the server did not see it, or said that it did not run it) and, before that, the
+    answers 400 "use POST" and 401 "session expired", which come before anything is done.
+    only_reads decides what changes something; unknown commands do.
+    Secrets are in a request's params and headers, and nowhere else: what is shown or raised goes
+    through section 6. An exception of what was sent says outcome_unknown or unsent if it is so.
+    Every exchange ends: each silence after `timeout`, the whole after ten times that.
 
 For the auditor
-    Sockets are opened in room 6 only. Files are read in rooms 6 (certificates, by ssl), 8 (ini
-    files) and 9 (what @file and --configure name, the cache, the shell's history); files are
-    written in room 9 only: the ini file of --configure, the cache of commands and ids in
-    ~/.cache/cs or $XDG_CACHE_HOME/cs, and that history in ~/.local/state/cs or $XDG_STATE_HOME/cs.
+    Sockets are opened in section 5 only. Files are read in sections 5 (certificates, by ssl), 7
+    (ini files) and 8 (what @file and --configure name, the cache, the shell's history); files are
+    written in section 8 only: the ini file of --configure, the cache of commands in ~/.cache/cs or
+    $XDG_CACHE_HOME/cs, and that history in ~/.local/state/cs or $XDG_STATE_HOME/cs.
     There is no eval, no exec, no subprocess, no pickle. Nothing runs at import but definitions.
-    A copy of the head and rooms 1 to 8, cut at the banner of room 9, is a whole library under any
-    module name.
-
-License: BSD, see LICENSE.
+    A copy of this file that ends before the banner of section 8 is a whole library under any name.
 """
 
 import collections
@@ -534,7 +554,7 @@ class CloudStack:
     def _notify(self, event):
         """Pass an event to the observers: the trace, and the program's own."""
         if self._settings["trace"]:
-            _trace(event)
+            trace_event(event)
         if self.on_event is not None:
             self.on_event(event)
 
@@ -2746,7 +2766,7 @@ def write_stderr(text):
         pass
 
 
-def _trace(event):
+def trace_event(event):
     """Show a request as it goes out and its answer as it came, secrets replaced in place."""
     request: Any = event.request if isinstance(event, (Sent, Answered, Failed)) else None
     if isinstance(event, Sent):
@@ -3592,11 +3612,11 @@ def main(args: "Iterable[str] | None" = None) -> int:
     invocation = _Invocation()
     outcome = _attempt(invocation, _dispatch, sys.argv[1:] if args is None else args)
     if args is None and isinstance(outcome, KeyboardInterrupt):
-        invocation.interrupts.end()  # else the next one would change the exit code
+        import signal
+
+        for number in (signal.SIGINT, signal.SIGTERM):  # another would change the exit code
+            signal.signal(number, signal.SIG_IGN)
     return _exit_code(outcome)
-
-
-_SIGNALS = frozenset([1, 2, 15])  # SIGHUP, SIGINT, SIGTERM
 
 
 class _Interrupts:
@@ -3607,7 +3627,7 @@ class _Interrupts:
     on_first: called in the place of raising KeyboardInterrupt; is_over: the first has come."""
 
     def __init__(self):
-        self.on_first = None
+        self.on_first: Any = None
         self.is_over = False
         self._usual = {}
 
@@ -3615,16 +3635,15 @@ class _Interrupts:
         import signal
 
         usual = (signal.SIG_DFL, signal.default_int_handler)  # not what nohup has ignored
-        if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
-                if signal.getsignal(number) in usual:
-                    self._usual[number] = signal.signal(number, self._handle)
+        for number in (1, 2, 15):  # SIGHUP, SIGINT, SIGTERM
+            is_main = threading.current_thread() is threading.main_thread()
+            if is_main and signal.getsignal(number) in usual:
+                self._usual[number] = signal.signal(number, self._handle)
         return self
 
     def hold(self):
         """Ignore signals from now on, the first one too."""
         self.is_over = True
-        self.__enter__()
 
     def release(self, *exc_info):
         """Give signals their usual effect again."""
@@ -3635,17 +3654,9 @@ class _Interrupts:
 
     __exit__ = release
 
-    def end(self):
-        """Ignore signals for good: the process is about to end, which takes a moment."""
-        import signal
-
-        self.__enter__()
-        for number in self._usual:
-            signal.signal(number, signal.SIG_IGN)
-
     def _handle(self, number, frame):
-        if not self.is_over:
-            self.is_over = True
+        was_over, self.is_over = self.is_over, True
+        if not was_over:
             if self.on_first is None:
                 raise KeyboardInterrupt
             self.on_first()
@@ -3663,7 +3674,6 @@ def _attempt(invocation, dispatch, line):
             except (CloudStackException, _Usage, ValueError, OSError, KeyboardInterrupt) as error:
                 invocation.interrupts.hold()
                 outcome = error
-                invocation.progress.clear()
                 _report(invocation, error)
             finally:
                 invocation.progress.clear()
@@ -3696,6 +3706,8 @@ def _dispatch(invocation, args):
     For a shell it returns what became of the first line that failed."""
     options, words = _parse_arguments(map(_as_utf8, args))
     options = invocation.options = _merge_options(invocation.options, options)
+    if words[:1] == ["help"] and not options["list"]:
+        options["help"], words = True, words[1:]
     _check_each(options)
     if options["each"] and invocation.clients is not None:
         raise _Usage("--each reads standard input, which is the shell's own here")
@@ -3730,11 +3742,9 @@ def _use_server(invocation, words):
     """Do what needs a client. Returns whether it succeeded."""
     options = invocation.options
     invocation.conditions = [_Condition(text) for text in options["where"] or ()]
-    jobids = _job_ids(options["wait"], words) if options["wait"] else []
+    jobids = _job_ids([options["wait"], *words]) if options["wait"] else []
     if not (words or jobids or options["list"] or options["sync"]):
         raise _Usage("no command given; see cs --help")
-    if words[:1] == ["help"] and not options["list"]:
-        raise _Usage(f"help is an option: cs {''.join(word + ' ' for word in words[1:2])}--help")
     if words and not options["list"] and not re.match(r"[\w.-]+\Z", words[0], re.ASCII):
         usage = "cs [options] COMMAND [name=value ...]"
         raise _Usage(f"{words[0]!a} stands where the command should be: {usage}")
@@ -3758,14 +3768,13 @@ def _use_server(invocation, words):
     return True
 
 
-def _job_ids(first, others):
+def _job_ids(words):
     """Return the ids of --wait: its value and the words beside it; `-` for those on stdin."""
     jobids: list = []
-    for jobid in [first, *others]:
-        jobids += _read_stdin().decode("utf-8", "replace").split() if jobid == "-" else [jobid]
-    wrong = [jobid for jobid in jobids if not re.match(r"[\w.-]+\Z", jobid, re.ASCII)]
-    if wrong or not jobids:
-        raise _Usage(f"--wait takes ids of jobs, not {', '.join(map(ascii, wrong)) or 'nothing'}")
+    for word in words:
+        jobids += _read_stdin().decode("utf-8", "replace").split() if word == "-" else [word]
+    if not jobids or not all(re.match(r"[\w.-]+\Z", jobid, re.ASCII) for jobid in jobids):
+        raise _Usage(f"--wait takes ids of jobs, not {', '.join(map(ascii, jobids)) or 'nothing'}")
     return jobids
 
 
@@ -3773,7 +3782,7 @@ class _Invocation:
     """Holds what one use of the command line has: options, settings, client, progress.
 
     Messages go through say(), so that -q has one place. clients holds those of a shell: {what leads
-    to a client: (its Config, the client)}; they outlive the invocation."""
+    to a client: (settings, unknown keys, the client)}; they outlive the invocation."""
 
     def __init__(self, options=None, clients=None, place=""):
         self.options = _parse_arguments([])[0] if options is None else options
@@ -3807,57 +3816,48 @@ class _Invocation:
         """Make the client that configuration and options describe. Raises _Usage, ValueError.
 
         In a shell it is the one that a line before had for them."""
+        clients = {} if self.clients is None else self.clients
         place = tuple(self.options[name] for name in ("region", "config", "endpoint"))
-        config, self.client = (self.clients or {}).get(place, (None, None))
-        is_new = config is None
-        try:
-            config = config or self._load_config()
-            self.unknown = _describe_unknown(config)
-            self.settings = {"recover": True, **config.settings}
-            self.client = self.client or CloudStack(**self.settings)
-            self.client.check()
-        except ValueError as error:
-            config = getattr(error, "config", config)
-            unknown = ", ".join(_describe_unknown(config)) if config else ""
-            raise ValueError(f"{error}{unknown and '; not known as settings: '}{unknown}") from None
-        if is_new:
-            self._warn(config)
-        if self.clients is not None:
-            self.clients[place] = (config, self.client)
+        if place not in clients:
+            clients[place] = self._make_client()
+        self.settings, self.unknown, self.client = clients[place]
         self.client.on_event = self.observe
         is_silent = self.options["quiet"] or self.options["trace"] or self.client.trace
         self.progress.is_shown = not is_silent and _is_watched()
 
-    def _load_config(self):
-        """Return the Config; complaints are in this program's words."""
-        region, path = self.options["region"], self.options["config"]
-        overrides = {name: self.options[name] for name in ("endpoint",) if self.options[name]}
+    def _make_client(self):
+        """Return settings, texts about unknown ones, and the client; warn of what is odd.
+
+        It works all the same, so warnings are for terminals: not for cron, nor for programs that
+        read standard error as well. But without a key few servers answer."""
+        region, path, endpoint = (self.options[name] for name in ("region", "config", "endpoint"))
+        unknown: list = []
         try:
-            return load_config(region, overrides, path)
+            config = load_config(region, {"endpoint": endpoint} if endpoint else {}, path)
+            unknown = _describe_unknown(config)
+            settings = {"recover": True, **config.settings}
+            client = CloudStack(**settings)
+            client.check()
         except SystemExit as error:
-            variables = ", ".join(_PREFIX + name for name in ("ENDPOINT", "KEY", "SECRET"))
+            variables = "CLOUDSTACK_ENDPOINT, CLOUDSTACK_KEY, CLOUDSTACK_SECRET"
             raise _Usage(f"{error}; `cs --configure` makes one, or set {variables}") from None
+        except ValueError as error:
+            unknown = unknown or _describe_unknown(getattr(error, "config", Config()))
+            names = unknown and "; not known as settings: " + ", ".join(unknown)
+            raise ValueError(f"{error}{names or ''}") from None
         except Exception as error:
             if type(error).__name__ != "NoSectionError":  # to import configparser takes its time
                 raise
-            regions = list_regions(path)
-            there = "; there are " + ", ".join(regions) if regions else ""
+            there = ", ".join(list_regions(path))
+            there = there and f"; there are {there}"
             raise _Usage(f"Error: region {region!a} not in config{there}") from None
-
-    def _warn(self, config):
-        """Warn of what is odd about a configuration.
-
-        It works all the same, so this is for terminals: not for cron, nor for programs that read
-        standard error as well. But without a key few servers answer."""
+        is_unsigned = client.key is None and not settings.get("username")
         texts = config.warnings if _is_terminal(sys.stderr) else []
-        if self.unknown and (self.is_unsigned() or _is_terminal(sys.stderr)):
-            texts = texts + ["not known as settings: " + ", ".join(self.unknown)]
+        if unknown and (is_unsigned or _is_terminal(sys.stderr)):
+            texts = texts + ["not known as settings: " + ", ".join(unknown)]
         for text in texts:
             self.say("Warning: " + text)
-
-    def is_unsigned(self):
-        """Return whether requests go out without key and without user name."""
-        return self.client.key is None and not self.settings.get("username")
+        return settings, unknown, client
 
     def call_options(self):
         """Return the options of this line as client.call() takes them."""
@@ -3871,7 +3871,7 @@ class _Invocation:
         elif isinstance(event, Rows):
             self.fetched = event
         if self.options["trace"] and not self.client.trace:
-            _trace(event)
+            trace_event(event)
         self.progress.observe(event)
 
     def masked(self, text):
@@ -3903,15 +3903,14 @@ def _describe_unknown(config):
     """Return a text for each key of the section, and each variable, that no setting has."""
     known = [_PREFIX + name.upper() for name in [*_CONFIG_KEYS, "config", "region", "overrides"]]
     named = [(key, f" in {path}") for key, path in config.unknown]
-    for name in sorted(set(os.environ).difference(known)):
-        if name.startswith(_PREFIX) and not name.startswith(_PREFIX + "HEADER_"):
-            named.append((name, ""))
+    named += [(name, "") for name in sorted(set(os.environ).difference(known))
+              if re.match("CLOUDSTACK_(?!HEADER_)", name)]  # fmt: skip
     found = []
     for key, where in named:
-        name = key.lower().replace(_PREFIX.lower(), "")
-        meant = _SPELLED_ELSEWHERE.get(re.sub("[^a-z]", "", name))
-        near = [meant] if meant else _near(name, _CONFIG_KEYS, most=1)
-        found.append(f"{key!a}{where}" + (f" ({near[0]}?)" if near else ""))
+        bare = re.sub("[^a-z]", "", key.lower().replace("cloudstack_", ""))
+        near = _near(bare, [*_SPELLED_ELSEWHERE, *_CONFIG_KEYS], most=1)
+        meant = [f" ({_SPELLED_ELSEWHERE.get(name, name)}?)" for name in near]
+        found.append(f"{key!a}{where}{''.join(meant)}")
     return found
 
 
@@ -4060,14 +4059,12 @@ def _wait_for_jobs(invocation, jobids):
     make = _show_plan if invocation.options["dry-run"] else _carry_out
     for number, jobid in enumerate(jobids, 1):
         words, options = ["--wait", jobid], invocation.call_options()
-        call = _CheckedCall("queryAsyncJobResult", {"jobid": jobid}, words, **options)
+        invocation.left = jobids[number:]  # for an interrupt
         try:
+            call = _CheckedCall("queryAsyncJobResult", {"jobid": jobid}, words, **options)
             outcome = make(invocation, call)
-        except KeyboardInterrupt:
-            invocation.left = jobids[number:]
-            raise
         except CloudStackException as error:
-            invocation.progress.clear()
+            invocation.left = ()
             _report(invocation, error)
             outcome = error
         first = first if _exit_code(first) else outcome
@@ -4122,6 +4119,7 @@ _HINTS_FOR_JOBS = (532, 533, 536)  # other codes of a failed job are not about t
 def _report(invocation, error):
     """Say on standard error what was raised, and what can be done."""
     call = invocation.under_way
+    invocation.progress.clear()
     if isinstance(error, KeyboardInterrupt):
         text = "Interrupted."
         if getattr(error, "jobid", None):
@@ -4194,27 +4192,27 @@ def _is_unknown_job(invocation, document):
 def _hint(invocation, error, document):
     """Return what can be tried after an error, or an empty text."""
     call = invocation.under_way or _CheckedCall("", {}, [])
-    sent = invocation.request.params["command"] if invocation.request else ""
-    code = document.get("errorcode") if document else getattr(error.response, "status_code", None)
+    code = document.get("errorcode", getattr(error.response, "status_code", None))
     usual = _HINTS.get(code, "") if isinstance(code, int) else ""
-    size = sum(len(str(value)) for value in call.params.values())
-    in_project = "projectid" in map(str.lower, call.params)
-    unsigned = "There was no key, so the request was not signed."
-    if invocation.unknown:
-        unsigned += " Not known as settings: " + ", ".join(invocation.unknown)
+    is_login = invocation.request and invocation.request.params["command"] == "login"
+    is_unsigned = invocation.client.key is None and not invocation.settings.get("username")
+    unknown = ", ".join(invocation.unknown)
     hints = (
         (error.job_failed, usual if code in _HINTS_FOR_JOBS else ""),
         (_is_unknown_job(invocation, document), "The server knows no such job."),
         (error.jobid and document, "The command was accepted; only asking for its job failed."),
-        (sent == "login" and document, "Check user name, password and domain."),
-        (code == 401 and invocation.is_unsigned(), unsigned),
-        (code == 432 and in_project, "You may not be in this project."),
-        (code == 404 and size > 1 << 20, "It is over 1 MiB, the most that servers usually take."),
+        (is_login and document, "Check user name, password and domain."),
+        (code == 401 and is_unsigned, "There was no key, so the request was not signed."
+         + (unknown and f" Not known as settings: {unknown}")),
+        (code == 432 and "projectid" in map(str.lower, call.params),
+         "You may not be in this project."),
+        (code == 404 and sum(len(str(value)) for value in call.params.values()) > 1 << 20,
+         "It is over 1 MiB, the most that servers usually take."),
         (document, code == 431 and _hint_about_id(invocation, call, document) or usual),
         (error.outcome_unknown, "Check whether it was done before you send it again."),
         (error.unsent, "Check the endpoint, its name, the network, proxies and --timeout."),
         (True, usual),
-    )
+    )  # fmt: skip
     hint = next(hint for holds, hint in hints if holds)
     return hint.replace("{cs}", _shell_line(invocation, [])).replace("{command}", call.command)
 
@@ -4709,8 +4707,8 @@ _CATALOG_LIFE = 30 * 86400  # seconds; an older one only warns
 _SYNC_TIMEOUT = 60.0  # seconds; a server that has just started took 19.5 for its first answer
 _ALWAYS_KNOWN = frozenset(  # the last four are arguments of call()
     "response customjobid page pagesize expires signature signatureversion apikey sessionkey uuid"
-    " ctxuserid ctxaccountid ctxstarteventid ctxdetails json fetch_list fetch_result"
-    " opcode_name".split()
+    " ctxuserid ctxaccountid ctxstarteventid ctxdetails"
+    " json fetch_list fetch_result opcode_name".split()
 )
 _SHORT_WORDS = {"vm": "virtualmachine", "ip": "ipaddress"}
 _REFUSALS = (431, 432, 531)  # statuses of what an account may not ask for
@@ -4900,7 +4898,7 @@ def _check_against_catalog(invocation, command, params):
 
 
 def _wrong_params(catalog, spec, params):
-    """Yield a sentence for each parameter that the server would ignore; last, what is missing.
+    """Yield a sentence for each parameter that the server would ignore, and one for those missing.
 
     To the server an empty text is a value; an empty id or number is not."""
     known = {param.name.lower(): param for param in spec.params}
@@ -5073,7 +5071,8 @@ _KEY_TIMEOUT = 1.0  # seconds that a list command may take at a key
 # pending: the option whose value is being typed, or None; front: `--name=` where the value follows
 # it in the same word; current: the word, or the value, that is being typed, with its quotes.
 # option: the one whose value is being typed, or None; front: `--name=` where the value follows in
-# the same word; words: those before that are not options; current: what is typed, quotes kept.
+# the same word; words: those before it that are not options; current: what is being typed, with
+# its quotes.
 _Line = collections.namedtuple("_Line", "options option front words current")
 
 
@@ -5164,7 +5163,7 @@ def _candidates(line):
 
 
 def _known_commands(line):
-    """Return the invocation that a line describes, its _Catalog and its _CommandSpec, if any.
+    """Return the invocation that a line describes, its _Catalog, and the _CommandSpec or None.
 
     The _Catalog is empty where the configuration cannot be used. Raises _Usage if it is missing."""
     invocation = _Invocation(line.options)
@@ -5953,31 +5952,26 @@ class _Batch:
 
 # 8.10 The shell.
 # Lines are carried out as arguments are, but with the same clients: {what leads to one: (its
-# Config, the client)}.
+# settings, unknown keys, the client)}.
 
 # word: what it takes, and the option that it stands for.
 _SHELL_WORDS = {
-    "help": ("[COMMAND]", "--help"),
-    "list": ("[WORD ...]", "--list"),
-    "use": ("[REGION]", "--region"),
-    "set": ("OPTION VALUE|off", "--"),
-    "exit": ("", None),
-}
+    "help": ("[COMMAND]", "--help"), "list": ("[WORD ...]", "--list"),
+    "use": ("[REGION]", "--region"), "set": ("OPTION VALUE|off", "--"), "exit": ("", None),
+}  # fmt: skip
 # What a line does cannot be set for all lines.
 _NOT_SET = "each wait list sync shell configure completion version help complete".split()
-_HISTORY_LINES = 1000
-
-
 def _asks_for_shell(invocation, words):
     """Return whether the shell is to be opened: by --shell, or with nothing to do on a terminal."""
     options, is_inside = invocation.options, invocation.clients is not None
     is_idle = not (words or options["wait"] or options["list"] or options["sync"])
-    if options["shell"] and (is_inside or not is_idle):
-        raise _Usage("--shell stands alone: it reads line by line what is to be done")
-    if options["shell"] or is_inside or not is_idle or not _is_at_terminal():
-        return options["shell"]
-    invocation.connect()  # without a configuration it could do nothing
-    return True
+    if options["shell"]:
+        if is_inside or not is_idle:
+            raise _Usage("--shell stands alone: it reads line by line what is to be done")
+    elif not is_inside and is_idle and _is_at_terminal():
+        invocation.connect()  # without a configuration it could do nothing
+        return True
+    return options["shell"]
 
 
 def _is_at_terminal():
@@ -5987,6 +5981,8 @@ def _is_at_terminal():
 
 class _Shell:
     """Carries out one line after another (--shell)."""
+
+    ENDS = (_OutputFailed, KeyboardInterrupt)  # what ends a script
 
     def __init__(self, options):
         self.options = {**options, "shell": None}  # they hold for every line
@@ -5998,23 +5994,20 @@ class _Shell:
         """Carry out the lines. At a terminal, where each failure was seen, it returns True, else
         what became of the first line that failed; and Ctrl-C ends one line there, else all."""
         is_typed = _is_at_terminal()
-        ends = _OutputFailed if is_typed else (_OutputFailed, KeyboardInterrupt)
         first = True
         try:
-            lines = self._typed_lines() if is_typed else _piped_lines()
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(self._typed_lines() if is_typed else _piped_lines(), 1):
                 line = re.sub(r"\A\s*(?:cs\s+|#.*)?", "", line).rstrip()
                 if line in ("exit", "quit"):
                     break
                 place = "" if is_typed else f"line {number}: "
                 invocation = _Invocation(dict(self.options), self.clients, place)
                 outcome = _attempt(invocation, self._dispatch, line) if line else True
-                if first is True and _exit_code(outcome):
-                    first = outcome
-                if isinstance(outcome, ends):
+                first = first if _exit_code(first) else outcome
+                if isinstance(outcome, _OutputFailed if is_typed else self.ENDS):
                     break
         finally:
-            for _, client in self.clients.values():
+            for client in self._clients():
                 client.close()
         return is_typed or first
 
@@ -6036,34 +6029,39 @@ class _Shell:
         """Have an option hold for every line, if it can be used. Returns True."""
         if "--" + name not in _FLAGS or name in _NOT_SET:
             raise _Usage("set takes an option that holds for every line, such as: set output table")
-        options = {}
-        if values != ["off"]:
-            options = _parse_arguments(["--" + name, *values])[0]
+        options = {} if values == ["off"] else _parse_arguments(["--" + name, *values])[0]
         invocation.options = _merge_options({**invocation.options, name: None}, options)
         invocation.connect()
         invocation.format()
         self.options = invocation.options
         return True
 
+    def _clients(self):
+        return [client for _, _, client in self.clients.values()]
+
     def _typed_lines(self):
         """Yield what a person types. Ctrl-C clears a line, Ctrl-D is the end."""
-        self._prepare()
+        say = _Invocation(self.options).say
+        self._prepare(say)
         words = ", ".join(f"{word} {takes}".strip() for word, (takes, _) in _SHELL_WORDS.items())
-        _Invocation(self.options).say(f"In the shell: {words}. Tab completes.")
+        say(f"In the shell: {words}. Tab completes.")
         while True:
             try:
                 line = input(f"cs {_one_line(self.options['region'] or _DEFAULT_REGION)}> ")
-            except EOFError:
+            except (EOFError, KeyboardInterrupt, UnicodeError) as error:
                 write_stderr("")
-                return
-            except (KeyboardInterrupt, UnicodeError):
-                write_stderr("")
+                if isinstance(error, EOFError):
+                    return
                 continue
-            if self.history:
-                self._remember(line)
+            if self.history and line.strip() and not _holds_secret(line, self._clients()):
+                self.readline.add_history(line)
+                try:
+                    self.readline.write_history_file(self.history)
+                except OSError:
+                    pass
             yield line
 
-    def _prepare(self):
+    def _prepare(self, say):
         """Have lines completed and remembered, as far as this Python's readline can."""
         try:
             import readline
@@ -6077,26 +6075,16 @@ class _Shell:
             return
         self.readline = readline
         path = _own_path("XDG_STATE_HOME", os.path.join(".local", "state"), "history")
-        self.history = path = os.path.realpath(path)
+        path = os.path.realpath(path)
         os.umask(0o077)
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             if os.path.exists(path):
                 readline.read_history_file(path)
-            readline.set_history_length(_HISTORY_LINES)
+            readline.set_history_length(1000)
+            self.history = path
         except (OSError, ValueError) as error:
-            self.history = None
-            _Invocation(self.options).say(f"Warning: no history is kept: {error}")
-
-    def _remember(self, line):
-        """Add a line to the history, unless it holds a secret."""
-        if not line.strip() or _holds_secret(line, [client for _, client in self.clients.values()]):
-            return
-        self.readline.add_history(line)
-        try:
-            self.readline.write_history_file(self.history)
-        except OSError:
-            pass
+            say(f"Warning: no history is kept: {error}")
 
     def _complete(self, word, number):
         """Return one of the words that may stand in place of the one at the cursor."""
@@ -6112,9 +6100,9 @@ class _Shell:
         option = _SHELL_WORDS.get(first, ("", None))[1]
         if space and option:
             typed = option + ("" if first == "set" else " ") + rest
-        line = _read_line("cs " + typed)
-        line = line._replace(options=_merge_options(self.options, line.options))
         try:
+            line = _read_line("cs " + typed)
+            line = line._replace(options=_merge_options(self.options, line.options))
             words = [word for word, _ in _completions(line)]
         except _Usage as error:
             return [_one_line(str(error)), " "]
@@ -6123,39 +6111,29 @@ class _Shell:
         return found + [word if word.endswith(("=", ",")) else word + " " for word in words]
 
 
-_PART_OF_A_WORD = r"""[^\s"'\\]+|'([^']*)'|"([^"\\]*(?:\\.[^"\\]*)*)"|\\(.)"""
-
-
 def _split_line(line):
     """Return the words of a line, as a shell takes it apart. Raises _Usage.
 
-    By hand, since shlex takes seconds for the userdata of some lines."""
+    shlex takes seconds for userdata of some 100 kB, so long lines are for plain words."""
+    import shlex
 
-    def plain(found):
-        single, double, escaped = found.groups()
-        double = re.sub(r'\\(["\\])', r"\1", double or "")
-        return single or escaped or double or (found.group() if found.lastindex is None else "")
-
-    closed: Any = re.match(rf"(?:\s+|{_PART_OF_A_WORD})*", line, re.DOTALL)
-    open_at = closed.end()
-    if open_at < len(line):
-        raise _Usage(f"the line cannot be taken apart: nothing closes the {line[open_at]}")
-    words = re.finditer(rf"(?:{_PART_OF_A_WORD})+", line, re.DOTALL)
-    return [re.sub(_PART_OF_A_WORD, plain, word.group(), flags=re.DOTALL) for word in words]
+    if not re.search(r"[\"'\\]", line):
+        return re.findall(r"[^ \t\r\n]+", line)
+    if len(line) > 1 << 16:
+        raise _Usage("the line is over 64 kB, too long for quotes; name=@file takes any value")
+    try:
+        return shlex.split(line)
+    except ValueError:
+        raise _Usage("the line cannot be taken apart: nothing closes a quote in it") from None
 
 
 def _holds_secret(line, clients):
     """Return whether a line must not be remembered: a secret name stands at or after the first
-    `=` or `:`, unless the value is a file's; or it holds a client's own secret."""
-    try:
-        words = _split_line(line)
-    except _Usage:
-        words = [line]
-    rest = " ".join(word for word in words if not re.search("=@(?!@)", word))
-    found = re.search(r"""[\w.-]*["' ]*[=:].*""", rest)
-    names = re.findall(r"[\w.-]+", found.group()) if found else []
-    secrets = [client.secret for client in clients if client.secret]
-    return MASK in mask_params(dict.fromkeys(names, "")).values() or any(s in line for s in secrets)
+    `=` or `:`, or it holds a client's own secret."""
+    front, *rest = re.split("[=:]", line.replace("\\", ""), maxsplit=1)
+    names = re.findall(r"[\w.-]+", front)[-1:] + re.findall(r"[\w.-]+", rest[0]) if rest else []
+    has_name = MASK in mask_params(dict.fromkeys(names, "")).values()
+    return has_name or mask_text(line, [client.secret for client in clients]) != line
 
 
 def _piped_lines():

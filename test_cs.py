@@ -37,6 +37,7 @@ that may also sleep before the command runs, DROP, RUN_THEN_DROP); a way to be w
 an entry in Simulator.OPTIONS, an attribute that is asked where it applies; the sandbox offers it by --fault.
 """
 
+import argparse
 import ast
 import asyncio
 import atexit
@@ -172,11 +173,13 @@ class Child(subprocess.Popen):
     """A process that can be ended together with all that it started, as it leads a session of its own; and it is, when
     it runs for longer than any should, so that whatever waits for it or reads from it goes on."""
 
+    running = set()
+
     def __init__(self, command, limit=CHILD_LIMIT, **options):
         given = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.limit, self.hung = limit, False
         super().__init__(command, start_new_session=True, **dict(given, **options))
-        note("group", self.pid, command)
+        self.running.add(self)
         self.alarm = threading.Timer(limit, self.ring)
         self.alarm.daemon = True
         self.alarm.start()
@@ -201,7 +204,7 @@ class Child(subprocess.Popen):
         self.alarm.cancel()
         end_group(self.pid)
         self.wait()
-        note("ended", self.pid)
+        self.running.discard(self)
         for stream in (self.stdin, self.stdout, self.stderr):
             if stream is not None:
                 stream.close()
@@ -825,10 +828,10 @@ OWNING, PAGING = "account domainid projectid listall isrecursive".split(), "keyw
 OWNER_FIELDS = ("account", "domainid", "domain", "domainpath", "projectid", "project")
 FURNISHED = "2026-01-12T09:30:00+0000"  # when all that is there from the beginning was made
 COMMANDS = {}
-OWNED = set("virtualmachine volume network securitygroup project event".split())
+OWNED = set("virtualmachine volume snapshot network securitygroup sshkeypair project event".split())
 TABLES = (
     "zone host template serviceoffering diskoffering network account domain project user virtualmachine volume "
-    "securitygroup event resourcelimit").split()
+    "snapshot securitygroup sshkeypair event resourcelimit").split()
 
 # The types of parameters that are no strings. An "id" without a table is one of the command's own entity.
 _TYPES = {
@@ -838,7 +841,7 @@ _TYPES = {
     "list": "cidrlist ids networkids resourceids securitygroupids securitygroupnames",
     "long": "deviceid rootdisksize size",
     "map": "details tags",
-    "uuid": "diskofferingid domainid hostid id jobid networkid projectid securitygroupid serviceofferingid "
+    "uuid": "diskofferingid domainid hostid id jobid networkid projectid securitygroupid serviceofferingid snapshotid "
             "templateid virtualmachineid volumeid zoneid"}
 _TYPES = {name: kind for kind, names in _TYPES.items() for name in names.split()}
 _TEXTS = {
@@ -911,7 +914,7 @@ class User:
 class Job:
     """An asynchronous job. What its state is depends on the clock alone: nothing runs until somebody asks."""
 
-    _KINDS = {"virtualmachine": "VirtualMachine", "volume": "Volume"}
+    _KINDS = {"virtualmachine": "VirtualMachine", "volume": "Volume", "snapshot": "Snapshot"}
 
     def __init__(self, uuid, call, body, instance, begins):
         self.id, self.spec, self.user, self.body = uuid, call.spec, call.user, body
@@ -970,7 +973,7 @@ class Cloud:
     def __init__(self, clock=time.time):
         self.clock, self.lock = clock, threading.RLock()
         self.jobs, self._pending, self._busy = collections.OrderedDict(), [], {}
-        self.tables, self.users, self.removed = {name: [] for name in TABLES}, {}, set()
+        self.tables, self.users, self.userdata, self.removed = {name: [] for name in TABLES}, {}, {}, set()
         self._serial = self._machines = self._addresses = 0
         self._furnish()
 
@@ -984,6 +987,8 @@ class Cloud:
         row = without_none(id=self.uuid(), name=name)
         for fields in more + (values,):
             row.update(without_none(**fields))
+        if table == "sshkeypair":
+            row.pop("domainpath", None)  # the one thing with an owner that does not show it
         self.tables[table].append(row)
         return row
 
@@ -1082,6 +1087,7 @@ class Cloud:
         for name, text, ports in (("default", "Default Security Group", ()), ("web", "HTTP and HTTPS", (80, 443))):
             group = self.add("securitygroup", name, owner, description=text, ingressrule=[], egressrule=[], tags=[])
             group["ingressrule"] += [self.rule("tcp", port, port, "0.0.0.0/0") for port in ports]
+        self.add("sshkeypair", "laptop", owner, fingerprint="4b:5d:1f:aa:02:1c:44:9e:7e:91:3a:0c:55:61:de:12")
 
     def rule(self, protocol, first, last, cidr):
         return without_none(ruleid=self.uuid(), protocol=protocol, startport=first, endport=last, cidr=cidr, tags=[])
@@ -1328,6 +1334,7 @@ _TEMPLATE_FILTERS = "featured self selfexecutable sharedexecutable executable co
 _FILTERS = {
     "ids": lambda row, ids: row["id"] in ids,
     "networkid": lambda row, uuid: uuid in [nic["networkid"] for nic in row["nic"]],
+    "securitygroupid": lambda row, uuid: uuid in [group["id"] for group in row["securitygroup"]],
     "securitygroupname": lambda row, name: row["name"] == name,
     "startdate": lambda row, seconds: parse_date(row["created"]) >= seconds,
     "enddate": lambda row, seconds: parse_date(row["created"]) <= seconds,
@@ -1376,9 +1383,26 @@ def has_tags(row, wanted):
     return all(key in tags and value in (None, tags[key]) for key, value in wanted)
 
 
+def of_machine(call):
+    """The security groups of the caller, or those of the machine that the call names."""
+    rows, machine = visible(call, call.cloud.tables["securitygroup"]), call.entity("virtualmachine", "virtualmachineid")
+    if machine is None:
+        return rows
+    del call.args["virtualmachineid"]
+    return [row for row in rows if row["id"] in [group["id"] for group in machine["securitygroup"]]]
+
+
 def accounts(call):
     every = call.user.admin and call.get("listall")
     return [row for row in call.cloud.tables["account"] if every or row["id"] == call.user.accountid]
+
+
+def newest_first(call):
+    return visible(call, call.cloud.tables["event"])[::-1]
+
+
+def templates(call):
+    return call.cloud.tables["template"]
 
 
 def _list(name, table, parameters="", description=None, rows=None, admin=False):
@@ -1402,17 +1426,18 @@ _list("listDomains", "domain", "id name listall", admin=True)
 _list("listUsers", "user", "id username account", admin=True)
 _list("listProjects", "project", "id name state")
 _list("listVirtualMachines", "virtualmachine",
-      "id ids@4.4 name zoneid state hostid templateid serviceofferingid@4.4 networkid "
-      "hypervisor tags details:list",
+      "id ids@4.4 name zoneid state hostid templateid serviceofferingid@4.4 networkid securitygroupid@4.15 "
+      "keypair hypervisor tags details:list",
       "Lists the virtual machines of the caller.")
 _list("listVolumes", "volume", "id ids@4.9 name zoneid type state virtualmachineid diskofferingid@4.4 tags")
-_list("listEvents", "event", "id type level startdate enddate",
-      rows=lambda call: visible(call, call.cloud.tables["event"])[::-1])
+_list("listSnapshots", "snapshot", "id ids@4.9 name volumeid zoneid tags")
+_list("listSSHKeyPairs", "sshkeypair", "id name fingerprint", "Lists ssh key pairs.")
+_list("listEvents", "event", "id type level startdate enddate", rows=newest_first)
 _list("listResourceLimits", "resourcelimit", "resourcetype:integer", "Lists resource limits.")
-_list("listTemplates", "template", "templatefilter! id ids@4.9 name zoneid hypervisor tags",
-      rows=lambda call: call.cloud.tables["template"])
+_list("listTemplates", "template", "templatefilter! id ids@4.9 name zoneid hypervisor tags", rows=templates)
 _list("listAccounts", "account", "id name state domainid listall isrecursive", rows=accounts)
-_list("listSecurityGroups", "securitygroup", "id securitygroupname tags", "Lists security groups.")
+_list("listSecurityGroups", "securitygroup", "id securitygroupname virtualmachineid tags", "Lists security groups.",
+      of_machine)
 
 
 @command("listAsyncJobs", "startdate account domainid listall isrecursive keyword page pagesize",
@@ -1453,6 +1478,12 @@ def _get_api_limit(call):
                          "apiAllowed": max(0, limit - issued), "expireAfter": 1000}}
 
 
+@command("getVirtualMachineUserData", "virtualmachineid!", "Returns the user data of a machine.", "virtualmachine")
+def _get_user_data(call):
+    uuid = call.entity("virtualmachine", "virtualmachineid")["id"]
+    return {"virtualmachineuserdata": without_none(virtualmachineid=uuid, userdata=call.cloud.userdata.get(uuid))}
+
+
 # virtual machines
 
 
@@ -1482,6 +1513,10 @@ def failing(body):
     raise ApiError(530, "Failed, as the simulator was told")
 
 
+def check_userdata(call):
+    require(_BASE64.fullmatch(call.get("userdata", "")), "User data is not base64 encoded")
+
+
 def check_host_name(call, name, networks):
     """A name stands once in a network."""
     for machine in call.cloud.rows("virtualmachine", name=name):
@@ -1492,7 +1527,7 @@ def check_host_name(call, name, networks):
 
 @command("deployVirtualMachine",
          "serviceofferingid! zoneid! templateid name displayname networkids diskofferingid size rootdisksize@4.4 "
-         "details@4.3 userdata securitygroupids securitygroupnames hostid group startvm hypervisor +owner",
+         "details@4.3 userdata keypair securitygroupids securitygroupnames hostid group startvm hypervisor +owner",
          "Creates a virtual machine and starts it.", "virtualmachine", job=True)
 def _deploy(call):
     machine = deployed(call)
@@ -1516,8 +1551,10 @@ def deployed(call):
     """The new row of a machine, its arguments checked."""
     cloud, get, owner = call.cloud, call.get, call.owner()
     require("templateid" in call.args, "Unable to use template null")
-    require(_BASE64.fullmatch(get("userdata", "")), "User data is not base64 encoded")
+    check_userdata(call)
     groups = call.entities("securitygroup", "securitygroupids", "securitygroupnames")
+    is_known = "keypair" not in call.args or cloud.named("sshkeypair", get("keypair"))
+    require(is_known, f"A key pair with name '{get('keypair')}' was not found.")
     zone, networks = call.entity("zone", "zoneid"), call.entities("network", "networkids")
     template, offering = call.entity("template", "templateid"), call.entity("serviceoffering", "serviceofferingid")
     name, details = get("name") or "VM-" + cloud.uuid(), {}
@@ -1525,8 +1562,10 @@ def deployed(call):
         details.update(entry)
     check_host_name(call, name, [network["id"] for network in networks])
     machine = cloud.new_machine(name, owner, zone, template, offering, networks, details)
-    machine.update({field: get(field) for field in ("displayname", "group") if field in call.args})
+    machine.update({field: get(field) for field in ("displayname", "keypair", "group") if field in call.args})
     machine["securitygroup"] = [{"id": row["id"], "name": row["name"]} for row in groups]
+    if "userdata" in call.args:
+        cloud.userdata[machine["id"]] = get("userdata")
     if "diskofferingid" in call.args:
         size = call.entity("diskoffering", "diskofferingid").get("disksize") or get("size", 1)
         cloud.new_volume(owner, zone, "DATA-" + machine["instancename"].split("-")[2], size, machine)
@@ -1573,17 +1612,35 @@ def _destroy(call):
     return {"virtualmachine": dict(lists, deleteprotection=False)}  # nothing else is left to tell of
 
 
-# volumes
+@command("updateVirtualMachine", "id! name@4.4 displayname group haenable userdata@4.16.0",
+         "Changes the properties of a machine.", "virtualmachine")
+def _update(call):
+    machine, name = call.entity("virtualmachine"), call.get("name")
+    check_userdata(call)
+    if name not in (None, machine["name"]):
+        check_host_name(call, name, [nic["networkid"] for nic in machine["nic"]])
+    for field in ("name", "displayname", "group", "haenable"):
+        if field in call.args:
+            machine[field] = call.args[field]
+    if "userdata" in call.args:
+        call.cloud.userdata[machine["id"]] = call.args["userdata"]
+    return {"virtualmachine": machine}
 
 
-@command("createVolume", "name zoneid diskofferingid size +owner", "Creates a volume.", "volume", job=True)
+# volumes and snapshots
+
+
+@command("createVolume", "name zoneid diskofferingid snapshotid size +owner", "Creates a volume.", "volume",
+         job=True)
 def _create_volume(call):
     zone = call.entity("zone", "zoneid") or call.cloud.tables["zone"][0]
-    offering = call.entity("diskoffering", "diskofferingid")
-    require(offering, "Missing parameter(s), either a positive volume size or snapshotid must be specified.")
-    size = call.get("size") or offering.get("disksize") or 1
+    offering, snapshot = call.entity("diskoffering", "diskofferingid"), call.entity("snapshot", "snapshotid")
+    text = "Missing parameter(s), either a positive volume size or snapshotid must be specified."
+    require(offering or snapshot, text)
+    size = call.get("size") or (offering or {}).get("disksize") or (snapshot or {}).get("virtualsize", 1 << 30) >> 30
     volume = call.cloud.new_volume(call.owner(), zone, call.get("name") or "VOL-" + call.cloud.uuid(), size)
-    volume.update(diskofferingid=offering["id"], diskofferingname=offering["name"])
+    if offering:
+        volume.update(diskofferingid=offering["id"], diskofferingname=offering["name"])
     yield volume["id"], volume["id"]
     yield
     return {"volume": volume}
@@ -1625,7 +1682,27 @@ def _delete_volume(call):
     return {"success": True}
 
 
-# tags and security groups
+@command("createSnapshot", "volumeid! name account domainid", "Takes a snapshot of a volume.", "snapshot", job=True)
+def _create_snapshot(call):
+    volume, cloud = call.entity("volume", "volumeid"), call.cloud
+    owner = {field: volume[field] for field in OWNER_FIELDS if field in volume}
+    snapshot = cloud.add(
+        "snapshot", call.get("name") or volume["name"] + "_snapshot", owner, zoneid=volume["zoneid"],
+        volumeid=volume["id"], volumename=volume["name"], virtualsize=volume["size"], snapshottype="MANUAL",
+        state="BackingUp", created=format_date(cloud.clock()), tags=[])
+    yield volume["id"], snapshot["id"]
+    yield
+    snapshot["state"] = "BackedUp"
+    return {"snapshot": snapshot}
+
+
+@command("deleteSnapshot", "id!", "Deletes a snapshot.", "snapshot", job=True)
+def _delete_snapshot(call):
+    call.cloud.remove("snapshot", (yield from held(call, "snapshot")))
+    return {"success": True}
+
+
+# tags, groups, keys
 
 
 @command("createTags", "tags! resourcetype! resourceids!", "Puts tags on resources.", "tag", job=True)
@@ -1644,13 +1721,17 @@ def _create_tags(call):
     return {"success": True}
 
 
+def _new(call, table, **values):
+    """A row of the caller's with a name that it has not given before."""
+    name, owner = call.args["name"], call.owner()
+    require(not call.mine(table, name), f"A {table} with name '{name}' already exists.")
+    return call.cloud.add(table, name, owner, **values)
+
+
 @command("createSecurityGroup", "name! description +owner", "Creates a security group.", "securitygroup")
 def _create_security_group(call):
-    name, text = call.args["name"], call.get("description", "")
-    require(not call.mine("securitygroup", name), f"A securitygroup with name '{name}' already exists.")
-    lists = {"ingressrule": [], "egressrule": [], "tags": []}
-    group = call.cloud.add("securitygroup", name, call.owner(), description=text, **lists)
-    return {"securitygroup": group}
+    text = call.get("description", "")
+    return {"securitygroup": _new(call, "securitygroup", description=text, ingressrule=[], egressrule=[], tags=[])}
 
 
 @command("authorizeSecurityGroupIngress",
@@ -1672,6 +1753,15 @@ def _authorize(call):
     require(rules, "Failed to authorize security group ingress rule(s)", 530)
     group["ingressrule"] += rules
     return {"securitygroup": dict(group, ingressrule=rules)}
+
+
+@command("createSSHKeyPair", "name! +owner", "Creates an ssh key pair.", "sshkeypair")
+def _create_key_pair(call):
+    digest = hashlib.md5(call.args["name"].encode("utf-8")).hexdigest()
+    pair = _new(call, "sshkeypair", fingerprint=":".join(re.findall("..", digest)))
+    lines = "\n".join(make_key(pair["id"] + str(line))[:64] for line in range(4))
+    pem = f"-----BEGIN RSA PRIVATE KEY-----\n{lines}\n-----END RSA PRIVATE KEY-----\n"
+    return {"keypair": dict(pair, privatekey=pem)}
 
 
 # listApis
@@ -1702,6 +1792,8 @@ def _response_fields(entity, rows):
 def schema():
     """Pairs of a command and its entry in listApis, made once: (Command, dict)."""
     tables = Cloud().tables
+    # A table that is empty at first shows what its rows will look like.
+    tables["snapshot"] = [dict(tables["volume"][0], volumeid="", volumename="", virtualsize=1, snapshottype="")]
     tables["tag"] = tables["virtualmachine"][0]["tags"]
     return [(spec, _api(spec, tables)) for spec in COMMANDS.values()]
 
@@ -2086,26 +2178,42 @@ class Connection(http.server.BaseHTTPRequestHandler):
 # === [X] sandbox ======================================================================================================
 # The simulator for people: one command against it, or the server alone until Ctrl-C.
 
-FAULTS = [name for name, (value, _) in Simulator.OPTIONS.items() if type(value) in (bool, int)]
-SANDBOX_OPTIONS = {"--port": "port", "--job-seconds": "job_seconds", "--latency": "latency", "--fail": "fails",
-                   "--fault": None}
-SANDBOX_HELP = """usage: test_cs.py sandbox [OPTION ...] [COMMAND [name=value ...]]
+SWITCHES = Simulator.OPTIONS
+FAULTS = [name for name, (value, _) in SWITCHES.items() if type(value) in (bool, int)]
 
+
+def fault(text):
+    """NAME or NAME=NUMBER as (name, value)."""
+    name, equals, number = text.partition("=")
+    if name not in FAULTS:
+        raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(FAULTS)}")
+    return name, int(number) if equals or SWITCHES[name][0] is not False else True
+
+
+def wide_help(prog):
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=120)
+
+
+def sandbox_parser():
+    parser = argparse.ArgumentParser(
+        usage="test_cs.py sandbox [OPTION ...] [COMMAND [name=value ...]]", add_help=False, allow_abbrev=False,
+        formatter_class=wide_help, description="""
 With a command: start a small simulated cloud, run cs.py with these words against it once, and end with its exit code.
-Without one: keep the cloud running until Ctrl-C, and print the lines to paste into another shell.
-
-  --port N                 listen on this port of 127.0.0.1 instead of any free one
-  --job-seconds SECONDS    {job_seconds} (0.3); 8 leaves time for Ctrl-C
-  --latency SECONDS        {latency}
-  --fail COMMAND           let this command fail, or the job that it makes; may be repeated
-  --fault NAME[=NUMBER]    a server in trouble, or one with other limits; may be repeated:
-{faults}
-  --help                   show this help (after a command: cs.py's own about it)
-
+Without one: keep the cloud running until Ctrl-C, and print the lines to paste into another shell.""", epilog="".join(
+            f"{name:18} {SWITCHES[name][1]}\n" for name in FAULTS) + """
 No file of yours is read or written: the home directory and the cache are temporary ones. The list of commands is
 already there, so names can be given for ids: test_cs.py sandbox stopVirtualMachine id=name:web-01
-""".format(faults="\n".join(f"      {name:20} {Simulator.OPTIONS[name][1]}" for name in FAULTS),
-           **{name: text for name, (_, text) in Simulator.OPTIONS.items()})
+--help before a command shows this; after it, cs.py's own help about the command.""")
+    option = parser.add_argument
+    option("--port", type=int, default=0, metavar="N", help="listen on this port of 127.0.0.1 instead of any free one")
+    option("--job-seconds", type=float, default=0.3, metavar="S",
+           help=SWITCHES["job_seconds"][1] + " (0.3); 8 leaves time for Ctrl-C")
+    option("--latency", type=float, default=0, metavar="S", help=SWITCHES["latency"][1])
+    option("--fail", action="append", default=[], metavar="COMMAND", choices=sorted(COMMANDS),
+           help="let this command fail, or the job that it makes; may be repeated")
+    option("--fault", action="append", default=[], metavar="NAME[=NUMBER]", type=fault,
+           help="a server in trouble, or one with other limits, as below; may be repeated")
+    return parser
 
 
 class Sandbox(Simulator):
@@ -2127,16 +2235,15 @@ def sandbox_environment(**more):
 
 def sandbox(argv):
     """Carry out `sandbox ...`; returns the exit code."""
+    parser = sandbox_parser()
+    given, words = parser.parse_known_args(argv)
+    if words[:1] in (["--help"], ["-h"]):
+        print(parser.format_help(), end="")
+        return 0
     try:
-        options, words = take_options(argv)
-        if words[:1] in (["--help"], ["-h"]):
-            print(SANDBOX_HELP, end="")
-            return 0
-        simulator = Sandbox(options.pop("port", 0)).start()
-    except ValueError as error:
-        return complain(f"sandbox: {error}")
-    except OSError as error:
-        return complain(f"sandbox: --port: {error.strerror}")
+        simulator = Sandbox(given.port).start()
+    except (OSError, OverflowError) as error:
+        parser.error(f"--port: {error}")
     try:
         end_on_signals()
         with tempfile.TemporaryDirectory(prefix="cs-sandbox-") as home:
@@ -2144,48 +2251,13 @@ def sandbox(argv):
                         "CLOUDSTACK_SECRET": simulator.secret, "XDG_CACHE_HOME": home}
             with mock.patch.dict(os.environ, sandbox_environment(**settings), clear=True):
                 cs.main(["--sync", "-q"])
-            vars(simulator).update(options)
+            vars(simulator).update(
+                given.fault, job_seconds=given.job_seconds, latency=given.latency, fails=given.fail)
             return run_command(words, dict(settings, HOME=home)) if words else stay(simulator, settings)
     except KeyboardInterrupt:
         return 130
     finally:
         simulator.stop()
-
-
-def take_options(argv):
-    """Take the simulator's options, wherever they stand, out of the words: ({name: value}, the other words).
-
-    Raises ValueError for one that has no such value."""
-    options, words, rest = {}, [], iter(argv)
-    for word in rest:
-        option, equals, text = word.partition("=")
-        if option not in SANDBOX_OPTIONS:
-            words.append(word)
-            continue
-        text, name = text if equals else next(rest, ""), SANDBOX_OPTIONS[option]
-        if name is None:
-            name, _, text = text.partition("=")
-            if name not in FAULTS:
-                raise ValueError(f"{option} wants one of {', '.join(FAULTS)}, not {name!r}")
-        if name == "fails":
-            if text not in COMMANDS:
-                raise ValueError(f"{option} wants a command that the sandbox has, not {text!r}")
-            options[name] = options.get(name, ()) + (text,)
-        elif text == "" and name in FAULTS and Simulator.OPTIONS[name][0] is False:
-            options[name] = True
-        elif re.match(r"[0-9]{1,5}\Z" if name == "port" or name in FAULTS else r"[0-9]{1,5}(\.[0-9]+)?\Z", text):
-            options[name] = float(text) if "." in text else int(text)
-        else:
-            raise ValueError(f"{option} wants a number, not {text!r}")
-    if options.get("port", 0) > 65535:
-        raise ValueError("--port wants a number from 0 to 65535")
-    return options, words
-
-
-def complain(text):
-    """Say in one line what was wrong with the words; returns the exit code for that."""
-    print(f"test_cs.py {text} (see --help)", file=sys.stderr)
-    return 2
 
 
 def end_on_signals():
@@ -2330,19 +2402,6 @@ class SimulatorTest(unittest.TestCase):
         self.assertIn("not available", self.fails(432, "listHosts", user="user"))
         self.fails(531, "stopVirtualMachine", user="user", id=self.first("listVirtualMachines")["id"])
 
-    def test_pages(self):
-        pages = [self.ok("listVirtualMachines", page=page, pagesize="15") for page in "1234"]
-        self.assertEqual([15, 15, 2, 0], [len(page.get("virtualmachine", ())) for page in pages])
-        self.assertEqual({32}, {page["count"] for page in pages})
-
-    def test_list_apis(self):
-        apis = {api["name"]: api for api in self.ok("listApis")["api"]}
-        self.assertEqual(set(COMMANDS), set(apis))
-        deploy = apis["deployVirtualMachine"]
-        params = {param["name"]: (param["type"], param["required"]) for param in deploy["params"]}
-        self.assertIs(True, deploy["isasync"])
-        self.assertEqual([("uuid", True), ("map", False)], [params["zoneid"], params["details"]])
-
     # jobs
 
     def test_a_job_after_another(self):
@@ -2368,21 +2427,6 @@ class SimulatorTest(unittest.TestCase):
         self.fails(530, "deployVirtualMachine", dict(order, name="second"))
         self.assertEqual([own], list(self.simulator.cloud.jobs))
         self.assertEqual(1, self.ok("listVirtualMachines", name="second")["count"])
-
-    def test_what_is_made_can_be_looked_at(self):
-        offering = self.first("listDiskOfferings", name="20 GB")["id"]
-        data = self.done("createVolume", diskofferingid=offering, name="d")["jobresult"]["volume"]
-        machine = self.done("deployVirtualMachine", self.order())["jobresult"]["virtualmachine"]
-        self.done("attachVolume", id=data["id"], virtualmachineid=machine["id"])
-        disk = self.first("listVolumes", name="d")
-        self.assertEqual((20 << 30, 1), (disk["size"], disk["deviceid"]))
-        self.done("destroyVirtualMachine", id=machine["id"], expunge="true")
-        self.assertEqual({}, self.ok("listVirtualMachines", id=machine["id"]))
-        group = self.ok("createSecurityGroup", name="g")["securitygroup"]
-        rule = {"securitygroupid": group["id"], "protocol": "tcp", "startport": "22", "cidrlist": "10.0.0.0/8,::/0"}
-        self.assertEqual([0, 530], [self.done("authorizeSecurityGroupIngress", rule)["jobresultcode"] for _ in "12"])
-        group = self.first("listSecurityGroups", id=group["id"])
-        self.assertEqual([22, 22], [row["endport"] for row in group["ingressrule"]])
 
     # sessions, connections
 
@@ -2415,18 +2459,6 @@ class SimulatorTest(unittest.TestCase):
             self.assertEqual(accepted == "gzip", headers["Content-Encoding"] == "gzip")
         for path, status in (("/client", 404), ("/client/api?" + "x" * 8200, 414)):
             self.assertEqual(status, self.exchange(target=path)[0])
-
-    def test_stopping_is_quick_and_closes_what_is_open(self):
-        self.simulator.latency = 60
-        self.connection.request("GET", "/client/api")
-        while not self.simulator.requests:
-            time.sleep(0.001)
-        self.simulator.stop()
-        with self.assertRaises((http.client.HTTPException, OSError)):
-            self.connection.getresponse()
-        self.simulator.latency = 0
-        self.simulator.start()  # on the same port
-        self.ok("listZones")
 
 
 class SwitchesTest(unittest.TestCase):
@@ -2494,25 +2526,24 @@ class SandboxTest(Case):
         ended, printed, said = self.run_sandbox(*line.split())
         self.assertEqual((code, True, True), (ended, out in printed, err in said if err else not said), printed + said)
 
-    @each("words", ["--port"], ["--port", "x"], ["--port", "65536", "listZones"], ["--port=-1"], ["--port="],
-          ["--job-seconds"], ["--latency", "soon"], ["--fail", "listNothing"], ["--fault", "bad_luck"],
-          ["--fault", "html_error"])
-    def test_what_is_refused_in_one_line(self, words):
-        err = io.StringIO()
-        with contextlib.redirect_stderr(err):
-            self.assertEqual(2, sandbox(words))
-        self.assertEqual(1, err.getvalue().count("\n"))
-        self.assertIn(words[0].partition("=")[0], err.getvalue())
+    @each("words", ["--port"], ["--port", "x"], ["--port="], ["--job-seconds"], ["--latency", "soon"],
+          ["--fail", "listNothing"], ["--fault", "bad_luck"], ["--fault", "html_error"])
+    def test_what_is_refused(self, words):
+        with self.assertRaises(SystemExit) as ended, contextlib.redirect_stderr(io.StringIO()) as err:
+            sandbox(words)
+        self.assertEqual(2, ended.exception.code)
+        self.assertIn("error: argument " + words[0].partition("=")[0], err.getvalue())
 
-    def test_a_port_that_is_taken(self):
+    def test_a_port_that_cannot_be_had(self):
         with Simulator() as other:
-            code, out, err = self.run_sandbox("--port", str(other.port))
-        self.assertEqual((2, "", 1, True), (code, out, err.count("\n"), "port" in err), err)
+            for port in (other.port, 65536):
+                code, out, err = self.run_sandbox("--port", str(port))
+                self.assertEqual((2, "", True), (code, out, "error: --port: " in err), err)
 
     def test_help_fits_a_screen_and_names_every_switch(self):
         code, out, err = self.run_sandbox("--help")
         self.assertEqual((0, "", True), (code, err, out.count("\n") <= 24), out)
-        self.assertHolds(out, *SANDBOX_OPTIONS, *FAULTS)
+        self.assertHolds(out, "--port", "--job-seconds", "--latency", "--fail", "--fault", *FAULTS)
         self.assertNotIn("--port", self.run_sandbox("listZones", "--help")[2])
 
     def test_a_command_that_it_does_not_have(self):
@@ -7339,7 +7370,7 @@ class ArgumentsTest(CommandLineCase):
           ("listZones -name=x", "option"), ("listZones -", "'-'"), ("listZones ---", "option"),
           ("--regio eu listZones", "no option '--regio'"), ("--dry listZones", "no option '--dry'"),  # abbreviations
           ("listZones -r", "-r needs a value"),
-          ("help listZones", "cs listZones --help"), ("listZones json=false --where id=1", "json=false"),
+          ("listZones json=false --where id=1", "json=false"),
           ("listZones --wait", "--wait"), ("listZones --quiet=1", "--quiet"),
           ("", "no command"), ("-q", "no command"), ("name=x", "where the command should be"),
           ("list\x01Zones", "where the command should be"), ("list\udcff", "where the command should be"),
@@ -9000,6 +9031,9 @@ class CommandHelpTest(CloudCase):
         super().setUp()
         self.path = self.known()
 
+    def test_help_may_stand_before_the_command(self):
+        self.assertEqual(self.good("listZones", "--help"), self.good("help", "listZones"))
+
     def test_the_list_is_fetched_once_and_kept(self):
         os.unlink(self.path)
         code, out, err = self.main("listZones", "--help")
@@ -9127,7 +9161,10 @@ class CompletionCase(CloudCase):
         return self.cloud.cloud.named("virtualmachine", name)["id"]
 
     def rename(self, machine, **fields):
-        patched = mock.patch.dict(self.cloud.cloud.named("virtualmachine", machine), fields)
+        self.change(self.cloud.cloud.named("virtualmachine", machine), **fields)
+
+    def change(self, row, **fields):
+        patched = mock.patch.dict(row, fields)
         patched.start()
         self.addCleanup(patched.stop)
 
@@ -9264,6 +9301,8 @@ class CompletionTest(CompletionCase):
         self.ini("[lab]\n")
         for line in ("cs listZo", "cs stopVirtualMachine id=", "cs listZones -c na"):  # no word, but what to type
             self.assertEqual(self.completed(line), [["", "to have commands completed, type: cs --sync"]])
+        for line, told in (("cs --nosuch l", "no option '--nosuch'"), ("cs --quiet=l", "--quiet takes no value")):
+            self.assertIn(told, "".join(sum(self.completed(line), [])))
         self.assertEqual(self.words("cs --endpoint http://cloud.invalid/$(x) listZo"), [""])
         self.assertEqual(self.words("cs -r la"), ["lab"])
         self.assertEqual(self.words("cs --outp"), ["--output"])
@@ -9538,23 +9577,21 @@ class ShellCompletionTest(CompletionCase):
         shell.wait_for(b"type: cs --sync")
         self.assertEqual(["listZ"], self.typed(shell, ""))
 
-    @each("name", "bash", "zsh")
+    @each("name", *SHELLS)
     def test_required_parameters_come_first_and_what_was_typed_stays(self, name):
         shell = self.start(name)
+        if name == "fish":
+            for line, first in (("cs deployVirtualMachine ", "serviceofferingid="),
+                                ("cs stopVirtualMachine id=web-01", "id=name:web-01\t" + self.machine())):
+                shown = Child(["fish", "-c", f'complete -C "{line}"'], env=self.env).finish()[1].decode()
+                self.assertEqual(first, shown[: len(first)])
+            return
         shell.type("cs deployVirtualMachine \t")
         for word in (b"serviceofferingid=", b"zoneid=", b"account="):
             shell.wait_for(word)
         shell.type("\x15cs stopVirtualMachine id=web-0\t")
         shell.wait_for(b"name:web-02" if name == "bash" else b"name:web-02  -- ")
         self.assertEqual(["stopVirtualMachine", "id=name:web-01"], self.typed(shell, "1\t"))
-
-    def test_fish_shows_required_parameters_first_and_ids_as_descriptions(self):
-        self.start("fish")
-        for line, expected in (("cs deployVirtualMachine ", ["serviceofferingid=", "zoneid=", "account="]),
-                               ("cs stopVirtualMachine id=web-01", ["id=name:web-01\t" + self.machine()])):
-            code, out, err = Child(["fish", "-c", f'complete -C "{line}"'], env=self.env).finish()
-            shown = out.decode().splitlines()[:3]
-            self.assertEqual(expected, [text if "name:" in text else text.partition("\t")[0] for text in shown], err)
 
     def test_bash_may_take_a_word_apart_or_not(self):
         """The script must do with and without `=` and `:` among the characters that end a word."""
@@ -9816,12 +9853,8 @@ class ConfigureTest(CloudCase):
 # === [8.7] names for ids ==============================================================================================
 
 
-class NamesForIdsTest(CloudCase):
+class NamesForIdsTest(CompletionCase):
     """name:web-01 in the place of an id."""
-
-    def setUp(self):
-        super().setUp()
-        self.known()
 
     def row(self, table, name, **where):
         return next(row for row in self.cloud.cloud.tables[table] if row.get("name", row.get("username")) == name
@@ -9829,11 +9862,6 @@ class NamesForIdsTest(CloudCase):
 
     def id_of(self, table, name, **where):
         return self.row(table, name, **where)["id"]
-
-    def change(self, row, **fields):
-        patched = mock.patch.dict(row, fields)
-        patched.start()
-        self.addCleanup(patched.stop)
 
     def planned(self, *words):
         """The parameters that --dry-run says would be sent."""
@@ -10705,9 +10733,9 @@ class ShellWordsTest(CloudCase):
         self.assertEqual([seen[0][:2]] * 3, [one[:2] for one in seen])
 
     @each("line, is_secret",
-        ("listZones name=x", False), ("list password", False), ("updateUser password=@file name=x", False),
+        ("listZones name=x", False), ("list password", False), ("updateUser password=@file name=x", True),
         ('listZones "name', False), ("createTags tags[0].key=env tags[0].value=prod", False),
-        ("registerUserData userdata=@init.yaml", False), ("x name=own-secret", True),
+        ("registerUserData userdata=@init.yaml", True), ("x name=own-secret", True),
         ("updateUser id=1 password=geheim", True), ("updateUser PASSWORD=@@x", True), ("x usersecretkey='y'", True),
         ('x "password=y', True), ("x password = y", True), ("x pass\\word=y", True), ("password: y", True),
         ('{"secret": "y"}', True), ("createTags tags[0].key=password tags[0].value=y", True),
@@ -10783,7 +10811,8 @@ class ShellTest(CloudCase):
         self.assertEqual(("", ""), self.shell(word, "listZones"))
 
     @each("lines, code, err",
-          (['listZones "x', "listNothing -q"], 2, 'cs: line 1: the line cannot be taken apart: nothing closes the "\n'),
+          (['listZones "x', "listNothing -q"], 2,
+           "cs: line 1: the line cannot be taken apart: nothing closes a quote in it\n"),
           (["listZones x", "listNothing -q"], 2, "cs: line 1: 'x' has no "),
           (["listNothing -q", "listZones x"], 1, "cs: line 2: 'x' has no "),
           (["--shell"], 2, "cs: line 1: --shell stands alone: it reads line by line what is to be done\n"),
@@ -11230,32 +11259,9 @@ class HouseTest(Case):
 
 
 # === [R] running the tests ============================================================================================
-# Two processes share the tests, and write what they do into one journal, from which the one that started them counts.
+# Two processes share the tests. Each writes how they went into a file, which the one that started them reads.
 
 TEST_LIMIT = float(os.environ.get("CS_TEST_LIMIT") or 180)  # seconds for one test
-TESTS_HELP = """usage: test_cs.py [-v] [-x] [WORD ...]
-       test_cs.py sandbox [OPTION ...] [COMMAND [name=value ...]]
-
-Run the tests whose name (class, a dot, method) holds one of the words, in any case; without words all of them.
-Exit code 0: all passed; 1: some failed; 2: this command line was not understood.
-
-  -v, --verbose     name each test
-  -x, --failfast    stop at the first failure
-  -h, --help        show this help
-
-sandbox: run cs.py against a small simulated cloud; `test_cs.py sandbox --help` says how.
-`pytest test_cs.py` and `python3 -m unittest test_cs` run the same tests.
-CS_TEST_LIMIT=SECONDS: how long one test may take (180). CS_ATTACK_RUNS=N: how many broken connections to try (160).
-CS_TEST_SEED=N: the seed of what is drawn, to repeat a failure."""
-
-_journal = None  # the file, in a process that runs tests for another; and the number of the process
-_part = ""
-
-
-def note(word, name="", more=""):
-    """Write a line into the journal, if there is one."""
-    if _journal is not None:
-        os.write(_journal, f"{_part}\t{word}\t{name}\t{more}\n".encode("utf-8", "backslashreplace"))
 
 
 def name_of(test):
@@ -11263,31 +11269,69 @@ def name_of(test):
 
 
 class Result(unittest.TextTestResult):
-    """Prints what fails as it comes, and writes down how each test went and how long it took."""
+    """Prints what fails as it comes, and keeps how each test went and how long it took."""
+
+    def __init__(self, path, verbosity):
+        self.path, self.out = path, sys.stdout
+        super().__init__(unittest.runner._WritelnDecorator(self.out), False, verbosity)
+        self.outcomes = {"passed": [], "failed": [], "skipped": [], "reasons": []}
 
     def startTest(self, test):
-        self.write_down()  # what a class or the module could not set up
+        self.settle()
+        self.name, self.since = name_of(test), time.monotonic()
         super().startTest(test)
-        note("start", name_of(test))
-        self.since = time.monotonic()
-        faulthandler.dump_traceback_later(TEST_LIMIT, exit=True, file=sys.stdout)
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, TEST_LIMIT)
 
     def stopTest(self, test):
-        faulthandler.cancel_dump_traceback_later()
-        self.write_down(name_of(test), f"{time.monotonic() - self.since:.2f}")
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        self.settle(name_of(test))
         super().stopTest(test)
 
-    def write_down(self, name=None, seconds="0"):
+    def settle(self, name=None):
+        """Print and count what became of a test; without a name, what a class or the module could not set up."""
         bad = [("ERROR", *pair) for pair in self.errors] + [("FAIL", *pair) for pair in self.failures]
         bad += [("FAIL", test, "It was not expected to pass.\n") for test in self.unexpectedSuccesses]
-        # In one piece, as two processes write there.
-        sys.stdout.write("".join(f"\n{kind}: {test}\n{text}" for kind, test, text in bad))
-        for _, reason in self.skipped:
-            note("reason", reason)
+        self.out.write("".join(f"\n{kind}: {test}\n{text}" for kind, test, text in bad))  # in one piece: two write here
+        self.outcomes["reasons"] += [reason for _, reason in self.skipped]
         if name or bad:
-            note("failed" if bad else "skipped" if self.skipped else "passed", name or bad[0][1], seconds)
+            outcome = "failed" if bad else "skipped" if self.skipped else "passed"
+            self.outcomes[outcome].append([name or str(bad[0][1]), time.monotonic() - self.since if name else 0])
         for found in (self.errors, self.failures, self.unexpectedSuccesses, self.skipped):
             del found[:]
+
+    def give_up(self, number, _):
+        """End this process at once: a test takes too long, or another process has failed."""
+        if number != signal.SIGTERM:
+            print(f"\n{self.name} did not end:", file=self.out, flush=True)
+            faulthandler.dump_traceback(self.out)
+            self.outcomes["failed"].append([self.name + " did not end; the tests after it were not run", TEST_LIMIT])
+        self.close()
+        os._exit(1)
+
+    def close(self):
+        """Write the outcomes down, after ending the processes that tests left running."""
+        for child in Child.running:
+            end_group(child.pid)
+        with open(self.path, "w", encoding="utf-8") as file:
+            json.dump(self.outcomes, file)
+
+
+def run_part(parser, path, number, count, argv):
+    """Run every test whose place is this number, counted by `count`."""
+    given = parser.parse_args(argv)
+    warnings.simplefilter("default")
+    result = Result(path, 2 if given.verbose else 1)
+    result.failfast = given.failfast
+    for name in ("SIGALRM", "SIGTERM"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), result.give_up)
+    unittest.TestSuite(chosen_tests(given.words)[int(number)::int(count)]).run(result)
+    result.settle()
+    result.outcomes["failed"] += [["left running: " + " ".join(child.args), 0] for child in Child.running]
+    result.close()
+    return 1 if result.outcomes["failed"] else 0
 
 
 def chosen_tests(words):
@@ -11296,97 +11340,72 @@ def chosen_tests(words):
             if not words or any(word.lower() in name_of(test).lower() for word in words)]
 
 
-def run_part(path, number, count, *argv):
-    """Run every test whose place is this number, counted by `count`."""
-    global _journal, _part
-    _journal, _part = os.open(path, os.O_WRONLY | os.O_APPEND), number
-    warnings.simplefilter("default")
-    result = Result(unittest.runner._WritelnDecorator(sys.stdout), False, 2 if "-v" in argv else 1)
-    result.failfast = "-x" in argv
-    tests = chosen_tests([word for word in argv if not word.startswith("-")])[int(number)::int(count)]
-    unittest.TestSuite(tests).run(result)
-    result.write_down()
-    note("done")
-    return 0
-
-
-def run_parts(argv, count):
-    """Run the tests in so many processes; the lines of the journal, each [process, word, name, more]."""
+def run_parts(argv, count, failfast):
+    """Run the tests in so many processes; how they went, as Result.outcomes."""
     folder, parts = tempfile.mkdtemp(prefix="cs-tests-"), []
-    path, env = os.path.join(folder, "journal"), dict(os.environ, TMPDIR=folder)
+    env, outcomes = dict(os.environ, TMPDIR=folder), collections.defaultdict(list)
     if sys.getfilesystemencoding().replace("-", "").lower() != "utf8":  # as Python 3.7 and later do it themselves
         env["LC_ALL"] = "en_US.UTF-8" if sys.platform == "darwin" else "C.UTF-8"
     command = [sys.executable, *subprocess._args_from_interpreter_flags(), sys.modules["__main__"].__file__, "--part"]
-    open(path, "w").close()
+    paths = [os.path.join(folder, f"part-{number}") for number in range(count)]
     try:
-        for number in range(count):
+        for number, path in enumerate(paths):
             words = [*command, path, str(number), str(count), *argv]
             parts.append(subprocess.Popen(words, stdin=subprocess.DEVNULL, env=env))
-        while any(part.poll() is None for part in parts):
+        while None in [part.poll() for part in parts] and not (failfast and any(part.returncode for part in parts)):
             time.sleep(0.05)
-            if "-x" in argv and any(words[1] == "failed" for words in read_journal(path)):
-                break
     finally:
         for part in parts:
-            part.kill()
+            part.terminate()
             part.wait()
-        journal = read_journal(path)
-        for pid in left_running(journal):
-            end_group(int(pid))
+        for path in paths:
+            if os.path.exists(path):
+                with open(path, encoding="utf-8") as file:
+                    for outcome, tests in json.load(file).items():
+                        outcomes[outcome] += tests
+            else:
+                outcomes["failed"].append(["a process that ran tests ended too early", 0])
         shutil.rmtree(folder, True)
-    return journal
+    return outcomes
 
 
-def read_journal(path):
-    with open(path, encoding="utf-8") as file:
-        return [line.rstrip("\n").split("\t") for line in file]
-
-
-def left_running(journal):
-    """{pid: command} of the processes that tests started and did not end."""
-    ended = {name for _, word, name, _ in journal if word == "ended"}
-    return {name: more for _, word, name, more in journal if word == "group" and name not in ended}
-
-
-def report(journal, failfast):
-    """Print what is left to say of the tests; how many passed, failed and were skipped."""
-    outcomes = [(word, name, more) for _, word, name, more in journal if word in ("passed", "failed", "skipped")]
-    failed = [name for word, name, _ in outcomes if word == "failed"]
-    last = {part: (word, name) for part, word, name, _ in journal if word in ("start", "done")}
-    hung = [name for word, name in last.values() if word == "start" and not (failfast and failed)]
-    failed += [name + ": the process that ran it ended; the tests after it were not run" for name in hung]
-    failed += [] if hung or failfast else ["left running: " + command for command in left_running(journal).values()]
+def report(outcomes):
+    """Print the slowest tests, and those that failed or were skipped; the numbers."""
+    timed = [test for outcome in ("passed", "failed", "skipped") for test in outcomes[outcome]]
     print("\n\nThe slowest:")
-    for _, name, seconds in sorted(outcomes, key=lambda row: -float(row[2]))[:10]:
-        print(f"{seconds:>7} s  {name}")
-    for reason in sorted({name for _, word, name, _ in journal if word == "reason"}):
+    for name, seconds in sorted(timed, key=lambda test: -test[1])[:10]:
+        print(f"{seconds:7.2f} s  {name}")
+    for reason in sorted(set(outcomes["reasons"])):
         print("skipped: " + reason)
-    for name in failed:
+    for name, _ in outcomes["failed"]:
         print("FAIL: " + name)
-    counts = collections.Counter(word for word, _, _ in outcomes)
-    return counts["passed"], len(failed), counts["skipped"]
+    return [len(outcomes[outcome]) for outcome in ("passed", "failed", "skipped")]
 
 
 def run_tests(argv):
     """Run the tests as the words say. Returns the exit code."""
     sys.stdout = io.TextIOWrapper(sys.stdout.detach(), sys.stdout.encoding, "backslashreplace", line_buffering=True)
+    parser = argparse.ArgumentParser(
+        usage="test_cs.py [-v] [-x] [WORD ...]\n       test_cs.py sandbox [OPTION ...] [COMMAND [name=value ...]]",
+        formatter_class=wide_help, description="""
+Run the tests whose name (class, a dot, method) holds one of the words, in any case; without words all of them.
+Exit code 0: all passed; 1: some failed; 2: this command line was not understood.""", epilog="""
+sandbox: run cs.py against a small simulated cloud; `test_cs.py sandbox --help` says how.
+`pytest test_cs.py` and `python3 -m unittest test_cs` run the same tests.
+CS_TEST_LIMIT=SECONDS: how long one test may take (180). CS_ATTACK_RUNS=N: how many broken connections to try (160).
+CS_TEST_SEED=N: the seed of what is drawn, to repeat a failure.""")
+    parser.add_argument("-v", "--verbose", action="store_true", help="name each test")
+    parser.add_argument("-x", "--failfast", action="store_true", help="stop at the first failure")
+    parser.add_argument("words", nargs="*", metavar="WORD", help="a part of a test's name")
     if argv[:1] == ["--part"]:
-        return run_part(*argv[1:])
-    if {"--help", "-h"}.intersection(argv):
-        print(TESTS_HELP)
-        return 0
-    words = [word for word in argv if not word.startswith("-")]
-    options = [{"--verbose": "-v", "--failfast": "-x"}.get(word, word) for word in argv if word not in words]
-    unknown = [option for option in options if option not in ("-v", "-x")]
-    if unknown:
-        return complain("knows no option " + unknown[0])
-    if not chosen_tests(words):
-        print("no test has a name with " + " or ".join(words) + "\n0 passed, 1 failed")
+        return run_part(parser, *argv[1:4], argv[4:])
+    given, begun = parser.parse_args(argv), time.time()
+    if not chosen_tests(given.words):
+        print("no test has a name with " + " or ".join(given.words) + "\n0 passed, 1 failed")
         return 1
-    begun = time.time()
     end_on_signals()
     try:
-        passed, failed, skipped = report(run_parts(options + words, 1 if words else 2), "-x" in options)
+        passed, failed, skipped = report(run_parts(argv, 1 if given.words else 2, given.failfast))
     except KeyboardInterrupt:
         return 130
     print(f"Python {sys.version.split()[0]}, {time.time() - begun:.1f} s")
@@ -11427,13 +11446,11 @@ class RunnerTest(Case):
           ("sampleTEST.test_1 TEST_2 test_3", 1, "2 passed, 2 failed", ["FAIL: left running: ", "row=1", "number=2"]),
           ("-x test_1 test_3 test_4", 1, "1 passed, 1 failed", ["AssertionError: 1 != 2 : z\\xfcrich"]),
           ("-v test_1 test_4", 1, "1 passed, 1 failed", ["test_1_passes (", "sample.py\", line 20 in test_4_hangs"]),
-          ("__main__", 1, "0 passed, 1 failed", ["no test has a name with __main__"]),
-          ("--verbos", 2, "", ["knows no option --verbos"]))
+          ("__main__", 1, "0 passed, 1 failed", ["no test has a name with __main__"]))
     def test_what_it_says_and_returns(self, words, code, last, says):
         program = self.write("sample.py", SAMPLE.format(folder=os.path.dirname(CS_PATH)))
         env = dict(os.environ, CS_TEST_LIMIT="2", PYTHONIOENCODING="ascii")
-        child = Child([sys.executable, program, *words.split()], env=env)
-        ended, out, err = child.finish()
+        ended, out, err = Child([sys.executable, program, *words.split()], env=env).finish()
         out, err = out.decode("utf-8"), err.decode("utf-8")
         self.assertEqual((code, last), (ended, out[-len(last) - 1:].strip()), out + err)
         self.assertHolds(out + err, *says)
