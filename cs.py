@@ -692,6 +692,11 @@ class AIOCloudStack(CloudStack):
 
         def __getattr__(self, name: str) -> _AsyncMethod: ...
 
+        async def call(
+            self, command: str, params: Mapping[str, Any] | None = None, *,
+            pages: bool | None = None, wait: bool | None = None, **options: Any
+        ) -> Any: ...  # fmt: skip
+
     # The same constructor, but for one default.
     _code: "Any" = CloudStack.__init__
     __init__: "Any" = type(_code)(_code.__code__, globals(), "__init__")
