@@ -692,6 +692,8 @@ class AIOCloudStack(CloudStack):
 
         def __getattr__(self, name: str) -> _AsyncMethod: ...
 
+        async def wait_job(self, jobid: str) -> Any: ...
+
         async def call(
             self, command: str, params: Mapping[str, Any] | None = None, *,
             pages: bool | None = None, wait: bool | None = None, **options: Any
