@@ -3280,12 +3280,12 @@ def load_config(
     settings["name"] = region if found.has_section else None
     settings.update(_to_settings(values))
     found.settings, found.region = settings, region
-    found.origins = {key: _origin_of(key, found, env, options) for key in values}
+    found.origins = {key: _origin_of(key, found, options) for key in values}
     found.warnings = _warnings_of(found)
     return found
 
 
-def _origin_of(key, found, env, flags):
+def _origin_of(key, found, flags):
     """Return where a value came from: an option, an ini file, or a variable."""
     if key in flags:
         return "option"
@@ -4184,11 +4184,7 @@ def _sentence(error):
 
 def _left_behind(error):
     """Return what a failed job was about, such as the machine of a deployment, or an empty text."""
-    if not error.job_failed or error.response is None:
-        return ""
-    jobs = [job for job in error.response.json().values() if isinstance(job, dict)]
-    names = ("jobinstancetype", "jobinstanceid")
-    return " ".join(str(jobs[0][name]) for name in names if jobs and jobs[0].get(name))
+    return " ".join(str(part) for part in (error.jobinstancetype, error.jobinstanceid) if part)
 
 
 def _is_unknown_job(invocation, document):
