@@ -6464,11 +6464,39 @@ class RedactionTest(TransportCase):
             self.assertEqual(f"<{written}>***</{written}>", shown)
         self.assertEqual({name + "s1": "seen"}, cs.mask_params({name + "s1": "seen"}))
 
+    @each("text, shown", ("GET /api?apiKey=CANARY&a=b", "GET /api?apiKey=***&a=b"),
+          ("to=%2Fapi%3FsessionKey%3DCANARY%26a%3Db", "to=%2Fapi%3FsessionKey%3D***%26a%3Db"),
+          ("<a href='?signature=CANARY'>seen</a>", "<a href='?signature=***'>seen</a>"))
+    def test_queries_that_a_page_repeats(self, text, shown):
+        self.assertEqual(shown, cs.mask_text(text, []))
+
     def test_headers_that_are_secret(self):
         names = "Authorization Proxy-Authorization Cookie Set-Cookie X-Api-Key X-Auth X-KEY X-Auth-Token".split()
         for name in names + [name.lower() for name in names] + [name.upper() for name in names]:
             self.assertEqual(name + ": ***", cs._mask_header(name, "CANARY"))
         self.assertEqual("X-Tenant: seen", cs._mask_header("X-Tenant", "seen"))
+
+    @both
+    @each("kind_of_sending", "own", "session")
+    def test_a_reason_phrase_that_repeats_a_secret(self, kind_of_sending, kind):
+        if kind_of_sending == "own":
+            client = self.client(self.serve([Step.READ, reply(b"no", "404 it was " + CANARY_PASSWORD)]), kind)
+        else:
+            session = FakeSession(FakeSession.Answer(404, "it was " + CANARY_PASSWORD, "no"))
+            client = self.client(ENDPOINT + self.QUERY, kind, session=session)
+        error = self.failure(client, "HTTP 404 it was ***", cs.CloudStackException, command="getUser",
+                             password=CANARY_PASSWORD)
+        self.assertEqual("it was ***", error.response.reason)
+
+    def test_the_query_of_the_endpoint_where_a_session_fails(self):
+        self.failure(self.client(ENDPOINT + self.QUERY, session=FakeSession(OSError("x"))), "cloud.invalid", LOST)
+
+    def test_a_list_in_a_server_s_error_that_repeats_a_secret(self):
+        body = {"errorcode": 431, "errortext": "no", "uuidList": [{"x": [CANARY_PASSWORD]}]}
+        client = self.client(self.serve([Step.READ, reply({"r": body}, "431 431")]))
+        error = self.raised(cs.CloudStackApiException, client.getUser, password=CANARY_PASSWORD)
+        self.assertEqual(body, error.error)
+        self.assertIn("'uuidList': [{'x': ['***']}]", str(error))
 
     @each("title", "key", "name")
     @each("front", "tags[0].", "")
@@ -8144,6 +8172,30 @@ class ErrorTextsTest(CloudCase):
         self.assertHolds(err, "shown", "password=***", "\n  Hint: ")
         self.assertEqual([], re.findall(HARMFUL, err))
         self.assertEqual(1, err.count("\n  Codes: "))
+
+    @each("args", ["startThing"], ["--dry-run", "startThing"], ["--sync"], ["startThing", "password=x", "--dry-run"])
+    @each("is_option", False, True)
+    def test_the_query_of_an_endpoint_is_not_shown(self, is_option, args):
+        self.say_error("startThing", 530)
+        self.reply("listApis", {"count": 1, "api": [{"name": "startThing"}]})
+        endpoint = self.cloud.endpoint + "?token=HIDDEN"
+        if not is_option:
+            self.configure(endpoint=endpoint)
+        code, out, err = self.main(*(["--endpoint", endpoint] if is_option else []), *args)
+        self.assertEqual(1 if args == ["startThing"] else 0, code)
+        self.assertIn(self.cloud.endpoint, out + err)
+        self.assertLacks(out + err, "HIDDEN")
+
+    @each("text, shown", ("a\u202eb", "$'name=a\\u202eb'"), ("a\n\u202eb", "$'name=a\\n\\u202eb'"))
+    def test_what_was_asked_is_escaped(self, text, shown):
+        self.say_error("startThing", 530)
+        self.assertIn("  Call: cs startThing " + shown + "\n", self.error(1, "startThing", "name=" + text))
+
+    def test_a_text_on_a_terminal_is_escaped(self):
+        self.reply("listZones", *[{"count": 1, "zone": [{"name": "a\u202eb"}]}] * 2)
+        args = ("listZones", "-o", "text", "-c", "name")
+        self.assertEqual("a\\u202eb\n", self.on_terminal(*args)[1])
+        self.assertEqual("a\u202eb\n", self.good(*args))
 
     @unittest.skipUnless(shutil.which("bash"), "bash is not installed")
     def test_what_was_asked_can_be_pasted_into_a_shell(self):
@@ -10148,6 +10200,11 @@ class FindIdTest(ProtocolCase):
         self.assertEqual((expected, {"listZones"}, "true"),
                          (played.value, set(played.commands), played.params()["available"]))
 
+    def test_candidates_are_escaped(self):
+        rows = [{"id": 1, "name": "Zurich\u202e\n1"}]
+        error = self.play(one({"count": 1, "zone": rows}), lambda c: c.find_id("listZones", "zurich")).error
+        self.assertIn("\n      1  Zurich\\u202e 1", str(error))
+
     @each("name, told", ("GENEVA", "has 2 of this name; did you mean one of these? Give its id:\n      2  geneva\n"),
           ("Zuric", "has nothing of this name; did you mean one of these? Give its id:\n      1  Zurich"),
           ("nowhere", "has nothing of this name"))
@@ -10735,7 +10792,7 @@ class ShellWordsTest(CloudCase):
     @each("line, is_secret",
         ("listZones name=x", False), ("list password", False), ("updateUser password=@file name=x", True),
         ('listZones "name', False), ("createTags tags[0].key=env tags[0].value=prod", False),
-        ("registerUserData userdata=@init.yaml", True), ("x name=own-secret", True),
+        ("registerUserData userdata=@init.yaml", True), ("x name=own-hush", True),
         ("updateUser id=1 password=geheim", True), ("updateUser PASSWORD=@@x", True), ("x usersecretkey='y'", True),
         ('x "password=y', True), ("x password = y", True), ("x pass\\word=y", True), ("password: y", True),
         ('{"secret": "y"}', True), ("createTags tags[0].key=password tags[0].value=y", True),
@@ -10743,7 +10800,7 @@ class ShellWordsTest(CloudCase):
         ("http://h/api?command=x&signature=y", True),
     )
     def test_a_line_with_a_secret_is_not_remembered(self, line, is_secret):
-        client = cs.CloudStack(self.cloud.endpoint, key="own-key", secret="own-secret")
+        client = cs.CloudStack(self.cloud.endpoint, key="own-key", secret="own-hush")
         self.assertEqual(is_secret, cs._holds_secret(line, [client]))
 
 
