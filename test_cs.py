@@ -120,6 +120,12 @@ def setUpModule():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def tearDownModule():
+    """End what tests left running, and say so."""
+    left = [(child.args, child.end())[0] for child in list(Child.running)]
+    assert not left, f"left running: {left}"
+
+
 def clean_environment(**extra):
     """This process's environment without anything that configures a client, plus what is given."""
     drop = ("CLOUDSTACK_", "XDG_CACHE_HOME", "NO_COLOR", "PYTHONWARNINGS", "PYTHONIOENCODING", "PYTHONUNBUFFERED",
@@ -10850,79 +10856,62 @@ class HouseTest(Case):
 
 
 # === [R] running the tests ============================================================================================
-# Two processes share the tests. Each writes how they went into a file, which the one that started them reads.
+# Two processes share the tests. Each writes a line of JSON about every test, which the one that started it reads.
 
-TEST_LIMIT = float(os.environ.get("CS_TEST_LIMIT") or 180)  # seconds for one test
+TEST_LIMIT = int(os.environ.get("CS_TEST_LIMIT") or 180)  # seconds for one test
 
 
 def name_of(test):
     return ".".join(test.id().split(".")[-2:])
 
 
-class Result(unittest.TextTestResult):
-    """Prints what fails as it comes, and keeps how each test went and how long it took."""
+class Result(unittest.TestResult):
+    """Writes of each test [outcome, name, seconds, why it was skipped], and to standard error what failed."""
 
-    def __init__(self, path, verbosity):
-        self.path, self.out = path, sys.stdout
-        super().__init__(unittest.runner._WritelnDecorator(self.out), False, verbosity)
-        self.outcomes = {"passed": [], "failed": [], "skipped": [], "reasons": []}
+    def __init__(self, out):
+        super().__init__()
+        self.out, self.since = out, time.monotonic()
 
     def startTest(self, test):
         self.settle()
-        self.name, self.since = name_of(test), time.monotonic()
         super().startTest(test)
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, TEST_LIMIT)
+        self.since = time.monotonic()
+        faulthandler.dump_traceback_later(TEST_LIMIT, exit=True, file=sys.__stderr__)
 
     def stopTest(self, test):
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        self.settle(name_of(test))
         super().stopTest(test)
+        faulthandler.cancel_dump_traceback_later()
+        self.settle(name_of(test))
 
     def settle(self, name=None):
-        """Print and count what became of a test; without a name, what a class or the module could not set up."""
-        bad = [("ERROR", *pair) for pair in self.errors] + [("FAIL", *pair) for pair in self.failures]
-        bad += [("FAIL", test, "It was not expected to pass.\n") for test in self.unexpectedSuccesses]
-        self.out.write("".join(f"\n{kind}: {test}\n{text}" for kind, test, text in bad))  # in one piece: two write here
-        self.outcomes["reasons"] += [reason for _, reason in self.skipped]
-        if name or bad:
-            outcome = "failed" if bad else "skipped" if self.skipped else "passed"
-            self.outcomes[outcome].append([name or str(bad[0][1]), time.monotonic() - self.since if name else 0])
+        """Write what became of a test; without a name, what a class or the module could not set up."""
+        bad = self.errors + self.failures + [(test, "It should not pass.\n") for test in self.unexpectedSuccesses]
+        sys.__stderr__.write("".join(f"\nFAIL: {test}\n{text}" for test, text in bad))  # at once: two write here
+        outcome = "failed" if bad else "skipped" if self.skipped else "passed"
+        for test, text in (bad + self.skipped + [(name, "")] if name else bad)[:1]:
+            reason = text if outcome == "skipped" else ""
+            print(json.dumps([outcome, name or str(test), time.monotonic() - self.since, reason]), file=self.out)
         for found in (self.errors, self.failures, self.unexpectedSuccesses, self.skipped):
             del found[:]
 
-    def give_up(self, number, _):
-        """End this process at once: a test takes too long, or another process has failed."""
-        if number != signal.SIGTERM:
-            print(f"\n{self.name} did not end:", file=self.out, flush=True)
-            faulthandler.dump_traceback(self.out)
-            self.outcomes["failed"].append([self.name + " did not end; the tests after it were not run", TEST_LIMIT])
-        self.close()
-        os._exit(1)
 
-    def close(self):
-        """Write the outcomes down, after ending the processes that tests left running."""
+def run_part(given, number, count):
+    """Run every test whose place is this number, counted by `count`."""
+
+    def end(*_):
         for child in Child.running:
             end_group(child.pid)
-        with open(self.path, "w", encoding="utf-8") as file:
-            json.dump(self.outcomes, file)
+        os._exit(1)
 
-
-def run_part(parser, path, number, count, argv):
-    """Run every test whose place is this number, counted by `count`."""
-    given = parser.parse_args(argv)
-    warnings.simplefilter("default")
-    result = Result(path, 2 if given.verbose else 1)
-    result.failfast = given.failfast
-    for name in ("SIGALRM", "SIGTERM"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), result.give_up)
-    unittest.TestSuite(chosen_tests(given.words)[int(number)::int(count)]).run(result)
-    result.settle()
-    result.outcomes["failed"] += [["left running: " + " ".join(child.args), 0] for child in Child.running]
-    result.close()
-    return 1 if result.outcomes["failed"] else 0
+    signal.signal(signal.SIGTERM, end)
+    with open(os.dup(1), "w", buffering=1) as out:
+        os.dup2(2, 1)  # for what tests print
+        warnings.simplefilter("default")
+        result = Result(out)
+        result.failfast = given.failfast
+        unittest.TestSuite(chosen_tests(given.words)[number::count]).run(result)
+        result.settle()
+    return 0
 
 
 def chosen_tests(words):
@@ -10931,51 +10920,33 @@ def chosen_tests(words):
             if not words or any(word.lower() in name_of(test).lower() for word in words)]
 
 
-def run_parts(argv, count, failfast):
-    """Run the tests in so many processes; how they went, as Result.outcomes."""
-    folder, parts = tempfile.mkdtemp(prefix="cs-tests-"), []
-    env, outcomes = dict(os.environ, TMPDIR=folder), collections.defaultdict(list)
+def run_parts(given, argv, count):
+    """Run the tests in so many processes, and print how they go; what the processes wrote about them."""
+    told, parts, (receiver, sender) = [], [], os.pipe()
+    env = dict(os.environ, TMPDIR=tempfile.mkdtemp(prefix="cs-tests-"))
     if sys.getfilesystemencoding().replace("-", "").lower() != "utf8":  # as Python 3.7 and later do it themselves
         env["LC_ALL"] = "en_US.UTF-8" if sys.platform == "darwin" else "C.UTF-8"
-    command = [sys.executable, *subprocess._args_from_interpreter_flags(), sys.modules["__main__"].__file__, "--part"]
-    paths = [os.path.join(folder, f"part-{number}") for number in range(count)]
+    command = [sys.executable, *subprocess._args_from_interpreter_flags(), sys.modules["__main__"].__file__]
     try:
-        for number, path in enumerate(paths):
-            words = [*command, path, str(number), str(count), *argv]
-            parts.append(subprocess.Popen(words, stdin=subprocess.DEVNULL, env=env))
-        while None in [part.poll() for part in parts] and not (failfast and any(part.returncode for part in parts)):
-            time.sleep(0.05)
+        for number in range(count):
+            words = [*command, f"--part={number}/{count}", *argv]
+            parts.append(subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=sender, env=env))
+        os.close(sender)
+        with open(receiver) as lines:
+            for line in lines:
+                told.append(json.loads(line))
+                print("{:8} {}\n".format(*told[-1]) if given.verbose else ".", end="", flush=True)
+        told += [["failed", "a process that ran tests ended too early", 0, ""] for part in parts if part.wait()]
     finally:
         for part in parts:
             part.terminate()
             part.wait()
-        for path in paths:
-            if os.path.exists(path):
-                with open(path, encoding="utf-8") as file:
-                    for outcome, tests in json.load(file).items():
-                        outcomes[outcome] += tests
-            else:
-                outcomes["failed"].append(["a process that ran tests ended too early", 0])
-        shutil.rmtree(folder, True)
-    return outcomes
-
-
-def report(outcomes):
-    """Print the slowest tests, and those that failed or were skipped; the numbers."""
-    timed = [test for outcome in ("passed", "failed", "skipped") for test in outcomes[outcome]]
-    print("\n\nThe slowest:")
-    for name, seconds in sorted(timed, key=lambda test: -test[1])[:10]:
-        print(f"{seconds:7.2f} s  {name}")
-    for reason in sorted(set(outcomes["reasons"])):
-        print("skipped: " + reason)
-    for name, _ in outcomes["failed"]:
-        print("FAIL: " + name)
-    return [len(outcomes[outcome]) for outcome in ("passed", "failed", "skipped")]
+        shutil.rmtree(env["TMPDIR"], True)
+    return told
 
 
 def run_tests(argv):
     """Run the tests as the words say. Returns the exit code."""
-    sys.stdout = io.TextIOWrapper(sys.stdout.detach(), sys.stdout.encoding, "backslashreplace", line_buffering=True)
     parser = argparse.ArgumentParser(
         usage="test_cs.py [-v] [-x] [WORD ...]\n       test_cs.py sandbox [OPTION ...] [COMMAND [name=value ...]]",
         formatter_class=wide_help, description="""
@@ -10986,28 +10957,38 @@ sandbox: run cs.py against a small simulated cloud; `test_cs.py sandbox --help` 
 CS_TEST_LIMIT=SECONDS: how long one test may take (180). CS_ATTACK_RUNS=N: how many broken connections to try (160).
 CS_TEST_SEED=N: the seed of what is drawn, to repeat a failure.""")
     parser.add_argument("-v", "--verbose", action="store_true", help="name each test")
-    parser.add_argument("-x", "--failfast", action="store_true", help="stop at the first failure")
+    parser.add_argument("-x", "--failfast", action="store_true", help="stop at the first failure (one process)")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("words", nargs="*", metavar="WORD", help="a part of a test's name")
-    if argv[:1] == ["--part"]:
-        return run_part(parser, *argv[1:4], argv[4:])
     given, begun = parser.parse_args(argv), time.time()
+    if given.part:
+        return run_part(given, *map(int, given.part.split("/")))
     if not chosen_tests(given.words):
         print("no test has a name with " + " or ".join(given.words) + "\n0 passed, 1 failed")
         return 1
     end_on_signals()
     try:
-        passed, failed, skipped = report(run_parts(argv, 1 if given.words else 2, given.failfast))
+        told = run_parts(given, argv, 1 if given.words or given.failfast else 2)
     except KeyboardInterrupt:
         return 130
+    print("\n\nThe slowest:")
+    for _, name, seconds, _ in sorted(told, key=lambda row: -row[2])[:10]:
+        print(f"{seconds:7.2f} s  {name}")
+    print("".join(sorted({f"skipped: {reason}\n" for _, _, _, reason in told if reason})
+                  + [f"FAIL: {name}\n" for outcome, name, _, _ in told if outcome == "failed"]), end="")
+    count = collections.Counter(outcome for outcome, _, _, _ in told)
     print(f"Python {sys.version.split()[0]}, {time.time() - begun:.1f} s")
-    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
-    return 1 if failed else 0
+    skipped = f", {count['skipped']} skipped" if count["skipped"] else ""
+    print(f"{count['passed']} passed, {count['failed']} failed{skipped}")
+    return 1 if count["failed"] else 0
 
 
 SAMPLE = """
 import sys, time, unittest
 sys.path.insert(0, {folder!r})
 import test_cs
+
+tearDownModule = test_cs.tearDownModule
 
 class SampleTest(unittest.TestCase):
     def test_1_passes(self):
@@ -11034,9 +11015,10 @@ if __name__ == "__main__":
 
 class RunnerTest(Case):
     @each("words, code, last, says",
-          ("sampleTEST.test_1 TEST_2 test_3", 1, "2 passed, 2 failed", ["FAIL: left running: ", "row=1", "number=2"]),
+          ("sampleTEST.test_1 TEST_2 test_3", 1, "2 passed, 2 failed", ["left running: ", "row=1", "number=2"]),
           ("-x test_1 test_3 test_4", 1, "1 passed, 1 failed", ["AssertionError: 1 != 2 : z\\xfcrich"]),
-          ("-v test_1 test_4", 1, "1 passed, 1 failed", ["test_1_passes (", "sample.py\", line 20 in test_4_hangs"]),
+          ("-v test_1 test_4", 1, "1 passed, 1 failed", [
+              "passed   SampleTest.test_1_passes", "ended too early", "sample.py\", line 22 in test_4_hangs"]),
           ("__main__", 1, "0 passed, 1 failed", ["no test has a name with __main__"]))
     def test_what_it_says_and_returns(self, words, code, last, says):
         program = self.write("sample.py", SAMPLE.format(folder=os.path.dirname(CS_PATH)))
