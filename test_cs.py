@@ -25,12 +25,11 @@ simulator: CloudCase, whose `good`, `fails` and `usage` run it in this process, 
 else that needs files or an environment: Case. What has an answer for each of many values is one table, each of whose
 rows `@each` gives a setUp of its own; a question that a table asks is asked nowhere else.
 
-To give it another command: `_list(...)` is one line for a command that lists a table; for any other write a function
-under `@command(name, parameters, description, table)`, which is given the Call and returns the answer, or, with
-job=True, a generator that returns the job's result (`held` for one on a single row). A parameter that is no string, or
-needs more words than its name, gets an entry in _TYPES or _TEXTS; a new table one in TABLES. What the server refuses is
-`require(condition, text, code)`, or an ApiError that is raised. listApis and the checks of parameters come out of the
-same words.
+To give it another command: `_list(...)` is one line for a command that lists a table, `_machine_job(...)` one for a job
+that changes a machine's state; for any other write a function under `@command(name, parameters, description, table)`,
+which is given the Call and returns the answer, or, with job=True, a generator that returns the job's result. A
+parameter that is no string, or needs more words than its name, gets an entry in _TYPES or _TEXTS. What the server
+refuses is `require(condition, text, code)`. listApis and the checks of parameters come out of the same words.
 
 To give it another fault: for the next requests `Simulator.script` says what happens (an Answer of any kind, a callable
 that may also sleep before the command runs, DROP, RUN_THEN_DROP); a way to be wrong for as long as it is wanted is
@@ -126,12 +125,11 @@ def tearDownModule():
     assert not left, f"left running: {left}"
 
 
-def clean_environment(**extra):
-    """This process's environment without anything that configures a client, plus what is given."""
-    drop = ("CLOUDSTACK_", "XDG_CACHE_HOME", "NO_COLOR", "PYTHONWARNINGS", "PYTHONIOENCODING", "PYTHONUNBUFFERED",
-            "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "FTP_PROXY")
-    kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(drop)}
-    return dict(kept, PYTHONDONTWRITEBYTECODE="1", **extra)
+def clean_environment(*drop, **extra):
+    """This process's environment without settings of a client, proxies, and names to drop; plus what is given."""
+    kept = {name: value for name, value in os.environ.items() if name not in drop
+            and not name.upper().startswith("CLOUDSTACK_") and not name.upper().endswith("_PROXY")}
+    return dict(kept, **extra)
 
 
 def run(coroutine):
@@ -229,7 +227,9 @@ class Case(unittest.TestCase):
     def setUp(self):
         self.home = tempfile.mkdtemp(prefix="cs-test-")
         self.addCleanup(shutil.rmtree, self.home, True)
-        patched = mock.patch.dict(os.environ, clean_environment(HOME=self.home), clear=True)
+        environment = clean_environment("XDG_CACHE_HOME", "NO_COLOR", "PYTHONWARNINGS", "PYTHONIOENCODING",
+                                        "PYTHONUNBUFFERED", HOME=self.home, PYTHONDONTWRITEBYTECODE="1")
+        patched = mock.patch.dict(os.environ, environment, clear=True)
         patched.start()
         self.addCleanup(patched.stop)
         self.addCleanup(os.chdir, os.getcwd())
@@ -482,10 +482,8 @@ class ProtocolCase(unittest.TestCase):
                     value = call(client)
                     if hasattr(value, "__next__"):  # asyncio.iscoroutine takes a generator for one before 3.12
                         value = list(value)
-                    elif hasattr(value, "__aiter__"):
-                        value = run(self._gather(value))
-                    elif asyncio.iscoroutine(value):
-                        value = run(value)
+                    elif hasattr(value, "__aiter__") or asyncio.iscoroutine(value):
+                        value = run(rows_out_of(value))
                     played.value = value
                 except Exception as error:
                     played.error = error
@@ -493,10 +491,6 @@ class ProtocolCase(unittest.TestCase):
                     if isinstance(client, cs.AIOCloudStack):
                         client._forget()
         return played
-
-    @staticmethod
-    async def _gather(rows):
-        return [row async for row in rows]
 
 
 NEVER = {"expiration": -1}
@@ -528,18 +522,6 @@ def a_while_later(seconds, item):
         return item(played, request) if callable(item) else item
 
     return later
-
-
-def scripted(items):
-    """An _exchange that gives the items of a list, one a request."""
-
-    def exchange(request):
-        item = items.pop(0)
-        if isinstance(item, BaseException):
-            raise item
-        return item
-
-    return exchange
 
 
 async def rows_out_of(outcome):
@@ -1495,12 +1477,9 @@ def schema():
 
 
 def _api(spec, tables):
-    related = [other.name for other in COMMANDS.values() if other.entity == spec.entity and other is not spec]
     response = _response_fields(spec.entity, tables[spec.entity] or [{"success": True, "displaytext": ""}])
-    return without_none(
-        name=spec.name, description=spec.description, isasync=spec.job, params=spec.parameters,
-        related=",".join(related) or None, response=response + (_JOB_FIELDS if spec.job else []) + [{}],
-        httprequesttype="GET" if is_reading(spec.name) else "POST")
+    return {"name": spec.name, "description": spec.description, "isasync": spec.job, "params": spec.parameters,
+            "response": response + (_JOB_FIELDS if spec.job else []) + [{}]}  # the server ends it so
 
 
 @command("listApis", "name", "Lists the commands that the caller may use.", "api")
@@ -1860,13 +1839,6 @@ class Sandbox(Simulator):
         super().receive(record)
 
 
-def sandbox_environment(**more):
-    """The environment without what would lead cs.py elsewhere: its own settings and proxies."""
-    kept = {name: value for name, value in os.environ.items()
-            if not name.upper().startswith("CLOUDSTACK_") and not name.lower().endswith("_proxy")}
-    return dict(kept, **more)
-
-
 def sandbox(argv):
     """Carry out `sandbox ...`; returns the exit code."""
     parser = sandbox_parser()
@@ -1883,7 +1855,7 @@ def sandbox(argv):
         with tempfile.TemporaryDirectory(prefix="cs-sandbox-") as home:
             settings = {"CLOUDSTACK_ENDPOINT": simulator.endpoint, "CLOUDSTACK_KEY": simulator.key,
                         "CLOUDSTACK_SECRET": simulator.secret, "XDG_CACHE_HOME": home}
-            with mock.patch.dict(os.environ, sandbox_environment(**settings), clear=True):
+            with mock.patch.dict(os.environ, clean_environment(**settings), clear=True):
                 cs.main(["--sync", "-q"])
             vars(simulator).update(
                 given.fault, job_seconds=given.job_seconds, latency=given.latency, fails=given.fail)
@@ -1902,7 +1874,7 @@ def end_on_signals():
 
 def run_command(argv, settings):
     """Run cs.py's command line as a process of its own; Ctrl-C is the child's to answer."""
-    child = subprocess.Popen([sys.executable, CS_PATH] + argv, env=sandbox_environment(**settings))
+    child = subprocess.Popen([sys.executable, CS_PATH] + argv, env=clean_environment(**settings))
     try:
         while child.returncode is None:
             with contextlib.suppress(KeyboardInterrupt):
@@ -3704,7 +3676,7 @@ class JobsTest(ProtocolCase):
             self.assertEqual(jobid, getattr(caught.exception, "jobid", None), kind)
 
     def test_ctrl_c_between_two_polls_carries_it_too(self):
-        client = answered_by(scripted([SUBMITTED, PENDING]))
+        client = answered_by(mock.Mock(side_effect=[SUBMITTED, PENDING]))
         with mock.patch.object(cs, "_sleep", side_effect=KeyboardInterrupt):
             with self.assertRaises(KeyboardInterrupt) as caught:
                 started()(client)
