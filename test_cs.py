@@ -10831,6 +10831,7 @@ class HouseTest(Case):
 # Two processes share the tests. Each writes a line of JSON about every test, which the one that started it reads.
 
 TEST_LIMIT = int(os.environ.get("CS_TEST_LIMIT") or 180)  # seconds for one test
+STOP = getattr(signal, "SIGUSR1", signal.SIGTERM)  # ends a process; SIGTERM is left to the tests where it can be
 
 
 def name_of(test):
@@ -10875,7 +10876,7 @@ def run_part(given, number, count):
             end_group(child.pid)
         os._exit(1)
 
-    signal.signal(signal.SIGTERM, end)
+    signal.signal(STOP, end)
     with open(os.dup(1), "w", buffering=1) as out:
         os.dup2(2, 1)  # for what tests print
         warnings.simplefilter("default")
@@ -10908,10 +10909,11 @@ def run_parts(given, argv, count):
             for line in lines:
                 told.append(json.loads(line))
                 print("{:8} {}\n".format(*told[-1]) if given.verbose else ".", end="", flush=True)
-        told += [["failed", "a process that ran tests ended too early", 0, ""] for part in parts if part.wait()]
+        told += [["failed", f"a process that ran tests ended too early: {part.returncode}", 0, ""]
+                 for part in parts if part.wait()]
     finally:
         for part in parts:
-            part.terminate()
+            part.send_signal(STOP)
             part.wait()
         shutil.rmtree(env["TMPDIR"], True)
     return told
