@@ -1235,16 +1235,14 @@ _TEMPLATE_FILTERS = "featured self selfexecutable sharedexecutable executable co
 
 def visible(call, rows):
     """Those of the rows of owned things that the call is about."""
-    user, project, wanted = call.user, call.get("projectid"), dict(call.user.owner)
+    user, project = call.user, call.get("projectid")
     if project:
         return [row for row in rows if "projectid" in row and project in ("-1", row["projectid"])
                 and (user.admin or row["domainid"] == user.owner["domainid"])]
-    if user.admin:
-        wanted = {name: call.args[name] for name in ("account", "domainid") if name in call.args}
-        if not wanted and not call.get("listall"):
-            wanted = user.owner
-    names = [name for name in ("account", "domainid") if name in wanted]
-    return [row for row in rows if "projectid" not in row and all(row[name] == wanted[name] for name in names)]
+    wanted = {name: call.args[name] for name in ("account", "domainid") if name in call.args}
+    if not user.admin or not (wanted or call.get("listall")):
+        wanted = {name: user.owner[name] for name in ("account", "domainid")}
+    return [row for row in rows if "projectid" not in row and all(row[name] == wanted[name] for name in wanted)]
 
 
 def select(call, rows):
@@ -10903,7 +10901,8 @@ def run_parts(given, argv, count):
     try:
         for number in range(count):
             words = [*command, f"--part={number}/{count}", *argv]
-            parts.append(subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=sender, env=env))
+            parts.append(subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=sender, env=env,
+                                          start_new_session=True))  # Ctrl-C is for this process, which then stops them
         os.close(sender)
         with open(receiver) as lines:
             for line in lines:
