@@ -353,7 +353,8 @@ def main():
     print("seed %d, hypothesis %s, Python %s" % (options.seed, hypothesis.__version__, sys.version.split()[0]))
     with SIMULATOR, tempfile.TemporaryDirectory(prefix="cs-fuzz-") as home:
         os.chdir(home)
-        with mock.patch.dict(os.environ, test_cs.clean_environment(HOME=home), clear=True):
+        environment = test_cs.clean_environment("XDG_CACHE_HOME", "NO_COLOR", HOME=home)
+        with mock.patch.dict(os.environ, environment, clear=True):
             failed = sum([not run_property(name, options, options.seconds / len(chosen)) for name in chosen])
         os.chdir(HERE)
     print("%d of %d properties held" % (len(chosen) - failed, len(chosen)))

@@ -46,7 +46,7 @@ except ImportError:
     own.run_with("coverage==7.17.3")
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-NEEDLESS = "Simulator|Sandbox|Switches|Runner|Running"  # tests that do not touch cs.py, or run what other tests run
+NEEDLESS = "Simulator|Sandbox|Runner"  # tests that do not touch cs.py, or run what other tests run
 SLOWER = 5  # a mutant may take so many times what its tests take without it, and LIMIT seconds more
 LIMIT = 20
 
@@ -108,7 +108,7 @@ Mutant = collections.namedtuple("Mutant", "kind line start end text")
 SWAPS = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==", ast.Is: "is not",
          ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in"}
 OPERATORS = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*"}
-REDACTIONS = re.compile(r"_?(mask|shown|printable|quotable|escape)[a-z_]*\Z")
+REDACTIONS = re.compile("mask|redact|hid|shown|printable|quotable|escape")  # one is in the name of what hides something
 
 
 class Finder(ast.NodeVisitor):
@@ -208,17 +208,16 @@ class Finder(ast.NodeVisitor):
 
     def visit_Call(self, node):
         self.generic_visit(node)
-        name = self.text(node.func)
-        if name.startswith(("_SECRET", "_UNPRINTABLE")) and name.endswith(".sub"):
-            self.add("redaction", node, self.text(node.args[1]))
-        elif name.endswith((".masked_url", ".masked_params")):
+        name, given = self.text(node.func), [self.text(argument) for argument in node.args]
+        if re.match(r"_?[A-Z_]*(SECRET|PRINTABLE)[A-Z_]*\.sub\Z", name):
+            self.add("redaction", node, given[1])
+        elif ".masked_" in name and not given:
             self.add("redaction", node, name.replace(".masked_", "."))
-        elif name.endswith("all_secrets"):
+        elif name.endswith("secrets") and not given:
             self.add("redaction", node, "[]")
-        elif REDACTIONS.match(name) and len(node.args) in (1, 2):
-            texts = ", ".join(map(self.text, node.args))
-            self.add("redaction", node, '"{}: {}".format(%s)' % texts if name.endswith("_header") else
-                     "(%s)" % self.text(node.args[0]))
+        elif "." not in name and REDACTIONS.search(name) and len(given) in (1, 2):
+            header = '"{}: {}".format(%s)' % ", ".join(given)
+            self.add("redaction", node, header if name.endswith("_header") else "(%s)" % given[0])
 
     def visit_IfExp(self, node):
         self.condition(node)
@@ -442,6 +441,8 @@ def main():
         found = [mutant for mutant in Finder(source.text).found if wanted(mutant, source, options)]
         chosen = sample([mutant for mutant in found if not options.kind or mutant.kind in options.kind], options)
         print("%d of %d mutants, seed %d" % (len(chosen), len(found), options.seed), flush=True)
+        if not chosen:
+            raise SystemExit("mutate.py: no such mutant; has a section, or what marks a redaction, another name now?")
         if options.list:
             print("\n".join("%s, line %d\n%s" % (each.kind, each.line, source.show(each)) for each in chosen))
             return 0
