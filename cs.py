@@ -93,30 +93,13 @@ __all__ = [
 
 __version__ = "6.0.0"
 
-# Public names are annotated; setup.py generates the wheel's type stubs from them.
+# Public functions are annotated; setup.py makes the wheel's type stub of them, which says more.
 TYPE_CHECKING = False  # type checkers take it for true; importing typing costs milliseconds
 if TYPE_CHECKING:
-    import datetime
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
-    from os import PathLike
-    from typing import Any, Protocol
+    from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+    from typing import Any
 
     from typing_extensions import Self  # type checkers bring it along
-
-    # What settings may be given as: the string of an ini file, too, and None for the default.
-    _Text = str | bytes | None
-    _Number = float | str | None
-    _Flag = bool | str | None
-    _Path = str | bytes | PathLike[str] | PathLike[bytes]
-    _CaPath = _Path | bool | None
-    _PemPath = _Path | tuple[_Path, _Path] | None
-
-    class _Method(Protocol):
-        def __call__(self, **params: Any) -> Any: ...
-
-    class _AsyncMethod(Protocol):
-        def __call__(self, **params: Any) -> Coroutine[Any, Any, Any]: ...
-
 
 # Tests replace these two: the clock that measures every duration, and the sleep between two steps.
 _clock = time.monotonic
@@ -338,39 +321,15 @@ class CloudStack:
     Raises ValueError, before anything is sent, for what cannot be sent; else CloudStackException.
     """
 
-    on_event: "Callable[[Any], object] | None" = None
-
-    # The settings that are attributes, as they read; verify and cert are properties.
-    endpoint: str
-    key: "str | None"
-    secret: "str | None"
-    timeout: float
-    method: str
-    name: "str | None"
-    retry: int
-    retry_backoff: float
-    job_timeout: "float | None"
-    poll_interval: float
-    expiration: "datetime.timedelta"
-    trace: bool
-    headers: "dict[str, Any]"
-    session: "Any"
-    fetch_result: bool
-    _settings: "dict[str, Any]"
+    on_event: "Any" = None
 
     def __init__(
-        self, endpoint: "str | bytes", key: "_Text" = None, secret: "_Text" = None,
-        timeout: "_Number" = 10, method: "str | None" = "get", verify: "_CaPath" = None,
-        cert: "_PemPath" = None, cert_key: "_Path | None" = None, name: "_Text" = None,
-        retry: "_Number" = 0, retry_backoff: "_Number" = 0.5, job_timeout: "_Number" = None,
-        poll_interval: "_Number" = 2.0, expiration: "_Number | datetime.timedelta" = 600,
-        trace: "_Flag" = False, dangerous_no_tls_verify: "_Flag" = False,
-        headers: "Mapping[str, Any] | None" = None, session: "Any" = None,
-        fetch_result: "_Flag" = False, *, theme: object = None, output: object = None,
-        username: "_Text" = None, password: "_Text" = None, domain: "_Text" = None,
-        concurrency: "_Number" = 128, max_response_size: "_Number" = 256 * 1024 * 1024,
-        recover: "_Flag" = False
-    ) -> None:  # fmt: skip
+        self, endpoint, key=None, secret=None, timeout=10, method="get", verify=None, cert=None,
+        cert_key=None, name=None, retry=0, retry_backoff=0.5, job_timeout=None, poll_interval=2.0,
+        expiration=600, trace=False, dangerous_no_tls_verify=False, headers=None, session=None,
+        fetch_result=False, *, theme=None, output=None, username=None, password=None, domain=None,
+        concurrency=128, max_response_size=256 * 1024 * 1024, recover=False
+    ):  # fmt: skip
         # theme and output are the command line's; read_config() returns them all the same.
         given: Any = locals()
         self._by_process: Any = {}
@@ -401,7 +360,7 @@ class CloudStack:
         else:
             object.__setattr__(self, name, value)
 
-    def __getattr__(self, name: str) -> "_Method":
+    def __getattr__(self, name):
         """Return a command, or a setting: neither is in the instance's dict."""
         if name in _ATTRIBUTES:
             return self._settings[name]
@@ -422,24 +381,16 @@ class CloudStack:
         return dict(self.__dict__, _settings=dict(self._settings), _by_process={})
 
     @property
-    def verify(self) -> "bool | str":
+    def verify(self):
         """True, or the path of the CA certificates, or False.
 
         False only if dangerous_no_tls_verify is set and there is no path."""
         return _tls_files(*[self._settings[name] for name in _TLS_SETTINGS])[0]
 
-    @verify.setter
-    def verify(self, value: "_CaPath") -> None:
-        self.set_setting("verify", value)  # not reached: __setattr__ comes first
-
     @property
-    def cert(self) -> "str | tuple[str, str] | None":
+    def cert(self):
         """The client certificate's path, or a pair with its key's."""
         return _tls_files(*[self._settings[name] for name in _TLS_SETTINGS])[1]
-
-    @cert.setter
-    def cert(self, value: "_PemPath") -> None:
-        self.set_setting("cert", value)
 
     def _request(
         self, command: str, json=True, opcode_name="command", fetch_list=False, headers=None,
@@ -687,17 +638,6 @@ class AIOCloudStack(CloudStack):
     Jobs are waited for unless fetch_result=False. Exchanges run in at most `concurrency` threads
     of its own; waiting holds none. It is tied to no event loop. `async with` or `await aclose()`
     end a session and close connections, and may be left out."""
-
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> _AsyncMethod: ...
-
-        async def wait_job(self, jobid: str, **options: Any) -> Any: ...
-
-        async def call(
-            self, command: str, params: Mapping[str, Any] | None = None, *,
-            pages: bool | None = None, wait: bool | None = None, **options: Any
-        ) -> Any: ...  # fmt: skip
 
     # The same constructor, but for one default.
     _code: "Any" = CloudStack.__init__

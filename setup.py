@@ -20,6 +20,100 @@ def version():
     return re.search(r'^__version__ = "([^"]+)"', read("cs.py"), re.MULTILINE).group(1)
 
 
+# What the stub says beside the annotated functions of cs.py: at its head, and at the beginning of classes.
+STUB_HEAD = """\
+import datetime
+from collections.abc import Callable, Coroutine
+from os import PathLike
+from typing import NamedTuple, Protocol
+
+# What settings may be given as: the string of an ini file, too, and None for the default.
+_Text = str | bytes | None
+_Number = float | str | None
+_Flag = bool | str | None
+_Path = str | bytes | PathLike[str] | PathLike[bytes]
+_CaPath = _Path | bool | None
+_PemPath = _Path | tuple[_Path, _Path] | None
+
+class _Method(Protocol):
+    def __call__(self, **params: Any) -> Any: ...
+
+class _AsyncMethod(Protocol):
+    def __call__(self, **params: Any) -> Coroutine[Any, Any, Any]: ...
+
+class Sent(NamedTuple):
+    request: Request
+
+class Answered(NamedTuple):
+    request: Request
+    response: Any
+    seconds: float
+
+class Failed(NamedTuple):
+    request: Request
+    error: CloudStackException
+    seconds: float
+
+class Rows(NamedTuple):
+    command: str
+    seen: int
+    total: int | None
+
+class Waiting(NamedTuple):
+    command: str
+    jobid: str
+    seconds: float
+"""
+CONSTRUCTOR = """\
+    def __init__(
+        self, endpoint: str | bytes, key: _Text = None, secret: _Text = None, timeout: _Number = 10,
+        method: str | None = "get", verify: _CaPath = None, cert: _PemPath = None, cert_key: _Path | None = None,
+        name: _Text = None, retry: _Number = 0, retry_backoff: _Number = 0.5, job_timeout: _Number = None,
+        poll_interval: _Number = 2.0, expiration: _Number | datetime.timedelta = 600, trace: _Flag = False,
+        dangerous_no_tls_verify: _Flag = False, headers: Mapping[str, Any] | None = None, session: Any = None,
+        fetch_result: _Flag = False, *, theme: object = None, output: object = None, username: _Text = None,
+        password: _Text = None, domain: _Text = None, concurrency: _Number = 128,
+        max_response_size: _Number = 256 * 1024 * 1024, recover: _Flag = False
+    ) -> None: ...
+"""
+STUB_CLASSES = {
+    "CloudStack": CONSTRUCTOR + """\
+    on_event: Callable[[Any], object] | None
+    endpoint: str
+    key: str | None
+    secret: str | None
+    timeout: float
+    method: str
+    @property
+    def verify(self) -> bool | str: ...
+    @verify.setter
+    def verify(self, value: _CaPath) -> None: ...
+    @property
+    def cert(self) -> str | tuple[str, str] | None: ...
+    @cert.setter
+    def cert(self, value: _PemPath) -> None: ...
+    name: str | None
+    retry: int
+    retry_backoff: float
+    job_timeout: float | None
+    poll_interval: float
+    expiration: datetime.timedelta
+    trace: bool
+    headers: dict[str, Any]
+    session: Any
+    fetch_result: bool
+    def __getattr__(self, name: str) -> _Method: ...
+""",
+    "AIOCloudStack": CONSTRUCTOR.replace("fetch_result: _Flag = False", "fetch_result: _Flag = True") + """\
+    def __getattr__(self, name: str) -> _AsyncMethod: ...
+    async def wait_job(self, jobid: str, **options: Any) -> Any: ...
+    async def call(
+        self, command: str, params: Mapping[str, Any] | None = None, *, pages: bool | None = None,
+        wait: bool | None = None, **options: Any
+    ) -> Any: ...
+""",
+}
+
 # A definition's text up to the line that ends its signature, and that line's comment.
 HEAD = re.compile(r"(.*?:)(  #[^\n]*)?\n", re.DOTALL)
 
@@ -27,44 +121,37 @@ HEAD = re.compile(r"(.*?:)(  #[^\n]*)?\n", re.DOTALL)
 def declarations(lines, body, in_class=False):
     """Yield the lines of a stub: the public names of a module or a class, without what they do.
 
-    Only annotated functions count; in a class a subclass inherits the others. What is under TYPE_CHECKING stands in the
-    stub as it is. The text is the source's own: Python 3.6 cannot write one from a syntax tree."""
+    Only annotated functions count; in a class a subclass inherits the others. The imports for type checkers stand in
+    the stub as they are. The text is the source's own: Python 3.6 cannot write one from a syntax tree."""
     for node in body:
         text = lines[node.lineno - 1]
         if isinstance(node, ast.If) and text.strip() == "if TYPE_CHECKING:":
-            yield from block(lines, node)
+            yield from ("".join(lines[node.lineno : last_line(node)]).replace("\n    ", "\n").lstrip(), STUB_HEAD)
         elif isinstance(node, ast.Assign):
             yield from constant(node)
         elif isinstance(node, ast.AugAssign):
             if node.target.id == "__all__":
                 yield text
         elif isinstance(node, ast.AnnAssign):
-            if not node.target.id.startswith("_"):
+            if node.target.id not in ("on_event", "__init__") and not node.target.id.startswith("_"):
                 yield text.rstrip().partition(" = ")[0] + "\n"
         elif isinstance(node, ast.ClassDef):
             if not node.name.startswith("_"):
-                yield "\n" + head(lines, node) + "\n"
+                yield "\n" + head(lines, node) + "\n" + STUB_CLASSES.get(node.name, "")
                 yield from list(declarations(lines, node.body, in_class=True)) or ["    ...\n"]
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             if node.returns is not None and (in_class or not node.name.startswith("_")):
                 yield head(lines, node, " ...") + "\n"
 
 
-def block(lines, node):
-    """Yield the lines below an `if`, as far out as the `if` itself."""
-    margin = " " * (node.col_offset + 4)
-    for line in lines[node.lineno :]:
-        if line.strip() and not line.startswith(margin):
-            break
-        yield line[4:] or "\n"
+def last_line(node):
+    """Return the number of the last line of an `if` whose body has simple statements only."""
+    return max(part.lineno for part in node.body)
 
 
 def constant(node):
-    """Yield a line for public names, or a dunder, that stand for something literal or for a named tuple."""
+    """Yield a line for public names, or a dunder, that stand for something literal."""
     names = [getattr(target, "id", "_") for target in node.targets]
-    if names[0][0] != "_" and getattr(getattr(node.value, "func", None), "attr", None) == "namedtuple":
-        yield names[0] + ": Any\n"
-        return
     try:
         value = ast.literal_eval(node.value)
     except ValueError:
@@ -87,13 +174,6 @@ def head(lines, node, body=""):
     return signature + body + (comment or "")
 
 
-def with_other_default(stub):
-    """Return the stub with AIOCloudStack's constructor: that of CloudStack, but for the default of fetch_result."""
-    init = re.search(r" +def __init__\([^)]*fetch_result(?:.|\n)*?\.\.\.[^\n]*\n", stub).group()
-    init = re.sub(r"(fetch_result: [^=]*= )\w+", r"\1True", init)
-    return re.sub(r"(class AIOCloudStack\(CloudStack\):\n)", lambda found: found.group() + init, stub)
-
-
 class SdistWithTests(sdist):
     """Put the tests into the source distribution, too."""
 
@@ -110,9 +190,8 @@ class BuildWithStub(build_py):
         if not getattr(self, "editable_mode", False):
             source = read("cs.py")
             self.mkpath(os.path.dirname(self.stub_path()))
-            stub = "".join(declarations(source.splitlines(True), ast.parse(source).body))
             with open(self.stub_path(), "w", encoding="utf-8", newline="\n") as file:
-                file.write(with_other_default(stub))
+                file.writelines(declarations(source.splitlines(True), ast.parse(source).body))
 
     def get_outputs(self, *args, **options):
         return super().get_outputs(*args, **options) + [self.stub_path()]
