@@ -327,7 +327,7 @@ class CloudStack:
         self, endpoint, key=None, secret=None, timeout=10, method="get", verify=None, cert=None,
         cert_key=None, name=None, retry=0, retry_backoff=0.5, job_timeout=None, poll_interval=2.0,
         expiration=600, trace=False, dangerous_no_tls_verify=False, headers=None, session=None,
-        fetch_result=False, *, theme=None, output=None, username=None, password=None, domain=None,
+        fetch_result=None, *, theme=None, output=None, username=None, password=None, domain=None,
         concurrency=128, max_response_size=256 * 1024 * 1024, recover=False
     ):  # fmt: skip
         # theme and output are the command line's; read_config() returns them all the same.
@@ -638,12 +638,6 @@ class AIOCloudStack(CloudStack):
     Jobs are waited for unless fetch_result=False. Exchanges run in at most `concurrency` threads
     of its own; waiting holds none. It is tied to no event loop. `async with` or `await aclose()`
     end a session and close connections, and may be left out."""
-
-    # The same constructor, but for one default.
-    _code: "Any" = CloudStack.__init__
-    __init__: "Any" = type(_code)(_code.__code__, globals(), "__init__")
-    __init__.__defaults__ = _code.__defaults__[:-1] + (True,)
-    __init__.__kwdefaults__ = _code.__kwdefaults__
 
     async def _request(  # type: ignore[override]
         self, command: str, json=True, **params: "Any"

@@ -64,20 +64,18 @@ class Waiting(NamedTuple):
     jobid: str
     seconds: float
 """
-CONSTRUCTOR = """\
+STUB_CLASSES = {
+    "CloudStack": """\
     def __init__(
         self, endpoint: str | bytes, key: _Text = None, secret: _Text = None, timeout: _Number = 10,
         method: str | None = "get", verify: _CaPath = None, cert: _PemPath = None, cert_key: _Path | None = None,
         name: _Text = None, retry: _Number = 0, retry_backoff: _Number = 0.5, job_timeout: _Number = None,
         poll_interval: _Number = 2.0, expiration: _Number | datetime.timedelta = 600, trace: _Flag = False,
         dangerous_no_tls_verify: _Flag = False, headers: Mapping[str, Any] | None = None, session: Any = None,
-        fetch_result: _Flag = False, *, theme: object = None, output: object = None, username: _Text = None,
+        fetch_result: _Flag = ..., *, theme: object = None, output: object = None, username: _Text = None,
         password: _Text = None, domain: _Text = None, concurrency: _Number = 128,
         max_response_size: _Number = 256 * 1024 * 1024, recover: _Flag = False
     ) -> None: ...
-"""
-STUB_CLASSES = {
-    "CloudStack": CONSTRUCTOR + """\
     on_event: Callable[[Any], object] | None
     endpoint: str
     key: str | None
@@ -104,7 +102,7 @@ STUB_CLASSES = {
     fetch_result: bool
     def __getattr__(self, name: str) -> _Method: ...
 """,
-    "AIOCloudStack": CONSTRUCTOR.replace("fetch_result: _Flag = False", "fetch_result: _Flag = True") + """\
+    "AIOCloudStack": """\
     def __getattr__(self, name: str) -> _AsyncMethod: ...
     async def wait_job(self, jobid: str, **options: Any) -> Any: ...
     async def call(
@@ -133,7 +131,7 @@ def declarations(lines, body, in_class=False):
             if node.target.id == "__all__":
                 yield text
         elif isinstance(node, ast.AnnAssign):
-            if node.target.id not in ("on_event", "__init__") and not node.target.id.startswith("_"):
+            if node.target.id != "on_event" and not node.target.id.startswith("_"):
                 yield text.rstrip().partition(" = ")[0] + "\n"
         elif isinstance(node, ast.ClassDef):
             if not node.name.startswith("_"):
