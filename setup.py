@@ -64,8 +64,7 @@ class Waiting(NamedTuple):
     jobid: str
     seconds: float
 """
-STUB_CLASSES = {
-    "CloudStack": """\
+CONSTRUCTOR = """\
     def __init__(
         self, endpoint: str | bytes, key: _Text = None, secret: _Text = None, timeout: _Number = 10,
         method: str | None = "get", verify: _CaPath = None, cert: _PemPath = None, cert_key: _Path | None = None,
@@ -76,6 +75,9 @@ STUB_CLASSES = {
         password: _Text = None, domain: _Text = None, concurrency: _Number = 128,
         max_response_size: _Number = 256 * 1024 * 1024, recover: _Flag = False
     ) -> None: ...
+"""
+STUB_CLASSES = {
+    "CloudStack": CONSTRUCTOR + """\
     on_event: Callable[[Any], object] | None
     endpoint: str
     key: str | None
@@ -102,7 +104,7 @@ STUB_CLASSES = {
     fetch_result: bool
     def __getattr__(self, name: str) -> _Method: ...
 """,
-    "AIOCloudStack": """\
+    "AIOCloudStack": CONSTRUCTOR + """\
     def __getattr__(self, name: str) -> _AsyncMethod: ...
     async def wait_job(self, jobid: str, **options: Any) -> Any: ...
     async def call(
