@@ -924,6 +924,10 @@ class Request:
         else:
             self.url += ("&" if "?" in self.endpoint else "?") + query
 
+    def __repr__(self):
+        address = mask_address(self.endpoint)
+        return f"<Request {self.method} {address}?{_join_query(self.masked_params())}>"
+
     def masked_url(self) -> str:
         """Return the url as a person may see it."""
         url = mask_address(self.endpoint)

@@ -1890,12 +1890,13 @@ def stay(simulator, settings):
     session = {"USERNAME": user.username, "PASSWORD": shlex.quote(user.password), "DOMAIN": user.domain}
     with contextlib.suppress(KeyboardInterrupt):
         for name, value in sorted(settings.items()):
-            print(f"export {name}={value}")
-        print("# or with a user name instead of the key: unset CLOUDSTACK_KEY CLOUDSTACK_SECRET;",
-              "export", " ".join(f"CLOUDSTACK_{name}={value}" for name, value in session.items()))
-        print("# fails: deployVirtualMachine zoneid=name:north",
-              "templateid='name:Debian 12' serviceofferingid=name:Titan", flush=True)
-        print("A small cloud answers until Ctrl-C. Paste these lines into another shell, then: python3 cs.py listZones",
+            print(f"export {name}={value}", flush=True)
+        print("A small cloud answers until Ctrl-C. Paste these lines into another shell, then try:\n"
+              "  python3 cs.py listZones\n"
+              "  python3 cs.py deployVirtualMachine zoneid=name:north templateid='name:Debian 12' "
+              "serviceofferingid=name:Titan    (which fails)\n"
+              "or log in by user name instead of the key:\n"
+              "  export CLOUDSTACK_KEY=", " ".join(f"CLOUDSTACK_{name}={value}" for name, value in session.items()),
               file=sys.stderr, flush=True)
         while True:
             time.sleep(3600)
@@ -2133,15 +2134,17 @@ class SandboxTest(Case):
     @each("number, code", (signal.SIGINT, 0), (signal.SIGTERM, 128 + signal.SIGTERM))
     def test_without_a_command_it_runs_until_interrupted(self, number, code):
         child = self.start()
-        lines = [child.stdout.readline().decode("utf-8") for _ in range(6)]
-        self.assertIn(b"until Ctrl-C", child.stderr.readline())
-        settings = dict(shlex.split(line)[1].split("=", 1) for line in lines[:4])
-        session = dict(word.split("=", 1) for word in shlex.split(lines[4].partition("export")[2]))
-        for given in (settings, dict(session, **{name: settings[name] for name in ("CLOUDSTACK_ENDPOINT",)})):
+        lines = [child.stdout.readline().decode("utf-8") for _ in range(4)]
+        said = [child.stderr.readline().decode("utf-8") for _ in range(5)]
+        self.assertIn("until Ctrl-C", said[0])
+        settings, session = (dict(word.split("=", 1) for line in given for word in shlex.split(line)[1:])
+                             for given in (lines, said[4:]))
+        for given in (settings, dict(settings, **session)):
             with mock.patch.dict(os.environ, given):
                 self.assertEqual("north\nsouth\n", self.good("listZones", "-o", "text", "-c", "name"))
         with mock.patch.dict(os.environ, settings):
-            self.assertIn("No destination found", self.says(1, *shlex.split(lines[5].partition(": ")[2])))
+            failing = shlex.split(said[2].partition("cs.py ")[2].partition(" (")[0])
+            self.assertIn("No destination found", self.says(1, *failing))
         child.send_signal(number)
         self.assertEqual((code, b"", b""), child.finish())
         self.assertFalse(os.path.exists(settings["XDG_CACHE_HOME"]))
@@ -5901,6 +5904,9 @@ class SecretsTest(TransportCase):
         with mock.patch.object(cs.CloudStack, "_exchange", exchange):
             self.call(one)
         self.assertIn(ENDPOINT, repr(one))
+        seen.append(one.prepare("updateUser", {"password": CANARY_PASSWORD, "name": "shown"}))
+        self.assertIn(f"<Request POST {ENDPOINT}?apiKey=%2A%2A%2A&command=updateUser&".replace("%2A", "*"), repr(seen[-1]))
+        self.assertIn("&name=shown&password=***&", repr(seen[-1]))
         self.assert_tells_nothing(str(one), *map(repr, (one, other, one.listZones, transport_of(one), *seen)))
 
     def test_what_the_checks_look_for_can_be_found(self):
