@@ -4969,7 +4969,8 @@ _cs_complete() {
     while IFS= read -r found; do
         [[ "$found" == $'\t'* ]] && { COMPREPLY=("${found#?}" " "); return; }  # a message
         COMPREPLY+=("${found%%$'\t'*}")
-    done < <(command "${COMP_WORDS[0]}" --complete="$line" 2>/dev/null)
+    done < <(if [[ "$word" == *=@* ]]; then compgen -P "${word%%@*}@" -f -- "${word#*@}"
+        else command "${COMP_WORDS[0]}" --complete="$line" 2>/dev/null; fi)
     if (( ${#quotes} % 2 )); then  # bash replaces what follows an open quote, and closes it
         COMPREPLY=("${COMPREPLY[@]#*\'}"); COMPREPLY=("${COMPREPLY[@]%\'}")
     elif [[ -n "$ends" ]]; then  # else what follows the last = or :
@@ -4981,6 +4982,7 @@ complete -o nosort -F _cs_complete cs 2>/dev/null || complete -F _cs_complete cs
 """,
     "zsh": r"""#compdef cs
 _cs() {
+    compset -P '*=@' && { _files; return }
     local line="${(j: :)words[1,CURRENT-1]} $PREFIX"
     local -a found=(${(f)"$(command ${words[1]} --complete="$line" 2>/dev/null)"}) end
     local -a plain=(${found%%$'\t'*}) shown=(${found/$'\t'/  -- })
@@ -4994,6 +4996,10 @@ if [[ "$funcstack[1]" = _cs ]]; then _cs "$@"; else compdef _cs cs; fi
 """,
     "fish": r"""
 function __cs_complete
+    if set -l word (string match -r '(.*=@)(.*)' -- (commandline -ct))
+        __fish_complete_path $word[3] | string replace -r '^' $word[2]
+        return
+    end
     set -l found (env (commandline -opc)[1] --complete=(commandline -cp) 2>/dev/null)
     if string match -q \t'*' -- "$found"  # a message
         printf '\n%s\n' (string trim -- "$found") >&2; commandline -f repaint
@@ -5004,13 +5010,10 @@ end
 complete -c cs -k -f -a '(__cs_complete)'
 """,
 }
-# Patterns of what no shell evaluates: a word, and a name within one.
 # What no shell evaluates; within quotes, spaces and parentheses are safe, too.
 _SAFE_WORD = r"(?:[A-Za-z0-9_.,:/@%+=\[\]-]|'[A-Za-z0-9_.:/@%+() -]+')+\Z"
 _KEY_TIMEOUT = 1.0  # seconds that a list command may take at a key
 
-# pending: the option whose value is being typed, or None; front: `--name=` where the value follows
-# it in the same word; current: the word, or the value, that is being typed, with its quotes.
 # option: the one whose value is being typed, or None; front: `--name=` where the value follows in
 # the same word; words: those before it that are not options; current: what is being typed, with
 # its quotes.

@@ -9122,15 +9122,13 @@ class ShellCompletionTest(CompletionCase):
                      'eval "$(cs --completion bash)"']
         elif name == "zsh":
             argv = [found, "-f", "-i"]
-            os.makedirs(os.path.join(self.home, "functions"), exist_ok=True)
-            self.write("functions/_cs", self.good("--completion", "zsh"))
             # compinit reads the head of every function it finds; those of other programs are of no interest here.
             setup = ["PS1='$ '; setopt extendedglob; unsetopt prompt_sp",
-                     'fpath=("$HOME/functions" ${fpath:#*/Completion/(^(Base|Zsh))})',
-                     'autoload -U compinit; compinit -u -d "$HOME/dump"']
+                     "fpath=(${fpath:#*/Completion/(^(Base|Zsh|Unix))})",
+                     'autoload -Uz compinit; compinit -u -d "$HOME/dump"; eval "$(cs --completion zsh)"']
         else:
-            os.makedirs(os.path.join(self.home, ".config", "fish", "completions"), exist_ok=True)
-            self.write(".config/fish/completions/cs.fish", self.good("--completion", "fish"))
+            os.makedirs(os.path.join(self.home, ".config", "fish"), exist_ok=True)
+            self.write(".config/fish/config.fish", "cs --completion fish | source\n")
         shell = self.on_pty(argv, self.env)
         for line in setup + ['printf "REA%s\\n" DY']:
             shell.type(line + "\n")
@@ -9154,6 +9152,7 @@ class ShellCompletionTest(CompletionCase):
     @each("name", *SHELLS)
     def test_it_completes(self, name):
         machine = self.machine()
+        self.write("cloud-init.yaml", "#cloud-config")
         shell = self.start(name)
         for line, *expected in (("cs deployV\t templ\tx", "deployVirtualMachine", "templateid=x"),
                                 (f"cs stopVirtualMachine forced=f\t id={machine[:6]}\t",
@@ -9165,7 +9164,9 @@ class ShellCompletionTest(CompletionCase):
                                 ("cs stopVirtualMachine id=name:fr\t", "stopVirtualMachine", "id=name:front end (2)"),
                                 ("cs stopVirtualMachine id=name:web-01\t", "stopVirtualMachine", "id=name:web-01"),
                                 ("cs listVirtualMachines ids=name:x,web-01\t", "listVirtualMachines",
-                                 "ids=name:x,name:web-01")):
+                                 "ids=name:x,name:web-01"),
+                                (f"cs deployVirtualMachine userdata=@{self.home}/cloud-in\t", "deployVirtualMachine",
+                                 f"userdata=@{self.home}/cloud-init.yaml")):
             self.assertEqual(expected, self.typed(shell, line))
         for word in ("id=name:'front e", "id=name:'fr", "id='name:front e", "id='fr") if name != "fish" else ():
             self.assertEqual(["stopVirtualMachine", "id=name:front end (2)"],
