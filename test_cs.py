@@ -7379,7 +7379,7 @@ class ArgumentsTest(CommandLineCase):
           ("listZones headers=x:y", "headers"), ("listZones self=x", "self"), ("listZones command=x", "command"),
           ("listZones json=maybe", "json"), ("listZones fetch_list=", "fetch_list"),
           ("listZones keyword=a\x1bb", "keyword"), ("listZones keyword=a\udcffb", "keyword"),
-          ("listZones a\x1bb=x", "U+001B"), ("listZones name=@missing", "no file 'missing'"),
+          ("listZones a\x1bb=x", "U+001B"), ("listZones name=@missing", "file 'missing'"),
           ("-q listZones x", "'x'"),
           ("--wait j a=b", "--wait takes ids"),
           ("--dry-run listZones name=\x01", "name"), ("-r mars listZones", "'mars'"))
@@ -7807,8 +7807,6 @@ class OptionTableTest(CloudCase):
         for option in cs._OPTIONS:
             is_shown = re.search(rf"(?<![\w-])--{option.name}(?![\w-])", text) is not None
             self.assertEqual(option.name != "complete", is_shown, option.name)
-        for code, _, meaning in cs._EXITS:
-            self.assertIn(f"{code} {meaning}", lines[-2])
 
     @each("args, told",
         (["-v"], "'-v'; did you mean --version?"), (["-S"], "'-S'; did you mean --sort or --sync or --stop-on-error?"),
@@ -7968,8 +7966,8 @@ class ExitsTest(CloudCase):
         os.environ["CLOUDSTACK_API_KEY"] = "k"
         self.say_error("listThings", 401)
         err = self.says(1, "listThings", "-o", "text")
-        self.assertIn("There was no key, so the request was not signed."
-                      " Not known as settings: 'CLOUDSTACK_API_KEY' (key?)\n", err)
+        self.assertHolds(err, "Warning: not known as settings: 'CLOUDSTACK_API_KEY' (key?)\n",
+                         "  Hint: There was no key, so the request was not signed.\n")
 
     @each("section, told", ("url = {}", "'url' in"), ("endpiont = {}", "(endpoint?)"),
           ("endpoint = {}\nkey = k\nsecret_key = s", "(secret?)"))
@@ -9632,13 +9630,12 @@ class ConfigureTrialTest(CloudCase):
             return self.fails(code, "--configure")
 
     def test_the_commands_are_known_afterwards(self):
-        err = self.asking(0)
-        self.assertRegex(err, r"They work; \d\d+ commands are known now\.\n")
+        self.assertRegex(self.asking(0), r"\d\d+ commands of \S+ are now known\nThey work\.\n")
         self.assertIn("no command 'listNothing'", self.usage("listNothing"))
 
     def test_a_role_that_may_not_list_commands(self):
         self.say_error("listApis", 432)
-        self.assertIn("They work, but your role may not list the commands", self.asking(0))
+        self.assertIn("Your role may not ask for the list of commands; names work without it\nThey work.", self.asking(0))
         self.assertEqual(["listApis", "listCapabilities"], self.asked)
 
     @each("more, written", ([], "json"), ([""], "json"), (["table"], "table"), (["tabel", "CSV"], "CSV"))
@@ -9703,7 +9700,7 @@ class ConfigureTest(CloudCase):
     def test_it_writes_a_section_that_works_and_that_nobody_else_can_read(self):
         self.addCleanup(os.umask, os.umask(0))
         err = self.asking(0)
-        self.assertHolds(err, *self.QUESTIONS, "They work; ", f"[cloudstack] is in {self.path}")
+        self.assertHolds(err, *self.QUESTIONS, "They work.", f"[cloudstack] is in {self.path}")
         self.assertNotIn(self.admin.secret, err)
         self.assertEqual("[cloudstack]\nendpoint = {}\nkey = {}\nsecret = {}\noutput = {}\n".format(*self.answers),
                          self.text())
@@ -11058,7 +11055,7 @@ class HelpAndReadmeTest(CloudCase):
         self.assertEqual(set(), set(used) - self.FLAGS)
 
     def test_readme_and_help_tell_the_exit_codes(self):
-        codes = sorted((str(code) for code, _, _ in cs._EXITS), key=int)
+        codes = list(map(str, sorted({0, *cs._EXITS.values()})))
         self.assertEqual(codes, re.findall(r"(?:exit:|  ) *(\d+) ", re.search("exit:.*", self.help()).group()))
         self.assertEqual(codes, first_column(section_of("Exit codes")))
 
@@ -11226,7 +11223,7 @@ class HouseTest(Case):
 
     def test_nothing_runs_at_import_but_definitions(self):
         allowed = (r"(re\.compile|.*\.replace|frozenset|functools\..*|collections\.namedtuple|jsonlib\.JSONDecoder"
-                   r"|hasattr|dict|tuple|_[A-Z]\w+|_FLAGS\.update|sys\.exit|main|_number|.*\.(split|items|join))\Z")
+                   r"|hasattr|dict(\.fromkeys)?|tuple|_[A-Z]\w+|_read_options|sys\.exit|main|_number|.*\.(split|items|join))\Z")
         for statement in ast.parse(self.source).body:
             self.assertNotIsInstance(statement, (ast.For, ast.While, ast.With, ast.Try))
             if not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
