@@ -7382,16 +7382,24 @@ class ArgumentsTest(CommandLineCase):
           ("listZones a\x1bb=x", "U+001B"), ("listZones name=@missing", "file 'missing'"),
           ("-q listZones x", "'x'"),
           ("--wait j a=b", "--wait takes ids"),
-          ("--dry-run listZones name=\x01", "name"), ("-r mars listZones", "'mars'"))
+          ("--dry-run listZones name=\x01", "name"), ("-r mars listZones", "'mars'"),
+          ("listZones -o", "option -o needs a value"), ("listZones -o -q", "option -o needs a value"),
+          ("listZones --all=1", "option --all takes no value: '1'"), ("listZones -o tabel", "; did you mean table?"),
+          ("--color=alwys", "--color: 'alwys' is not one of auto, always, never; did you mean always?"),
+          *[("listZones --timeout=" + value, "timeout: ") for value in ("abc", "0", "-1", "nan", "1e99")],
+          *[("listZones --retry " + value, "retry: ") for value in ("abc", "1.5")], ("listZones --retry=-1", "retry: "))
     def test_what_is_refused_in_one_line_before_anything_is_sent(self, line, says):
         self.refused(*line.split(" ") if line else (), says=[says])
 
-    @each("given, sent", ("name=x", "x"), ("name=", ""), ('name=""', ""), ("name=a=b", "a=b"), ("name=  x \t", "x"),
-          (" name = x ", "x"), ("name='x'", "x"), ("name=' x '", " x "), ("name=\"'x'\"", "'x'"),
-          ('name=""x""', '"x"'), ("name='x\"", "'x\""), ("name='", "'"), ("name=~+*%20&x", "~+*%20&x"),
-          ("name=z\u00fcrich \u20ac \U0001f511", "z\u00fcrich \u20ac \U0001f511"), ("name=True", "True"),
-          ("name=-q", "-q"), ("name=@@x", "@x"), ("name=@@@x", "@@x"), ("name='@x'", "@x"), ("name=a@b", "a@b"))
-    def test_a_value(self, given, sent):
+    @each("given, sent, literal", *[("name=" + sent, sent, None) for sent in (
+              "x", "", "a=b", "'x\"", "'", "~+*%20&x", "z\u00fcrich \u20ac \U0001f511", "True", "-q", "a@b",
+              '"x","y"', "'x' , 'y'")],
+          ("name=  x \t", "x", None), (" name = x ", "x", None), ("name=@@x", "@x", None), ("name=@@@x", "@@x", None),
+          *[("name=" + given, given[1:-1], "quoted") for given in (
+              '""', "'x'", "' x '", "\"'x'\"", '""x""', "'@x'", "'{\"x\",\"y\"}'")])
+    def test_a_value(self, given, sent, literal):
+        """A text, and whether it was quoted."""
+        self.assertEqual({"name": [(sent, literal)]}, cs._parse_parameters([given]))
         self.assertEqual({"name": sent}, self.asked_with("listZones", "--", given))
 
     def test_repeated_names_are_joined_in_the_order_given(self):
@@ -7401,7 +7409,7 @@ class ArgumentsTest(CommandLineCase):
                          self.asked_with("deployVirtualMachine", "--async", *args))
 
     @each("content, sent", ("x", "x"), ("x\n\n", "x\n"), ("  'x' \n", "  'x' "), ("@@x\n", "@@x"), ("a\r\n", "a"),
-          ("z\u00fcrich\n", "z\u00fcrich"), ("", ""))
+          ("z\u00fcrich\n", "z\u00fcrich"), ("", ""), ("\ufeffa b\n", "a b"))
     def test_a_value_from_a_file_or_standard_input(self, content, sent):
         self.write("value", content)
         self.assertEqual({"name": sent}, self.asked_with("listZones", "name= @~/value "))
@@ -7410,7 +7418,7 @@ class ArgumentsTest(CommandLineCase):
 
     def test_what_cannot_be_a_value(self):
         binary = self.write("binary", b"\xff\x00")
-        for value, says in (("@" + binary, "UTF-8"), ("@" + self.home, "directory"), ("@", "'@'")):
+        for value, says in (("@" + binary, "is not UTF-8 text"), ("@" + self.home, "directory"), ("@", "'@'")):
             self.refused("listZones", "name=" + value, says=["name", says.strip("'")])
         for stdin in (io.TextIOWrapper(io.BytesIO(b"\xff")), None):
             with mock.patch("sys.stdin", stdin):
@@ -7534,15 +7542,19 @@ class CommandLineJobsTest(CommandLineCase):
 
     @each("line", "deployVirtualMachine", "--wait job-1")
     def test_what_becomes_of_a_job(self, line):
-        args, failed = line.split(), job_done({"errorcode": 533, "errortext": "no capacity \x1b[1m"}, 2)
+        reason = {"errorcode": 533, "cserrorcode": 4535, "errortext": "no capacity \x1b[1m"}
+        args, failed = line.split(), job_done(reason, 2)
         self.replies(queryAsyncJobResult=[job_pending(), job_done({"success": True})])
         self.assertEqual({"success": True}, json.loads(self.good(*args)))
         self.replies(queryAsyncJobResult=failed)
         code, out, err = self.main(*args)
         self.assertEqual((1, failed), (code, json.loads(out)))
-        self.assertEqual("CloudStack error: Job failure: no capacity \\x1b[1m", err.splitlines()[0])
-        environ(job_timeout="0.03")
+        self.assertEqual(["CloudStack error: Job failure: no capacity \\x1b[1m", f"  Call: cs {line}",
+                          f"  Server: {self.server.endpoint}", "  Codes: errorcode 533, cserrorcode 4535"],
+                         err.splitlines()[:4])
+        self.assertIn("\n  Hint: There is no room", err)
         self.replies(queryAsyncJobResult=job_pending)
+        args += ["--job-timeout", "0.03", "--poll-interval", "0.01"]
         self.assertHolds(self.fails(4, *args), "Timeout waiting for async job result", "cs --wait job-1")
         self.assertIn("cs --wait job-1", self.fails(4, "-q", *args))
 
@@ -7817,14 +7829,6 @@ class OptionTableTest(CloudCase):
     def test_an_option_that_does_not_exist(self, args, told):
         self.assertEqual(f"cs: there is no option {told}\n", self.usage("listZones", *args))
 
-    @each("args, told",
-        (["-o"], "option -o needs a value"), (["-o", "-q"], "option -o needs a value"),
-        (["--all=1"], "option --all takes no value: '1'"), (["--output", "tabel"], "did you mean table?"),
-        (["--color=alwys"], "--color: 'alwys' is not one of auto, always, never; did you mean always?"),
-    )
-    def test_a_value_that_an_option_cannot_have(self, args, told):
-        self.assertIn(told, self.usage("listZones", *args))
-
     def test_every_way_to_write_options(self):
         args = "-qt -ojson -o=csv --sort -name --where a=1 --where=b=2 -- --wait - -r lab".split()
         options = {name: value for name, value in cs._parse_arguments(args)[0].items() if value is not None}
@@ -7844,23 +7848,9 @@ class OptionTableTest(CloudCase):
         call.make(invocation.client)
         self.assertEqual(before, invocation.client._settings)
 
-    def test_a_job_timeout(self):
-        self.reply("startThing", {"jobid": "j"})
-        self.reply("queryAsyncJobResult", *[{"jobid": "j", "jobstatus": 0}] * 50)
-        self.assertIn("cs --wait j\n", self.says(4, "startThing", "--job-timeout", "0.1", "--poll-interval", "0.02"))
 
-
-class ValuesTest(CloudCase):
-    """A value is a text, and whether it was quoted or came from a file."""
-
-    @each("words, values",
-        (["a=x", "a=' y '", "a=\"z\""], [("x", None), (" y ", "quoted"), ("z", "quoted")]),
-        (['a="x","y"'], [('"x","y"', None)]), (["a='x' , 'y'"], [("'x' , 'y'", None)]),
-        (["a='{\"x\",\"y\"}'"], [('{"x","y"}', "quoted")]), (["a=@@x"], [("@x", None)]),
-        (["a='@x'"], [("@x", "quoted")]), (["a='"], [("'", None)]), (["a="], [("", None)]),
-    )
-    def test_what_a_value_is(self, words, values):
-        self.assertEqual({"a": values}, cs._parse_parameters(words))
+class FileValuesTest(CloudCase):
+    """A value may come from a file."""
 
     def test_a_repeated_name_keeps_what_each_value_is(self):
         path = self.write("f", "name:b\n")
@@ -7877,13 +7867,6 @@ class ValuesTest(CloudCase):
         self.good("deployVirtualMachine", "UserData=@" + path)
         self.assertEqual(sent, self.sent()["UserData"])
 
-    def test_other_files_are_text(self):
-        path = self.write("text", "\ufeffa b\r\n")
-        self.good("listZones", "keyword=@" + path)
-        self.assertEqual("a b", self.sent()["keyword"])
-        self.assertEqual(f"cs: name: file {path!r} is not UTF-8 text\n",
-                         self.usage("listZones", "name=@" + self.write("text", b"\xff")))
-
 
 class ExitsTest(CloudCase):
     """How a command ends, and what its account says."""
@@ -7894,13 +7877,6 @@ class ExitsTest(CloudCase):
         """A job that was accepted, and what asking for it is answered."""
         self.reply("startThing", {"jobid": self.JOB})
         self.say_error("queryAsyncJobResult", status)
-
-    @each("shape", *cs.FORMATS)
-    def test_the_body_of_an_error_is_for_json_only(self, shape):
-        self.say_error("listThings", 431)
-        code, out, err = self.main("listThings", "-o", shape)
-        self.assertEqual((1, shape == "json"), (code, out != ""))
-        self.assertIn("HTTP 431", err)
 
     @each("code", 401, 432, 531)
     def test_an_accepted_job_whose_poll_is_refused_may_still_run(self, code):
@@ -7916,12 +7892,6 @@ class ExitsTest(CloudCase):
         err = self.says(1, "startThing")
         self.assertIn("  Left behind: VirtualMachine vm-1\n", err)
         self.assertLacks(err, "Hint: ", "--wait")
-
-    def test_a_job_that_the_server_does_not_know(self):
-        self.say_error("queryAsyncJobResult", 431)
-        err = self.says(1, "--wait", "nope")
-        self.assertIn("  Hint: The server knows no such job.\n", err)
-        self.assertNotIn("may still be running", err)
 
     def test_several_jobs_the_first_failure_counts(self):
         done = {"jobstatus": 1, "jobresult": {"success": True}}
@@ -7948,18 +7918,6 @@ class ExitsTest(CloudCase):
         self.say_error("listThings", 432)
         err = self.says(1, "listThings", "--endpoint", self.cloud.endpoint)
         self.assertIn(f": cs --endpoint {self.cloud.endpoint} --sync, then", err)
-
-    @each("args, code, text, told",
-        (["projectid=1"], 432, "no", "You may not be in this project."),
-        (["id=web-01"], 431, "Invalid parameter id value=web-01 due to incorrect long value format",
-         "id=name:web-01, if that is a name."),
-        (["id=11111111-2222-4333-8444-555555555555"], 431, "Invalid parameter id value="
-         "11111111-2222-4333-8444-555555555555 due to incorrect", "Nothing has this id, or it is not yours."),
-        ([], 431, "missing", "Run cs stopThing --help to list its parameters."),
-    )
-    def test_hints(self, args, code, text, told):
-        self.say_error("stopThing", code, text)
-        self.assertIn(f"  Hint: {told}\n", self.says(1, "stopThing", *args))
 
     def test_a_401_without_a_key_says_so(self):
         self.unset("key", "secret")
@@ -8031,17 +7989,19 @@ class SignalsTest(CloudCase):
         self.assertRegex(err, rb"\AInterrupted. Job \S+ may still be running; to go on .*: cs --wait \S+\n\Z")
 
     def test_what_was_ignored_stays_ignored_and_usual_effects_come_back(self):
-        before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-        self.addCleanup(signal.signal, signal.SIGHUP, before[2])
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with cs._Interrupts() as interrupts:
+        before = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL,
+                  signal.SIGHUP: signal.SIG_IGN}
+        for number, handler in before.items():
+            self.addCleanup(signal.signal, number, signal.signal(number, handler))
+        interrupts = cs._Interrupts()
+        with interrupts:
             self.assertEqual(signal.SIG_IGN, signal.getsignal(signal.SIGHUP))
             with self.assertRaises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(1)
             os.kill(os.getpid(), signal.SIGINT)  # not the first: without effect
             self.assertTrue(interrupts.is_over)
-        self.assertEqual(before[:2], [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)])
+        self.assertEqual(before, {number: signal.getsignal(number) for number in before})
 
 
 class ProgressTest(CloudCase):
@@ -8080,19 +8040,6 @@ class ProgressTest(CloudCase):
         self.job(JOB_DONE)
         self.assertEqual("true\n", self.good("startThing", "-o", "text"))  # no terminal
 
-    @unittest.skipUnless(have_terminals(), "needs pseudo-terminals")
-    def test_ctrl_c_on_a_real_terminal(self):
-        """While a job runs; in its place stands how to go on."""
-        self.option(job_seconds=30)
-        machine = self.cloud.cloud.named("virtualmachine", "web-01")["id"]
-        command = [sys.executable, CS_PATH, "stopVirtualMachine", "id=" + machine]
-        typed = self.on_pty(command, dict(os.environ, TERM="xterm"))
-        typed.wait_for(b"stopVirtualMachine: ")
-        typed.type("\x03")
-        typed.wait_for(b"cs --wait ")
-        self.assertEqual(130, typed.end())
-        self.assertRegex(screen(typed.text), r"\A(\^C)?Interrupted\. Job [0-9a-f-]{36} .*cs --wait [0-9a-f-]{36}\n\Z")
-
 
 class ErrorTextsTest(CloudCase):
     """What was asked, what was answered, its codes, what to try."""
@@ -8118,19 +8065,28 @@ class ErrorTextsTest(CloudCase):
         self.say_error("startThing", code)
         self.assertIn(part, self.error(1, "startThing", "id=5").partition("  Hint: ")[2])
 
+    UUID = "11111111-2222-4333-8444-555555555555"
+
+    @each("line, command, code, text, told",
+          ("stopThing projectid=1", "stopThing", 432, "no", "You may not be in this project."),
+          ("stopThing id=web-01", "stopThing", 431, "Invalid parameter id value=web-01 due to incorrect long value",
+           "id=name:web-01, if that is a name."),
+          ("stopThing id=" + UUID, "stopThing", 431, f"Invalid parameter id value={UUID} due to incorrect",
+           "Nothing has this id, or it is not yours."),
+          ("--sync", "listApis", 432, "no", "Your role may not ask for the list of commands; calls work without it."),
+          ("--wait nope", "queryAsyncJobResult", 431, "no", "The server knows no such job."))
+    def test_hints_for_the_call(self, line, command, code, text, told):
+        self.say_error(command, code, text)
+        err = self.error(1, *line.split())
+        self.assertIn(f"  Hint: {told}\n", err)
+        self.assertNotIn("may still be running", err)
+
     @each("status, told", (200, True), (404, True), (405, True), (502, False))
     def test_where_there_is_no_api_the_usual_address_is_told(self, status, told):
         self.cloud.script("listZones", Answer(status, "<html>not here</html>"))
         err = self.error(1, "listZones")
         self.assertHolds(err, "  Call: cs listZones\n", "<html>not here</html>")
         self.assertEqual(told, "  Hint: Check the endpoint: it usually ends in /client/api." in err)
-
-    def test_an_error_of_a_job(self):
-        self.reply("startThing", {"jobid": "j-1"})
-        self.reply("queryAsyncJobResult", JOB_FAILED)
-        err = self.error(1, "startThing", "id=5")
-        self.assertEqual("CloudStack error: Job failure: full", err.split("\n")[0])
-        self.assertHolds(err, "  Call: cs startThing id=5\n", "errorcode 533, cserrorcode 4535", "  Hint: ")
 
     def test_what_was_asked_is_shown_without_secrets_cut_and_escaped(self):
         words = "password=HIDDEN details[0].password=HIDDEN userdata=HIDDEN secretkey=HIDDEN privatekey=HIDDEN".split()
@@ -8171,14 +8127,14 @@ class ErrorTextsTest(CloudCase):
         self.assertLacks(err, "THE END", self.cloud.key, self.cloud.secret)
         self.assertNotRegex(err, "(?i)(apikey|signature)=[^*]")
 
-    @each("args, shown", ([], False), (["-o", "json"], False), (["-q"], True))
-    def test_the_body_of_an_error_is_printed_as_json_but_not_where_its_text_is_read(self, args, shown):
+    @each("args, piped, typed", ([], True, False), (["-o", "json"], True, False), (["-q"], True, True),
+          *[(["-o", shape], False, False) for shape in cs.FORMATS if shape != "json"])
+    def test_the_body_of_an_error_is_printed_as_json_only_and_not_where_its_text_is_read(self, args, piped, typed):
         body = {"startthingresponse": {"uuidList": [], "errorcode": 431, "cserrorcode": 4350, "errortext": "no"}}
-        self.say_error("startThing", 431)
-        self.assertEqual(body, json.loads(self.main("startThing", *args)[1]))
-        self.say_error("startThing", 431)
-        code, out, _ = self.on_terminal("startThing", "--color", "never", *args)
-        self.assertEqual((1, body if shown else None), (code, json.loads(out) if out else None))
+        for run_it, is_printed in ((self.main, piped), (self.on_terminal, typed)):
+            self.say_error("startThing", 431)
+            code, out, _ = run_it("startThing", "--color", "never", *args)
+            self.assertEqual((1, body if is_printed else None), (code, json.loads(out) if out else None))
 
     def test_a_log_in_that_fails(self):
         """No role is to blame, though the server gives the code for that."""
@@ -8274,11 +8230,6 @@ class FlagSettingsTest(CloudCase):
         busy = Answer(503, "<html>busy</html>")
         self.cloud.script("listZones", busy, busy)
         self.assertEqual((code, requests), (self.main("listZones", *args)[0], len(self.asked)))
-
-    @each("words", "--timeout abc", "--timeout 0", "--timeout=-1", "--timeout nan", "--timeout 1e99", "--retry=-1",
-          "--retry abc", "--retry 1.5")
-    def test_numbers_that_are_none(self, words):
-        self.assertIn(re.match("--([a-z]*)", words).group(1), self.usage("listZones", *words.split()))
 
     @each("option", *[option for option in cs._OPTIONS if option.value and option.name not in MAY_BE_EMPTY])
     def test_an_empty_value_is_a_mistake(self, option):
@@ -9614,64 +9565,6 @@ def configparser_of(path):
     return parser
 
 
-class ConfigureTrialTest(CloudCase):
-    """--configure tries the keys by fetching the list of commands, and writes nothing over what others wrote."""
-
-    def setUp(self):
-        super().setUp()
-        self.unset("endpoint", "key", "secret")
-        self.path = os.path.join(self.home, ".cloudstack.ini")
-        admin = self.cloud.users["admin"]
-        self.answers = [self.cloud.endpoint, admin.key, admin.secret]
-
-    def asking(self, code, *more, **options):
-        stdin = options.get("stdin") or io.StringIO("".join(answer + "\n" for answer in [*self.answers, *more]))
-        with mock.patch("sys.stdin", stdin):
-            return self.fails(code, "--configure")
-
-    def test_the_commands_are_known_afterwards(self):
-        self.assertRegex(self.asking(0), r"\d\d+ commands of \S+ are now known\nThey work\.\n")
-        self.assertIn("no command 'listNothing'", self.usage("listNothing"))
-
-    def test_a_role_that_may_not_list_commands(self):
-        self.say_error("listApis", 432)
-        self.assertIn("Your role may not ask for the list of commands; names work without it\nThey work.", self.asking(0))
-        self.assertEqual(["listApis", "listCapabilities"], self.asked)
-
-    @each("more, written", ([], "json"), ([""], "json"), (["table"], "table"), (["tabel", "CSV"], "CSV"))
-    def test_the_output_format(self, more, written):
-        if os.path.exists(self.path):
-            os.remove(self.path)
-        self.asking(0, *more)
-        self.assertEqual(f"output = {written}", open_bytes(self.path).decode().splitlines()[-1])
-        self.good("listZones")
-
-    def test_what_another_wrote_meanwhile_stays(self):
-        other = "[other]\nkey = x\n"
-
-        class Answers(io.StringIO):
-            def readline(answers, *args):
-                line = io.StringIO.readline(answers, *args)
-                if line == "json\n":
-                    self.ini(other)
-                return line
-
-        self.asking(0, stdin=Answers("".join(answer + "\n" for answer in [*self.answers, "json"])))
-        self.assertEqual(other + "\n[cloudstack]\n", open_bytes(self.path).decode()[: len(other) + 14])
-
-    def test_a_section_that_another_wrote_meanwhile_is_not_doubled(self):
-        class Answers(io.StringIO):
-            def readline(answers, *args):
-                line = io.StringIO.readline(answers, *args)
-                if line == "json\n":
-                    self.ini("[cloudstack]\nkey = x\n")
-                return line
-
-        err = self.asking(2, stdin=Answers("".join(answer + "\n" for answer in [*self.answers, "json"])))
-        self.assertIn("[cloudstack] stands in", err)
-        self.assertEqual(b"[cloudstack]\nkey = x\n", open_bytes(self.path))
-
-
 class ConfigureTest(CloudCase):
     """cs --configure asks, tries, and writes a section of ~/.cloudstack.ini."""
 
@@ -9685,10 +9578,16 @@ class ConfigureTest(CloudCase):
         self.admin = self.cloud.users["admin"]
         self.answers = [self.cloud.endpoint, self.admin.key, self.admin.secret, "table"]
 
-    def asking(self, code, *args, answers=None):
+    def asking(self, code, *args, answers=None, before_the_last=lambda: None):
         """--configure with these answers on standard input, which must end with this exit code; what it says."""
-        text = "".join(answer + "\n" for answer in (self.answers if answers is None else answers))
-        with mock.patch("sys.stdin", io.StringIO(text)):
+        answers = [answer + "\n" for answer in (self.answers if answers is None else answers)]
+
+        def readline():
+            if len(answers) == 1:
+                before_the_last()
+            return answers.pop(0) if answers else ""
+
+        with mock.patch("sys.stdin", mock.Mock(readline=readline, **{"isatty.return_value": False})):
             return self.fails(code, "--configure", *args)
 
     def text(self):
@@ -9700,17 +9599,39 @@ class ConfigureTest(CloudCase):
     def test_it_writes_a_section_that_works_and_that_nobody_else_can_read(self):
         self.addCleanup(os.umask, os.umask(0))
         err = self.asking(0)
-        self.assertHolds(err, *self.QUESTIONS, "They work.", f"[cloudstack] is in {self.path}")
+        self.assertHolds(err, *self.QUESTIONS, f"[cloudstack] is in {self.path}")
+        self.assertRegex(err, r"\d\d+ commands of \S+ are now known\nThey work\.\n")
         self.assertNotIn(self.admin.secret, err)
         self.assertEqual("[cloudstack]\nendpoint = {}\nkey = {}\nsecret = {}\noutput = {}\n".format(*self.answers),
                          self.text())
         self.assertEqual(["listApis"], self.asked)
         self.assertWorks()
+        self.assertIn("no command 'listNothing'", self.usage("listNothing"))
         os.chmod(self.path, 0o644)
         self.asking(0, "--region", "my lab")
         self.assertWorks("-r", "my lab")
         if os.name == "posix":
             self.assertEqual(0o600, os.stat(self.path).st_mode & 0o777)
+
+    def test_a_role_that_may_not_list_commands(self):
+        self.say_error("listApis", 432)
+        self.assertIn("Your role may not ask for the list of commands; names work without it\nThey work.", self.asking(0))
+        self.assertEqual(["listApis", "listCapabilities"], self.asked)
+
+    @each("more, written", ([], "json"), ([""], "json"), (["CSV"], "CSV"))
+    def test_the_output_format(self, more, written):
+        if os.path.exists(self.path):
+            os.remove(self.path)
+        self.asking(0, answers=self.answers[:3] + more)
+        self.assertEqual(f"output = {written}", self.text().splitlines()[-1])
+        self.good("listZones")
+
+    @each("other, code", ("[other]\nkey = x\n", 0), ("[cloudstack]\nkey = x\n", 2))
+    def test_what_another_wrote_meanwhile_stays_and_no_section_is_doubled(self, other, code):
+        err = self.asking(code, before_the_last=lambda: self.ini(other))
+        self.assertEqual(code == 2, "[cloudstack] stands in" in err)
+        self.assertTrue(self.text().startswith(other + "\n[cloudstack]\n" if code == 0 else other), self.text())
+        self.assertEqual(1, self.text().count("[cloudstack]"))
 
     @each("args, env, path, section", ([], {"region": "lagoon"}, ".cloudstack.ini", "lagoon"),
           (["--config", "~/other.ini", "-r", "eu"], {}, "other.ini", "eu"))
@@ -10662,15 +10583,8 @@ sys.exit(cs.main(["stopThing", "id={}", "--each"]))"""
 # === [8.10] the shell =================================================================================================
 
 
-class ShellWordsTest(CloudCase):
-    """Lines: their words, options that hold for all of them, and what errors say."""
-
-    def shell(self, *lines, args=(), code=0):
-        stdin = io.TextIOWrapper(io.BytesIO("".join(line + "\n" for line in lines).encode("utf-8")))
-        with mock.patch("sys.stdin", stdin):
-            found, out, err = self.main("--shell", *args)
-        self.assertEqual(code, found, err)
-        return out, err
+class SplitLineTest(Case):
+    """A line is taken apart as a shell does it."""
 
     @each("line, words",
         ("a b=c", ["a", "b=c"]), (" a  b\t", ["a", "b"]), ("", []), ("a 'b c' \"d e\"", ["a", "b c", "d e"]),
@@ -10695,40 +10609,6 @@ class ShellWordsTest(CloudCase):
             pass
         self.assertLess(time.monotonic() - began, 2)
 
-    def test_an_option_is_set_for_every_line_and_taken_back(self):
-        out, _ = self.shell("set output text", "set columns name", "listZones", "set columns off", "set output off",
-                            "listZones")
-        self.assertTrue(out.startswith("north\nsouth\n{\n"), out)
-
-    @each("line, told",
-        ("set", "set takes an option that holds for every line"), ("set each", "set takes an option"),
-        ("set nosuch 1", "set takes an option"), ("set output tabel", "did you mean table?"),
-        ("set timeout", "option --timeout needs a value"), ("use nowhere", "region 'nowhere' not in config"),
-        ("listZones | head", "pipes and redirections are a real shell's: cs ... | head"),
-        ("listZones > file", "cs ... > file"),
-    )
-    def test_what_is_refused_leaves_the_options_as_they_were(self, line, told):
-        out, err = self.shell("listZones -o text -c name", line, "listZones -o text -c name", code=2)
-        self.assertEqual("north\nsouth\n" * 2, out)
-        self.assertHolds(err, "line 2: ", told)
-
-    def test_errors_of_a_script_have_the_number_of_their_line(self):
-        err = self.shell("# first", "", "listZones x", "listNothing", code=2)[1]
-        self.assertHolds(err, "cs: line 3: 'x' has no '='", "CloudStack error: line 4: HTTP ")
-
-    def test_options_of_a_line_leave_the_shared_client_as_it_was(self):
-        seen = []
-
-        def request(client, command, **params):
-            seen.append((id(client), dict(client._settings), sorted(params.get("_options") or {})))
-            return {}
-
-        with mock.patch.object(cs.CloudStack, "_request", request):
-            self.shell("listZones", "listZones --timeout 7 --retry 2 --post -t", "listZones")
-        self.assertEqual([["recover"], ["method", "recover", "retry", "timeout"], ["recover"]],
-                         [options for _, _, options in seen])
-        self.assertEqual([seen[0][:2]] * 3, [one[:2] for one in seen])
-
     @each("line, is_secret",
         ("listZones name=x", False), ("list password", False), ("updateUser password=@file name=x", True),
         ('listZones "name', False), ("createTags tags[0].key=env tags[0].value=prod", False),
@@ -10740,7 +10620,7 @@ class ShellWordsTest(CloudCase):
         ("http://h/api?command=x&signature=y", True),
     )
     def test_a_line_with_a_secret_is_not_remembered(self, line, is_secret):
-        client = cs.CloudStack(self.cloud.endpoint, key="own-key", secret="own-secret")
+        client = cs.CloudStack(ENDPOINT, key="own-key", secret="own-secret")
         self.assertEqual(is_secret, cs._holds_secret(line, [client]))
 
 
@@ -10802,6 +10682,40 @@ class ShellTest(CloudCase):
         self.assertTrue(out.startswith("north\nsouth\n" + self.main("--help")[1]), out)
         self.assertEqual((["listZones", "listHosts", "listZones"], "nor\nth"), (self.asked, self.sent()["name"]))
         self.assertEqual({"name": "a b", "keyword": "c d", "hypervisor": "#e", "type": "f#g"}, self.sent(1))
+
+    def test_an_option_is_set_for_every_line_and_taken_back(self):
+        out, _ = self.shell("set output text", "set columns name", "listZones", "set columns off", "set output off",
+                            "listZones")
+        self.assertTrue(out.startswith("north\nsouth\n{\n"), out)
+
+    @each("line, told",
+        ("set", "set takes an option that holds for every line"), ("set each", "set takes an option"),
+        ("set nosuch 1", "set takes an option"), ("set output tabel", "did you mean table?"),
+        ("set timeout", "option --timeout needs a value"), ("use nowhere", "region 'nowhere' not in config"),
+        ("listZones | head", "pipes and redirections are a real shell's: cs ... | head"),
+        ("listZones > file", "cs ... > file"),
+    )
+    def test_what_is_refused_leaves_the_options_as_they_were(self, line, told):
+        out, err = self.shell("listZones -o text -c name", line, "listZones -o text -c name", code=2)
+        self.assertEqual("north\nsouth\n" * 2, out)
+        self.assertHolds(err, "line 2: ", told)
+
+    def test_errors_of_a_script_have_the_number_of_their_line(self):
+        err = self.shell("# first", "", "listZones x", "listNothing", code=2)[1]
+        self.assertHolds(err, "cs: line 3: 'x' has no '='", "CloudStack error: line 4: HTTP ")
+
+    def test_options_of_a_line_leave_the_shared_client_as_it_was(self):
+        seen = []
+
+        def request(client, command, **params):
+            seen.append((id(client), dict(client._settings), sorted(params.get("_options") or {})))
+            return {}
+
+        with mock.patch.object(cs.CloudStack, "_request", request):
+            self.shell("listZones", "listZones --timeout 7 --retry 2 --post -t", "listZones")
+        self.assertEqual([["recover"], ["method", "recover", "retry", "timeout"], ["recover"]],
+                         [options for _, _, options in seen])
+        self.assertEqual([seen[0][:2]] * 3, [one[:2] for one in seen])
 
     @each("word", "exit", "quit")
     def test_the_end(self, word):
