@@ -7453,7 +7453,9 @@ class ArgumentsTest(CommandLineCase):
             self.assertEqual(f"cs {cs.__version__}\n", self.good(*args))
         with mock.patch("sys.argv", ["/usr/bin/cs", "-h"]), contextlib.redirect_stdout(io.StringIO()) as out:
             self.assertEqual(0, cs.main())
-        self.assertIn("cs [options] COMMAND [name=value ...]", out.getvalue())
+        lines = out.getvalue().splitlines()
+        self.assertTrue(lines[0].startswith("cs [options] COMMAND [name=value ...]"))
+        self.assertEqual((True, True), (len(lines) <= 24, max(map(len, lines)) <= 80), "it does not fit a screen")
 
 
 class OutputTest(CommandLineCase):
@@ -7808,17 +7810,8 @@ JOB_FAILED = {"jobid": "j-1", "jobstatus": 2, "jobresultcode": 533,
               "jobresult": {"errorcode": 533, "cserrorcode": 4535, "errortext": "full"}}
 
 
-class OptionTableTest(CloudCase):
-    """The options are one table; help is made from it."""
-
-    def test_help_is_made_from_the_table_and_fits_a_screen(self):
-        lines = self.good("--help").splitlines()
-        self.assertLessEqual(len(lines), 24)
-        self.assertLessEqual(max(map(len, lines)), 80)
-        text = "\n".join(lines)
-        for option in cs._OPTIONS:
-            is_shown = re.search(rf"(?<![\w-])--{option.name}(?![\w-])", text) is not None
-            self.assertEqual(option.name != "complete", is_shown, option.name)
+class OptionsTest(CloudCase):
+    """Options that exist, and what is meant by others."""
 
     @each("args, told",
         (["-v"], "'-v'; did you mean --version?"), (["-S"], "'-S'; did you mean --sort or --sync or --stop-on-error?"),
@@ -7933,15 +7926,6 @@ class ExitsTest(CloudCase):
         self.unset("endpoint", "key", "secret")
         path = self.ini("[cloudstack]\n" + section.format(self.cloud.endpoint))
         self.assertHolds(self.usage("listZones"), "; not known as settings: ", told, path)
-
-    def test_warnings_are_for_terminals(self):
-        self.unset("endpoint", "key", "secret")
-        user = self.cloud.users["admin"]
-        self.write(".cloudstack.ini", f"[cloudstack]\nendpoint = {self.cloud.endpoint}\nkey = {user.key}\n"
-                   f"secret = {user.secret}\nzzz = 1\n", 0o644)
-        self.assertIn('"zone"', self.good("listZones"))
-        text = self.on_terminal("listZones", both=True)[1]
-        self.assertHolds(text, "Warning: not known as settings: 'zzz'", *["holds a secret"] * (os.name == "posix"))
 
     def test_secrets_in_the_server_s_words_are_masked(self):
         words = "invalid value {} for parameter password, signature " + "{}"
@@ -8219,6 +8203,7 @@ class FlagSettingsTest(CloudCase):
         warning = f"Warning: {path} holds a secret and can be read by others; chmod 600 {path}\n"
         self.assertEqual(warning if is_warned else "", self.warned("listZones", "--dry-run"))
         self.assertEqual("", self.warned("-q", "listZones", "--dry-run"))
+        self.good("listZones", "--dry-run")  # no terminal
         self.write(".cloudstack.ini", "[cloudstack]\ntimeout = 3\n[eu]\nsecret = s\n", mode)
         self.assertEqual("", self.warned("listZones", "--dry-run"))
 
@@ -9615,7 +9600,7 @@ class ConfigureTest(CloudCase):
 
     def test_a_role_that_may_not_list_commands(self):
         self.say_error("listApis", 432)
-        self.assertIn("Your role may not ask for the list of commands; names work without it\nThey work.", self.asking(0))
+        self.assertRegex(self.asking(0), "Your role may not ask for the list of commands; .*\nThey work.")
         self.assertEqual(["listApis", "listCapabilities"], self.asked)
 
     @each("more, written", ([], "json"), ([""], "json"), (["CSV"], "CSV"))
@@ -10624,45 +10609,6 @@ class SplitLineTest(Case):
         self.assertEqual(is_secret, cs._holds_secret(line, [client]))
 
 
-@unittest.skipUnless(have_terminals(), "needs pseudo-terminals")
-@unittest.skipUnless(hasattr(readline, "set_auto_history"), "needs CPython's readline")
-class HistoryTest(CloudCase):
-    """What a person typed is remembered, if the file can be read, where it really is."""
-
-    def setUp(self):
-        super().setUp()
-        self.history = os.path.join(self.home, ".local", "state", "cs", "history")
-        os.makedirs(os.path.dirname(self.history))
-
-    def run_shell(self, line, **env):
-        shell = self.on_pty([sys.executable, CS_PATH], dict(os.environ, TERM="dumb", INPUTRC=os.devnull, **env))
-        shell.wait_for(b"cs cloudstack> ")
-        shell.type(line + "\n")
-        shell.wait_for(b"cs cloudstack> ")
-        shell.type("exit\n")
-        self.assertEqual(0, shell.end())
-        return shell.text
-
-    def test_a_symbolic_link_is_followed(self):
-        target = self.write("real", "listZones\n")
-        os.symlink(target, self.history)
-        self.run_shell("set each")
-        self.assertTrue(os.path.islink(self.history))
-        self.assertEqual(b"listZones\nset each\nexit\n", open_bytes(target))
-
-    @each("content, env", (b"a\n\0\0\n", {"LC_ALL": "C.UTF-8"}), (b"z\xc3\xbcrich\n", {"LC_ALL": "C"}))
-    def test_a_history_that_cannot_be_used_does_not_keep_it_from_starting(self, content, env):
-        with open(self.history, "wb") as file:
-            file.write(content)
-        self.assertIn("set takes an option", self.run_shell("set each", **env))
-
-    def test_without_a_place_there_is_one_warning(self):
-        os.rmdir(os.path.dirname(self.history))
-        with open(os.path.dirname(self.history), "w"):
-            pass
-        self.assertEqual(1, self.run_shell("set each").count("Warning: no history is kept: "))
-
-
 class ShellTest(CloudCase):
     """Lines on standard input that is no terminal."""
 
@@ -10703,19 +10649,6 @@ class ShellTest(CloudCase):
     def test_errors_of_a_script_have_the_number_of_their_line(self):
         err = self.shell("# first", "", "listZones x", "listNothing", code=2)[1]
         self.assertHolds(err, "cs: line 3: 'x' has no '='", "CloudStack error: line 4: HTTP ")
-
-    def test_options_of_a_line_leave_the_shared_client_as_it_was(self):
-        seen = []
-
-        def request(client, command, **params):
-            seen.append((id(client), dict(client._settings), sorted(params.get("_options") or {})))
-            return {}
-
-        with mock.patch.object(cs.CloudStack, "_request", request):
-            self.shell("listZones", "listZones --timeout 7 --retry 2 --post -t", "listZones")
-        self.assertEqual([["recover"], ["method", "recover", "retry", "timeout"], ["recover"]],
-                         [options for _, _, options in seen])
-        self.assertEqual([seen[0][:2]] * 3, [one[:2] for one in seen])
 
     @each("word", "exit", "quit")
     def test_the_end(self, word):
@@ -10865,6 +10798,24 @@ class TypedShellTest(CloudCase):
         shell.type("\x15")
         self.end(shell)
 
+    def test_a_history_that_is_a_symbolic_link_stays_one(self):
+        target = self.write("real", "listZones\n")
+        os.makedirs(os.path.dirname(self.history))
+        os.symlink(target, self.history)
+        shell = self.start()
+        self.enter(shell, "set each", b"set takes an option")
+        self.end(shell)
+        self.assertTrue(os.path.islink(self.history))
+        self.assertEqual(b"listZones\nset each\n", open_bytes(target))
+
+    @each("content, env", (b"a\n\0\0\n", {"LC_ALL": "C.UTF-8"}), (b"z\xc3\xbcrich\n", {"LC_ALL": "C"}))
+    def test_a_history_that_cannot_be_used_does_not_keep_it_from_starting(self, content, env):
+        os.makedirs(os.path.dirname(self.history))
+        self.write(self.history, content)
+        shell = self.start(**env)
+        self.enter(shell, "set each", b"set takes an option")
+        self.end(shell)
+
     def test_history_keeps_the_last_lines_of_all_shells_and_no_secret(self):
         os.makedirs(os.path.dirname(self.history))
         self.write(".local/state/cs/history", b"old \xff\n" + b"".join(b"line %d\n" % number for number in range(999)),
@@ -10890,7 +10841,8 @@ class TypedShellTest(CloudCase):
         self.write("none/readline.py", "raise ImportError('not here')\n")
         shell = self.start(**{name: text.format(self.home) for name, text in env.items()})
         self.enter(shell, "listZones -r lab -o text -c name", b"north")
-        self.end(shell)
+        warnings = self.end(shell).count("Warning: no history is kept: ")
+        self.assertEqual("XDG_STATE_HOME" in env and folder is None, warnings == 1)
         self.assertEqual(folder is None, not os.path.exists(os.path.join(self.home, folder or ".local")))
         if folder:
             path = os.path.join(self.home, folder)
