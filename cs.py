@@ -3563,12 +3563,11 @@ def _joined(values):
 def _to_arguments(params):
     """Return the keyword arguments of a call for {name: [_Value, ...]}."""
     arguments: dict = {name: _joined(values) for name, values in params.items()}
-    for name in ("json", "fetch_list", "fetch_result"):
-        if name in arguments:
-            try:
-                arguments[name] = strtobool(arguments[name])
-            except ValueError:
-                raise _Usage(f"{name}={arguments[name]!a} is neither true nor false") from None
+    for name in arguments.keys() & {"json", "fetch_list", "fetch_result"}:
+        try:
+            arguments[name] = strtobool(arguments[name])
+        except ValueError:
+            raise _Usage(f"{name}={arguments[name]!a} is neither true nor false") from None
     return arguments
 
 
@@ -3982,8 +3981,7 @@ def _carry_out(invocation, call):
         return _print_answers(invocation, call, _answers(invocation, call))
     text = call.make(invocation.client).rstrip("\n")
     if re.match(r"(?i)\s*<(?:!doctype )?html\b", text):
-        page = f"a page of HTML: {invocation.masked(text)}"
-        raise CloudStackException("Unexpected response from CloudStack", page)
+        raise CloudStackException("Unexpected response from CloudStack", "a page of HTML: " + text)
     invocation.progress.clear()
     if text:
         _write_line(text)
@@ -4088,7 +4086,7 @@ def _report(invocation, error):
 
 def _report_failure(invocation, error):
     """Say what failed: the message, the call, codes, a hint; then the server's own words."""
-    document = _server_error(error) or {}
+    document = _server_error(error)
     names = [name for name in ("errorcode", "cserrorcode") if name in document]
     facts = (
         ("Call", _typed_call(invocation)), ("Server", mask_address(invocation.client.endpoint)),
@@ -4108,16 +4106,15 @@ def _report_failure(invocation, error):
 
 
 def _server_error(error):
-    """Return the document in which CloudStack itself states an error, or None."""
+    """Return the document in which CloudStack itself states an error, or an empty one."""
     document = getattr(error, "error", None)
-    if isinstance(document, dict) and set(document) & {"errortext", "errorcode", "jobstatus"}:
-        return document
-    return None
+    is_one = isinstance(document, dict) and {"errortext", "errorcode", "jobstatus"} & set(document)
+    return document if is_one else {}
 
 
 def _sentence(error):
     """Return an exception in a line: its message, and the text of the server's error."""
-    parts = [*error.args, (_server_error(error) or {}).get("errortext")]
+    parts = [*error.args, _server_error(error).get("errortext")]
     return ": ".join(str(part) for part in parts if part)
 
 
@@ -5929,22 +5926,21 @@ class _Shell:
     def _dispatch(self, invocation, line):
         """Do what a line asks for. Returns as _dispatch does."""
         words = _split_line(line)
-        for index, word in enumerate(words):
-            if word in ("|", ">", ">>", "<"):
-                end = " ".join(words[index:])
-                raise _Usage(f"pipes and redirections are a real shell's: cs ... {end}")
+        piped = list(itertools.dropwhile(lambda word: word not in ("|", ">", ">>", "<"), words))
+        if piped:
+            raise _Usage(f"pipes and redirections are a real shell's: cs ... {' '.join(piped)}")
         first, *others = words
         if first == "use":
-            return self._set(invocation, "region", [" ".join(others) or "off"])
-        if first == "set":
-            return self._set(invocation, others[0] if others else "", others[1:])
+            others = ["region", " ".join(others) or "off"]
+        if first in ("use", "set"):
+            return self._set(invocation, *others)
         return _dispatch(invocation, [_SHELL_WORDS.get(first, (None, first))[1], *others])
 
-    def _set(self, invocation, name, values):
+    def _set(self, invocation, name="", *values):
         """Have an option hold for every line, if it can be used. Returns True."""
         if "--" + name not in _FLAGS or name in _NOT_SET:
             raise _Usage("set takes an option that holds for every line, such as: set output table")
-        options = {} if values == ["off"] else _parse_arguments(["--" + name, *values])[0]
+        options = {} if values == ("off",) else _parse_arguments(["--" + name, *values])[0]
         invocation.options = _merge_options({**invocation.options, name: None}, options)
         invocation.connect()
         invocation.format()
