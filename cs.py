@@ -3825,8 +3825,8 @@ class _Invocation:
             variables = "CLOUDSTACK_ENDPOINT, CLOUDSTACK_KEY, CLOUDSTACK_SECRET"
             raise _Usage(f"{error}; `cs --configure` makes one, or set {variables}") from None
         except ValueError as error:
-            unknown = _describe_unknown(getattr(error, "config", config))
-            raise ValueError("; ".join([str(error), *unknown])) from None
+            texts = [str(error), _describe_unknown(getattr(error, "config", config))]
+            raise ValueError("; ".join(filter(None, texts))) from None
         except Exception as error:
             if type(error).__name__ != "NoSectionError":  # to import configparser takes its time
                 raise
@@ -3836,8 +3836,8 @@ class _Invocation:
         is_read = _is_terminal(sys.stderr)
         texts = config.warnings if is_read else []
         if is_read or _is_unsigned(client):
-            texts = texts + _describe_unknown(config)
-        for text in texts:
+            texts = [*texts, _describe_unknown(config)]
+        for text in filter(None, texts):
             self.say("Warning: " + text)
         return settings, client
 
@@ -3881,8 +3881,7 @@ _CALL_OPTIONS = ("timeout", "retry", "job_timeout", "poll_interval", "post")
 
 
 def _describe_unknown(config):
-    """Return a text about the keys of the section, and the variables, that no setting has: a list
-    of one, or of none where there are none."""
+    """Return a text about keys of the section and variables that no setting has; empty if none."""
     known = [_PREFIX + name.upper() for name in [*_CONFIG_KEYS, "config", "region", "overrides"]]
     named = [(key, f" in {path}") for key, path in config.unknown]
     named += [(name, "") for name in sorted(set(os.environ).difference(known))
@@ -3892,7 +3891,7 @@ def _describe_unknown(config):
         bare = re.sub("[^a-z]", "", key.lower().replace("cloudstack_", ""))
         meant = "".join(f" ({name}?)" for name in _near(bare, _CONFIG_KEYS, most=1))
         found.append(f"{key!a}{where}{meant}")
-    return ["not known as settings: " + ", ".join(found)] if found else []
+    return "not known as settings: " + ", ".join(found) if found else ""
 
 
 def _is_unsigned(client):
@@ -4146,7 +4145,8 @@ def _hint(invocation, error, document):
         (code == 432 and is_projects, "You may not be in this project."),
         (code == 432 and not call.command,
          "Your role may not ask for the list of commands; calls work without it."),
-        (code == 404 and size > 1 << 20, "It is over 1 MiB, the most that servers usually take."),
+        (code in (400, 404) and size > 1 << 20,
+         "It is over 1 MiB, the most that servers usually take."),
         (document, code == 431 and _hint_about_id(invocation, call, document) or usual),
         (error.outcome_unknown, "Check whether it was done before you send it again."),
         (error.unsent, "Check the endpoint, its name, the network, proxies and --timeout."),

@@ -7827,14 +7827,10 @@ class ExitsTest(CloudCase):
 
     JOB = "11111111-2222-4333-8444-555555555555"
 
-    def wait(self, status):
-        """A job that was accepted, and what asking for it is answered."""
-        self.reply("startThing", {"jobid": self.JOB})
-        self.say_error("queryAsyncJobResult", status)
-
     @each("code", 401, 432, 531)
     def test_an_accepted_job_whose_poll_is_refused_may_still_run(self, code):
-        self.wait(code)
+        self.reply("startThing", {"jobid": self.JOB})
+        self.say_error("queryAsyncJobResult", code)
         err = self.says(1, "startThing")
         self.assertHolds(err, "  Hint: The command was accepted; only asking for its job failed.\n",
                          f"Job {self.JOB} may still be running; to go on waiting for it: cs --wait {self.JOB}\n")
@@ -7933,6 +7929,11 @@ class SignalsTest(CloudCase):
         self.assertEqual((130, b""), (code, out))
         self.assertRegex(err, rb"\AInterrupted. Job \S+ may still be running; to go on .*: cs --wait \S+\n\Z")
 
+    def test_a_signal_does_not_cut_the_report_of_a_failure(self):
+        report = cs._report
+        with mock.patch.object(cs, "_report", lambda *args: os.kill(os.getpid(), signal.SIGINT) or report(*args)):
+            self.assertIn("CloudStack error: ", self.says(1, "listNothing"))
+
     def test_what_was_ignored_stays_ignored_and_usual_effects_come_back(self):
         before = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL,
                   signal.SIGHUP: signal.SIG_IGN}
@@ -7985,6 +7986,20 @@ class ProgressTest(CloudCase):
         self.job(JOB_DONE)
         self.assertEqual("true\n", self.good("startThing", "-o", "text"))  # no terminal
 
+    def test_there_is_none_while_a_pipe_s_reader_may_write_to_the_same_terminal(self):
+        self.job(JOB_DONE)
+        pipe = mock.Mock(**{"isatty.return_value": False, "seekable.return_value": False})
+        with mock.patch.dict(os.environ, TERM="xterm"), contextlib.redirect_stderr(FakeTerminal()) as err:
+            with contextlib.redirect_stdout(pipe):
+                self.assertEqual((0, ""), (cs.main(["startThing", "-o", "text"]), err.getvalue()))
+
+    def test_an_interrupt_is_told_in_its_place(self):
+        self.job()
+        with mock.patch.object(cs, "_sleep", side_effect=KeyboardInterrupt):
+            code, text, _ = self.on_terminal("startThing", both=True)
+        self.assertHolds(text, "startThing: waiting")
+        self.assertRegex(screen(text), r"\AInterrupted\. Job j-1 .*cs --wait j-1\n\Z")
+
 
 class ErrorTextsTest(CloudCase):
     """What was asked, what was answered, its codes, what to try."""
@@ -8032,6 +8047,10 @@ class ErrorTextsTest(CloudCase):
         err = self.error(1, "listZones")
         self.assertHolds(err, "  Call: cs listZones\n", "<html>not here</html>")
         self.assertEqual(told, "  Hint: Check the endpoint: it usually ends in /client/api." in err)
+
+    def test_a_form_that_is_too_large(self):
+        err = self.error(1, "startThing", "name=@" + self.write("large", "x" * (MAX_FORM + 1)))
+        self.assertIn("  Hint: It is over 1 MiB, the most that servers usually take.", err)
 
     def test_what_was_asked_is_shown_without_secrets_cut_and_escaped(self):
         words = "password=HIDDEN details[0].password=HIDDEN userdata=HIDDEN secretkey=HIDDEN privatekey=HIDDEN".split()
@@ -8093,6 +8112,8 @@ class ErrorTextsTest(CloudCase):
         self.configure(timeout="0.3")
         self.cloud.script("startThing", RUN_THEN_DROP)
         self.assertHolds(self.error(3, "startThing", "id=1"), "outcome is unknown", "before you send it again")
+        self.configure(endpoint="http://127.0.0.1:1/")
+        self.assertIn("  Hint: Check the endpoint, its name, the network", self.error(3, "startThing", "id=1"))
 
     @each("document", {"errorcode": 431}, {"errortext": "only text"}, {"errorcode": None, "errortext": None},
           {"errorcode": "x"}, {"errorcode": [431], "errortext": {"a": 1}}, {"errorcode": 431, "errortext": ""}, {}, [],
