@@ -3790,7 +3790,7 @@ class _Invocation:
         self.fetched: Any = None  # how many rows of how many there are, of all pages
 
     def say(self, text):
-        """Say something on standard error, unless -q."""
+        """Write a line on standard error, unless -q."""
         if not self.options["quiet"]:
             self.progress.clear()
             write_stderr(text)
@@ -3798,7 +3798,7 @@ class _Invocation:
     def connect(self):
         """Make the client that configuration and options describe. Raises _Usage, ValueError.
 
-        In a shell it is the one that a line before had for them."""
+        In a shell, a client that an earlier line made for them is used again."""
         clients = {} if self.clients is None else self.clients
         place = tuple(self.options[name] for name in ("region", "config", "endpoint"))
         if place not in clients:
@@ -3900,12 +3900,12 @@ def _is_unsigned(client):
 
 
 def _is_terminal(stream):
-    """Return whether a stream is a terminal that can more than print."""
+    """Return whether a stream is a terminal that can do more than print."""
     return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class _Progress:
-    """Shows one line on standard error while pages or a job are waited for, and clears it then."""
+    """Shows one line on standard error while pages or a job are awaited; clear() removes it."""
 
     def __init__(self):
         self.is_shown = False  # whether anybody would see it
@@ -3998,7 +3998,7 @@ def _answers(invocation, call):
 
 
 def _tells_success(answer):
-    """Return whether an answer of status 200 does not tell of a failure all the same."""
+    """Return whether an answer of status 200 is a success: some report a failure all the same."""
     said = answer if isinstance(answer, dict) else {}
     return "errortext" not in said and str(said.get("success")).lower() != "false"
 
@@ -4022,7 +4022,7 @@ def _wait_for_jobs(invocation, jobids):
 
 
 def _warn_of_missing_rows(invocation, call, rows, seen):
-    """Say so if the server cut a list short, or if rows got lost between its pages."""
+    """Warn if the server cut a list short, or if rows were lost between its pages."""
     fetched = invocation.fetched
     if call.pages and fetched and (fetched.total or 0) > fetched.seen:
         lost = f"{fetched.total - fetched.seen} of {fetched.total} rows"
@@ -4059,11 +4059,11 @@ _HINTS = {
     533: "There is no room for it now: another zone, host or a smaller offering may do.",
     536: "Something else still uses it.",
 }
-_HINTS_FOR_JOBS = (532, 533, 536)  # other codes of a failed job are not about the request
+_HINTS_FOR_JOBS = (532, 533, 536)  # other hints are about a request, not about its job
 
 
 def _report(invocation, error):
-    """Say on standard error what was raised, and what can be done."""
+    """Report on standard error what was raised, and what can be done."""
     call = invocation.under_way
     invocation.progress.clear()
     if isinstance(error, KeyboardInterrupt):
@@ -4207,7 +4207,7 @@ def _how_to_go_on(invocation, error):
     line = _shell_line(invocation, ["--wait", error.jobid, *invocation.left])
     call = invocation.under_way
     if getattr(error, "outcome_unknown", False) and call:
-        # Its answer was lost; and without the list of commands each is given an id.
+        # The answer was lost. Without the list of commands, any command is given an id.
         return f"{call.command} may have run; if it started a job, this waits for it: {line}"
     return f"Job {error.jobid} may still be running; to go on waiting for it: {line}"
 
@@ -4215,8 +4215,8 @@ def _how_to_go_on(invocation, error):
 def _report_unwritten(error):
     """Say that standard output could not be written.
 
-    Not of a reader that has seen enough (head, a pager). What is still in its buffer goes nowhere:
-    else the interpreter complains at its end."""
+    A reader that has seen enough (head, a pager) is no failure. What is still buffered goes
+    nowhere; otherwise the interpreter would complain when it exits."""
     out = sys.__stdout__
     try:
         if out is not None and out is sys.stdout:
@@ -5215,7 +5215,7 @@ def _configure(invocation):
 def _text_without_section(path, region):
     """Return the text that a section can be added to.
 
-    Raises _Usage if the file has the section: a person's work is theirs to edit; ValueError for a
+    Raises _Usage if the file has the section, which a person may have edited; ValueError for a
     broken file."""
     try:
         text = _read_text(path)
@@ -5903,8 +5903,10 @@ class _Shell:
         self.history = None  # its path
 
     def run(self):
-        """Carry out the lines. At a terminal, where each failure was seen, it returns True, else
-        what became of the first line that failed; and Ctrl-C ends one line there, else all."""
+        """Carry out the lines. Returns the first failure, or True.
+
+        At a terminal each failure has been seen, so it always returns True, and Ctrl-C ends only
+        the line; elsewhere Ctrl-C ends them all."""
         is_typed = _is_at_terminal()
         first = True
         try:
