@@ -3289,8 +3289,8 @@ def read_config_from_ini(ini_group: "str | None" = None) -> "dict[str, Any]":
 
 
 # --- 8 command line -------------------------------------------------------------------------------
-# A line of words becomes a checked call (_checked_call), the call is made (_make_call), its answer
-# is printed (_print_answer). _Invocation holds what they share, and may serve one line after
+# A line of words becomes a checked call (_checked_call), the call is made (_carry_out), its answer
+# is printed (_print_answers). _Invocation holds what they share, and may serve one line after
 # another with the same client.
 
 __all__ += ["main"]
@@ -3298,42 +3298,8 @@ __all__ += ["main"]
 
 # 8.1 Options: the words of a line, taken apart.
 
-FORMATS = ("json", "jsonl", "table", "csv", "text")
-
-# name and letter: --name and -n. value: None for a flag, a tuple of all the values there are, or
-# what stands for the value in the help. about: what the help says; None leaves the option out.
-_Option = collections.namedtuple("_Option", "name letter value about")
-_OPTIONS = (
-    _Option("output", "o", FORMATS, ""), _Option("columns", "c", "id,name,nic.0.ipaddress", ""),
-    _Option("where", "", "CONDITION", "name~^web"), _Option("sort", "", "[-]COLUMN", ""),
-    _Option("all", "", None, "fetch all pages of a list"),
-    _Option("sync", "", None, "refresh the known commands"),
-    _Option("each", "", None, "run once per stdin row; {name} is that row's field"),
-    _Option("parallel", "", "COUNT", "rows at a time"), _Option("stop-on-error", "", None, ""),
-    _Option("region", "r", "NAME", "ini file's section"),
-    _Option("profile", "p", "NAME", "alias of --region"),
-    _Option("config", "", "FILE", "another ini file"), _Option("endpoint", "", "URL", ""),
-    _Option("timeout", "", "SECONDS", "per request"), _Option("retry", "", "COUNT", ""),
-    _Option("async", "", None, "do not wait for jobs"),
-    _Option("wait", "", "JOBID", "wait for a job"),
-    _Option("job-timeout", "", "SECONDS", ""), _Option("poll-interval", "", "SECONDS", ""),
-    _Option("dry-run", "", None, "print, do not send"),
-    _Option("force", "", None, "skip validation"),
-    _Option("quiet", "q", None, "fewer messages"),
-    _Option("trace", "t", None, "show each exchange"),
-    _Option("color", "", ("auto", "always", "never"), ""),
-    _Option("theme", "", "STYLE", "for Pygments"), _Option("post", "", None, "send by POST"),
-    _Option("completion", "", ("bash", "zsh", "fish"), ""),
-    _Option("version", "", None, ""), _Option("help", "h", None, ""),
-    _Option("list", "", None, None), _Option("shell", "", None, None),  # these are in _USAGE
-    _Option("configure", "", None, None),
-    _Option("complete", "", "LINE", None),  # for the scripts of completion
-)  # fmt: skip
-_FLAGS = {"--" + option.name: option for option in _OPTIONS}
-_FLAGS.update(("-" + option.letter, option) for option in _OPTIONS if option.letter)
-# An empty value of any other is an unset variable of a script: it must not mean the usual region.
-_MAY_BE_EMPTY = frozenset(["columns", "sort", "where", "theme", "complete"])
-
+# What --help prints is the table of options, too: "-LETTER, --NAME VALUE  about". VALUE is a choice
+# such as a|b, or what stands for the value.
 _USAGE = """\
 cs [options] COMMAND [name=value ...]  call the CloudStack API, print its answer
 
@@ -3342,30 +3308,53 @@ cs [options] COMMAND [name=value ...]  call the CloudStack API, print its answer
   cs --list [WORD ...], cs COMMAND --help   commands, and their parameters
   cs --configure, cs --shell              write the ini file; interactive shell
 
-{options}
-exit: {codes}
+ -o, --output json|jsonl|table|csv|text  -c, --columns id,name,nic.0.ipaddress
+     --where CONDITION  name~^web            --sort [-]COLUMN
+     --all  fetch all pages of a list        --sync  refresh the known commands
+     --each  run once per stdin row; {name} is that row's field
+     --parallel COUNT  rows at a time        --stop-on-error
+ -r, --region NAME  ini file's section   -p, --profile NAME  alias of --region
+     --config FILE  another ini file         --endpoint URL
+     --timeout SECONDS  per request          --retry COUNT
+     --async  do not wait for jobs           --wait JOBID  wait for a job
+     --job-timeout SECONDS                   --poll-interval SECONDS
+     --dry-run  print, do not send           --force  skip validation
+ -q, --quiet  fewer messages             -t, --trace  show each exchange
+     --color auto|always|never               --theme STYLE  for Pygments
+     --post  send by POST                    --completion bash|zsh|fish
+     --version                           -h, --help
+exit: 0 done  1 error  2 usage  3 no answer  4 job still runs  130 interrupted
 More: README.rst; the API: https://cloudstack.apache.org/api.html
 """
+
+_Option = collections.namedtuple("_Option", "name letter value")
+
+
+def _read_options(text):
+    """Return {flag: _Option} of a help text, for --name and -n.
+
+    value: None for a flag, a tuple of all the values there are, or what stands for the value."""
+    flags = {}
+    for part in text.replace("\n", "  ").split("  "):
+        *letter, option = part.strip().split(", ")
+        flag, _, value = option.partition(" ")
+        if flag.startswith("--"):
+            choice = tuple(value.split("|")) if "|" in value else value or None
+            option = _Option(flag[2:], "".join(letter)[1:], choice)
+            flags.update(dict.fromkeys([flag, *letter], option))
+    return flags
+
+
+# Three are in the head of the help; --complete is for the scripts of completion.
+_FLAGS = _read_options(_USAGE + "--list  --shell  --configure  --complete LINE")
+_OPTIONS = [option for flag, option in _FLAGS.items() if flag == "--" + option.name]
+FORMATS = _FLAGS["--output"].value
+# An empty value of any other is an unset variable of a script: it must not mean the usual region.
+_MAY_BE_EMPTY = frozenset(["columns", "sort", "where", "theme", "complete"])
 
 
 class _Usage(Exception):
     """The command line cannot be carried out as it was typed."""
-
-
-def _help_text():
-    """Return what --help prints; options stand two on a line where they fit."""
-    lines: list = []
-    for name, letter, value, about in _OPTIONS:
-        if about is not None:
-            flags = f" -{letter}, --{name} " if letter else f"     --{name} "
-            cell = f"{flags}{'|'.join(value) if isinstance(value, tuple) else value or ''}"
-            cell = f"{cell.rstrip()}  {about}".rstrip()
-            if lines and len(lines[-1]) < 40 and len(cell) <= 40:
-                cell = f"{lines.pop():39}{cell}"
-            lines.append(cell)
-    pairs = sorted((code, meaning) for code, _, meaning in _EXITS)
-    codes = "  ".join(f"{code} {meaning}" for code, meaning in pairs)
-    return _USAGE.format(options="\n".join(lines), codes=codes)
 
 
 def _parse_arguments(args):
@@ -3409,16 +3398,15 @@ def _parse_option(arg, waiting):
 def _unknown_option(flag, value, waiting):
     """Return the exception for an option that does not exist: what may be meant by it."""
     name = flag.lstrip("-")
-    names = [option.name for option in _OPTIONS if option.about is not None]
-    near = _near(name, names, most=1)
+    names = [option.name for option in _OPTIONS if option.name != "complete"]
+    near = ["--" + other for other in _near(name, names, most=1)]
     if len(name) == 1:
-        near = [other for other in names if other.startswith(name.lower())][:3]
-    meant = ["--" + other for other in near]
-    if flag.startswith("--") and not near:  # a parameter, as other tools have it
+        near = ["--" + other for other in names if other.startswith(name.lower())][:3]
+    elif name and not near:  # a parameter, as other tools have it
         if not value and waiting and not re.search("^-|=", waiting[0]):
             value = waiting[0]
-        meant = [f"{name}={value}"] if value else []
-    return _Usage(f"there is no option {flag!a}{_did_you_mean(meant) or '; see cs --help'}")
+        near = [f"{name}={value}"] if value else []
+    return _Usage(f"there is no option {flag!a}{_did_you_mean(near) or '; see cs --help'}")
 
 
 def _merge_options(base, options):
@@ -3452,11 +3440,9 @@ def _parse_parameters(words):
         if not equals or not name:
             example = "parameters are name=value, such as id=name:web-01"
             raise _Usage(f"{word!a} has no {'name' if equals else repr('=')}; {example}")
-        if name == "headers":
-            hint = "set header_<name> in the ini file, or CLOUDSTACK_HEADER_<NAME>"
-            raise _Usage(f"'headers' cannot be a parameter here; {hint}")
-        if name in ("self", "command"):
-            raise _Usage(f"{name!a} cannot be a parameter here")
+        if name in ("self", "command", "headers"):
+            hint = "; an ini file's header_<name> is one" if name == "headers" else ""
+            raise _Usage(f"{name!a} cannot be a parameter here{hint}")
         params.setdefault(name, []).append(_parse_value(name, text.strip()))
     return params
 
@@ -3488,13 +3474,11 @@ def _read_value(name, path):
         if name.lower() == "userdata":
             return _as_base64(content)
         return re.sub(r"\r?\n\Z", "", content.decode("utf-8-sig"))
-    except (FileNotFoundError, NotADirectoryError):
-        hint = "" if path == "-" else " (@@ stands for a plain @)"
-        raise _Usage(f"{name}: there is no {source}{hint}") from None
     except UnicodeDecodeError:
         raise _Usage(f"{name}: {source} is not UTF-8 text") from None
     except OSError as error:
-        raise _Usage(f"{name}: cannot read {source}: {error_text(error)}") from None
+        hint = "" if path == "-" else " (@@ stands for a plain @)"
+        raise _Usage(f"{name}: cannot read {source}: {error_text(error)}{hint}") from None
 
 
 def _as_base64(content):
@@ -3517,12 +3501,11 @@ def _joined(values):
 def _to_arguments(params):
     """Return the keyword arguments of a call for {name: [_Value, ...]}."""
     arguments: dict = {name: _joined(values) for name, values in params.items()}
-    for name in ("json", "fetch_list", "fetch_result"):
-        if name in arguments:
-            try:
-                arguments[name] = strtobool(arguments[name])
-            except ValueError:
-                raise _Usage(f"{name}={arguments[name]!a} is neither true nor false") from None
+    for name in arguments.keys() & {"json", "fetch_list", "fetch_result"}:
+        try:
+            arguments[name] = strtobool(arguments[name])
+        except ValueError:
+            raise _Usage(f"{name}={arguments[name]!a} is neither true nor false") from None
     return arguments
 
 
@@ -3535,16 +3518,15 @@ def _read_stdin():
 
 # 8.2 Run and report.
 
-# What a command can end with: exit code, the classes an exception has, what the help says. The
-# first that fits counts.
-_EXITS = (
-    (130, (KeyboardInterrupt,), "interrupted"),
-    (4, (CloudStackJobTimeout,), "job still runs"),
-    (3, (CloudStackException, OSError), "no answer"),
-    (1, (CloudStackException,), "error"),
-    (2, (Exception,), "usage"),
-    (0, (), "done"),
-)
+# The exit code for what was raised, by the first of these classes that it has.
+_EXITS = {
+    KeyboardInterrupt: 130,
+    CloudStackJobTimeout: 4,
+    CloudStackConnectionError: 3,
+    CloudStackTimeoutError: 3,
+    CloudStackException: 1,
+    Exception: 2,
+}
 
 
 def main(args: "Iterable[str] | None" = None) -> int:
@@ -3555,7 +3537,13 @@ def main(args: "Iterable[str] | None" = None) -> int:
     if sys.stdout is None:  # closed by the process that started this one
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     invocation = _Invocation()
-    outcome = _attempt(invocation, _dispatch, sys.argv[1:] if args is None else args)
+    outcome: Any = True
+    try:
+        outcome = _attempt(invocation, _dispatch, sys.argv[1:] if args is None else args)
+        if invocation.client is not None:
+            invocation.client.close()
+    except KeyboardInterrupt as error:
+        outcome = outcome if _exit_code(outcome) else error
     if args is None and isinstance(outcome, KeyboardInterrupt):
         import signal
 
@@ -3569,7 +3557,8 @@ class _Interrupts:
 
     Wrappers and impatient people send several, and none may cut the account of what was begun.
     After the `with` block, or release(), signals have their usual effect again.
-    on_first: called in the place of raising KeyboardInterrupt; is_over: the first has come."""
+    on_first: called in the place of raising KeyboardInterrupt; is_over: the first has come, or
+    what it would end is done, so that signals are ignored from now on."""
 
     def __init__(self):
         self.on_first: Any = None
@@ -3580,15 +3569,10 @@ class _Interrupts:
         import signal
 
         usual = (signal.SIG_DFL, signal.default_int_handler)  # not what nohup has ignored
-        for number in (1, 2, 15):  # SIGHUP, SIGINT, SIGTERM
-            is_main = threading.current_thread() is threading.main_thread()
-            if is_main and signal.getsignal(number) in usual:
+        is_main = threading.current_thread() is threading.main_thread()
+        for number in (1, 2, 15) if is_main else ():  # SIGHUP, SIGINT, SIGTERM
+            if signal.getsignal(number) in usual:
                 self._usual[number] = signal.signal(number, self._handle)
-        return self
-
-    def hold(self):
-        """Ignore signals from now on, the first one too."""
-        self.is_over = True
 
     def release(self, *exc_info):
         """Give signals their usual effect again."""
@@ -3608,7 +3592,7 @@ class _Interrupts:
 
 
 def _attempt(invocation, dispatch, line):
-    """Do what a line asks for, report what it raises, then log out and close.
+    """Do what a line asks for, and report what it raises.
 
     Returns what was raised, or whether it succeeded."""
     outcome: Any = True
@@ -3616,23 +3600,16 @@ def _attempt(invocation, dispatch, line):
         with invocation.interrupts:
             try:
                 outcome = dispatch(invocation, line)
+                invocation.progress.clear()
+                _flush()
             except (CloudStackException, _Usage, ValueError, OSError, KeyboardInterrupt) as error:
-                invocation.interrupts.hold()
+                invocation.interrupts.is_over = True
                 outcome = error
                 _report(invocation, error)
-            finally:
-                invocation.progress.clear()
-            _flush()
+                _flush()
     except _OutputFailed as failed:
-        if not _exit_code(outcome):  # a failure before this one says more
-            outcome = failed
+        outcome = outcome if _exit_code(outcome) else failed  # a failure before this says more
         _report_unwritten(failed.args[0])
-    except KeyboardInterrupt as error:
-        outcome = error if outcome is True else outcome
-    try:
-        invocation.close()
-    except KeyboardInterrupt as error:
-        outcome = outcome if _exit_code(outcome) else error
     return outcome
 
 
@@ -3640,9 +3617,8 @@ def _exit_code(outcome):
     """Return the exit code for what was raised, or for whether everything succeeded."""
     if isinstance(outcome, _OutputFailed):  # a reader that has seen enough is no failure
         return 0 if isinstance(outcome.args[0], BrokenPipeError) else 1
-    if not isinstance(outcome, BaseException):
-        return 0 if outcome else 1
-    return next(code for code, kinds, _ in _EXITS if all(isinstance(outcome, k) for k in kinds))
+    codes = (code for kind, code in _EXITS.items() if isinstance(outcome, kind))
+    return next(codes, 0 if outcome else 1)
 
 
 def _dispatch(invocation, args):
@@ -3654,7 +3630,9 @@ def _dispatch(invocation, args):
     if words[:1] == ["help"] and not options["list"]:
         options["help"], words = True, words[1:]
     _check_each(options)
-    if options["each"] and invocation.clients is not None:
+    is_idle = not (words or options["wait"] or options["list"] or options["sync"])
+    is_inside = invocation.clients is not None  # a shell
+    if options["each"] and is_inside:
         raise _Usage("--each reads standard input, which is the shell's own here")
     if options["version"]:
         _write(f"cs {__version__}\n")
@@ -3667,10 +3645,16 @@ def _dispatch(invocation, args):
             raise _Usage("--configure stands alone; --region names the section")
         return _configure(invocation)
     elif options["help"] and not words:
-        _write(_help_text())
-    elif _asks_for_shell(invocation, words):
+        _write(_USAGE)
+    elif options["shell"] or (is_idle and not is_inside and _is_at_terminal()):
+        if is_inside or not is_idle:
+            raise _Usage("--shell stands alone: it reads line by line what is to be done")
+        if not options["shell"]:
+            invocation.connect()  # without a configuration it could do nothing
         invocation.interrupts.release()  # each line has its own
         return _Shell(options).run()
+    elif is_idle:
+        raise _Usage("no command given; see cs --help")
     else:
         return _use_server(invocation, words)
     return True
@@ -3688,8 +3672,6 @@ def _use_server(invocation, words):
     options = invocation.options
     invocation.conditions = [_Condition(text) for text in options["where"] or ()]
     jobids = _job_ids([options["wait"], *words]) if options["wait"] else []
-    if not (words or jobids or options["list"] or options["sync"]):
-        raise _Usage("no command given; see cs --help")
     if words and not options["list"] and not re.match(r"[\w.-]+\Z", words[0], re.ASCII):
         usage = "cs [options] COMMAND [name=value ...]"
         raise _Usage(f"{words[0]!a} stands where the command should be: {usage}")
@@ -3727,7 +3709,7 @@ class _Invocation:
     """Holds what one use of the command line has: options, settings, client, progress.
 
     Messages go through say(), so that -q has one place. clients holds those of a shell: {what leads
-    to a client: (settings, unknown keys, the client)}; they outlive the invocation."""
+    to a client: (settings, the client)}; they outlive the invocation."""
 
     def __init__(self, options=None, clients=None, place=""):
         self.options = _parse_arguments([])[0] if options is None else options
@@ -3744,15 +3726,9 @@ class _Invocation:
         self.left: Any = ()  # ids of more jobs that were begun and not waited for
         self.request: Any = None  # the one that was sent last
         self.fetched: Any = None  # how many rows of how many there are, of all pages
-        self.unknown: list = []  # settings that nothing knows, as texts
-
-    def close(self):
-        """Log out and close connections, unless the client is one of a shell's."""
-        if self.client is not None and self.clients is None:
-            self.client.close()
 
     def say(self, text):
-        """Say something on standard error, unless -q."""
+        """Write a line on standard error, unless -q."""
         if not self.options["quiet"]:
             self.progress.clear()
             write_stderr(text)
@@ -3760,26 +3736,26 @@ class _Invocation:
     def connect(self):
         """Make the client that configuration and options describe. Raises _Usage, ValueError.
 
-        In a shell it is the one that a line before had for them."""
+        In a shell, a client that an earlier line made for them is used again."""
         clients = {} if self.clients is None else self.clients
         place = tuple(self.options[name] for name in ("region", "config", "endpoint"))
         if place not in clients:
-            clients[place] = self._make_client()
-        self.settings, self.unknown, self.client = clients[place]
+            clients[place] = self._make_client(*place)
+        self.settings, self.client = clients[place]
         self.client.on_event = self.observe
         is_silent = self.options["quiet"] or self.options["trace"] or self.client.trace
-        self.progress.is_shown = not is_silent and _is_watched()
+        # A pipe's reader may write to the same terminal.
+        is_watched = _is_terminal(sys.stderr) and (sys.stdout.isatty() or sys.stdout.seekable())
+        self.progress.is_shown = is_watched and not is_silent
 
-    def _make_client(self):
-        """Return settings, texts about unknown ones, and the client; warn of what is odd.
+    def _make_client(self, region, path, endpoint):
+        """Return settings and the client; warn of what is odd.
 
         It works all the same, so warnings are for terminals: not for cron, nor for programs that
         read standard error as well. But without a key few servers answer."""
-        region, path, endpoint = (self.options[name] for name in ("region", "config", "endpoint"))
-        unknown: list = []
+        config = Config()
         try:
             config = load_config(region, {"endpoint": endpoint} if endpoint else {}, path)
-            unknown = _describe_unknown(config)
             settings = {"recover": True, **config.settings}
             client = CloudStack(**settings)
             client.check()
@@ -3787,22 +3763,21 @@ class _Invocation:
             variables = "CLOUDSTACK_ENDPOINT, CLOUDSTACK_KEY, CLOUDSTACK_SECRET"
             raise _Usage(f"{error}; `cs --configure` makes one, or set {variables}") from None
         except ValueError as error:
-            unknown = unknown or _describe_unknown(getattr(error, "config", Config()))
-            names = unknown and "; not known as settings: " + ", ".join(unknown)
-            raise ValueError(f"{error}{names or ''}") from None
+            texts = [str(error), _describe_unknown(getattr(error, "config", config))]
+            raise ValueError("; ".join(filter(None, texts))) from None
         except Exception as error:
             if type(error).__name__ != "NoSectionError":  # to import configparser takes its time
                 raise
             there = ", ".join(list_regions(path))
             there = there and f"; there are {there}"
             raise _Usage(f"Error: region {region!a} not in config{there}") from None
-        is_unsigned = client.key is None and not settings.get("username")
-        texts = config.warnings if _is_terminal(sys.stderr) else []
-        if unknown and (is_unsigned or _is_terminal(sys.stderr)):
-            texts = texts + ["not known as settings: " + ", ".join(unknown)]
-        for text in texts:
+        is_read = _is_terminal(sys.stderr)
+        texts = config.warnings if is_read else []
+        if is_read or _is_unsigned(client):
+            texts = [*texts, _describe_unknown(config)]
+        for text in filter(None, texts):
             self.say("Warning: " + text)
-        return settings, unknown, client
+        return settings, client
 
     def call_options(self):
         """Return the options of this line as client.call() takes them."""
@@ -3811,13 +3786,17 @@ class _Invocation:
 
     def observe(self, event):
         """Take notice of what happens to a request; the client's on_event."""
+        if self.options["trace"] and not self.client.trace:
+            trace_event(event)
         if isinstance(event, Sent):
             self.request = event.request
         elif isinstance(event, Rows):
             self.fetched = event
-        if self.options["trace"] and not self.client.trace:
-            trace_event(event)
-        self.progress.observe(event)
+            self.progress.show(f"{event.seen}{f' of {event.total}' if event.total else ''} rows")
+        elif isinstance(event, Waiting):
+            is_job = event.command == "queryAsyncJobResult"  # --wait knows no command
+            what = f"job {event.jobid}" if is_job else event.command
+            self.progress.show(f"{what}: waiting for the job, {int(event.seconds)} s")
 
     def masked(self, text):
         """Return the beginning of the server's words without what they repeat of our secrets."""
@@ -3837,15 +3816,10 @@ class _Invocation:
 
 
 _CALL_OPTIONS = ("timeout", "retry", "job_timeout", "poll_interval", "post")
-# Names of settings that other tools have, letters only.
-_SPELLED_ELSEWHERE = {
-    "url": "endpoint", "apiurl": "endpoint", "apikey": "key", "secretkey": "secret",
-    "apisecret": "secret", "secretaccesskey": "secret",
-}  # fmt: skip
 
 
 def _describe_unknown(config):
-    """Return a text for each key of the section, and each variable, that no setting has."""
+    """Return a text about keys of the section and variables that no setting has; empty if none."""
     known = [_PREFIX + name.upper() for name in [*_CONFIG_KEYS, "config", "region", "overrides"]]
     named = [(key, f" in {path}") for key, path in config.unknown]
     named += [(name, "") for name in sorted(set(os.environ).difference(known))
@@ -3853,61 +3827,41 @@ def _describe_unknown(config):
     found = []
     for key, where in named:
         bare = re.sub("[^a-z]", "", key.lower().replace("cloudstack_", ""))
-        near = _near(bare, [*_SPELLED_ELSEWHERE, *_CONFIG_KEYS], most=1)
-        meant = [f" ({_SPELLED_ELSEWHERE.get(name, name)}?)" for name in near]
-        found.append(f"{key!a}{where}{''.join(meant)}")
-    return found
+        meant = "".join(f" ({name}?)" for name in _near(bare, _CONFIG_KEYS, most=1))
+        found.append(f"{key!a}{where}{meant}")
+    return "not known as settings: " + ", ".join(found) if found else ""
+
+
+def _is_unsigned(client):
+    """Return whether requests go out without a signature and without a session."""
+    return client.key is None and not client.get_setting("username")
 
 
 def _is_terminal(stream):
-    """Return whether a stream is a terminal that can more than print."""
+    """Return whether a stream is a terminal that can do more than print."""
     return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def _is_watched():
-    """Return whether progress can be shown without mixing with what a pipe's reader writes."""
-    import stat
-
-    try:
-        is_open = sys.stdout.isatty() or stat.S_ISREG(os.fstat(sys.stdout.fileno()).st_mode)
-    except (OSError, ValueError):
-        is_open = False
-    return is_open and _is_terminal(sys.stderr)
-
-
 class _Progress:
-    """Shows one line on standard error while pages or a job are waited for, and clears it then."""
+    """Shows one line on standard error while pages or a job are awaited; clear() removes it."""
 
     def __init__(self):
-        self.is_shown = False
-        self._shown_at = None
-
-    def observe(self, event):
-        """Show what an event of the client tells."""
-        if isinstance(event, Rows):
-            self.show(f"{event.seen}{f' of {event.total}' if event.total else ''} rows")
-        elif isinstance(event, Waiting):
-            is_job = event.command == "queryAsyncJobResult"  # --wait knows no command
-            what = f"job {event.jobid}" if is_job else event.command
-            self.show(f"{what}: waiting for the job, {int(event.seconds)} s")
+        self.is_shown = False  # whether anybody would see it
+        self._shown = ""
 
     def show(self, text):
-        """Put a text in place of the line, ten times a second at most."""
-        if self.is_shown and (self._shown_at is None or _clock() - self._shown_at >= 0.1):
-            self._put(text, _clock())
+        """Put a text in place of the line."""
+        if self.is_shown and text != self._shown:
+            self._shown = text
+            try:
+                sys.stderr.write("\r\x1b[K" + text)
+                sys.stderr.flush()
+            except (OSError, ValueError):
+                pass
 
     def clear(self):
         """Take the line away."""
-        if self._shown_at is not None:
-            self._put("", None)
-
-    def _put(self, text, now):
-        self._shown_at = now
-        try:
-            sys.stderr.write("\r\x1b[K" + text)
-            sys.stderr.flush()
-        except (OSError, ValueError):
-            pass
+        self.show("")
 
 
 class _CheckedCall:
@@ -3921,13 +3875,11 @@ class _CheckedCall:
 
     def make(self, client):
         """Return what client.call() does; a coroutine for AIOCloudStack."""
+        if self.words[:1] == ["--wait"]:
+            return client.wait_job(self.params["jobid"], **self.options)
         return client.call(
             self.command, self.params, pages=self.pages, wait=self.wait, **self.options
         )
-
-    def is_plain(self):
-        """Return whether the answer is a text (json=false)."""
-        return self.options.get("json") is False
 
 
 def _checked_call(invocation, words):
@@ -3962,13 +3914,15 @@ def _check_call(invocation, values, words):
 def _carry_out(invocation, call):
     """Make a call and print the answer. Returns whether it succeeded."""
     invocation.under_way = call
-    if call.is_plain():
-        answer = _make_call(invocation, call).rstrip("\n")
-        invocation.progress.clear()
-        if answer:
-            _write_line(answer)
-        return True
-    return _print_answers(invocation, call, _answers(invocation, call))
+    if call.options.get("json") is not False:
+        return _print_answers(invocation, call, _answers(invocation, call))
+    text = call.make(invocation.client).rstrip("\n")
+    if re.match(r"(?i)\s*<(?:!doctype )?html\b", text):
+        raise CloudStackException("Unexpected response from CloudStack", "a page of HTML: " + text)
+    invocation.progress.clear()
+    if text:
+        _write_line(text)
+    return True
 
 
 def _answers(invocation, call):
@@ -3978,24 +3932,13 @@ def _answers(invocation, call):
             yield page[0] if isinstance(page, tuple) else page
             _flush()
     else:
-        yield _make_call(invocation, call)
+        yield call.make(invocation.client)
 
 
 def _tells_success(answer):
-    """Return whether an answer of status 200 does not tell of a failure all the same."""
+    """Return whether an answer of status 200 is a success: some report a failure all the same."""
     said = answer if isinstance(answer, dict) else {}
     return "errortext" not in said and str(said.get("success")).lower() != "false"
-
-
-def _make_call(invocation, call):
-    """Return the answer: all pages of a list where they are wanted, the result of a job."""
-    if call.words[:1] == ["--wait"]:
-        return invocation.client.wait_job(call.params["jobid"], **call.options)
-    answer = call.make(invocation.client)
-    if call.is_plain() and re.match(r"(?i)\s*<(?:!doctype )?html\b", answer):
-        page = invocation.masked(answer)
-        raise CloudStackException("Unexpected response from CloudStack", f"a page of HTML: {page}")
-    return answer
 
 
 def _wait_for_jobs(invocation, jobids):
@@ -4017,7 +3960,7 @@ def _wait_for_jobs(invocation, jobids):
 
 
 def _warn_of_missing_rows(invocation, call, rows, seen):
-    """Say so if the server cut a list short, or if rows got lost between its pages."""
+    """Warn if the server cut a list short, or if rows were lost between its pages."""
     fetched = invocation.fetched
     if call.pages and fetched and (fetched.total or 0) > fetched.seen:
         lost = f"{fetched.total - fetched.seen} of {fetched.total} rows"
@@ -4038,18 +3981,14 @@ def _show_plan(invocation, call):
     return True
 
 
-_CHECK_ENDPOINT = "Check the endpoint: it usually ends in /client/api."
 # errorcode, or the status of an answer that is not CloudStack's: what can be done about it. {cs} is
 # the command line up to the command.
 _HINTS = {
-    200: _CHECK_ENDPOINT,
+    **dict.fromkeys((200, 404, 405), "Check the endpoint: it usually ends in /client/api."),
+    **dict.fromkeys((430, 431), "Run {cs} {command} --help to list its parameters."),
     401: "Check endpoint, key and secret of this region, and this machine's clock. The server says "
     "the same about a command that it does not know: {cs} --list.",
-    404: _CHECK_ENDPOINT,
-    405: _CHECK_ENDPOINT,
     429: "Send fewer requests, or have them sent again: --retry 3.",
-    430: "Run {cs} {command} --help to list its parameters.",
-    431: "Run {cs} {command} --help to list its parameters.",
     432: "There is no such command, or your role may not use it: {cs} --sync, then {cs} --list.",
     503: "The server is in maintenance; nothing was done. Try again later, or with --retry 3.",
     530: "The management server's log says more.",
@@ -4058,11 +3997,11 @@ _HINTS = {
     533: "There is no room for it now: another zone, host or a smaller offering may do.",
     536: "Something else still uses it.",
 }
-_HINTS_FOR_JOBS = (532, 533, 536)  # other codes of a failed job are not about the request
+_HINTS_FOR_JOBS = (532, 533, 536)  # other hints are about a request, not about its job
 
 
 def _report(invocation, error):
-    """Say on standard error what was raised, and what can be done."""
+    """Report on standard error what was raised, and what can be done."""
     call = invocation.under_way
     invocation.progress.clear()
     if isinstance(error, KeyboardInterrupt):
@@ -4084,7 +4023,7 @@ def _report(invocation, error):
 
 def _report_failure(invocation, error):
     """Say what failed: the message, the call, codes, a hint; then the server's own words."""
-    document = _server_error(error) or {}
+    document = _server_error(error)
     names = [name for name in ("errorcode", "cserrorcode") if name in document]
     facts = (
         ("Call", _typed_call(invocation)), ("Server", mask_address(invocation.client.endpoint)),
@@ -4104,20 +4043,16 @@ def _report_failure(invocation, error):
 
 
 def _server_error(error):
-    """Return the document in which CloudStack itself states an error, or None."""
+    """Return the document in which CloudStack itself states an error, or an empty one."""
     document = getattr(error, "error", None)
-    if isinstance(document, dict) and set(document) & {"errortext", "errorcode", "jobstatus"}:
-        return document
-    return None
+    is_one = isinstance(document, dict) and {"errortext", "errorcode", "jobstatus"} & set(document)
+    return document if is_one else {}
 
 
 def _sentence(error):
     """Return an exception in a line: its message, and the text of the server's error."""
-    text = ": ".join(str(arg) for arg in error.args)
-    document = _server_error(error)
-    if document and document.get("errortext"):
-        text += f": {document['errortext']}"
-    return text
+    parts = [*error.args, _server_error(error).get("errortext")]
+    return ": ".join(str(part) for part in parts if part)
 
 
 def _left_behind(error):
@@ -4136,18 +4071,19 @@ def _hint(invocation, error, document):
     code = document.get("errorcode", getattr(error.response, "status_code", None))
     usual = _HINTS.get(code, "") if isinstance(code, int) else ""
     is_login = invocation.request and invocation.request.params["command"] == "login"
-    is_unsigned = invocation.client.key is None and not invocation.settings.get("username")
-    unknown = ", ".join(invocation.unknown)
+    is_projects = "projectid" in map(str.lower, call.params)
+    size = sum(len(str(value)) for value in call.params.values())
     hints = (
         (error.job_failed, usual if code in _HINTS_FOR_JOBS else ""),
         (_is_unknown_job(invocation, document), "The server knows no such job."),
         (error.jobid and document, "The command was accepted; only asking for its job failed."),
         (is_login and document, "Check user name, password and domain."),
-        (code == 401 and is_unsigned, "There was no key, so the request was not signed."
-         + (unknown and f" Not known as settings: {unknown}")),
-        (code == 432 and "projectid" in map(str.lower, call.params),
-         "You may not be in this project."),
-        (code == 404 and sum(len(str(value)) for value in call.params.values()) > 1 << 20,
+        (code == 401 and _is_unsigned(invocation.client),
+         "There was no key, so the request was not signed."),
+        (code == 432 and is_projects, "You may not be in this project."),
+        (code == 432 and not call.command,
+         "Your role may not ask for the list of commands; calls work without it."),
+        (code in (400, 404) and size > 1 << 20,
          "It is over 1 MiB, the most that servers usually take."),
         (document, code == 431 and _hint_about_id(invocation, call, document) or usual),
         (error.outcome_unknown, "Check whether it was done before you send it again."),
@@ -4209,7 +4145,7 @@ def _how_to_go_on(invocation, error):
     line = _shell_line(invocation, ["--wait", error.jobid, *invocation.left])
     call = invocation.under_way
     if getattr(error, "outcome_unknown", False) and call:
-        # Its answer was lost; and without the list of commands each is given an id.
+        # The answer was lost. Without the list of commands, any command is given an id.
         return f"{call.command} may have run; if it started a job, this waits for it: {line}"
     return f"Job {error.jobid} may still be running; to go on waiting for it: {line}"
 
@@ -4217,8 +4153,8 @@ def _how_to_go_on(invocation, error):
 def _report_unwritten(error):
     """Say that standard output could not be written.
 
-    Not of a reader that has seen enough (head, a pager). What is still in its buffer goes nowhere:
-    else the interpreter complains at its end."""
+    A reader that has seen enough (head, a pager) is no failure. What is still buffered goes
+    nowhere; otherwise the interpreter would complain when it exits."""
     out = sys.__stdout__
     try:
         if out is not None and out is sys.stdout:
@@ -5176,15 +5112,16 @@ def _rows_at_a_key(invocation, catalog, line, name):
 
 # 8.6 Configure.
 
-# What is asked, and what is said of an answer that cannot be used. An answer is never repeated:
-# pasted a line too early, it is the secret.
+# What is asked, what an answer looks like, and what is said of another one. An answer is never
+# repeated: pasted a line too early, it is the secret.
 _QUESTIONS = {
-    "endpoint": ("Endpoint (https://host/client/api): ",
+    "endpoint": ("Endpoint (https://host/client/api): ", r"https?://[^\s@]+\Z",
                  "Please type a full URL, such as https://host/client/api"),
-    "key": ("API key: ", "Nothing was typed"),
-    "secret": ("Secret key (not shown): ", "Nothing was typed"),
-    "save": ("Save them all the same? [y/N] ", ""),
-    "output": ("Output format, table or json [json]: ", f"It is one of {', '.join(FORMATS)}"),
+    "key": ("API key: ", ".", "Nothing was typed"),
+    "secret": ("Secret key (not shown): ", ".", "Nothing was typed"),
+    "save": ("Save them all the same? [y/N] ", "", ""),
+    "output": ("Output format, table or json [json]: ", rf"(?i)(?:{'|'.join(FORMATS)})\Z",
+               f"It is one of {', '.join(FORMATS)}"),
 }  # fmt: skip
 
 
@@ -5219,7 +5156,7 @@ def _configure(invocation):
 def _text_without_section(path, region):
     """Return the text that a section can be added to.
 
-    Raises _Usage if the file has the section: a person's work is theirs to edit; ValueError for a
+    Raises _Usage if the file has the section, which a person may have edited; ValueError for a
     broken file."""
     try:
         text = _read_text(path)
@@ -5238,7 +5175,7 @@ def _ask(name, otherwise=None):
     """Ask a person until the answer makes sense; otherwise: what no answer means.
 
     Raises _Usage without one."""
-    question, complaint = _QUESTIONS[name]
+    question, pattern, complaint = _QUESTIONS[name]
     while True:
         try:
             if name == "secret" and sys.stdin.isatty():
@@ -5254,21 +5191,9 @@ def _ask(name, otherwise=None):
         if not answer and otherwise is None:
             raise _Usage(f"no answer to '{question.strip()}'; nothing was written")
         answer = answer.strip() or otherwise or ""
-        if _is_usable(name, answer):
+        if re.match(pattern, answer):
             return answer
         write_stderr(f"  {complaint}; or press Ctrl-C to end")
-
-
-def _is_usable(name, answer):
-    """Return whether an answer makes sense."""
-    if name == "endpoint":
-        try:
-            CloudStack(answer).check()
-        except ValueError:
-            return False
-    if name == "output":
-        return answer.lower() in FORMATS
-    return answer != "" or name == "save"
 
 
 def _works(invocation, settings):
@@ -5279,17 +5204,12 @@ def _works(invocation, settings):
     client.check()
     client.on_event = invocation.observe
     try:
-        try:
-            text = f"They work; {len(_fetch_catalog(invocation).names())} commands are known now."
-        except CloudStackException as error:
-            if isinstance(error, OSError):
-                raise
+        if not _fetch_catalog(invocation, is_needed=False):  # it says what came of it
             client.listCapabilities()
-            text = "They work, but your role may not list the commands: typos are not noticed."
     except CloudStackException as error:
         write_stderr(f"They do not work: {invocation.masked(_sentence(error))}")
         return False
-    invocation.say(text)
+    invocation.say("They work.")
     return True
 
 
@@ -5799,7 +5719,7 @@ class _Batch:
         self.tasks = [asyncio.ensure_future(self.work(), loop=loop) for _ in range(self.most)]
         loop.run_until_complete(asyncio.wait(self.tasks))
         was_interrupted = interrupts.is_over
-        interrupts.hold()
+        interrupts.is_over = True
         loop.close()
         self.account("Interrupted: " if was_interrupted else "")
         for task in self.tasks:
@@ -5896,7 +5816,7 @@ class _Batch:
 
 # 8.10 The shell.
 # Lines are carried out as arguments are, but with the same clients: {what leads to one: (its
-# settings, unknown keys, the client)}.
+# settings, the client)}.
 
 # word: what it takes, and the option that it stands for.
 _SHELL_WORDS = {
@@ -5905,17 +5825,6 @@ _SHELL_WORDS = {
 }  # fmt: skip
 # What a line does cannot be set for all lines.
 _NOT_SET = "each wait list sync shell configure completion version help complete".split()
-def _asks_for_shell(invocation, words):
-    """Return whether the shell is to be opened: by --shell, or with nothing to do on a terminal."""
-    options, is_inside = invocation.options, invocation.clients is not None
-    is_idle = not (words or options["wait"] or options["list"] or options["sync"])
-    if options["shell"]:
-        if is_inside or not is_idle:
-            raise _Usage("--shell stands alone: it reads line by line what is to be done")
-    elif not is_inside and is_idle and _is_at_terminal():
-        invocation.connect()  # without a configuration it could do nothing
-        return True
-    return options["shell"]
 
 
 def _is_at_terminal():
@@ -5935,8 +5844,10 @@ class _Shell:
         self.history = None  # its path
 
     def run(self):
-        """Carry out the lines. At a terminal, where each failure was seen, it returns True, else
-        what became of the first line that failed; and Ctrl-C ends one line there, else all."""
+        """Carry out the lines. Returns the first failure, or True.
+
+        At a terminal each failure has been seen, so it always returns True, and Ctrl-C ends only
+        the line; elsewhere Ctrl-C ends them all."""
         is_typed = _is_at_terminal()
         first = True
         try:
@@ -5958,22 +5869,21 @@ class _Shell:
     def _dispatch(self, invocation, line):
         """Do what a line asks for. Returns as _dispatch does."""
         words = _split_line(line)
-        for index, word in enumerate(words):
-            if word in ("|", ">", ">>", "<"):
-                end = " ".join(words[index:])
-                raise _Usage(f"pipes and redirections are a real shell's: cs ... {end}")
+        piped = list(itertools.dropwhile(lambda word: word not in ("|", ">", ">>", "<"), words))
+        if piped:
+            raise _Usage(f"pipes and redirections are a real shell's: cs ... {' '.join(piped)}")
         first, *others = words
         if first == "use":
-            return self._set(invocation, "region", [" ".join(others) or "off"])
-        if first == "set":
-            return self._set(invocation, others[0] if others else "", others[1:])
+            others = ["region", " ".join(others) or "off"]
+        if first in ("use", "set"):
+            return self._set(invocation, *others)
         return _dispatch(invocation, [_SHELL_WORDS.get(first, (None, first))[1], *others])
 
-    def _set(self, invocation, name, values):
+    def _set(self, invocation, name="", *values):
         """Have an option hold for every line, if it can be used. Returns True."""
         if "--" + name not in _FLAGS or name in _NOT_SET:
             raise _Usage("set takes an option that holds for every line, such as: set output table")
-        options = {} if values == ["off"] else _parse_arguments(["--" + name, *values])[0]
+        options = {} if values == ("off",) else _parse_arguments(["--" + name, *values])[0]
         invocation.options = _merge_options({**invocation.options, name: None}, options)
         invocation.connect()
         invocation.format()
@@ -5981,7 +5891,7 @@ class _Shell:
         return True
 
     def _clients(self):
-        return [client for _, _, client in self.clients.values()]
+        return [client for _, client in self.clients.values()]
 
     def _typed_lines(self):
         """Yield what a person types. Ctrl-C clears a line, Ctrl-D is the end."""
