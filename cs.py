@@ -4025,10 +4025,11 @@ def _report_failure(invocation, error):
     """Say what failed: the message, the call, codes, a hint; then the server's own words."""
     document = _server_error(error)
     names = [name for name in ("errorcode", "cserrorcode") if name in document]
+    left = "It was about" if invocation.options["wait"] else "Left behind"
     facts = (
         ("Call", _typed_call(invocation)), ("Server", mask_address(invocation.client.endpoint)),
         ("Codes", ", ".join(f"{name} {document[name]}" for name in names)),
-        ("Left behind", _left_behind(error)), ("Hint", _hint(invocation, error, document)),
+        (left, _left_behind(invocation.under_way, error)), ("Hint", _hint(invocation, error, document)),
     )  # fmt: skip
     lines = [f"CloudStack error: {invocation.place}{invocation.masked(_sentence(error))}"]
     invocation.say("\n".join(lines + [f"  {name}: {text}" for name, text in facts if text]))
@@ -4055,8 +4056,12 @@ def _sentence(error):
     return ": ".join(str(part) for part in parts if part)
 
 
-def _left_behind(error):
-    """Return what a failed job was about, such as the machine of a deployment, or an empty text."""
+def _left_behind(call, error):
+    """Return what a failed job was about, such as the machine of a deployment, or an empty text.
+
+    What the call itself names was there before."""
+    if call and str(error.jobinstanceid) in ",".join(map(str, call.params.values())).split(","):
+        return ""
     return " ".join(str(part) for part in (error.jobinstancetype, error.jobinstanceid) if part)
 
 
@@ -5776,7 +5781,8 @@ class _Batch:
         if jobid:
             said["jobid"] = jobid
         if getattr(error, "job_failed", False):
-            said["left_behind"] = _left_behind(error)
+            left = _left_behind(call, error)
+            said.update({"left_behind": left} if left else {})
         elif jobid or getattr(error, "outcome_unknown", not only_reads(call.command)):
             self.jobids += [jobid] if jobid else []
             return "unknown", {"error": said, "outcome_unknown": True}

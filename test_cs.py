@@ -7430,13 +7430,17 @@ class ExitsTest(CloudCase):
         self.assertHolds(err, "  Hint: The command was accepted; only asking for its job failed.\n",
                          f"Job {self.JOB} may still be running; to go on waiting for it: cs --wait {self.JOB}\n")
 
-    def test_a_failed_job_says_what_it_leaves_behind_and_nothing_of_its_request(self):
+    @each("args, told", (["startThing"], "\n  Left behind: VirtualMachine vm-1\n"), (["startThing", "ids=vm-0,vm-1"], ""),
+          (["--wait", "job-1"], "\n  It was about: VirtualMachine vm-1\n"))
+    def test_a_failed_job_says_what_it_leaves_behind_and_nothing_of_its_request(self, args, told):
+        """What the call names was there before; --wait cannot tell."""
         self.reply("startThing", {"jobid": self.JOB})
         self.reply("queryAsyncJobResult", {"jobstatus": 2, "jobinstancetype": "VirtualMachine", "jobinstanceid": "vm-1",
                    "jobresult": {"errorcode": 431, "errortext": "used"}})
-        err = self.says(1, "startThing")
-        self.assertIn("  Left behind: VirtualMachine vm-1\n", err)
-        self.assertLacks(err, "Hint: ", "--wait")
+        err = self.says(1, *args)
+        self.assertIn(told, err)
+        self.assertEqual(bool(told), "VirtualMachine" in err)
+        self.assertLacks(err, "Hint: ", "to go on waiting")
 
     def test_several_jobs_the_first_failure_counts(self):
         done = {"jobstatus": 1, "jobresult": {"success": True}}
@@ -7644,7 +7648,8 @@ class ErrorTextsTest(CloudCase):
         self.assertEqual(told, "  Hint: Check the endpoint: it usually ends in /client/api." in err)
 
     def test_a_form_that_is_too_large(self):
-        err = self.error(1, "startThing", "name=@" + self.write("large", "x" * (MAX_FORM + 1)))
+        self.cloud.script("startThing", Answer(404, "<html>Not Found", {"Content-Type": "text/html"}))
+        err = self.error(1, "startThing", "name=@" + self.write("large", "x" * (cs.LONGEST_FORM + 1)))
         self.assertIn("  Hint: It is over 1 MiB, the most that servers usually take.", err)
 
     def test_what_was_asked_is_shown_without_secrets_cut_and_escaped(self):
