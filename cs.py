@@ -4029,7 +4029,8 @@ def _report_failure(invocation, error):
     facts = (
         ("Call", _typed_call(invocation)), ("Server", mask_address(invocation.client.endpoint)),
         ("Codes", ", ".join(f"{name} {document[name]}" for name in names)),
-        (left, _left_behind(invocation.under_way, error)), ("Hint", _hint(invocation, error, document)),
+        (left, _left_behind(invocation.under_way, error)),
+        ("Hint", _hint(invocation, error, document)),
     )  # fmt: skip
     lines = [f"CloudStack error: {invocation.place}{invocation.masked(_sentence(error))}"]
     invocation.say("\n".join(lines + [f"  {name}: {text}" for name, text in facts if text]))
