@@ -3678,12 +3678,12 @@ def _use_server(invocation, words):
 
     invocation.connect()
     invocation.format()  # a wrong one is refused before anything is sent
+    if options["sync"] and not options["dry-run"]:
+        _fetch_catalog(invocation)
     if options["list"]:
         return _list_commands(invocation, words)
     if options["help"]:
         return _describe_command(invocation, _join_command(invocation, words)[0])
-    if options["sync"] and not options["dry-run"]:
-        _fetch_catalog(invocation)
     if options["each"]:
         return _carry_out_each(invocation, words)
     if jobids:
@@ -3715,7 +3715,8 @@ class _Invocation:
         self.options = _parse_arguments([])[0] if options is None else options
         self.settings = {}
         self.conditions: list = []  # of --where
-        self.checked: dict = {}  # what _check_once found
+        self.catalog: Any = None  # the list of commands, once it was read
+        self.warned = False  # of what an old list of commands does not know
         self.ids: dict = {}  # what _id_of_name found
         self.client: Any = None
         self.clients = clients
@@ -3896,7 +3897,7 @@ def _check_call(invocation, values, words):
 
     Raises _Usage for what is wrong with it, by itself or by the list of commands."""
     line = invocation.options
-    command, recover = _check_once(invocation, words[0], values)
+    command, recover = _check_against_catalog(invocation, words[0], values)
     _fill_in_ids(invocation, command, values)
     params = _to_arguments(values)
     own = {name: params.pop(name) for name in ("json", "opcode_name") if name in params}
@@ -4109,7 +4110,7 @@ def _hint_about_id(invocation, call, document):
     name, value = found.groups()
     if not re.match(r"[0-9]+\Z|[0-9a-fA-F-]{36}\Z", value):
         return f"{name}=name:{value}, if that is a name."
-    catalog = _cached_catalog(invocation.client)
+    catalog = _cached_catalog(invocation)
     lister = _lister(catalog, call.command, name, {}) if catalog else None
     show = f": {{cs}} {lister.name} --all -c id,name" if lister else "."
     return "Nothing has this id, or it is not yours" + show
@@ -4385,7 +4386,7 @@ def _default_columns(invocation, rows, is_complete=False):
 
     What the list of commands says comes before what rows have, so that a list has one header."""
     objects = dicts(rows.rows)
-    catalog = _cached_catalog(invocation.client) if objects and rows.is_list else None
+    catalog = _cached_catalog(invocation) if objects and rows.is_list else None
     spec = catalog.find(invocation.under_way.command) if catalog else None
     fields = spec.fields if spec else []
     nested = {name.partition(".")[0] for name in fields if "." in name}
@@ -4593,7 +4594,6 @@ _ALWAYS_KNOWN = frozenset(  # the last four are arguments of call()
     " ctxuserid ctxaccountid ctxstarteventid ctxdetails"
     " json fetch_list fetch_result opcode_name".split()
 )
-_SHORT_WORDS = {"vm": "virtualmachine", "ip": "ipaddress"}
 _REFUSALS = (431, 432, 531)  # statuses of what an account may not ask for
 
 _Param = collections.namedtuple("_Param", "name type required description length since related")
@@ -4622,43 +4622,40 @@ class _CommandSpec:
         return next((param for param in self.params if param.name.lower() == name.lower()), None)
 
 
-class _Catalog:
-    """Holds the commands of one account: a line of JSON for each, which begins with its name.
+class _Catalog(dict):
+    """{command: its row of listApis as JSON}, for one account: all are not parsed to find one.
 
-    So one command can be looked up without parsing all of them. It is false if it holds none: the
-    account may not ask for them."""
+    It is empty if the account may not ask for them."""
 
-    def __init__(self, text, fetched_at):
-        self.text, self.age = text, time.time() - fetched_at  # in seconds
-
-    def __bool__(self):
-        return self.text != ""
-
-    def names(self):
-        """Return the names of all commands."""
-        return re.findall(r'\n\{"name": "([^"]+)"', self.text)
+    def __init__(self, lines, fetched_at):
+        super().__init__(line.split(" ", 1) for line in lines)
+        self.age = time.time() - fetched_at  # in seconds
+        self._bare = {_bare(name): name for name in self}
 
     def summaries(self):
         """Return (name, description) of each command."""
-        begun = re.findall(r'\n(\{"name": "[^"]+", "description": "(?:[^"\\]|\\.)*")', self.text)
-        return [tuple(jsonlib.loads(text + "}").values()) for text in begun]
+        return [(name, str(jsonlib.loads(self[name]).get("description") or "")) for name in self]
 
     def find(self, name):
-        """Return the _CommandSpec of a name, in any case where only one fits; else None."""
-        line = r'\n(\{"name": "%s", .*)' % re.escape(name)
-        found = re.findall(line, self.text) or re.findall("(?i)" + line, self.text)
-        return _CommandSpec(jsonlib.loads(found[0])) if len(found) == 1 else None
+        """Return the _CommandSpec of a name in any case, or None."""
+        found = [name] if name in self else [x for x in self if x.lower() == name.lower()]
+        return _CommandSpec(jsonlib.loads(self[found[0]])) if len(found) == 1 else None
+
+    def meant(self, text):
+        """Return the command that a text means in any case, singular or plural, or None."""
+        return self._bare.get(_bare(text))
+
+
+def _bare(name):
+    """Return what is left of a name without case and plural, vm written out."""
+    return name.lower().replace("vm", "virtualmachine").rstrip("iesy")
 
 
 def _make_catalog(rows):
     """Return the _Catalog of rows of listApis; those without a proper name are left out."""
-    lines = []
-    for row in rows:
-        name, about = row.get("name"), str(row.get("description") or "")
-        if isinstance(name, str) and re.match(r"[\w.-]{1,100}\Z", name, re.ASCII):
-            first = {"name": name, "description": about}
-            lines.append("\n" + jsonlib.dumps({**first, **row, **first}))
-    return _Catalog("".join(sorted(lines)), time.time())
+    rows = [row for row in rows if isinstance(row.get("name"), str)]
+    rows = [row for row in rows if re.match(r"[\w.-]{1,100}\Z", row["name"], re.ASCII)]
+    return _Catalog(sorted(f"{row['name']} {jsonlib.dumps(row)}\n" for row in rows), time.time())
 
 
 def _cache_path(client):
@@ -4668,7 +4665,7 @@ def _cache_path(client):
     import hashlib
 
     user = client.key or client.get_setting("username") or ""
-    account = "\0".join([client.endpoint, user, client.get_setting("domain") or "", "commands"])
+    account = "\0".join([client.endpoint, user, client.get_setting("domain") or "", "listApis"])
     digest = hashlib.sha256(account.encode("utf-8")).hexdigest()
     return _own_path("XDG_CACHE_HOME", ".cache", digest[:32])
 
@@ -4706,7 +4703,7 @@ def _fetch_catalog(invocation, is_needed=True):
         catalog = _make_catalog(dicts(client.call("listApis", pages=True, **options)))
         if not catalog:
             raise _unexpected("listApis gave no commands")
-        told = f"{len(catalog.names())} commands of {mask_address(client.endpoint)} are now known"
+        told = f"{len(catalog)} commands of {mask_address(client.endpoint)} are now known"
     except CloudStackApiException as error:
         if is_needed or _status_of(error) not in _REFUSALS:
             raise
@@ -4715,49 +4712,35 @@ def _fetch_catalog(invocation, is_needed=True):
     path = _cache_path(client)
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        _write_private(path, catalog.text)
+        _write_private(path, "".join(f"{name} {row}" for name, row in catalog.items()))
     except OSError as error:
         problem = f"cannot write the cache {path!a}: {error_text(error)}"
         if invocation.options["sync"]:
             raise ValueError(problem) from None
         invocation.say("Warning: " + problem)
     invocation.say(told)
+    invocation.catalog = catalog
     return catalog
 
 
-def _cached_catalog(client):
-    """Return the _Catalog that is kept, or None."""
-    try:
-        with open(_cache_path(client), encoding="utf-8") as file:
-            return _Catalog(file.read(), os.fstat(file.fileno()).st_mtime)
-    except (OSError, ValueError):
-        return None
-
-
-def _catalog_for_reading(invocation):
-    """Return the list of commands, fetched now if it is not there: --list and --help need it."""
-    catalog = None if invocation.options["sync"] else _cached_catalog(invocation.client)
-    return catalog or _fetch_catalog(invocation)
-
-
-def _check_once(invocation, command, params):
-    """Return what _check_against_catalog does, once for all calls of one shape.
-
-    It looks at names and at what is empty, no further: a thousand rows of --each are alike to it,
-    and warned of once."""
-    shape = (command, *((name, not _joined(values)) for name, values in params.items()))
-    if not invocation.options["each"] or shape not in invocation.checked:
-        invocation.checked[shape] = _check_against_catalog(invocation, command, params)
-    return invocation.checked[shape]
+def _cached_catalog(invocation):
+    """Return the _Catalog that is kept, which is read once; None if there is none."""
+    if invocation.catalog is None:
+        try:
+            with open(_cache_path(invocation.client), encoding="utf-8") as file:
+                invocation.catalog = _Catalog(file, os.fstat(file.fileno()).st_mtime)
+        except (OSError, ValueError):
+            pass
+    return invocation.catalog
 
 
 def _check_against_catalog(invocation, command, params):
     """Return the command in its own spelling, and whether its lost answer may be recovered.
 
     Without a job there is nothing by which it could be found again. Raises _Usage for what the list
-    of commands knows to be wrong, unless --force."""
+    of commands knows to be wrong, unless --force; an old list only warns, once."""
     recover = invocation.settings["recover"]
-    catalog = _cached_catalog(invocation.client)
+    catalog = _cached_catalog(invocation)
     if not catalog or command in ("login", "logout"):  # which no server lists
         return command, recover
     spec = catalog.find(command)
@@ -4765,35 +4748,36 @@ def _check_against_catalog(invocation, command, params):
         problems = [_unknown_command(catalog, command)]
     else:
         command, recover = spec.name, recover and spec.is_async
-        problems = list(_wrong_params(catalog, spec, params))
+        problems = list(_wrong_params(spec, params))
     if invocation.options["force"] or not problems:
         return command, recover
 
     text = "\n    ".join(problems)
     sync = f"`{_shell_line(invocation, ['--sync'])}` fetches the list of commands again"
-    if not 0 <= catalog.age < _CATALOG_LIFE:
+    if 0 <= catalog.age < _CATALOG_LIFE:
+        if not text.startswith(f"{command} needs"):  # no newer list and no --force would help
+            text += f"\n    Nothing was sent. {sync}; --force sends the call as it is."
+        raise _Usage(text)
+    if not invocation.warned:  # of the first of many rows
         days = f"known from {catalog.age / 86400:.0f} days ago"
         invocation.say(f"Warning: {text}\n    ({days}; {sync})")
-        return command, recover
-    if not text.startswith(f"{command} needs"):  # for that, no newer list and no --force would help
-        text += f"\n    Nothing was sent. {sync}; --force sends the call as it is."
-    raise _Usage(text)
+        invocation.warned = True
+    return command, recover
 
 
-def _wrong_params(catalog, spec, params):
+def _wrong_params(spec, params):
     """Yield a sentence for each parameter that the server would ignore, and one for those missing.
 
     To the server an empty text is a value; an empty id or number is not."""
-    known = {param.name.lower(): param for param in spec.params}
+    types = {param.name.lower(): param.type for param in spec.params}
     given = set()
     for name, values in params.items():
         base, text = name.partition("[")[0].lower(), _joined(values)  # tags, of tags[0].key
-        if text or (base in known and known[base].type not in ("uuid", "integer", "long")):
+        if text or types.get(base) not in ("uuid", "integer", "long"):
             given.add(base)
-        if base not in known and base not in _ALWAYS_KNOWN:
-            near = _near(base, [param.name for param in spec.params])
-            if base == "name" and "id" in known and _lister(catalog, spec.name, "id"):
-                near = ["id=name:" + text]
+        if base not in types and base not in _ALWAYS_KNOWN:
+            is_id = base == "name" and "id" in types
+            near = ["id=name:" + text] if is_id else _near(base, [x.name for x in spec.params])
             yield f"{spec.name} has no parameter {name!a}{_did_you_mean(near)}"
     missing = [name for name in spec.required if name.lower() not in given]
     if missing:
@@ -4801,32 +4785,21 @@ def _wrong_params(catalog, spec, params):
 
 
 def _unknown_command(catalog, name):
-    """Return the sentence about a command that the list of commands does not have."""
-    near = _did_you_mean(_meant_commands(catalog, name) or _near(name, catalog.names()))
-    return f"the server has no command {name!a} for you{near}"
+    """Return the sentence about a command that the list of commands does not have.
 
-
-def _meant_commands(catalog, text):
-    """Return the command that habits from elsewhere spell so, if there is one.
-
-    That is a noun or a verb alone, vm for virtualmachine; in any case, singular or plural."""
-
-    def bare(name):
-        return name.lower().replace("vm", "virtualmachine").rstrip("es")
-
-    names = {bare(name): name for name in catalog.names()}
-    tries = [bare(form) for form in (text, "list" + text, text + "virtualmachine")]
-    return [names[name] for name in tries if name in names][:1]
+    Habits from elsewhere may have spelled it: a noun or a verb alone, in singular or plural."""
+    meant = [catalog.meant(form) for form in (name, "list" + name, name + "vm")]
+    near = list(filter(None, meant))[:1] or _near(name, catalog)
+    return f"the server has no command {name!a} for you{_did_you_mean(near)}"
 
 
 def _join_command(invocation, words):
     """Return the words with `stop virtualmachine` made one, where that means some command."""
     apart = list(itertools.takewhile(lambda word: "=" not in word, words))
     joined = "".join(apart)
-    catalog = _cached_catalog(invocation.client)
-    if catalog and not catalog.find(words[0]):
-        if catalog.find(joined) or _meant_commands(catalog, joined):
-            return [joined, *words[len(apart) :]]
+    catalog = _cached_catalog(invocation)
+    if catalog and not catalog.find(words[0]) and catalog.meant(joined):
+        return [joined, *words[len(apart) :]]
     return words
 
 
@@ -4834,15 +4807,16 @@ def _list_commands(invocation, words):
     """Print the commands in whose name or description all the words stand (--list).
 
     Returns whether there are any."""
-    wanted = [(word.lower(), _SHORT_WORDS.get(word.lower(), word.lower())) for word in words]
+    catalog = _cached_catalog(invocation) or _fetch_catalog(invocation)
+    wanted = [{word, word.replace("vm", "virtualmachine")} for word in map(str.lower, words)]
     found = [
-        pair for pair in _catalog_for_reading(invocation).summaries()
+        pair for pair in catalog.summaries()
         if all(any(form in " ".join(pair).lower() for form in forms) for forms in wanted)
     ]  # fmt: skip
     if not found:
         quoted = " and ".join(map(ascii, words))
         invocation.say(f"No command has {quoted} in its name or description")
-    longest = max([len(name) for name, _ in found] or [0])
+    longest = max((len(name) for name, _ in found), default=0)
     width = _terminal_width(None) or sys.maxsize
     for name, description in found:
         _write(_cut(_one_line(f"{name:{longest}}  {description.strip()}").rstrip(), width) + "\n")
@@ -4853,21 +4827,20 @@ def _describe_command(invocation, name):
     """Print what a command takes and returns (COMMAND --help)."""
     import textwrap
 
-    catalog = _catalog_for_reading(invocation)
+    catalog = _cached_catalog(invocation) or _fetch_catalog(invocation)
     spec = catalog.find(name)
     if spec is None:
         raise _Usage(_unknown_command(catalog, name) + "\n    `cs --list WORD` looks for one.")
     since = f" (since {spec.since})" if spec.since else ""
     lines = [spec.name + since, "  " + spec.description]
     lines += ["  It starts a job, which is waited for unless --async."] if spec.is_async else []
-    for heading, required in (("Required:", True), ("Optional:", False)):
-        group = [param for param in spec.params if bool(param.required) is required]
-        lines += ["", heading] if group else []
-        for param in group:
-            is_long = param.type == "string" and param.length not in ("", "255")
-            facts = [param.type, is_long and f"at most {param.length}"]
-            facts += [param.since and f"since {param.since}"]
-            lines.append(f"  {param.name} ({', '.join(filter(None, facts))})  {param.description}")
+    for required, group in itertools.groupby(spec.params, lambda param: param.required):
+        lines += ["", "Required:" if required else "Optional:"]
+        for name, kind, _, description, length, since, _ in group:
+            facts = [kind]
+            facts += [f"at most {length}"] if kind == "string" and length not in ("", "255") else []
+            facts += [f"since {since}"] if since else []
+            lines.append(f"  {name} ({', '.join(facts)})  {description}")
     top = ", ".join(field for field in spec.fields if "." not in field)
     lines += ["", "Returns: " + top] if top else []
     wrapper = textwrap.TextWrapper(min(_terminal_width(100), 100), subsequent_indent="    ")
@@ -4877,7 +4850,6 @@ def _describe_command(invocation, name):
     return True
 
 
-# What an example has beside the required parameters, without which the call does nothing useful.
 _EXAMPLE_VALUES = {"boolean": "true", "integer": "1", "long": "1", "uuid": "ID", "list": "A,B"}
 
 
@@ -4953,7 +4925,7 @@ complete -c cs -k -f -a '(__cs_complete)'
 """,
 }
 # What no shell evaluates; within quotes, spaces and parentheses are safe, too.
-_SAFE_WORD = r"(?:[A-Za-z0-9_.,:/@%+=\[\]-]|'[A-Za-z0-9_.:/@%+() -]+')+\Z"
+_SAFE_WORD = r"(?:[A-Za-z0-9_.,:/@%+=\[\]-]|'(?! )[A-Za-z0-9_.:/@%+() -]+(?<! )')+\Z"
 _KEY_TIMEOUT = 1.0  # seconds that a list command may take at a key
 
 # option: the one whose value is being typed, or None; front: `--name=` where the value follows in
@@ -4964,21 +4936,18 @@ _Line = collections.namedtuple("_Line", "options option front words current")
 
 def _read_line(text):
     """Take a line apart as far as it is typed. Raises _Usage for options that are wrong."""
-    found = list(re.finditer(r"""(?:\\.?|'[^']*'?|"[^"]*"?|[^\s'"\\])+""", text, re.DOTALL))
-    words = [_unquoted(match.group()) for match in found[1:]]
-    front = current = ""
-    if words and found[-1].end() == len(text):
-        words, current = words[:-1], found[-1].group()
-    if re.match("--[^=]*=", current):
-        flag, _, current = current.partition("=")
-        words, front = [*words, flag], flag + "="
-    option = _FLAGS.get(words[-1]) if words else None
-    if option is None or not option.value:
-        option, last = None, [front] if front else words[-1:]
+    pattern = r"""(?:\\.?|'[^']*'?|"[^"]*"?|[^\s'"\\])+"""
+    cursor = "|"  # so that there is a last word, although nothing of it may be typed yet
+    *words, current = re.findall(pattern, text + cursor, re.DOTALL)[1:] or [cursor]
+    front = "".join(re.findall("^--[^=]*=", current))
+    words = [*map(_unquoted, words), *filter(None, [front])]
+    option = _FLAGS.get(words[-1].rstrip("=")) if words else None
+    if option is not None and option.value:
+        del words[-1]
     else:
-        last = []
-    options, words = _parse_arguments(words[:-1] + last)
-    return _Line({**options, "quiet": True}, option, front, words, current)
+        option = None
+    options, words = _parse_arguments(words)
+    return _Line({**options, "quiet": True}, option, front, words, current[len(front) : -1])
 
 
 def _unquoted(word):
@@ -4990,95 +4959,82 @@ def _print_completions(text):
     """Print the words that may stand where the cursor is, at the end of the text."""
     try:
         for word, description in _completions(_read_line(text)):
-            _write(word + ("\t" + description if description else "") + "\n")
-    except _Usage as error:  # no word, so that no shell puts it on the line
+            _write(f"{word}\t{description}".rstrip("\t") + "\n")
+    except (_Usage, ValueError) as error:  # no word, so that no shell puts it on the line
         _write(f"\t{_one_line(str(error))}\n")
 
 
 def _completions(line):
-    """Return (word, description) of what may stand at the end of a line. Raises _Usage."""
-    found: dict = {}
-    for word, description in _candidates(line):
-        if re.match(_SAFE_WORD, line.front + word):
-            about = _cut(" ".join(escape_unprintable(description).split()), 60)
-            found.setdefault(line.front + word, about)
-    return list(found.items())
+    """Return (word, description) of what may stand at the end of a line, and is safe to type.
+
+    Raises _Usage for what must be done first, ValueError for settings that cannot be used."""
+    pairs = _candidates(line)
+    words = {line.front + word: _cut(_one_line(about), 60) for word, about in pairs}
+    return [pair for pair in words.items() if re.match(_SAFE_WORD, pair[0])]
 
 
-def _starting(items, prefix):
-    """Return the items whose first text begins so; if none does, in any case of letters."""
-    for to in (str, str.lower):
-        found = [item for item in items if to(item[0]).startswith(to(prefix))]
-        if found:
-            break
-    return found
+def _starting(pairs, prefix):
+    """Return the pairs whose first text begins so, in any case."""
+    return [pair for pair in pairs if pair[0].lower().startswith(prefix.lower())]
 
 
 def _candidates(line):
-    """Return (word, description) pairs, of which only those that are safe may be offered.
-
-    Raises _Usage if the list of commands is missing."""
-    option, current = line.option, line.current
-    name, equals, _ = current.partition("=")
-    if option is not None and option.name in ("columns", "sort", "where"):
-        spec = _known_commands(line)[2]
-        front = re.match(r"-|(?:.*,)?", current).group()  # type: ignore[union-attr]
-        end = "=" if option.name == "where" else ""
-        pairs = [(front + field + end, "") for field in (spec.fields if spec else ())]
-    elif option is not None:
-        is_region = option.name in ("region", "profile")
-        values = list_regions(line.options["config"]) if is_region else option.value
-        pairs = [(value, "") for value in values if not isinstance(values, str)]
-    elif current.startswith("-"):
-        pairs = [(flag, "") for flag in sorted(_FLAGS) if flag[1] == "-" and flag != "--complete"]
-    else:
-        invocation, catalog, spec = _known_commands(line)
-        if spec is None:
-            pairs = [] if line.words else catalog.summaries()
-        elif not equals:
-            used = {word.partition("=")[0].lower() for word in line.words[1:]}
-            unused = [param for param in spec.params if param.name.lower() not in used]
-            pairs = [(param.name + "=", param.description) for param in unused]
-        elif name.lower().endswith(("id", "ids")):
-            return _id_words(invocation, catalog, line)
-        else:
-            param = spec.find_param(name)
-            is_boolean = param is not None and param.type == "boolean"
-            pairs = [(f"{name}={value}", "") for value in ("true", "false") if is_boolean]
-    return _starting(pairs, current)
+    """Return (word, description) of what may stand at the end of a line."""
+    option = line.option
+    words: Any = ()
+    if option is None and line.current.startswith("-"):
+        words = [flag for flag in sorted(_FLAGS) if flag[1] == "-" and flag != "--complete"]
+    elif option is None or option.name in ("columns", "sort", "where"):
+        return _known_words(line)
+    elif option.name in ("region", "profile"):
+        words = list_regions(line.options["config"])
+    elif isinstance(option.value, tuple):
+        words = option.value
+    return _starting([(word, "") for word in words], line.current)
 
 
-def _known_commands(line):
-    """Return the invocation that a line describes, its _Catalog, and the _CommandSpec or None.
-
-    The _Catalog is empty where the configuration cannot be used. Raises _Usage if it is missing."""
+def _known_words(line):
+    """Return (word, description) of what is known by the list of commands."""
     invocation = _Invocation(line.options)
-    try:
-        invocation.connect()
-        catalog = _cached_catalog(invocation.client)
-    except (_Usage, ValueError):
-        catalog = _make_catalog(())
+    invocation.connect()
+    catalog = _cached_catalog(invocation)
     if catalog is None:
         raise _Usage(f"to have commands completed, type: {_shell_line(invocation, ['--sync'])}")
-    return invocation, catalog, catalog.find(line.words[0]) if line.words else None
+    spec = catalog.find(_join_command(invocation, line.words)[0]) if line.words else None
+    name, equals, _ = line.current.partition("=")
+    pairs: list = []
+    if not line.words:
+        pairs = [] if line.option else catalog.summaries()
+    elif spec and line.option:
+        front = re.match(r"-|(?:.*,)?", line.current).group()  # type: ignore[union-attr]
+        end = "=" if line.option.name == "where" else ""
+        pairs = [(front + field + end, "") for field in spec.fields]
+    elif spec and not equals:
+        used = {word.partition("=")[0].lower() for word in line.words[1:]}
+        unused = [param for param in spec.params if param.name.lower() not in used]
+        pairs = [(param.name + "=", param.description) for param in unused]
+    elif spec and name.lower().endswith(("id", "ids")):
+        return _id_words(invocation, spec, line)
+    elif spec and getattr(spec.find_param(name), "type", "") == "boolean":
+        pairs = [(name + "=true", ""), (name + "=false", "")]
+    return _starting(pairs, line.current)
 
 
-def _id_words(invocation, catalog, line):
+def _id_words(invocation, spec, line):
     """Yield (word, description) of what an ...id parameter may be: names, or else ids.
 
     What is typed may begin a name, name: and a name, or an id. A name is offered where it is safe
     to type and nothing else has it."""
-    name, _, value = line.current.partition("=")
-    raw = value[value.rfind(",") + 1 :] if name.lower().endswith("s") else value
-    front = line.current[: len(line.current) - len(raw)]
+    name = line.current.partition("=")[0]
+    start = max(len(name), line.current.rfind(",") if name.lower().endswith("s") else 0) + 1
+    front, raw = line.current[:start], line.current[start:]
     typed = _unquoted(raw)
     begun = typed[5:] if typed.startswith("name:") else typed
-    rows = _rows_at_a_key(invocation, catalog, line, name)
+    rows = _rows_at_a_key(invocation, spec, line, name)
     owners = collections.Counter(other for row in rows for other in row_names(row))
     choices = []  # (what begins as it is typed, what stands before it, description)
     for row in rows:
-        safe = [x for x in row_names(row) if owners[x] == 1 and x.strip() == x]
-        safe = [x for x in safe if re.match(_SAFE_WORD, f"'{x}'")]
+        safe = [x for x in row_names(row) if owners[x] == 1 and re.match(_SAFE_WORD, f"'{x}'")]
         choices += [(x, "name:", str(row["id"])) for x in safe]
         if begun == typed and (typed or not safe):
             choices.append((str(row["id"]), "", " / ".join(row_names(row))))
@@ -5086,34 +5042,32 @@ def _id_words(invocation, catalog, line):
     # All in quotes if one is: a shell replaces what was typed by what all words have in common.
     quote = "'" if any(re.search("[ ()]", text) for text, _, _ in choices) else ""
     for text, kind, about in choices:
-        is_open = raw[:1] in ("'", '"') and raw
+        is_open = raw[:1] in ("'", '"')
         word = f"'{kind}{text}'" if is_open else f"{kind}{quote}{text}{quote}"
         yield front + word, about
 
 
-def _rows_at_a_key(invocation, catalog, line, name):
+def _rows_at_a_key(invocation, spec, line, name):
     """Return the rows of the list command whose ids a parameter takes, one for each id.
 
     A log-in that is refused deletes the list of commands, without which no key causes another one:
     five of them lock an account."""
     given = {word.partition("=")[0].lower(): word.partition("=")[2] for word in line.words}
-    lister = _lister(catalog, line.words[0], name, given)
+    lister = _lister(invocation.catalog, spec.name, name, given)
     if lister is None or _lacking(lister, given):
         return []
-    question = next(_questions(lister, given))
-    if question.get("projectid", "").startswith("name:"):  # rows tell the project's name
-        question["projectid"] = "-1"
     client = invocation.client
     client.timeout, client.retry = _KEY_TIMEOUT, 0  # of a log-in, too
     try:
         with client:
-            rows = _in_place(dicts(find_rows(client.call(lister.name, question))), given)
+            answer = client.call(lister.name, next(_questions(lister, given)))
     except CloudStackException as error:
         if error.response is not None and "loginresponse" in error.response.text:
             os.unlink(_cache_path(client))
         return []
-    by_id = {str(row.get("id")): row for row in rows if row.get("id")}
-    return [row for ident, row in by_id.items() if re.match(r"[\w-]+\Z", ident, re.ASCII)]
+    rows = _in_place(dicts(find_rows(answer)), given)
+    by_id = {str(row.get("id") or ""): row for row in rows}
+    return [by_id[ident] for ident in by_id if re.match(r"[\w-]+\Z", ident, re.ASCII)]  # no @file
 
 
 # 8.6 Configure.
@@ -5236,9 +5190,9 @@ _IDS_OF = dict(
     group=instancegroup guestos=ostype ip=publicipaddress ipaddress=publicipaddress
     ipv4subnetforzone=ipv4subnetsforzone kubernetesversion=kubernetessupportedversion
     lbrule=loadbalancerrule node=virtualmachine objectstorage=objectstoragepool os=ostype
-    podipaddress=none publiciprange=vlaniprange s2scustomergateway=vpncustomergateway
-    storage=storagepool target=systemvm uppolicy=autoscalepolicy vm=virtualmachine
-    vmgroup=autoscalevmgroup vmprofile=autoscalevmprofile
+    releasepodipaddress.id=none publiciprange=vlaniprange s2scustomergateway=vpncustomergateway
+    storage=storagepool target=systemvm uppolicy=autoscalepolicy vmgroup=autoscalevmgroup
+    vmprofile=autoscalevmprofile
     """.split()
 )
 _USUAL_LISTS = (  # for an account that may not ask for the list of commands
@@ -5257,23 +5211,23 @@ def _fill_in_ids(invocation, command, params):
     for param in sorted(params, key=lambda param: param.lower() not in _PLACES):
         parts = [part for value in params[param] for part in _split_names(param, value)]
         for index, part in enumerate(parts):
-            if part.literal in (None, "name") and part.text.startswith("name:"):
+            if part.literal == "name":
                 row = _row_of_name(invocation, command, param, part.text, params)
                 parts[index] = _Value(str(row["id"]), "file")
         params[param] = parts
     invocation.under_way = None
+    invocation.progress.clear()
 
 
 def _split_names(param, value):
-    """Return the parts of a value of an ...id parameter; itself, quoted, if it can hold no name.
+    """Return the parts of a value, each marked as a "name" to look up or as another literal.
 
-    In a list a comma ends a name only before another name or an id: others are the name's own. A
-    value that is one name, whatever it holds, is marked as "name"."""
+    In a list a comma ends a name only before another name or an id: others are the name's own."""
     if value.literal or not param.lower().endswith(("id", "ids")):
         return [value._replace(literal=value.literal or "quoted")]
     end = r",(?=name:|[0-9a-fA-F-]{36}(?:,|\Z))"
     texts = re.split(end, value.text) if param.lower().endswith("s") else [value.text]
-    return [_Value(text, None) for text in texts]
+    return [_Value(text, "name" if text.startswith("name:") else "quoted") for text in texts]
 
 
 def _row_of_name(invocation, command, param, text, params):
@@ -5285,15 +5239,14 @@ def _row_of_name(invocation, command, param, text, params):
     if not name.strip():
         raise _Usage(f"{typed}: a name is missing after name:")
     catalog = _catalog_for_names(invocation)
-    lister = _lister(catalog, command, param, given)
+    spec, lister = catalog.find(command), _lister(catalog, command, param, given)
     if lister is None:
         hint = f"""give an id, or {param}='"{text}"' for the text itself"""
         raise _Usage(f"{typed}: there is no list command to look a name up by; {hint}")
-    if _lacking(lister, given):
-        needs = f"{lister.name} looks it up, and needs {_lacking(lister, given)}"
-        raise _Usage(f"{typed}: {needs}; or give an id")
+    lacking = _lacking(lister, given)
+    if lacking:
+        raise _Usage(f"{typed}: {lister.name} looks it up, and needs {lacking}; or give an id")
 
-    spec = catalog.find(command)
     may_choose = "projectid" not in given and (spec is None or spec.find_param("projectid"))
     if may_choose and not only_reads(command) and param.lower() not in ("id", "ids"):
         given["projectid"] = ""  # it makes something for the account, out of the account's things
@@ -5308,7 +5261,7 @@ def _row_of_name(invocation, command, param, text, params):
 
 def _catalog_for_names(invocation):
     """Return the list of commands, fetched if it is not there, or else the usual list commands."""
-    catalog = _cached_catalog(invocation.client)
+    catalog = _cached_catalog(invocation)
     if catalog is None:
         catalog = _fetch_catalog(invocation, is_needed=False)
     usual = []
@@ -5323,16 +5276,13 @@ def _lister(catalog, command, name, given=()):
 
     It is listZones for zoneid, and for a plain id that of the command's own object. If the server
     relates the parameter to list commands, it is one of them."""
-    spelled = {other.lower(): other for other in catalog.names()}
     spec = catalog.find(command)
     param = spec.find_param(name) if spec else None
-    related = re.findall(r"\blist\w+", param.related.lower()) if param else []
-    wanted = []
-    for thing in _things(command, name.lower(), given):
-        thing = _IDS_OF.get(thing, thing)
-        wanted += [f"list{thing}s", f"list{thing}", f"list{thing}es", f"list{thing[:-1]}ies"]
-    for other in [other for other in wanted if other in (related or wanted)] + related:
-        lister = catalog.find(spelled[other]) if other in spelled else None
+    related = re.findall(r"\blist\w+", param.related) if param else []
+    things = _things(command, name.lower(), given)
+    names = [catalog.meant("list" + _IDS_OF.get(thing, thing)) for thing in things]
+    for other in [other for other in names if other in (related or names)] + related:
+        lister = catalog.find(other or "")
         if lister and "id" not in lister.required:
             return lister
     return None
@@ -5376,8 +5326,9 @@ def _look_up(invocation, lister, typed, name, given):
             break
 
     found = rows_named(_in_place(rows, given), name)
-    question = next(_questions(lister, given))
-    if len(found) > 1 and question.pop("listall", "") and not any("project" in x for x in found):
+    if len(found) > 1 and not any("project" in row for row in found):
+        question = next(_questions(lister, given))
+        question.pop("listall", None)
         own = [row["id"] for row in _ask_list(invocation, lister, typed, question)]
         own = [row for row in found if row["id"] in own]
         if len(own) == 1:
@@ -5406,7 +5357,7 @@ def _questions(lister, given, keyword=""):
     fixed.update({"listall": "true"} if has("listall") else {})
     fixed.update({"keyword": keyword} if keyword else {})
     filters = [name for name in ("templatefilter", "isofilter") if has(name)]
-    project = given.get("projectid")
+    project = re.sub("^name:.*", "-1", given.get("projectid", ""))  # at a key; rows tell its name
     projects = [{"projectid": project or "-1"}, {}] if has("projectid") else [{}]
     for kind in ("executable", "self", "all") if filters else ("",):
         for more in projects if project else projects[::-1]:
@@ -5426,21 +5377,17 @@ def _ask_list(invocation, lister, typed, question):
         if not {"-1", "self", "all"} & set(question.values()):  # which not everybody may ask for
             raise _Usage(f"{typed}: {_sentence(error)}; give an id") from None
         return []
-    finally:
-        invocation.progress.clear()
 
 
 def _in_place(rows, given):
     """Return the rows that fit a call's zone, domain, account and project.
 
     What is in another zone never fits; the others decide only if some row fits them."""
-    for place in [place for place in _PLACES if place in given]:
-        name = _PLACES[place]
-        fits = [x for x in rows if given[place] in (x.get(place) or "", f"name:{x.get(name)}")]
-        if place == "zoneid":
-            rows = fits + [row for row in rows if not row.get(place)]
-        else:
-            rows = fits or rows
+    for place, name in _PLACES.items():
+        if place in given:
+            fits = [x for x in rows if given[place] in (x.get(place) or "", f"name:{x.get(name)}")]
+            nowhere = [row for row in rows if not row.get(place)]
+            rows = fits + nowhere if place == "zoneid" else fits or rows
     return rows
 
 
@@ -5965,7 +5912,7 @@ class _Shell:
             line = _read_line("cs " + typed)
             line = line._replace(options=_merge_options(self.options, line.options))
             words = [word for word, _ in _completions(line)]
-        except _Usage as error:
+        except (_Usage, ValueError) as error:
             return [_one_line(str(error)), " "]
         if first == "set" and " " not in rest:
             words = [word[2:] for word in words]
