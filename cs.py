@@ -5728,11 +5728,10 @@ def _row_call(invocation, words, template, row):
         return _cell(value)
 
     def filled(part):
-        if part.literal == "file" or not re.search("[{}]", part.text):
+        if part.literal == "file":
             return part
         is_name = part.literal is None and part.text.startswith("name:")
-        text = re.sub(_FIELD, fill, part.text)
-        return _Value(text, "name" if is_name else part.literal or "quoted")
+        return _Value(re.sub(_FIELD, fill, part.text), "name" if is_name else "quoted")
 
     values = {
         param: [filled(part) for value in given for part in _split_names(param, value)]
@@ -5746,10 +5745,7 @@ def _read_rows(invocation):
     """Return the rows of standard input: JSON, one document or many, else its lines."""
     if _is_terminal(sys.stdin):
         invocation.say("Type the rows, then Ctrl-D")
-    try:
-        text = _read_stdin().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise _Usage("standard input is not UTF-8 text") from None
+    text = _read_value("--each", "-")
     rows: list = []
     if not re.match(r'\s*[\[{"]', text):
         rows = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
@@ -5804,14 +5800,12 @@ class _Batch:
         self.tasks: list = []
         self.is_over = False  # no more calls are begun
         self.counts: Any = collections.Counter()
+        self.sent: list = []  # an item for each request
         self.jobids: list = []  # of jobs that may still run
         self.failure: Any = None  # of standard output
-        self.names = sorted({name for call in calls for name in call.params})
-        self.sent: set = set()  # the values that requests had for these names
         self.most = min(int(invocation.options["parallel"] or _PARALLEL), 128, len(rows))
-        settings = {**invocation.settings, "concurrency": self.most}
-        if invocation.options["trace"]:
-            settings["trace"] = True
+        trace = invocation.options["trace"] or invocation.client.trace
+        settings = {**invocation.settings, "concurrency": self.most, "trace": trace}
         self.client = AIOCloudStack(**settings)
         self.client.on_event = self.observe
 
@@ -5847,41 +5841,33 @@ class _Batch:
         for task in self.tasks:
             loop.call_soon_threadsafe(task.cancel)
 
+    def observe(self, event):
+        """Take notice of a request that goes out, unless it only logs in; the client's on_event."""
+        if isinstance(event, Sent) and event.request.params.get("command") != "login":
+            self.sent.append(None)
+
     async def work(self):
         """Make one call after another."""
         while self.todo and not self.is_over:
-            number = self.todo.popleft()
-            call = self.calls[number]
-            self.counts["running"] += 1
+            number, before = self.todo.popleft(), len(self.sent)
+            self.invocation.progress.show(self.counted())
             try:
-                answer = await call.make(self.client)
+                answer = await self.calls[number].make(self.client)
                 state, line = "done", {"result": answer}
                 if not _tells_success(answer):
                     state, line = "failed", {"error": answer, "outcome_unknown": False}
             except BaseException as error:  # CancelledError, too
-                state, line = self.read_failure(call, error)
-            self.counts["running"] -= 1
+                was_sent = len(self.sent) > before  # or another was, at that time
+                state, line = self.read_failure(self.calls[number], error, was_sent)
             self.note(number, state, line)
             if state != "done" and self.invocation.options["stop-on-error"]:
                 self.is_over = True
 
-    def observe(self, event):
-        """Take notice of what happens to a request; the client's on_event."""
-        if isinstance(event, Sent):
-            self.sent.add(self.values(event.request.params))
-        elif isinstance(event, Waiting):  # in this thread
-            self.invocation.progress.show(self.counted())
-
-    def values(self, params):
-        """Return what tells requests of these calls from each other."""
-        return tuple(params.get(name) for name in self.names)
-
-    def read_failure(self, call, error):
+    def read_failure(self, call, error, was_sent):
         """Return what became of a call that raised, and what its line says."""
         said = dict(_server_error(error) or {"message": _sentence(error) or "interrupted"})
         jobid = getattr(error, "jobid", None)
-        is_unsent = getattr(error, "unsent", False) and not jobid
-        if is_unsent or self.values(call.params) not in self.sent:
+        if not was_sent or (getattr(error, "unsent", False) and not jobid):
             return "unsent", {"error": said, "unsent": True}
         if jobid:
             said["jobid"] = jobid
@@ -5898,8 +5884,7 @@ class _Batch:
         self.invocation.progress.clear()
         try:
             if not self.failure:
-                _write(_json_text({**line, "row": self.rows[number]}, None) + "\n")
-                _write("", flush=True)
+                _write(_json_text({**line, "row": self.rows[number]}, None) + "\n", flush=True)
         except _OutputFailed as error:
             self.failure, self.is_over = error, True
         if self.failure and state != "unsent":
@@ -5907,14 +5892,16 @@ class _Batch:
         self.invocation.progress.show(self.counted())
 
     def counted(self):
-        """Return a text such as: 5 done, 1 failed, of 6 rows."""
-        counted = [f"{self.counts[state]} {state}" for state in sorted(+self.counts)]
-        return ", ".join([*counted, f"of {len(self.rows)} rows"])
+        """Return a text such as: 5 done, 1 failed, 4 running, of 16 rows."""
+        running = len(self.rows) - len(self.todo) - sum(self.counts.values())
+        counts = self.counts + collections.Counter(running=running)
+        texts = [f"{count} {state}" for state, count in sorted(counts.items())]
+        return ", ".join([*texts, f"of {len(self.rows)} rows"])
 
     def account(self, front):
         """Write the rows whose calls were never begun, and say how many came to what."""
-        for number in self.todo:
-            self.note(number, "unsent", {"unsent": True})
+        while self.todo:
+            self.note(self.todo.popleft(), "unsent", {"unsent": True})
         self.invocation.progress.clear()
         if front or self.counts["done"] < len(self.rows):
             say = write_stderr if front or self.failure else self.invocation.say

@@ -10368,7 +10368,7 @@ class EachTest(EachCase):
         path = self.write("data", '{"id": "{id}"}\n')
         with mock.patch.object(cs, "_read_value", side_effect=cs._read_value) as reading:
             self.assertEqual(['{"id": "{id}"}'] * 2, self.values("a\nb\n", "x=@" + path))
-        self.assertEqual(1, reading.call_count)
+        self.assertEqual([mock.call("--each", "-"), mock.call("x", path)], sorted(reading.mock_calls))
 
     @each("rows, words, told", ([{"id": "1", "name": "n"}, {"name": "m"}], "x={id}", "row 2 (m): there is no 'id'\n"),
           ([{"nmae": "1"}], "x={name}", "row 1: there is no 'name'; did you mean nmae?"), (["a"], "x={id}", "row 1: "),
