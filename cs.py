@@ -3601,12 +3601,12 @@ def _attempt(invocation, dispatch, line):
             try:
                 outcome = dispatch(invocation, line)
                 invocation.progress.clear()
-                _flush()
+                _write("", flush=True)
             except (CloudStackException, _Usage, ValueError, OSError, KeyboardInterrupt) as error:
                 invocation.interrupts.is_over = True
                 outcome = error
                 _report(invocation, error)
-                _flush()
+                _write("", flush=True)
     except _OutputFailed as failed:
         outcome = outcome if _exit_code(outcome) else failed  # a failure before this says more
         _report_unwritten(failed.args[0])
@@ -3670,7 +3670,7 @@ def _as_utf8(arg):
 def _use_server(invocation, words):
     """Do what needs a client. Returns whether it succeeded."""
     options = invocation.options
-    invocation.conditions = [_Condition(text) for text in options["where"] or ()]
+    invocation.conditions = [_Condition(text, invocation.say) for text in options["where"] or ()]
     jobids = _job_ids([options["wait"], *words]) if options["wait"] else []
     if words and not options["list"] and not re.match(r"[\w.-]+\Z", words[0], re.ASCII):
         usage = "cs [options] COMMAND [name=value ...]"
@@ -3931,7 +3931,7 @@ def _answers(invocation, call):
     if call.pages and invocation.format() == "jsonl" and not invocation.options["sort"]:
         for page in invocation.client.pages(call.command, call.params, **call.options):
             yield page[0] if isinstance(page, tuple) else page
-            _flush()
+            _write("", flush=True)
     else:
         yield call.make(invocation.client)
 
@@ -4182,29 +4182,29 @@ _PREFERRED = (
     " displayname displaytext description created".split()
 )
 _MOST_COLUMNS = 8
-_STATE_COLORS = (  # of the first pattern that fits: green, yellow, red
-    ("32", "running|enabled|allocated|ready|up|implemented|connected|active|backedup"),
-    ("33", r"\w+ing|\w*maintenance"),
-    ("31", r"alert|down|disconnected|fault|\w*error\w*|\w*fail\w*"),
+_STATES = (
+    r"(?i)(?:(running|enabled|allocated|ready|up|implemented|connected|active|backedup)"
+    r"|(\w+ing|\w*maintenance)|(alert|down|disconnected|fault|\w*error\w*|\w*fail\w*))\Z"
 )
+_STATE_COLORS: "Any" = {1: 32, 2: 33, 3: 31}  # of its groups: green, yellow, red
 
 
 class _OutputFailed(Exception):
     """Standard output could not be written."""
 
 
-def _write(text):
+def _write(text, flush=False):
     """Write text on standard output, whatever it can show. Raises _OutputFailed."""
     out = sys.stdout
     try:
         try:
             out.write(text)
-        except UnicodeEncodeError:
-            if out.errors == "surrogateescape":  # Python 3.6 under a C locale; others take UTF-8
-                text = text.encode("utf-8", "backslashreplace").decode("ascii", "surrogateescape")
-            else:
-                text = text.encode(out.encoding, "backslashreplace").decode(out.encoding)
-            out.write(text)
+        except UnicodeEncodeError:  # Python 3.6 under a C locale escapes; others take UTF-8
+            encoding = "utf-8" if out.errors == "surrogateescape" else out.encoding
+            raw = text.encode(encoding, "backslashreplace")
+            out.write(raw.decode(out.encoding, out.errors))
+        if flush:
+            out.flush()
     except OSError as error:
         raise _OutputFailed(error) from None
 
@@ -4212,14 +4212,6 @@ def _write(text):
 def _write_line(text):
     """Write a line whose characters are data: as they are, but escaped on a terminal."""
     _write((escape_unprintable(text) if sys.stdout.isatty() else text) + "\n")
-
-
-def _flush():
-    """Flush standard output. Raises _OutputFailed."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        raise _OutputFailed(error) from None
 
 
 def _json_text(document, indent=2):
@@ -4241,12 +4233,11 @@ def _highlighted(text, theme):
         from pygments import highlight
         from pygments.formatters import Terminal256Formatter
         from pygments.lexers import JsonLexer
-        from pygments.util import ClassNotFound
+
+        formatter = Terminal256Formatter(style=theme or "default")
     except ImportError:
         return text
-    try:
-        formatter = Terminal256Formatter(style=theme or "default")
-    except ClassNotFound:
+    except ValueError:  # there is no such style
         formatter = Terminal256Formatter()
     return highlight(text, JsonLexer(), formatter).rstrip("\n")
 
@@ -4258,44 +4249,31 @@ class _Rows:
 
     def __init__(self, answer):
         self.answer, self.count = answer, None
-        self.came_empty = answer in ({}, [], None, "")
-        rows = answer if isinstance(answer, list) else find_rows({} if self.came_empty else answer)
-        self.is_list = rows is not None
-        values = list(answer.values()) if isinstance(answer, dict) else []
+        fields = answer if isinstance(answer, dict) else {}
+        found = find_rows({} if answer in (None, "") else answer)
+        found = answer if isinstance(answer, list) else found
+        self.is_list = found is not None
         if not self.is_list:
-            rows = values if len(values) == 1 and isinstance(values[0], dict) else [answer]
-        self.rows = rows
-        inner = rows if self.is_list else rows[0]
-        self._key = next((key for key in answer if answer[key] is inner), None) if values else None
-
-    def filter(self, invocation):
-        """Leave only those that meet every --where, and count these."""
-        if invocation.conditions:
-            self.rows = _filtered(invocation, self.rows)
-            self.count = len(self.rows)  # else a script would look for the rest
-
-    def sort(self, column):
-        """Put them in the order of --sort; those without the column come last."""
-        path = column.lstrip("-")
-        missing = [row for row in self.rows if _pick(row, path) is None]
-        present = [row for row in self.rows if _pick(row, path) is not None]
-        present.sort(key=lambda row: _sort_key(_pick(row, path)), reverse=column.startswith("-"))
-        self.rows = present + missing
+            found = dicts(list(fields.values()) if len(fields) == 1 else []) or [answer]
+        self.rows = found
+        inner = found if self.is_list else found[0]
+        self._key = next((key for key, value in fields.items() if value is inner), None)
 
     def picked(self, columns):
         """Return them with nothing but these columns; all of them where none were chosen."""
-        if columns is None:
+        if not columns:
             return self.rows
         return [{name: _pick(row, name) for name in columns} for row in self.rows]
 
-    def document(self, columns=None):
+    def document(self, columns):
         """Return the answer with these rows in the place of its own."""
         rows = self.picked(columns)
-        if isinstance(self.answer, list) or not (self.is_list or rows):
-            return rows if self.is_list else {}
-        if self._key is None:  # a list without rows, or one object
-            return self.answer if self.is_list else rows[0]
-        document = {**self.answer, self._key: rows if self.is_list else rows[0]}
+        if not (self.is_list or rows):
+            return {}
+        inner = rows if self.is_list else rows[0]
+        if self._key is None:
+            return inner if rows or isinstance(self.answer, list) else self.answer
+        document = {**self.answer, self._key: inner}
         if self.count is not None and "count" in document:
             document["count"] = self.count
         return document
@@ -4327,42 +4305,45 @@ def _print_answers(invocation, call, answers):
     """Print what a call gave: one answer, or the pages of a list. Returns whether it succeeded.
 
     Raises _Usage, with nothing printed, if no row has a column of --where."""
-    chosen: Any = [name.strip() for name in (invocation.options["columns"] or "").split(",")]
-    chosen = [name for name in chosen if name] or None
+    names = (invocation.options["columns"] or "").split(",")
+    chosen = [name.strip() for name in names if name.strip()]
     needed = [condition.column for condition in invocation.conditions]
     sorted_by = (invocation.options["sort"] or "").lstrip("-")
-    unseen = list(dict.fromkeys(filter(None, [*needed, *(chosen or ()), sorted_by])))
+    unseen = list(filter(None, dict.fromkeys([*needed, *chosen, sorted_by])))
     needed = needed if only_reads(call.command) else []  # what was done cannot be refused
-    rows, held, seen, shown, succeeded = _Rows([]), [], 0, 0, True
-    names: list = []  # of fields, in case that one is unseen
+    rows, held, seen, shown = _Rows([]), [], 0, 0
+    known: list = []  # fields, in case that one is unseen
     for answer in answers:
         rows = _Rows(answer)
         held.append(rows)
         seen += len(rows.rows)
         unseen = [name for name in unseen if _is_missing(name, rows.rows)]
-        names += _field_names(rows.rows) if unseen else []
-        succeeded = succeeded and _tells_success(answer)
+        known += _field_names(rows.rows) if unseen else []
         while held and not set(needed).intersection(unseen):
             shown += _print_rows(invocation, held.pop(0), chosen)
 
     for name in unseen if seen else ():
-        problem = f"no row has {name!a}{_did_you_mean(_near(name, names))}"
         if name in needed:
-            raise _Usage(f"--where: {problem}")
-        invocation.say(f"Warning: {problem}")
+            raise _Usage(f"--where: {_no_such_column(name, known)}")
+        invocation.say(f"Warning: {_no_such_column(name, known)}")
     for rows in held:
         shown += _print_rows(invocation, rows, chosen)
     if not shown and only_reads(call.command) and _is_terminal(sys.stderr):
         invocation.say("no rows")
     _warn_of_missing_rows(invocation, call, rows, seen)
-    return succeeded
+    return _tells_success(rows.answer)
 
 
 def _print_rows(invocation, rows, columns):
     """Print those rows that are wanted, in their order; returns how many they are."""
-    rows.filter(invocation)
-    if invocation.options["sort"]:
-        rows.sort(invocation.options["sort"])
+    if invocation.conditions:
+        rows.rows = _filtered(invocation.conditions, rows.rows)
+        rows.count = len(rows.rows)  # else a script would look for the rest
+    column = invocation.options["sort"] or ""
+    path = column.lstrip("-")
+    if path:
+        rows.rows.sort(key=lambda row: _order_key(_cell(_pick(row, path))), reverse=column != path)
+        rows.rows.sort(key=lambda row: _pick(row, path) is None)  # those without it come last
     invocation.progress.clear()
     _PRINTERS[invocation.format()](invocation, rows, columns)
     return len(rows.rows)
@@ -4388,23 +4369,22 @@ def _default_columns(invocation, rows, is_complete=False):
     objects = dicts(rows.rows)
     catalog = _cached_catalog(invocation) if objects and rows.is_list else None
     spec = catalog.find(invocation.under_way.command) if catalog else None
-    fields = spec.fields if spec else []
-    nested = {name.partition(".")[0] for name in fields if "." in name}
-    present = dict.fromkeys(name for name in fields if "." not in name)
-    if is_complete or not fields:
-        present.update(dict.fromkeys(key for row in objects for key in row))
-        nested.update(key for row in objects for key in row if isinstance(row[key], (dict, list)))
-    columns = [path for path in _PREFERRED if path.partition(".")[0] in present]
-    rest = [key for key in present if key not in columns]
+    names = list(spec.fields) if spec else []
+    hidden = set()
+    if is_complete or not names:
+        names = list(dict.fromkeys(names + _field_names(objects)))
+        hidden = {key for row in objects for key in row if isinstance(row[key], (dict, list))}
+    names.sort(key=lambda name: [*_PREFERRED, name].index(name))
     if is_complete:
-        return [path for path in columns if "." not in path] + rest or ["value"]
+        return [name for name in names if "." not in name] or ["value"]
 
-    unwanted = {"ipaddress"} if "nic" in present else set()  # nic.ipaddress is the same, and all
-    if "jobstatus" in present and "cmd" not in present:  # of the job that made it, no job itself
-        unwanted |= {"jobid", "jobstatus"}
-    columns = [path for path in columns if path not in unwanted]
-    columns += [key for key in rest if key not in nested]
-    return columns[:_MOST_COLUMNS] or ["value"]
+    hidden |= {name.partition(".")[0] for name in names if "." in name}
+    if "nic" in hidden:
+        hidden.add("ipaddress")  # nic.ipaddress is the same, and all
+    if "jobstatus" in names and "cmd" not in names:  # of the job that made it, no job itself
+        hidden |= {"jobid", "jobstatus"}
+    columns = [name for name in names if name in _PREFERRED or "." not in name]
+    return [name for name in columns if name not in hidden][:_MOST_COLUMNS] or ["value"]
 
 
 def _near(name, names, most=3):
@@ -4419,6 +4399,11 @@ def _near(name, names, most=3):
 def _did_you_mean(names):
     """Return the end of a message that suggests names; an empty text without any."""
     return f"; did you mean {' or '.join(names)}?" if names else ""
+
+
+def _no_such_column(name, known):
+    """Return the text for a column that no row has, with those that may be meant."""
+    return f"no row has {name!a}{_did_you_mean(_near(name, known))}"
 
 
 def _is_missing(name, rows):
@@ -4449,7 +4434,7 @@ def _cells(rows, columns):
 
 def _print_json(invocation, rows, columns):
     """Print the answer as JSON; nothing for one that was empty, unless JSON was asked for."""
-    if rows.came_empty and not invocation.options["output"]:
+    if rows.answer in ({}, [], None, "") and not invocation.options["output"]:
         return
     text = _json_text(rows.document(columns))
     if invocation.is_colored():
@@ -4467,11 +4452,10 @@ def _print_csv(invocation, rows, columns):
 
     By hand, since the csv module of 3.10 refuses NUL characters."""
     end = "" if os.linesep == "\r\n" else "\r"  # there the stream itself makes CRLF of LF
-    if columns is None:
-        columns = _default_columns(invocation, rows, is_complete=True) if rows.rows else []
+    if not columns and rows.rows:
+        columns = _default_columns(invocation, rows, is_complete=True)
     for cells in [columns, *_cells(rows, columns)] if columns else ():
-        line = ",".join(map(_csv_field, cells)) or '""'
-        _write_line(line + end)
+        _write_line((",".join(map(_csv_field, cells)) or '""') + end)
 
 
 def _csv_field(text):
@@ -4536,42 +4520,45 @@ def _print_table(invocation, rows, chosen):
     table = [list(map(_one_line, cells)) for cells in [columns, *_cells(rows, columns)]]
     widths = [max(map(_width, cells)) for cells in zip(*table)]
     room = _terminal_width(None)
-    fits = _columns_with_room(columns, widths, room) if room and not chosen else range(len(columns))
-    is_colored = invocation.is_colored()
+    fits = range(len(columns))
+    if room and not chosen:
+        fits = _columns_with_room(columns, widths, room)
     for number, line in enumerate(table if columns else ()):
         padded = [line[index] + " " * (widths[index] - _width(line[index])) for index in fits]
         text = "  ".join(padded).rstrip()
         text = _cut(text, room) if room else text
-        if is_colored:
-            text = f"\x1b[1m{text}\x1b[0m" if not number else _colored_states(columns, line, text)
+        if invocation.is_colored():
+            text = _colored_states(columns, line, text) if number else f"\x1b[1m{text}\x1b[0m"
         _write(text + "\n")
-    left_out = ", ".join(table[0][index] for index in range(len(columns)) if index not in fits)
+    left_out = [table[0][index] for index in range(len(columns)) if index not in fits]
     if left_out and _is_terminal(sys.stderr):
-        invocation.say(f"no room for {left_out}; -c chooses columns")
+        invocation.say(f"no room for {', '.join(left_out)}; -c chooses columns")
 
 
 def _columns_with_room(columns, widths, room):
     """Return the indexes of those default columns that a terminal has room for.
 
     Others go from the end, where 20 characters do; but an id that would be alone goes before."""
-    fits = list(range(len(columns)))
-    while len(fits) > 1:
-        *others, last = (widths[index] for index in fits)
-        if sum(width + 2 for width in others) + min(last, 20) <= room:
-            break
-        fits.pop()
-        if fits == [0] and columns[0] == "id":
-            fits = list(range(1, len(columns)))
-    return fits
+
+    def fitting(first):
+        end = first + 1
+        while end < len(columns):
+            if sum(width + 2 for width in widths[first:end]) + min(widths[end], 20) > room:
+                break
+            end += 1
+        return range(first, end)
+
+    fits = fitting(0)
+    return fitting(1) if len(columns) > len(fits) == 1 and columns[0] == "id" else fits
 
 
 def _colored_states(columns, line, text):
     """Return a line with its states in their colours; what stopped, or is no state, in none."""
     for name, state in zip(columns, line):
-        for color, pattern in _STATE_COLORS if re.search(r"(?i)(?:state|status)\Z", name) else ():
-            if re.match(rf"(?i)(?:{pattern})\Z", state):
-                text = text.replace(f"  {state}", f"  \x1b[{color}m{state}\x1b[0m", 1)
-                break
+        found = re.match(_STATES, state) if re.search(r"(?i)(?:state|status)\Z", name) else None
+        if found:
+            colored = f"\x1b[{_STATE_COLORS[found.lastindex]}m{state}\x1b[0m"
+            text = text.replace(f"  {state}", f"  {colored}", 1)
     return text
 
 
@@ -5403,12 +5390,12 @@ _VERSION = r"v?([0-9]{1,9}(?:\.[0-9]{1,9})*)(?:[-+/].*)?\Z"  # an address, too
 class _Condition:
     """One --where: a column, a sign and a value. Raises _Usage for what cannot be one."""
 
-    def __init__(self, text):
+    def __init__(self, text, say):
         found = re.match(_CONDITION, text, re.DOTALL)
         self.column, self.sign, self.wanted = map(str.strip, found.groups() if found else ("",) * 3)
         if not self.column or (self.sign in _ORDERS and not self.wanted):
             raise _Usage(f"--where {text!a}: it should be COLUMN=VALUE, or != ~ < <= > >= for =")
-        self.odd = None  # the first text that has no order beside the value
+        self.say: Any = say  # of the first text that has no order beside the value
         try:
             self.pattern = re.compile(self.wanted, re.IGNORECASE) if "~" in self.sign else None
         except (re.error, OverflowError, RecursionError) as error:
@@ -5427,10 +5414,12 @@ class _Condition:
         if self.pattern:
             return self.pattern.search(text) is not None
         if self.sign not in _ORDERS:
-            return text == self.wanted or (_as_number(text) or ()) == _as_number(self.wanted)
+            return _order_key(text) == _order_key(self.wanted)
         order = _order(text, self.wanted) if text else None
-        if text and order is None:
-            self.odd = self.odd or text
+        if text and order is None and self.say:
+            wanted = f"{self.column} {self.sign} {self.wanted}"
+            self.say(f"--where: {_cut(text, 60)!a} does not compare: {wanted!a}")
+            self.say = None
         return order in _ORDERS[self.sign]
 
 
@@ -5441,58 +5430,41 @@ def _texts(value):
     return [_cell(value)]
 
 
-def _as_number(text):
-    """Return (unit, number) of a text such as 7, 1e3, 87.3% or 48.00 GB; else None."""
-    found = re.match(_NUMBER, text, re.ASCII | re.IGNORECASE)
-    if not found:
-        return None
-    number, unit = found.groups("")
-    is_whole = re.match(r"-?[0-9]{1,999}\Z", number)  # int() may refuse more digits
-    return (unit.lower(), int(number) if is_whole else float(number))
+def _order_key(text, as_version=False):
+    """Return what puts texts in their order: (kind, unit, value, text).
 
-
-def _as_version(text):
-    """Return the numbers of a text such as 4.20.0.0 or v1.28.4-rc1, ten of them; else None."""
+    Kind 0 are numbers such as 7, 1e3, 87.3% or 48.00 GB, whatever their text; 1 versions such as
+    4.20.0.0 or v1.28.4-rc1, by ten numbers; 2 all else. as_version: 4.20 and v4 are versions."""
     found = re.match(_VERSION, text, re.ASCII | re.DOTALL)
-    return [*map(int, found.group(1).split(".")), *[0] * 10][:10] if found else None
+    if found and (as_version or text.count(".") > 1):
+        return (1, "", [*map(int, found.group(1).split(".")), *[0] * 10][:10], text)
+    found = re.match(_NUMBER, text, re.ASCII | re.IGNORECASE)
+    if found:
+        number, unit = found.groups("")
+        is_whole = re.match(r"-?[0-9]{1,999}\Z", number)  # int() may refuse more digits
+        return (0, unit.lower(), int(number) if is_whole else float(number), "")
+    return (2, "", text.lower(), text)
 
 
 def _order(text, other):
     """Return -1, 0 or 1 as a text comes before, with or after another; None if none of these."""
-    numbers = [_as_number(text), _as_number(other)]
-    versions = [_as_version(text), _as_version(other)]
-    one, two = text.lower(), other.lower()
-    if all(numbers):
-        (unit, one), (other_unit, two) = numbers
-        if unit and other_unit and unit != other_unit:
-            return None
-    elif all(versions) and max(text.count("."), other.count(".")) > 1:
-        one, two = versions
-    elif any(numbers) and not re.search(r"(?m)^[0-9]{4}-[0-9]{2}(?![0-9])", f"{text}\n{other}"):
-        return None  # 7 and "many"; a year and a date are compared as texts
-    return (one > two) - (one < two)
+    one, two = _order_key(text), _order_key(other)
+    if 1 in (one[0], two[0]):
+        one, two = _order_key(text, True), _order_key(other, True)
+    first, second = one[2], two[2]
+    if one[0] != two[0]:
+        is_date = re.search(r"(?m)^[0-9]{4}-[0-9]{2}(?![0-9])", f"{text}\n{other}")
+        if 0 in (one[0], two[0]) and not is_date:
+            return None  # 7 and "many"; a year and a date are compared as texts
+        first, second = text.lower(), other.lower()
+    elif one[1] != two[1] and one[1] and two[1]:
+        return None  # GB and MHz
+    return (first > second) - (first < second)
 
 
-def _sort_key(value):
-    """Return what puts values in their order: numbers by their units, versions, then texts."""
-    text = _cell(value)
-    number = _as_number(text)
-    if number:
-        return (0, *number, text)
-    if text.count(".") > 1 and _as_version(text):
-        return (1, "", _as_version(text), text)
-    return (2, "", text.lower(), text)
-
-
-def _filtered(invocation, rows):
-    """Return the rows that meet every --where; what has no order is said once."""
-    for condition in invocation.conditions:
-        known = condition.odd
-        rows = [row for row in rows if condition.is_met(row)]
-        if condition.odd and not known:
-            wanted = f"{condition.column} {condition.sign} {condition.wanted}"
-            invocation.say(f"--where: {_cut(condition.odd, 60)!a} does not compare: {wanted!a}")
-    return rows
+def _filtered(conditions, rows):
+    """Return the rows that meet every condition."""
+    return [row for row in rows if all(condition.is_met(row) for condition in conditions)]
 
 
 # 8.9 Many at once: --each.
@@ -5524,9 +5496,8 @@ def _carry_out_each(invocation, words):
     given = _read_rows(invocation)
     for name in [condition.column for condition in invocation.conditions if given]:
         if _is_missing(name, given):  # != would hold for all of them
-            near = _did_you_mean(_near(name, _field_names(given)))
-            raise _Usage(f"--where: no row has {name!a}{near}")
-    rows = _filtered(invocation, given)
+            raise _Usage(f"--where: {_no_such_column(name, _field_names(given))}")
+    rows = _filtered(invocation.conditions, given)
     calls = []
     for number, row in enumerate(rows, 1):  # all of them before the first is sent
         try:
@@ -5571,11 +5542,10 @@ def _row_call(invocation, words, template, row):
         return _cell(value)
 
     def filled(part):
-        if part.literal == "file" or not re.search("[{}]", part.text):
+        if part.literal == "file":
             return part
         is_name = part.literal is None and part.text.startswith("name:")
-        text = re.sub(_FIELD, fill, part.text)
-        return _Value(text, "name" if is_name else part.literal or "quoted")
+        return _Value(re.sub(_FIELD, fill, part.text), "name" if is_name else "quoted")
 
     values = {
         param: [filled(part) for value in given for part in _split_names(param, value)]
@@ -5589,10 +5559,7 @@ def _read_rows(invocation):
     """Return the rows of standard input: JSON, one document or many, else its lines."""
     if _is_terminal(sys.stdin):
         invocation.say("Type the rows, then Ctrl-D")
-    try:
-        text = _read_stdin().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise _Usage("standard input is not UTF-8 text") from None
+    text = _read_value("--each", "-")
     rows: list = []
     if not re.match(r'\s*[\[{"]', text):
         rows = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
@@ -5647,14 +5614,12 @@ class _Batch:
         self.tasks: list = []
         self.is_over = False  # no more calls are begun
         self.counts: Any = collections.Counter()
+        self.sent: list = []  # an item for each request
         self.jobids: list = []  # of jobs that may still run
         self.failure: Any = None  # of standard output
-        self.names = sorted({name for call in calls for name in call.params})
-        self.sent: set = set()  # the values that requests had for these names
         self.most = min(int(invocation.options["parallel"] or _PARALLEL), 128, len(rows))
-        settings = {**invocation.settings, "concurrency": self.most}
-        if invocation.options["trace"]:
-            settings["trace"] = True
+        trace = invocation.options["trace"] or invocation.client.trace
+        settings = {**invocation.settings, "concurrency": self.most, "trace": trace}
         self.client = AIOCloudStack(**settings)
         self.client.on_event = self.observe
 
@@ -5690,41 +5655,33 @@ class _Batch:
         for task in self.tasks:
             loop.call_soon_threadsafe(task.cancel)
 
+    def observe(self, event):
+        """Take notice of a request that goes out, unless it only logs in; the client's on_event."""
+        if isinstance(event, Sent) and event.request.params.get("command") != "login":
+            self.sent.append(None)
+
     async def work(self):
         """Make one call after another."""
         while self.todo and not self.is_over:
-            number = self.todo.popleft()
-            call = self.calls[number]
-            self.counts["running"] += 1
+            number, before = self.todo.popleft(), len(self.sent)
+            self.invocation.progress.show(self.counted())
             try:
-                answer = await call.make(self.client)
+                answer = await self.calls[number].make(self.client)
                 state, line = "done", {"result": answer}
                 if not _tells_success(answer):
                     state, line = "failed", {"error": answer, "outcome_unknown": False}
             except BaseException as error:  # CancelledError, too
-                state, line = self.read_failure(call, error)
-            self.counts["running"] -= 1
+                was_sent = len(self.sent) > before  # or another was, at that time
+                state, line = self.read_failure(self.calls[number], error, was_sent)
             self.note(number, state, line)
             if state != "done" and self.invocation.options["stop-on-error"]:
                 self.is_over = True
 
-    def observe(self, event):
-        """Take notice of what happens to a request; the client's on_event."""
-        if isinstance(event, Sent):
-            self.sent.add(self.values(event.request.params))
-        elif isinstance(event, Waiting):  # in this thread
-            self.invocation.progress.show(self.counted())
-
-    def values(self, params):
-        """Return what tells requests of these calls from each other."""
-        return tuple(params.get(name) for name in self.names)
-
-    def read_failure(self, call, error):
+    def read_failure(self, call, error, was_sent):
         """Return what became of a call that raised, and what its line says."""
         said = dict(_server_error(error) or {"message": _sentence(error) or "interrupted"})
         jobid = getattr(error, "jobid", None)
-        is_unsent = getattr(error, "unsent", False) and not jobid
-        if is_unsent or self.values(call.params) not in self.sent:
+        if not was_sent or (getattr(error, "unsent", False) and not jobid):
             return "unsent", {"error": said, "unsent": True}
         if jobid:
             said["jobid"] = jobid
@@ -5742,8 +5699,7 @@ class _Batch:
         self.invocation.progress.clear()
         try:
             if not self.failure:
-                _write(_json_text({**line, "row": self.rows[number]}, None) + "\n")
-                _flush()
+                _write(_json_text({**line, "row": self.rows[number]}, None) + "\n", flush=True)
         except _OutputFailed as error:
             self.failure, self.is_over = error, True
         if self.failure and state != "unsent":
@@ -5751,14 +5707,16 @@ class _Batch:
         self.invocation.progress.show(self.counted())
 
     def counted(self):
-        """Return a text such as: 5 done, 1 failed, of 6 rows."""
-        counted = [f"{self.counts[state]} {state}" for state in sorted(+self.counts)]
-        return ", ".join([*counted, f"of {len(self.rows)} rows"])
+        """Return a text such as: 5 done, 1 failed, 4 running, of 16 rows."""
+        running = len(self.rows) - len(self.todo) - sum(self.counts.values())
+        counts = self.counts + collections.Counter(running=running)
+        texts = [f"{count} {state}" for state, count in sorted(counts.items())]
+        return ", ".join([*texts, f"of {len(self.rows)} rows"])
 
     def account(self, front):
         """Write the rows whose calls were never begun, and say how many came to what."""
-        for number in self.todo:
-            self.note(number, "unsent", {"unsent": True})
+        while self.todo:
+            self.note(self.todo.popleft(), "unsent", {"unsent": True})
         self.invocation.progress.clear()
         if front or self.counts["done"] < len(self.rows):
             say = write_stderr if front or self.failure else self.invocation.say
