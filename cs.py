@@ -3426,8 +3426,8 @@ def _check_value(option, value):
     return value.lower()
 
 
-# A value as it was typed. literal: None; or "quoted" or "file" for one that is a text and nothing
-# else, so that name:... in it is not looked up.
+# A value as it was typed. literal: None; "quoted" or "file" for one that is a text and nothing else,
+# so that name:... in it is not looked up; "name" for one that is.
 _Value = collections.namedtuple("_Value", "text literal")
 
 
@@ -5542,10 +5542,8 @@ def _row_call(invocation, words, template, row):
         return _cell(value)
 
     def filled(part):
-        if part.literal == "file":
-            return part
-        is_name = part.literal is None and part.text.startswith("name:")
-        return _Value(re.sub(_FIELD, fill, part.text), "name" if is_name else "quoted")
+        is_file = part.literal == "file"
+        return part if is_file else part._replace(text=re.sub(_FIELD, fill, part.text))
 
     values = {
         param: [filled(part) for value in given for part in _split_names(param, value)]
