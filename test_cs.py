@@ -8523,8 +8523,6 @@ listZones zones -> 'zones' has no '='
         ("createSecurityGroup name=", "createSecurityGroup", {"name": ""}),  # required, and the server's to judge
         ("listZones nam=x --force", "listZones", {"nam": "x"}), ("inventThings a=b --force", "inventThings", None))
     def test_sent(self, line, command, sent):
-        del self.cloud.requests[:]
-        self.cloud._scripts.clear()
         self.reply(command, {"ok": True})
         self.good(*line.split())
         self.assertEqual([command], self.asked)
@@ -8693,7 +8691,7 @@ class CompletionCase(CloudCase):
 
 class CompletionTest(CompletionCase):
     @each("line, expected",
-        ("cs listZo", ["listZones"]), ("cs listzo", ["listZones"]), ("cs -o table listZo", ["listZones"]),
+        ("cs listzo", ["listZones"]), ("cs -o table listZo", ["listZones"]),
         ("cs nosuch", []), ("cs --output=table --region  listZo", []),  # a region, not a command
         ("cs startvirtualmachine i", ["id="]), ("cs listZones name=", []), ("cs nosuch na", []),
         ("cs stopVirtualMachine forced=", ["forced=true", "forced=false"]),
@@ -8701,17 +8699,13 @@ class CompletionTest(CompletionCase):
         ("cs stop virtual machine forced=f", ["forced=false"]), ("cs stop -q virtualmachine i", ["id="]),
         ("cs --outp", ["--output"]), ("cs listZones --col", ["--color", "--columns"]),
         ("cs -o ", ["json", "jsonl", "table", "csv", "text"]), ("cs listZones --output t", ["table", "text"]),
-        ("cs listZones --output=ta", ["--output=table"]), ("cs --color ", ["auto", "always", "never"]),
-        ("cs --completion z", ["zsh"]), ("cs --complet", ["--completion"]),
+        ("cs listZones --output=ta", ["--output=table"]), ("cs --complet", ["--completion"]),
         *((f"cs {option} l", []) for option in "--timeout --retry --config --endpoint --wait --theme".split()),
         ("cs listVirtualMachines -c instancen", ["instancename"]),
         ("cs listVirtualMachines --columns=id,instancen", ["--columns=id,instancename"]),
-        ("cs listVirtualMachines -c id,instancen", ["id,instancename"]),
         ("cs listVirtualMachines -c nic.ipa", ["nic.ipaddress"]), ("cs -c instancen", []),
         ("cs -o table listvirtualmachines state=Running -c instancen", ["instancename"]),
-        ("cs listVirtualMachines --sort instancen", ["instancename"]),
         ("cs listVirtualMachines --sort -instancen", ["-instancename"]),
-        ("cs listVirtualMachines --where instancen", ["instancename="]),
         ("cs listVirtualMachines --where=instancen", ["--where=instancename="]),
         ("cs listVirtualMachines --where 'instancen", []),
     )
@@ -8732,13 +8726,12 @@ class CompletionTest(CompletionCase):
         self.assertLessEqual(len(self.completed("cs listL")[0][1]), 80)
 
     @each("line, expected", ("cs -r ", ["cloudstack", "lab", "lagoon", "local"]),
-          ("cs listZones --region lag", ["lagoon"]), ("cs --region=la", ["--region=lab", "--region=lagoon"]))
+          ("cs --config ~/other.ini -r else", ["elsewhere"]), ("cs --region=la", ["--region=lab", "--region=lagoon"]))
     def test_regions(self, line, expected):
         self.ini("[cloudstack]\nendpoint = x\n[lab]\n[lagoon]\n[my place]\n[$(touch x)]\n")
         self.write("work/cloudstack.ini", "[local]\n")
+        self.write("other.ini", "[elsewhere]\n")
         self.assertEqual(expected, self.words(line))
-        path = self.write("other.ini", "[elsewhere]\n")
-        self.assertEqual(["elsewhere"], self.words(f"cs --config {path} -r else"))
 
     def test_the_line_chooses_the_region(self):
         user = self.cloud.users["user"]
@@ -8755,8 +8748,7 @@ class CompletionTest(CompletionCase):
         self.rename("cache-01", name="front end (2)", displayname="front end (2)")
         stop = "cs stopVirtualMachine id="
         for line, expected in (
-            (stop + "web-01", [["id=name:web-01", web]]), (stop + "WEB-01", [["id=name:web-01", web]]),
-            (stop + "name:web-01", [["id=name:web-01", web]]), (stop + "db-01", [["id=name:db-01", db]]),
+            (stop + "WEB-01", [["id=name:web-01", web]]), (stop + "name:web-01", [["id=name:web-01", web]]),
             (stop + "Datab", [["id=name:Database:1", db]]), (stop + "name:dat", [["id=name:Database:1", db]]),
             (stop + web[:9], [["id=" + web, "web-01"]]), (stop + "name:" + web[:9], []), (stop + "nothing", []),
             (stop + "fr", [["id=name:'front end (2)'", cache]]), (stop + "'fr", [["id='name:front end (2)'", cache]]),
@@ -8923,39 +8915,33 @@ class Typed:
         self.child = Child(opened + list(argv), env=env, **null)
         self.slave = slave
         self.output = b""
-        self.news = threading.Condition()
-        self.reader = threading.Thread(target=self.read, daemon=True)
-        self.reader.start()
+        self.ready = selectors.SelectSelector()
+        self.ready.register(self.master, selectors.EVENT_READ)
 
-    def read(self):
-        data = b"x"
-        while data:
-            try:
-                data = os.read(self.master, 65536)
-            except OSError:  # Linux says so that the other end is closed
-                data = b""
-            with self.news:
-                self.output += data
-                self.news.notify_all()
+    def read(self, seconds):
+        """Take what is written there within this time; whether there is anything."""
+        try:
+            data = os.read(self.master, 65536) if self.ready.select(max(seconds, 0)) else b""
+        except OSError:  # Linux says so that the other end is closed
+            data = b""
+        self.output += data
+        return data != b""
 
     @property
     def text(self):
-        with self.news:
-            return self.output.decode("utf-8", "replace").replace("\r\n", "\n")
+        while self.read(0):
+            pass
+        return self.output.decode("utf-8", "replace").replace("\r\n", "\n")
 
     def wait_for(self, *words):
         """Wait until one of these was written after what was waited for before."""
-        found = []
-
-        def there():
-            found[:] = [word for word in words if word in self.output[self.at :]]
-            return found
-
-        with self.news:
-            if not self.news.wait_for(there, 20):
+        deadline, found = time.monotonic() + 20, None
+        while not found:
+            found = re.compile(b"|".join(map(re.escape, words))).search(self.output, self.at)
+            if not found and not self.read(deadline - time.monotonic()):
                 raise AssertionError(f"{words} was not written: {self.output}")
-            self.at = self.output.index(found[0], self.at) + len(found[0])
-        return found[0]
+        self.at = found.end()
+        return found.group()
 
     at = 0
 
@@ -8964,10 +8950,10 @@ class Typed:
 
     def end(self):
         """The exit code; all output is in text then."""
-        code = self.child.wait()
+        while self.child.poll() is None:
+            self.read(0.05)
         os.close(self.slave)  # only now: a terminal that nobody has opened yet would seem closed
-        self.reader.join(10)
-        return code
+        return self.child.wait()
 
     def close(self):
         """End whatever still runs there."""
@@ -9030,7 +9016,7 @@ class ShellCompletionTest(CompletionCase):
         deadline = time.time() + 20
         while not os.path.exists(path):
             self.assertLess(time.time(), deadline, shell.text)
-            time.sleep(0.005)
+            shell.read(0.005)
         words = open_bytes(path).decode("utf-8").split("\n")[:-1]
         os.unlink(path)
         return words
@@ -9084,8 +9070,7 @@ class ShellCompletionTest(CompletionCase):
 
     @each("name", *SHELLS)
     def test_what_to_type_without_a_list_is_shown_and_not_put_on_the_line(self, name):
-        if os.path.exists(self.path):
-            os.unlink(self.path)
+        os.unlink(self.path)
         shell = self.start(name)
         shell.type("cs listZ\t\t")
         shell.wait_for(b"type: cs --sync")
@@ -9364,15 +9349,14 @@ class NamesForIdsTest(CompletionCase):
 
     def test_what_names_become(self):
         web, db, web11 = (self.id_of("virtualmachine", name) for name in ("web-01", "db-01", "web-11"))
-        ours, north = self.row("virtualmachine", "cache-01"), self.id_of("zone", "north")
-        root, apollo = self.id_of("domain", "ROOT"), self.id_of("project", "apollo")
+        ours, root = self.row("virtualmachine", "cache-01"), self.id_of("domain", "ROOT")
+        north, apollo = self.id_of("zone", "north"), self.id_of("project", "apollo")
         net = self.id_of("network", "web", zonename="north", account="admin")
         self.change(ours, displayname="The cache, no. 1")
         start, listed = "startVirtualMachine|", "listVirtualMachines|"
         for line, expected in (
             ("startvirtualmachine|ID=name:web-01", {"ID": web}), (start + "id=name:WEB-01", {"id": web}),
             (start + "id=name:The cache, no. 1", {"id": ours["id"]}), (start + "id=name:web-11", {"id": web11}),
-            (listed + "ids=name:web-01,name:db-01", {"ids": web + "," + db}),
             (listed + "ids=name:web-01|ids=" + db, {"ids": web + "," + db}),
             (f"{listed}ids=name:The cache, no. 1,{db},name:web-01", {"ids": f"{ours['id']},{db},{web}"}),
             (listed + "zoneid=name:north|templateid=name:Debian 12",  # one id in two zones
@@ -9504,9 +9488,8 @@ class NamesForIdsTest(CompletionCase):
     def test_what_tells_candidates_apart(self):
         for field in "path vpcname vmname volumename created state domain".split():
             rows = [{"id": number, "name": "x", field: f"{field}-{number}", "account": "a"} for number in (1, 2)]
-            self.answers("listVolumes", lambda params, rows=rows: rows)
-            err = self.refused("deleteVolume", "id=name:x", "--force")
-            self.assertHolds(err, f"      1  x  {field} {field}-1\n      2  x  {field} {field}-2\n")
+            error = self.raised(LookupError, cs.pick_row, "listVolumes", "x", rows)
+            self.assertIn(f"\n      1  x  {field} {field}-1\n      2  x  {field} {field}-2", str(error))
 
     def test_a_domain_by_its_path(self):
         rows = [{"id": str(number), "name": "dev", "path": f"ROOT/{name}/dev"} for number, name in enumerate("ab")]
