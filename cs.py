@@ -4319,15 +4319,13 @@ def _print_answers(invocation, call, answers):
         seen += len(rows.rows)
         unseen = [name for name in unseen if _is_missing(name, rows.rows)]
         known += _field_names(rows.rows) if unseen else []
-        while held and not set(needed).intersection(unseen):
+        while held and not (seen and set(needed).intersection(unseen)):
             shown += _print_rows(invocation, held.pop(0), chosen)
 
     for name in unseen if seen else ():
         if name in needed:
             raise _Usage(f"--where: {_no_such_column(name, known)}")
         invocation.say(f"Warning: {_no_such_column(name, known)}")
-    for rows in held:
-        shown += _print_rows(invocation, rows, chosen)
     if not shown and only_reads(call.command) and _is_terminal(sys.stderr):
         invocation.say("no rows")
     _warn_of_missing_rows(invocation, call, rows, seen)
@@ -4392,8 +4390,7 @@ def _near(name, names, most=3):
     import difflib
 
     lower = {other.lower(): other for other in names}
-    found = difflib.get_close_matches(name.lower(), list(lower), most, 0.6)
-    return [lower[match] for match in found]
+    return [lower[match] for match in difflib.get_close_matches(name.lower(), lower, most)]
 
 
 def _did_you_mean(names):
@@ -4469,11 +4466,10 @@ def _print_text(invocation, rows, columns):
     (As it is, a value may have several lines: those of a list could be taken for rows.)"""
     columns = columns or _default_columns(invocation, rows)
     escapes = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
+    is_value = len(columns) == 1 and not rows.is_list
     for cells in _cells(rows, columns):
-        if len(columns) == 1 and not rows.is_list:
-            _write_line(cells[0][:-1] if cells[0].endswith("\n") else cells[0])
-        else:
-            _write_line("\t".join(cell.translate(escapes) for cell in cells))
+        line = "\t".join(cell.translate(escapes) for cell in cells)
+        _write_line(re.sub(r"\n\Z", "", cells[0]) if is_value else line)
 
 
 def _width(text):
@@ -4498,12 +4494,10 @@ def _terminal_width(otherwise):
 
 def _cut(text, width):
     """Return text made to fit a width, an ellipsis at its end where something is gone."""
-    from itertools import accumulate
-
     text = text[: 2 * width + 100]  # combining characters aside, more cannot be seen
     if _width(text) <= width:
         return text
-    return text[: sum(end < width for end in accumulate(map(_width, text)))] + "…"
+    return text[: sum(end < width for end in itertools.accumulate(map(_width, text)))] + "…"
 
 
 def _one_line(text):
@@ -4520,9 +4514,7 @@ def _print_table(invocation, rows, chosen):
     table = [list(map(_one_line, cells)) for cells in [columns, *_cells(rows, columns)]]
     widths = [max(map(_width, cells)) for cells in zip(*table)]
     room = _terminal_width(None)
-    fits = range(len(columns))
-    if room and not chosen:
-        fits = _columns_with_room(columns, widths, room)
+    fits = _columns_with_room(columns, widths, room) if room and not chosen else range(len(columns))
     for number, line in enumerate(table if columns else ()):
         padded = [line[index] + " " * (widths[index] - _width(line[index])) for index in fits]
         text = "  ".join(padded).rstrip()
@@ -4540,13 +4532,11 @@ def _columns_with_room(columns, widths, room):
 
     Others go from the end, where 20 characters do; but an id that would be alone goes before."""
 
+    starts = [0, *itertools.accumulate(width + 2 for width in widths)]
+
     def fitting(first):
-        end = first + 1
-        while end < len(columns):
-            if sum(width + 2 for width in widths[first:end]) + min(widths[end], 20) > room:
-                break
-            end += 1
-        return range(first, end)
+        ends = [start + min(width, 20) - starts[first] for start, width in zip(starts, widths)]
+        return [first, *(index for index in range(first + 1, len(widths)) if ends[index] <= room)]
 
     fits = fitting(0)
     return fitting(1) if len(columns) > len(fits) == 1 and columns[0] == "id" else fits
