@@ -2069,56 +2069,36 @@ class _Route:
         self.start = 0 if self.proxy and not self.secure else len(origin)
 
     def open(self, request, context):
-        """Return a new http.client connection, with the tunnel and TLS that it needs."""
-        from http.client import HTTPConnection, HTTPResponse
+        """Return a new http.client connection, with the tunnel and TLS that it needs.
+
+        The name of a host is passed on as bytes: for text Python would import its IDNA tables."""
+        import socket
+        from http.client import HTTPConnection
 
         place = self.proxy or self
-        connection: Any = HTTPConnection(place.host, place.port, timeout=request.timeout)
+        connection: Any = HTTPConnection(place.host, place.port)
         connection.auto_open = 0  # it must never connect by itself, and send what was sent before
         connection.default_port = self.default_port
-        answers: list = []  # of the proxy, which http.client leaves open up to Python 3.7
-
-        def make_response(sock, *args, **options):
-            stream: Any = _TimedStream(connection.exchange, sock)
-            answers[:] = [HTTPResponse(stream, *args, **options)]
-            return answers[0]
-
-        connection.response_class = make_response
-        connection.exchange = request  # the one that is under way
-        connection._create_connection = functools.partial(_dial, request)
         if self.proxy and self.secure:
             connection.set_tunnel(self.host, self.port, headers=self.proxy.headers)
+        sock = socket.create_connection((place.host.encode("ascii"), place.port), request.timeout)
         try:
+            request.attach(sock)
+            connection.stream = _TimedStream(request, sock)
+            connection._create_connection = lambda *args: connection.stream
             connection.connect()
             if context:
-                connection.sock = context.wrap_socket(
-                    connection.sock, server_hostname=self.host, do_handshake_on_connect=False
+                sock = context.wrap_socket(
+                    sock, server_hostname=self.host, do_handshake_on_connect=False
                 )
-                request.attach(connection.sock)
-                connection.sock.do_handshake()
+                request.attach(sock)
+                sock.do_handshake()
+                connection.sock = connection.stream = _TimedStream(request, sock)
         except BaseException:
             request.detach()
-            for answer in answers:
-                answer.close()
-            connection.close()
+            sock.close()
             raise
         return connection
-
-
-def _dial(request, address, timeout, source_address=None):
-    """Connect as socket.create_connection does, which a cancelled request can then cut off.
-
-    The name of a host is passed on as bytes: for text Python would import its IDNA tables."""
-    import socket
-
-    host, port = address
-    sock = socket.create_connection((host.encode("ascii"), port), timeout)
-    try:
-        request.attach(sock)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
 
 
 def _find_proxy(parts):
@@ -2224,7 +2204,7 @@ class _Transport:
         for idle in list(self._idle.values()):
             try:
                 while len(idle) > keep or (idle and _clock() - idle[0][1] >= seconds):
-                    idle.popleft()[0].close()
+                    idle.popleft()[0].stream.sock.close()
             except IndexError:  # another thread was faster
                 pass
 
@@ -2248,13 +2228,13 @@ class _Transport:
             connection = self._checkout(key)
             stale = connection is not None
             connection = connection or route.open(request, context)
-            request.attach(connection.sock)
+            request.attach(connection.stream.sock)
             unsent = False
             response, content = _round_trip(connection, route, request)
         except BaseException as error:
             request.detach()
             if connection is not None:
-                connection.close()
+                connection.stream.sock.close()
             if not _is_failure(error):
                 raise
             secrets = request.all_secrets() + (route.proxy.secrets if route and route.proxy else [])
@@ -2278,7 +2258,7 @@ class _Transport:
     def _put_back(self, key, connection, is_open):
         """Keep a connection for the next request; the oldest go if they have expired."""
         if not is_open:
-            connection.close()
+            connection.stream.sock.close()
             return
         self._idle[key].append((connection, _clock()))
         if len(self._idle[key]) > 1:
@@ -2301,15 +2281,16 @@ class _Transport:
                 connection, since = self._idle[key].pop()
             except IndexError:
                 return None
+            sock = connection.stream.sock
             if hasattr(select, "poll"):  # select() itself cannot take numbers over 1023
                 poll = select.poll()
-                poll.register(connection.sock, select.POLLIN)
+                poll.register(sock, select.POLLIN)
                 is_readable = poll.poll(0)
             else:
-                is_readable = select.select([connection.sock], [], [], 0)[0]
+                is_readable = select.select([sock], [], [], 0)[0]
             if _clock() - since < IDLE and not is_readable:
                 return connection
-            connection.close()
+            sock.close()
 
 
 def _round_trip(connection, route, request):
@@ -2317,44 +2298,43 @@ def _round_trip(connection, route, request):
     target = request.url[route.start :]
     if route.start and target[:1] != "/":
         target = "/" + target
-    connection.exchange = request
-    connection.sock.settimeout(request.timeout)
-    connection.request(
-        request.method, target, request.body, {**request.headers, **route.headers}
-    )  # fmt: skip
+    connection.stream.request = request
+    connection.stream.sock.settimeout(request.timeout)
+    headers = {**request.headers, **route.headers}
+    connection.request(request.method, target, request.body, headers)
     response = connection.getresponse()
-    try:
-        return response, _read_body(response, request.limit)
-    finally:
-        response.close()  # which frees the connection for another request
+    content = _read_body(response, request.limit)
+    response.close()  # which frees the connection for another request
+    return response, content
 
 
 class _TimedStream(io.RawIOBase):
-    """What an answer is read from: a socket on which every read keeps the time limits."""
+    """What http.client takes for its socket: one on which every read keeps the time limits.
+
+    http.client closes it after each answer, and while one that ends the connection is yet to be
+    read; so that does nothing, and `sock` is closed by whoever is done with it."""
 
     def __init__(self, request, sock):
-        self._request, self._sock = request, sock
-        self._stream = sock.makefile("rb", buffering=0)
+        self.request, self.sock = request, sock  # the request that is under way
+        self.sendall, self.setsockopt = sock.sendall, sock.setsockopt
 
     def makefile(self, mode):
-        """Return what http.client asks a socket for."""
         return io.BufferedReader(self)
 
     def readable(self):
         return True
 
     def readinto(self, buffer):
-        left = self._request.deadline - _clock()
+        left = self.request.deadline - _clock()
         if left <= 0:
-            raise _Overdue
-        seconds = min(self._request.timeout, left)
-        if self._sock.gettimeout() != seconds:  # setting it is a system call, asking is none
-            self._sock.settimeout(seconds)
-        return self._stream.readinto(buffer)
+            raise TimeoutError
+        seconds = min(self.request.timeout, left)
+        if self.sock.gettimeout() != seconds:  # setting it is a system call, asking is none
+            self.sock.settimeout(seconds)
+        return self.sock.recv_into(buffer)
 
     def close(self):
-        self._stream.close()
-        super().close()
+        pass
 
 
 def _make_context(verify, cert):
@@ -2405,36 +2385,39 @@ def _load_certificate(context, own, key):
 
 def _read_body(response, limit):
     """Return the whole body, unpacked. Raises _TooLarge, or IncompleteRead without its end."""
-    if (response.length or 0) > limit:
+    if response.length is None:
+        parts, left = [], limit
+        for part in iter(lambda: response.read1(_CHUNK), b""):
+            parts.append(part)
+            left -= len(part)
+            if left < 0:
+                raise _TooLarge
+        content = b"".join(parts)
+    elif response.length > limit:
         raise _TooLarge
-    packed = response.headers.get("Content-Encoding", "").strip().lower() in ("gzip", "x-gzip")
-    if response.length is not None and not packed:
-        return response.read()
+    else:
+        content = response.read()
+    encoding = response.headers.get("Content-Encoding", "").strip().lower()
+    return _unpack(content, limit) if content and encoding in ("gzip", "x-gzip") else content
 
+
+def _unpack(content, limit):
+    """Return what gzip has packed. Raises _TooLarge, ValueError for what is damaged."""
     import http.client
     import zlib
 
-    gunzip = zlib.decompressobj(16 + zlib.MAX_WBITS) if packed else None
-    parts = []
-    while True:
-        part = response.read1(_CHUNK)
-        if not part:
-            break
-        if gunzip:
-            try:
-                part = gunzip.decompress(part, limit + 1)
-            except zlib.error:
-                raise ValueError("bad gzip") from None
-            if gunzip.unused_data:
-                raise ValueError("bytes after the gzip")
-        limit -= len(part)
-        if limit < 0:
-            raise _TooLarge
-        parts.append(part)
-    # read1() does not complain of a body that ends before its Content-Length.
-    if response.length or (gunzip and parts and not gunzip.eof):
-        raise http.client.IncompleteRead(b"", response.length)
-    return b"".join(parts)
+    gunzip = zlib.decompressobj(16 + zlib.MAX_WBITS)
+    try:
+        content = gunzip.decompress(content, limit + 1)
+    except zlib.error:
+        raise ValueError("bad gzip") from None
+    if len(content) > limit:
+        raise _TooLarge
+    if gunzip.unused_data:
+        raise ValueError("bytes after the gzip")
+    if not gunzip.eof:
+        raise http.client.IncompleteRead(b"")
+    return content
 
 
 def _mask_reason(reason, request):
