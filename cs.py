@@ -3409,7 +3409,7 @@ def _check_value(option, value):
     return value.lower()
 
 
-# A value as it was typed. literal: None; "quoted" or "file" for one that is a text and nothing else,
+# A value as it was typed. literal: None; "quoted" or "file" for one that is nothing but a text,
 # so that name:... in it is not looked up; "name" for one that is.
 _Value = collections.namedtuple("_Value", "text literal")
 
