@@ -5585,8 +5585,7 @@ class _Batch:
         self.tasks: list = []
         self.is_over = False  # no more calls are begun
         self.counts: Any = collections.Counter()
-        self.names = sorted({name for call in calls for name in call.params})
-        self.sent: set = set()  # the values that requests had for these names
+        self.sent: list = []  # an item for each request
         self.jobids: list = []  # of jobs that may still run
         self.failure: Any = None  # of standard output
         self.most = min(int(invocation.options["parallel"] or _PARALLEL), 128, len(rows))
@@ -5628,18 +5627,14 @@ class _Batch:
             loop.call_soon_threadsafe(task.cancel)
 
     def observe(self, event):
-        """Take notice of a request that goes out; the client's on_event."""
-        if isinstance(event, Sent):
-            self.sent.add(self.values(event.request.params))
-
-    def values(self, params):
-        """Return what tells requests of these calls from each other."""
-        return tuple(params.get(name) for name in self.names)
+        """Take notice of a request that goes out, unless it only logs in; the client's on_event."""
+        if isinstance(event, Sent) and event.request.params.get("command") != "login":
+            self.sent.append(None)
 
     async def work(self):
         """Make one call after another."""
         while self.todo and not self.is_over:
-            number = self.todo.popleft()
+            number, before = self.todo.popleft(), len(self.sent)
             self.invocation.progress.show(self.counted())
             try:
                 answer = await self.calls[number].make(self.client)
@@ -5647,17 +5642,17 @@ class _Batch:
                 if not _tells_success(answer):
                     state, line = "failed", {"error": answer, "outcome_unknown": False}
             except BaseException as error:  # CancelledError, too
-                state, line = self.read_failure(self.calls[number], error)
+                was_sent = len(self.sent) > before  # or another was, at that time
+                state, line = self.read_failure(self.calls[number], error, was_sent)
             self.note(number, state, line)
             if state != "done" and self.invocation.options["stop-on-error"]:
                 self.is_over = True
 
-    def read_failure(self, call, error):
+    def read_failure(self, call, error, was_sent):
         """Return what became of a call that raised, and what its line says."""
         said = dict(_server_error(error) or {"message": _sentence(error) or "interrupted"})
         jobid = getattr(error, "jobid", None)
-        is_unsent = getattr(error, "unsent", False) and not jobid
-        if is_unsent or self.values(call.params) not in self.sent:
+        if not was_sent or (getattr(error, "unsent", False) and not jobid):
             return "unsent", {"error": said, "unsent": True}
         if jobid:
             said["jobid"] = jobid
