@@ -1089,19 +1089,17 @@ _JSON = jsonlib.JSONDecoder(
 def _check_depth(content):
     """Refuse lists in lists in lists: what walks through them would recurse too deeply.
 
-    Each round takes the innermost pairs of brackets out, of which nothing else is left."""
-    other = bytes(set(range(256)) - set(b"[]{}"))
-    for texts in (None, rb'(?s)"(?:[^"\\]|\\.)*(?:"|\\?\Z)'):  # brackets in texts count at first
-        left = (re.sub(texts, b"", content) if texts else content).translate(None, other)
-        for _ in range(_DEEPEST):
-            shorter = left.replace(b"[]", b"").replace(b"{}", b"")
-            if shorter == left:
-                break
-            left = shorter
-        else:
-            raise ValueError("nested too deeply")
-        if not left:
+    Texts are taken out: first the quotes of those without brackets, which are nearly all. Each
+    round then takes the innermost pairs of brackets out, of which nothing else is left."""
+    other = bytes(set(range(256)) - set(b'[]{}"'))
+    left = content.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, other)
+    left = re.sub(rb'"[^"]*"', b"", left.replace(b'""', b""))
+    for _ in range(_DEEPEST):
+        shorter = left.replace(b"[]", b"").replace(b"{}", b"")
+        if shorter == left:  # all are gone, or some have no other half
             return
+        left = shorter
+    raise ValueError("nested too deeply")
 
 
 def _parse_json(response):
@@ -1955,7 +1953,7 @@ async def _submit(client, call):
             lost = error
         return await _find_job(client, call, lost)
     except BaseException as error:
-        if not isinstance(error, CloudStackException):  # Ctrl-C, a cancelled task
+        if not hasattr(error, "unsent"):  # Ctrl-C, a cancelled task
             error.jobid, error.outcome_unknown = call.job_id, True  # type: ignore[attr-defined]
         raise
 
@@ -2212,7 +2210,8 @@ class _Transport:
         """Send and read one answer of any status.
 
         Raises CloudStackConnectionError, CloudStackTimeoutError, or ValueError for a setting
-        (verify, cert) that cannot be used. What a program's signal handler raises passes."""
+        (verify, cert) that cannot be used. What a program's signal handler raises passes, if it is
+        a function that is still installed; what others raise is taken for the network's."""
         import http.client
 
         key = (request.endpoint, request.tls)
@@ -2261,13 +2260,17 @@ class _Transport:
             connection.stream.sock.close()
             return
         self._idle[key].append((connection, _clock()))
-        if len(self._idle[key]) > 1:
+        if len(self._idle) > 1 or len(self._idle[key]) > 1:
             self._close_idle(IDLE, self.concurrency)
 
     def _get_context(self, tls):
         """Return the one SSLContext for a request's settings; making one takes tens of ms."""
-        if tls not in self._contexts:
-            self._contexts[tls] = _make_context(*_tls_files(*tls))
+        try:
+            if tls not in self._contexts:
+                self._contexts[tls] = _make_context(*_tls_files(*tls))
+        except ValueError as error:
+            error.unsent = True  # type: ignore[attr-defined]
+            raise
         return self._contexts[tls]
 
     def _checkout(self, key):
@@ -3110,8 +3113,8 @@ def _read_environment():
     Empty ones do not count, but for CLOUDSTACK_KEY: an empty one asks for unsigned requests."""
     values = {key: os.environ.get(_PREFIX + key.upper()) for key in _CONFIG_KEYS}
     for name, value in os.environ.items():
-        if name.upper().startswith(_PREFIX + "HEADER_"):
-            header = name[len(_PREFIX + "HEADER_") :].lower().replace("_", "-")
+        header = name[len(_PREFIX + "HEADER_") :].lower().replace("_", "-")
+        if header and name.upper().startswith(_PREFIX + "HEADER_"):
             values[_HEADER + header] = value
     if values["key"] == "":
         values["secret"] = None
@@ -3535,6 +3538,10 @@ def main(args: "Iterable[str] | None" = None) -> int:
     return _exit_code(outcome)
 
 
+# RecursionError: of what is nested too deeply in rows of standard input.
+_REPORTED = (CloudStackException, _Usage, ValueError, OSError, RecursionError)
+
+
 class _Interrupts:
     """Makes the first SIGINT, SIGTERM or SIGHUP a KeyboardInterrupt, and ignores all others.
 
@@ -3585,7 +3592,7 @@ def _attempt(invocation, dispatch, line):
                 outcome = dispatch(invocation, line)
                 invocation.progress.clear()
                 _write("", flush=True)
-            except (CloudStackException, _Usage, ValueError, OSError, KeyboardInterrupt) as error:
+            except (*_REPORTED, KeyboardInterrupt) as error:
                 invocation.interrupts.is_over = True
                 outcome = error
                 _report(invocation, error)
@@ -3745,7 +3752,8 @@ class _Invocation:
             client.check()
         except SystemExit as error:
             variables = "CLOUDSTACK_ENDPOINT, CLOUDSTACK_KEY, CLOUDSTACK_SECRET"
-            raise _Usage(f"{error}; `cs --configure` makes one, or set {variables}") from None
+            text = f"{error}; `cs --configure` makes one, or set {variables}"
+            raise _Usage("; ".join(filter(None, [text, _describe_unknown(config)]))) from None
         except ValueError as error:
             texts = [str(error), _describe_unknown(getattr(error, "config", config))]
             raise ValueError("; ".join(filter(None, texts))) from None
@@ -3807,7 +3815,7 @@ def _describe_unknown(config):
     known = [_PREFIX + name.upper() for name in [*_CONFIG_KEYS, "config", "region", "overrides"]]
     named = [(key, f" in {path}") for key, path in config.unknown]
     named += [(name, "") for name in sorted(set(os.environ).difference(known))
-              if re.match("CLOUDSTACK_(?!HEADER_)", name)]  # fmt: skip
+              if re.match("CLOUDSTACK_(?!HEADER_.)", name)]  # fmt: skip
     found = []
     for key, where in named:
         bare = re.sub("[^a-z]", "", key.lower().replace("cloudstack_", ""))
@@ -4060,7 +4068,7 @@ def _hint(invocation, error, document):
     call = invocation.under_way or _CheckedCall("", {}, [])
     code = document.get("errorcode", getattr(error.response, "status_code", None))
     usual = _HINTS.get(code, "") if isinstance(code, int) else ""
-    is_login = invocation.request and invocation.request.params["command"] == "login"
+    is_login = invocation.request and invocation.request.params.get("command") == "login"
     is_projects = "projectid" in map(str.lower, call.params)
     size = sum(len(str(value)) for value in call.params.values())
     hints = (
@@ -5259,7 +5267,7 @@ def _things(command, name, given):
         yield known
     elif name == "id":
         # stopVirtualMachine, resetPasswordForVirtualMachine, prepareHostForMaintenance
-        words = re.findall("[A-Z]+(?![a-z])|[A-Z]?[^A-Z]+", command)[1:]
+        words = re.findall("[A-Z]+(?![a-z])|[A-Z]?[^A-Z]+", command[:100])[1:]
         starts = [at for at, word in enumerate(words, 1) if word in ("For", "To", "From")]
         parts = [words[at:] for at in [0, *starts]] + [words[:-end] for end in range(1, len(words))]
         yield from ("".join(part).lower() for part in parts)
@@ -5301,7 +5309,7 @@ def _look_up(invocation, lister, typed, name, given):
         problem = f"{typed}: {error}"
     if "*" in name:
         where = f"--where 'name~^{name.partition('*')[0]}'"
-        problem += f"\n    For all names of a kind: cs {lister.name} {where} | cs ... --each"
+        problem += f"\n    For all names of a kind: cs {lister.name} --all {where} | cs ... --each"
     elif "Give its id" not in problem:
         problem += f"; cs {lister.name} -o table -c id,name shows what there is"
     raise _Usage(problem + "\n    The call was not sent.")
@@ -5444,6 +5452,8 @@ def _filtered(conditions, rows):
 
 _FIELD = r"\{\{|\}\}|\{([^{}]*)\}|[{}]"
 _PARALLEL = 10
+_ERROR_LINE = r'\s*(?:\{.*"error(?:code|text)"|<(?:!doctype|html)\b|CloudStack error: )'
+_HOLDS_ERROR = "standard input holds the answer of a call that failed; nothing was sent"
 _TABLE_HEADER = r"(?:id|name|[a-z][\w.]*(?:(?:,|  +)[a-z][\w.]*)+)\Z"
 
 
@@ -5534,6 +5544,8 @@ def _read_rows(invocation):
     rows: list = []
     if not re.match(r'\s*[\[{"]', text):
         rows = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
+        if any(re.match(_ERROR_LINE, row, re.IGNORECASE) for row in rows):
+            raise _Usage(_HOLDS_ERROR)
         if rows and re.match(_TABLE_HEADER, rows[0]):
             raise _Usage(f"standard input begins like a table, {_cut(rows[0], 60)!a}; use -o jsonl")
         return rows
@@ -5541,7 +5553,7 @@ def _read_rows(invocation):
     text, index = text.strip(), 0
     while index < len(text):
         try:
-            document, index = jsonlib.JSONDecoder().raw_decode(text, index)
+            document, index = _JSON.raw_decode(text, index)
         except (ValueError, RecursionError):
             line = text.count("\n", 0, index) + 1
             raise _Usage(f"standard input, line {line}: it begins as JSON and is none") from None
@@ -5558,20 +5570,21 @@ def _rows_in(document):
     is_answer = isinstance(document, dict) and len(document) == 2 and "count" in document
     found = find_rows(document) if is_answer else None
     rows = document if isinstance(document, list) else [document] if found is None else found
-    if any(map(_is_error, rows)):
-        raise _Usage("standard input holds the answer of a call that failed; nothing was sent")
-    return [
+    rows = [
         row["row"] if isinstance(row, dict) and row.get("unsent") is True and "row" in row else row
         for row in rows
     ]
+    if any(map(_is_error, rows)):
+        raise _Usage(_HOLDS_ERROR)
+    return rows
 
 
 def _is_error(row):
-    """Return whether a row is a server's error, with the key that stands around it or without."""
-    inner = list(row.values())[0] if isinstance(row, dict) and len(row) == 1 else {}
-    job = inner.get("jobresult") if isinstance(inner, dict) else {}
-    bodies = [body for body in (row, inner, job) if isinstance(body, dict)]
-    return any({"errorcode", "errortext"} & set(body) for body in bodies)
+    """Return whether a row is a server's error, as it came or as --each has written it."""
+    bodies = [row] + (list(row.values()) if isinstance(row, dict) and len(row) == 1 else [])
+    for name in ("jobresult", "error"):
+        bodies += [body.get(name) for body in bodies if isinstance(body, dict)]
+    return any({"errorcode", "errortext"} & set(body) for body in bodies if isinstance(body, dict))
 
 
 class _Batch:

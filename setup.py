@@ -177,9 +177,8 @@ def head(lines, node, body=""):
 class SdistWithTests(sdist):
     """Put the tests into the source distribution, too."""
 
-    def add_defaults(self):
-        super().add_defaults()
-        self.filelist.append("test_cs.py")
+    def make_release_tree(self, base_dir, files):
+        super().make_release_tree(base_dir, files + ["test_cs.py"])
 
 
 class BuildWithStub(build_py):

@@ -2823,6 +2823,7 @@ class DecodingTest(ProtocolCase):
           # What JSON parsers trip over but servers send.
           (raw(b'{"r": {"t": "a\x01b\nc\x1bd"}}'), {"t": "a\x01b\nc\x1bd"}), (raw(b'\xef\xbb\xbf{"r": {}}'), {}),
           (raw(b'{"r": {"t": "\xff\xfe"}}'), {"t": "\ufffd\ufffd"}), (raw(b'{"r": {"t": "\\ud800"}}'), {"t": "\ud800"}),
+          (answer({"r": {"t": "[" * 600 + '"]\\'}}), {"t": "[" * 600 + '"]\\'}),
           (raw(b'{"r": 1, "r": {"b": 2}}'), {"b": 2}), (raw(b' \n{"r": ' + b"9" * 4300 + b'}\n '), 10**4300 - 1))
     def test_answers_that_are_taken(self, response, value):
         played = self.play([response], asking("listZones"))
@@ -2838,6 +2839,8 @@ class DecodingTest(ProtocolCase):
           (raw('{"r": ' + "[" * 10000), MALFORMED), (raw('{"a":' * 10000), MALFORMED), (raw('{"r": 1} x'), MALFORMED),
           (raw('{"r": ' + "[" * 600 + "]" * 600 + "}"), MALFORMED),
           (raw('{"r": ' + "[" * 600 + '"{"' + "]" * 600 + "}"), MALFORMED),
+          (raw('{"r": ' + '["]",' * 600 + "1" + ',"["]' * 600 + "}"), MALFORMED),
+          (raw('{"r": "\\\\",' + '"x": ' + '["\\"]",' * 600 + "1" + ',"\\"["]' * 600 + "}"), MALFORMED),
           (raw('{"r": ' + "9" * 5000 + "}"), MALFORMED), (answer({"r": {"count": 10**30, "x": [1]}}),
           (UNEXPECTED[0], "the count is beyond all measure")), (answer({}), UNEXPECTED),
           (answer({"a": 1, "b": 2}), UNEXPECTED), (answer([1]), UNEXPECTED), (raw("5"), UNEXPECTED),
@@ -4570,6 +4573,15 @@ class KeptConnectionTest(TransportCase):
         self.assertEqual([["listZones"]] * 5 + [["listZones"] * 3], sorted(server.asked))
         until(lambda: len(server.open_wires) == 1, "closing the old ones")
 
+    def test_those_of_another_endpoint_are_closed_when_they_are_old(self):
+        (one, client), other = self.pair(SERVE), self.serve(SERVE)
+        with mock.patch.object(cs, "_clock", Clock()) as clock:
+            client.listZones()
+            client.endpoint = other.url
+            clock.now += cs.IDLE + 1
+            client.listZones()
+        until(lambda: not one.open_wires, "closing the old one")
+
     def test_the_one_used_last_is_used_next(self):
         go_on = threading.Event()
         server, client = self.pair([Step.READ, go_on] + [reply()] + SERVE, SERVE)
@@ -4849,6 +4861,18 @@ class TimeoutTest(TransportCase):
         self.failure(client, "nothing for 0.03 s", LATE)
         self.assertEqual([["listZones"] * 2], server.asked)
 
+    @unittest.skipUnless(hasattr(signal, "setitimer"), "needs timers")
+    @each("raised", TimeoutError, OSError, ValueError)
+    def test_what_a_signal_handler_raises_is_not_the_network_s(self, raised):
+        def handler(number, frame):
+            raise raised("the program's own")
+
+        client = self.client(self.serve([Step.READ, Step.HOLD]), retry=2)
+        self.addCleanup(signal.signal, signal.SIGALRM, signal.signal(signal.SIGALRM, handler))
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        error = self.raised(raised, client.listZones)
+        self.assertEqual((raised, "the program's own"), (type(error), str(error)))
+
 
 class ConnectTest(TransportCase):
     """Requests that surely were not sent, and answers that send somewhere else."""
@@ -5051,6 +5075,14 @@ class TlsTest(TransportCase):
     def test_plain_http_reads_no_certificates(self):
         client = self.client(self.serve(SERVE), verify="/nonexistent/ca.pem", cert="/nonexistent/own.pem")
         self.assertEqual(RESULT, client.listZones())
+
+    @unittest.skipIf(sys.version_info < (3, 8), "ssl reads SSLKEYLOGFILE since 3.8")
+    def test_a_file_of_openssl_s_own_is_not_blamed_on_verify(self):
+        os.environ["SSLKEYLOGFILE"] = os.path.join(self.home, "no", "keys")
+        error = self.refusal(self.client("https://cloud.invalid/").deployVirtualMachine)
+        self.assertHolds(str(error), "TLS cannot be set up: ", os.environ["SSLKEYLOGFILE"])
+        self.assertNotIn("verify", str(error))
+        self.assertTrue(error.unsent)
 
 
 class ProxyTest(TransportCase):
@@ -7259,6 +7291,7 @@ class DryRunTest(CommandLineCase):
         self.assertEqual({"command": "listZones", "response": "json"}, self.plan("listZones")[1])
         environ(username="admin", password=PASSWORD)
         self.assertNotIn("signature", self.plan("listZones")[1])
+        self.assertEqual(36, len(self.plan("deployVirtualMachine")[1]["customjobid"]))
 
 
 class BadInputTest(CommandLineCase):
@@ -7483,6 +7516,15 @@ class ExitsTest(CloudCase):
         path = self.ini("[cloudstack]\n" + section.format(self.cloud.endpoint))
         self.assertHolds(self.usage("listZones"), "; not known as settings: ", told, path)
 
+    def test_variables_as_other_tools_spell_them_are_named_without_any_file(self):
+        self.unset("endpoint", "key", "secret")
+        environ(api_url="http://e/", header_="x")
+        self.assertHolds(self.usage("listZones"), "not found", "CLOUDSTACK_API_URL", "CLOUDSTACK_HEADER_")
+
+    def test_a_variable_of_a_header_without_a_name_is_no_header(self):
+        environ(header_="x")
+        self.assertEqual((0, ""), self.main("listZones", "-o", "text", "-c", "name")[::2])
+
     def test_secrets_in_the_server_s_words_are_masked(self):
         words = "invalid value {} for parameter password, signature " + "{}"
         self.say_error("updateUser", 431, words.format("hunter2hunter2", os.environ["CLOUDSTACK_SECRET"]))
@@ -7650,7 +7692,20 @@ class ErrorTextsTest(CloudCase):
     def test_a_form_that_is_too_large(self):
         self.cloud.script("startThing", Answer(404, "<html>Not Found", {"Content-Type": "text/html"}))
         err = self.error(1, "startThing", "name=@" + self.write("large", "x" * (cs.LONGEST_FORM + 1)))
-        self.assertIn("  Hint: It is over 1 MiB, the most that servers usually take.", err)
+        self.assertHolds(err, "forms of 1048576 bytes", "  Hint: It is over 1 MiB, the most that servers usually take.")
+
+    @each("command, told", ("startThing", "may have run"), ("listThings", "Make sure endpoint"))
+    def test_a_gateway_that_fails(self, command, told):
+        """Of a command that changes something it matters more that it may have run."""
+        self.configure(recover="false")
+        self.cloud.script(command, Answer(502, "<html>Bad Gateway", {"Content-Type": "text/html"}))
+        err = self.error(1, command)
+        self.assertIn(told, err)
+        self.assertEqual("Make sure endpoint" in told, "Make sure endpoint" in err)
+
+    def test_a_failure_under_another_name_of_the_parameter_command(self):
+        self.cloud.script(None, Answer(401, {"r": {"errorcode": 401, "errortext": "no"}}))
+        self.assertIn("errorcode 401", self.error(1, "listZones", "opcode_name=action"))
 
     def test_what_was_asked_is_shown_without_secrets_cut_and_escaped(self):
         words = "password=HIDDEN details[0].password=HIDDEN userdata=HIDDEN secretkey=HIDDEN privatekey=HIDDEN".split()
@@ -9381,7 +9436,7 @@ class NamesForIdsTest(CompletionCase):
         self.assertIn("Rocky Linux 9", self.refused("listVirtualMachines", "templateid=name:rocky"))
         self.assertIn("has nothing of this name; cs listServiceOfferings -o table -c id,name shows what there is\n",
                       self.refused("listVirtualMachines", "serviceofferingid=name:zzzzzz"))
-        self.assertIn("cs listVirtualMachines --where 'name~^qqq-' | cs ... --each",
+        self.assertIn("cs listVirtualMachines --all --where 'name~^qqq-' | cs ... --each",
                       self.refused("stopVirtualMachine", "id=name:qqq-*"))
 
     def test_several(self):
@@ -9762,11 +9817,17 @@ class EachTest(EachCase):
           ("{}\n{}\nx", "line 3"), ("\udcff", "not UTF-8"),
           *[(text, "holds the answer of a call that failed") for text in (
               '{"errorcode": 401, "errortext": "no"}', '{"r": {"errorcode": 401}}', '{"id": 1}\n{"errortext": "no"}',
-              '[{"id": 1}, {"r": {"errortext": "no"}}]', '{"r": {"jobstatus": 2, "jobresult": {"errorcode": 530}}}')],
+              '[{"id": 1}, {"r": {"errortext": "no"}}]', '{"r": {"jobstatus": 2, "jobresult": {"errorcode": 530}}}',
+              '{"jobstatus": 2, "jobresult": {"errorcode": 530}}', '{"row": "a", "error": {"errorcode": 530}}',
+              'web-01\n{"errorcode": 401, "errortext": "x"}', 'web-01\n{"r": {"errortext": "x"}}',
+              "<html>401</html>", "CloudStack error: HTTP 401")],
           *[(text, "begins like a table") for text in (
               "id,name\r\n1,web\r\n", "id  name\n1   web\n", "id\n1\n", "name\r\nweb\r\n", "id,nic.0.ip\r\n")])
     def test_rows_that_cannot_be_read(self, text, told):
         self.assertIn(told, self.refused(text, "doThing", "x={}"))
+
+    def test_what_is_nested_too_deeply_is_one_line(self):
+        self.assertOneLine(self.refused('{"n": ' + "[" * 700 + "1" + "]" * 700 + "}", "doThing", "x=1", "--where", "n=1"))
 
     def test_no_standard_input(self):
         with mock.patch.object(sys, "stdin", None):
@@ -9884,7 +9945,8 @@ class EachTest(EachCase):
         self.assertEqual(f"1 {state}, of 1 rows\n{told}", err)
 
     @each("settings", {"endpoint": "http://127.0.0.1:1/client/api", "recover": "false"},
-          {"endpoint": "http://127.0.0.1:1/client/api"}, {"username": "admin", "password": "wrong"})  # fmt: skip
+          {"endpoint": "http://127.0.0.1:1/client/api"}, {"username": "admin", "password": "wrong"},
+          {"endpoint": "https://127.0.0.1:1/client/api", "verify": os.devnull + "/ca"})  # fmt: skip
     def test_what_was_never_sent_can_be_piped_in_again(self, settings):
         """The connection was refused, or an error came before: the log-in's."""
         if "username" in settings:
@@ -9893,9 +9955,17 @@ class EachTest(EachCase):
         self.configure(**settings)
         code, out, err = self.each(["a", "b"], "stopThing", "id={}")
         self.assertEqual((1, "2 unsent, of 2 rows\n", 2), (code, err, out.count('"unsent": true')))
-        self.unset("username", "password")
+        self.unset("username", "password", "verify")
         self.configure("admin", endpoint=old)
         self.assertEqual(["a", "b"], sorted(self.values(out, "x={}")))
+
+    @each("word", "response=xml", "apiKey=z", "signature=q", "signatureVersion=2")
+    def test_what_was_sent_is_not_said_to_be_unsent(self, word):
+        """Whatever becomes of a parameter that is the client's own."""
+        self.configure(recover="false")
+        self.cloud.script("stopThing", DROP)
+        code, out, err = self.each(["a"], "stopThing", "id={}", word)
+        self.assertEqual((1, "1 unknown, of 1 rows\n", 0), (code, err, out.count('"unsent": true')))
 
     @each("first, state", (Answer(431, {"r": {"errorcode": 431, "errortext": "no"}}), "failed"), (DROP, "unknown"))
     def test_a_failure_stops_what_is_not_started_if_that_is_wanted(self, first, state):
