@@ -274,7 +274,7 @@ def sign(params: "Mapping[str, str]", secret: str) -> str:
     """Return the signature of {name: text}: base64, not yet percent-encoded.
 
     As ApiServer.verifyRequest computes it: sorted by the raw name, values encoded but names not,
-    the whole lower-cased, HMAC-SHA1. _Request.prepare() calls it, after it has added the expiry."""
+    the whole lower-cased, HMAC-SHA1. Request.prepare() calls it, after it has added the expiry."""
     names = sorted(params)
     if max("".join(params), default="") > "\uffff":
         # Java compares UTF-16 code units, which is Python's order but for such characters.
@@ -2664,7 +2664,7 @@ def _secret_patterns():
     title = rf'"(?:name|key)"\s*:\s*"[\w.\[\]-]*{secret}"'
     field = rf'\\{{0,3}}"[\w.\[\]-]*{secret}\\{{0,3}}"\s*:\s*'
     patterns = [
-        (rf"({field})(?:{text}|[^\s,}}\]\[{{]+)", rf'\1"{MASK}"'),
+        (rf"({field})(?:{text}|[\[{{][^\[\]{{}}]*[\]}}]?|[^\s,}}\]\[{{]+)", rf'\1"{MASK}"'),
         (rf'({title}[^{{}}]{{0,200}}?"value"\s*:\s*){text}', rf'\1"{MASK}"'),
         (rf'("value"\s*:\s*)(?=({text}))\2([^{{}}]{{0,200}}?{title})', rf'\1"{MASK}"\3'),
         (rf"(<[\w.-]*{secret}>)[^<]*", rf"\1{MASK}"),  # an element of XML
@@ -3016,7 +3016,7 @@ def _group_of(key):
 def _list_ini_paths(config=None):
     """Return the files to read, in order, and the one among them that was named, or None.
 
-    Later ones win. A file with a secret that others may read is warned of (in 9.2), and endpoint
+    Later ones win. A file with a secret that others may read is warned of, and endpoint
     and credentials must come from one file (check_origins)."""
     paths = [os.path.expanduser("~/.cloudstack.ini")]
     try:
@@ -3258,7 +3258,7 @@ def _check_region(found, region, has_endpoint):
 def read_config(ini_group: "str | None" = None) -> "dict[str, Any]":
     """Return the settings for `CloudStack(**read_config())`, from environment and ini files.
 
-    ini_group is the region, a section of the ini files; the head of this room shows the layers.
+    ini_group is the region, a section of the ini files; README lists the layers.
     Raises SystemExit if there is no configuration at all, ValueError if it cannot be used,
     configparser.NoSectionError if ini_group is in no file."""
     return load_config(ini_group).settings
@@ -3707,7 +3707,7 @@ class _Invocation:
         self.conditions: list = []  # of --where
         self.catalog: Any = None  # the list of commands, once it was read
         self.warned = False  # of what an old list of commands does not know
-        self.ids: dict = {}  # what _id_of_name found
+        self.ids: dict = {}  # what _row_of_name found
         self.client: Any = None
         self.clients = clients
         self.place = place  # "line 3: " of a script
@@ -4439,7 +4439,8 @@ def _print_csv(invocation, rows, columns):
     """Print RFC 4180: a header, CRLF, quotes if they are needed.
 
     By hand, since the csv module of 3.10 refuses NUL characters."""
-    end = "" if os.linesep == "\r\n" else "\r"  # there the stream itself makes CRLF of LF
+    # Where lines end with CRLF the stream itself makes it of LF; a terminal needs none.
+    end = "" if os.linesep == "\r\n" or sys.stdout.isatty() else "\r"
     if not columns and rows.rows:
         columns = _default_columns(invocation, rows, is_complete=True)
     for cells in [columns, *_cells(rows, columns)] if columns else ():
@@ -5720,7 +5721,10 @@ _SHELL_WORDS = {
     "use": ("[REGION]", "--region"), "set": ("OPTION VALUE|off", "--"), "exit": ("", None),
 }  # fmt: skip
 # What a line does cannot be set for all lines.
-_NOT_SET = "each wait list sync shell configure completion version help complete".split()
+_NOT_SET = (
+    "each parallel stop-on-error profile wait list sync shell configure completion version help"
+    " complete".split()
+)
 
 
 def _is_at_terminal():
