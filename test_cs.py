@@ -8857,6 +8857,9 @@ class CatalogFileTest(CloudCase):
             code, out, err = self.main(*args)
             self.assertEqual((0, True), (code, err.startswith("Warning: cannot write the cache")))
             self.assertIn(part, out)
+        del self.cloud.requests[:]
+        self.main("listVirtualMachines", "zoneid=name:north", "templateid=name:Debian 12", "--dry-run")
+        self.assertEqual(1, self.asked.count("listApis"))
 
     def test_an_ordinary_call_never_fetches_it(self):
         for args in (["listZones"], ["listVirtualMachines", "-o", "table", "-c", "nosuch,name"],
@@ -8960,7 +8963,7 @@ deployVM name=x -> did you mean deployVirtualMachine?
 start vms id=1 -> no command 'startvms' for you; did you mean startVirtualMachine?
 LIST Virtual machine name=x -> no command 'LISTVirtualmachine' for you; did you mean listVirtualMachines?
 list zonez -> 'zonez' has no '='
-listZones zones -> 'zones' has no '='
+listZones s -> 's' has no '='
 """.strip().split("\n")))
     def test_refused(self, line, told):
         self.assertHolds(self.usage(*line.split()), *told.replace("\\n", "\n").split("|"))
