@@ -4805,11 +4805,11 @@ def _describe_command(invocation, name):
     lines += ["  It starts a job, which is waited for unless --async."] if spec.is_async else []
     for required, group in itertools.groupby(spec.params, lambda param: param.required):
         lines += ["", "Required:" if required else "Optional:"]
-        for name, kind, _, description, length, since, _ in group:
-            facts = [kind]
-            facts += [f"at most {length}"] if kind == "string" and length not in ("", "255") else []
-            facts += [f"since {since}"] if since else []
-            lines.append(f"  {name} ({', '.join(facts)})  {description}")
+        for param in group:
+            is_long = param.type == "string" and param.length not in ("", "255")
+            facts = [param.type, is_long and f"at most {param.length}"]
+            facts += [param.since and f"since {param.since}"]
+            lines.append(f"  {param.name} ({', '.join(filter(None, facts))})  {param.description}")
     top = ", ".join(field for field in spec.fields if "." not in field)
     lines += ["", "Returns: " + top] if top else []
     wrapper = textwrap.TextWrapper(min(_terminal_width(100), 100), subsequent_indent="    ")
@@ -4909,7 +4909,7 @@ def _read_line(text):
     cursor = "|"  # so that there is a last word, although nothing of it may be typed yet
     *words, current = re.findall(pattern, text + cursor, re.DOTALL)[1:] or [cursor]
     front = "".join(re.findall("^--[^=]*=", current))
-    words = [*map(_unquoted, words), *filter(None, [front])]
+    words = list(map(_unquoted, words)) + ([front] if front else [])
     option = _FLAGS.get(words[-1].rstrip("=")) if words else None
     if option is not None and option.value:
         del words[-1]
@@ -4970,36 +4970,36 @@ def _known_words(line):
     if catalog is None:
         raise _Usage(f"to have commands completed, type: {_shell_line(invocation, ['--sync'])}")
     spec = catalog.find(_join_command(invocation, line.words)[0]) if line.words else None
+    given = {word.partition("=")[0].lower(): word.partition("=")[2] for word in line.words}
     name, equals, _ = line.current.partition("=")
     pairs: list = []
-    if not line.words:
-        pairs = [] if line.option else catalog.summaries()
-    elif spec and line.option:
+    if spec is None:
+        pairs = [] if line.words or line.option else catalog.summaries()
+    elif line.option:
         front = re.match(r"-|(?:.*,)?", line.current).group()  # type: ignore[union-attr]
         end = "=" if line.option.name == "where" else ""
         pairs = [(front + field + end, "") for field in spec.fields]
-    elif spec and not equals:
-        used = {word.partition("=")[0].lower() for word in line.words[1:]}
-        unused = [param for param in spec.params if param.name.lower() not in used]
+    elif not equals:
+        unused = [param for param in spec.params if param.name.lower() not in given]
         pairs = [(param.name + "=", param.description) for param in unused]
-    elif spec and name.lower().endswith(("id", "ids")):
-        return _id_words(invocation, spec, line)
-    elif spec and getattr(spec.find_param(name), "type", "") == "boolean":
+    elif name.lower().endswith(("id", "ids")):
+        return _id_words(invocation, spec, line.current, given)
+    elif getattr(spec.find_param(name), "type", "") == "boolean":
         pairs = [(name + "=true", ""), (name + "=false", "")]
     return _starting(pairs, line.current)
 
 
-def _id_words(invocation, spec, line):
+def _id_words(invocation, spec, current, given):
     """Yield (word, description) of what an ...id parameter may be: names, or else ids.
 
     What is typed may begin a name, name: and a name, or an id. A name is offered where it is safe
     to type and nothing else has it."""
-    name = line.current.partition("=")[0]
-    start = max(len(name), line.current.rfind(",") if name.lower().endswith("s") else 0) + 1
-    front, raw = line.current[:start], line.current[start:]
+    name = current.partition("=")[0]
+    start = max(len(name), current.rfind(",") if name.lower().endswith("s") else 0) + 1
+    front, raw = current[:start], current[start:]
     typed = _unquoted(raw)
     begun = typed[5:] if typed.startswith("name:") else typed
-    rows = _rows_at_a_key(invocation, spec, line, name)
+    rows = _rows_at_a_key(invocation, spec, name, given)
     owners = collections.Counter(other for row in rows for other in row_names(row))
     choices = []  # (what begins as it is typed, what stands before it, description)
     for row in rows:
@@ -5016,12 +5016,11 @@ def _id_words(invocation, spec, line):
         yield front + word, about
 
 
-def _rows_at_a_key(invocation, spec, line, name):
+def _rows_at_a_key(invocation, spec, name, given):
     """Return the rows of the list command whose ids a parameter takes, one for each id.
 
     A log-in that is refused deletes the list of commands, without which no key causes another one:
     five of them lock an account."""
-    given = {word.partition("=")[0].lower(): word.partition("=")[2] for word in line.words}
     lister = _lister(invocation.catalog, spec.name, name, given)
     if lister is None or _lacking(lister, given):
         return []
