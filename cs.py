@@ -4301,11 +4301,11 @@ _PREFERRED = (
     " displayname displaytext description created".split()
 )
 _MOST_COLUMNS = 8
-_STATES = (
-    r"(?i)(?:(running|enabled|allocated|ready|up|implemented|connected|active|backedup)"
-    r"|(\w+ing|\w*maintenance)|(alert|down|disconnected|fault|\w*error\w*|\w*fail\w*))\Z"
+_STATES = (  # the groups are red, green and yellow
+    r"(?i)(?:(alert|down|disconnected|fault|\w*error\w*|\w*fail\w*)"
+    r"|(running|enabled|allocated|ready|up|implemented|connected|active|backedup)"
+    r"|(\w+ing|\w*maintenance))\Z"
 )
-_STATE_COLORS: "Any" = {1: 32, 2: 33, 3: 31}  # of its groups: green, yellow, red
 
 
 class _OutputFailed(Exception):
@@ -4650,7 +4650,6 @@ def _columns_with_room(columns, widths, room):
     """Return the indexes of those default columns that a terminal has room for.
 
     Others go from the end, where 20 characters do; but an id that would be alone goes before."""
-
     starts = [0, *itertools.accumulate(width + 2 for width in widths)]
 
     def fitting(first):
@@ -4666,8 +4665,8 @@ def _colored_states(columns, line, text):
     for name, state in zip(columns, line):
         found = re.match(_STATES, state) if re.search(r"(?i)(?:state|status)\Z", name) else None
         if found:
-            colored = f"\x1b[{_STATE_COLORS[found.lastindex]}m{state}\x1b[0m"
-            text = text.replace(f"  {state}", f"  {colored}", 1)
+            color = 30 + (found.lastindex or 0)
+            text = text.replace(f"  {state}", f"  \x1b[{color}m{state}\x1b[0m", 1)
     return text
 
 

@@ -8342,17 +8342,23 @@ class WhatIsShownTest(CloudCase):
 WEB = {"id": "1", "name": "web", "state": "Running"}
 
 
-class FormatsTest(CloudCase):
+class RowsCase(CloudCase):
+    """Its lists have these rows."""
+
+    ROWS = []  # type: list
+
+    def rows(self, *rows, times=1):
+        """Have so many lists answered with these rows, or those of the class."""
+        rows = list(rows) or self.ROWS
+        self.reply("listThings", *[{"count": len(rows), "thing": rows}] * times)
+
+
+class FormatsTest(RowsCase):
     ROWS = [{"id": "1", "name": "web", "size": 9, "on": True,
              "tags": [{"key": "a", "value": "1"}, {"key": "b", "value": "2"}],
              "nic": [{"ipaddress": "10.0.0.1"}, {"ipaddress": "10.0.0.2"}]},
             {"id": "2", "name": 'x"y,z', "size": 10, "on": False, "nic": []},
             {"id": "3", "name": "tab\there\nline\\end\r", "size": None, "details": {"a": {"b": 1}}}]  # fmt: skip
-
-    def rows(self, *rows, times=1):
-        """Have so many lists answered with these rows."""
-        rows = list(rows) or self.ROWS
-        self.reply("listThings", *[{"count": len(rows), "thing": rows}] * times)
 
     def shown(self, *args):
         return self.good("listThings", *args)
@@ -8587,16 +8593,16 @@ class StreamTest(CloudCase):
         self.assertEqual((code, ids, told), (found[0], "".join(re.findall('"id": "(.)"', found[1])), found[2]))
 
 
-class ColumnsTest(CloudCase):
+class ColumnsTest(RowsCase):
     ROWS = [{"id": "b", "name": "two", "size": "10", "nic": [{"ip": "p1"}, {"ip": "p2"}], "tags": [{"key": "env"}]},
             {"id": "a", "name": "one", "size": "9", "nic": [{"ip": "q1"}], "detail": {"cpu": {"n": 4}}},
             {"id": "c", "name": "Three", "nic": [], "a.b": 1, "a": {"b": 2, "c.d": 3}}]  # fmt: skip
     for row in ROWS:
         row["like"] = "all"
-    answer = {"count": 3, "thing": ROWS}
 
     def cells(self, *args):
-        out = self.printed(self.answer, "listThings", "-o", "text", "-q", *args)
+        self.rows()
+        out = self.good("listThings", "-o", "text", "-q", *args)
         return [line.split("\t") for line in out.split("\n")[:-1]]
 
     @each("columns, expected", (" name , id ,", [["two", "b"], ["one", "a"], ["Three", "c"]]),
@@ -8615,7 +8621,7 @@ class ColumnsTest(CloudCase):
     @each("name, near", ("nmae", "name"), ("NAME", "name"), ("nic.0.pi", "nic.ip"), ("tag.key", "tags.key"), ("z", ""))
     @each("words", ["-c"], ["--sort"], ["-o", "csv", "-c"], ["--all", "-o", "jsonl", "-c"])
     def test_a_column_that_no_row_has(self, words, name, near):
-        self.reply("listThings", self.answer, self.answer)
+        self.rows(times=2)
         told = f"Warning: no row has {name!r}" + (f"; did you mean {near}?\n" if near else "\n")
         self.assertEqual(told, self.says(0, "listThings", *words, name))
         self.assertEqual("", self.says(0, "listThings", *words, name, "-q"))
@@ -8650,11 +8656,8 @@ class ColumnsTest(CloudCase):
         self.assertEqual(len(values), out.count("\n"))
 
 
-class TableTest(CloudCase):
+class TableTest(RowsCase):
     """Tables on a terminal."""
-
-    def rows(self, *rows):
-        self.reply("listThings", {"count": len(rows), "thing": list(rows)})
 
     def test_id_name_and_state_come_first(self):
         for expected, command in (("id name state", "listVirtualMachines"), ("id name allocationstate", "listZones"),
@@ -8671,14 +8674,12 @@ class TableTest(CloudCase):
         """Columns go from the end; but the id goes where it would be the only one."""
         row = {"id": "1" * 20, "name": "n" * 20, "state": "s" * 20, "zonename": "z" * 20}
         self.rows(row, row)
-        lines = self.table("listThings", columns=columns)
-        self.assertEqual(header.split(), lines[0].split())
-        self.assertEqual([columns < 20] * 2, ["…" in line for line in lines[1:]])
-        self.rows(row)
         code, out, err = self.on_terminal("listThings", "-o", "table", "--color", "never", columns=columns, both=True)
+        first, *lines = out.splitlines()
         gone = [name for name in row if name not in header.split()]
         told = [f"no room for {', '.join(gone)}; -c chooses columns"] if gone else []
-        self.assertEqual(told, [line for line in out.splitlines() if "no room" in line])
+        self.assertEqual((header.split(), told), (first.split(), lines[2:]))
+        self.assertEqual([columns < 20] * 2, ["…" in line for line in lines[:2]])
 
     def test_a_long_text_at_the_end_is_cut_before_it_is_left_out(self):
         self.rows({"id": "1" * 20, "name": "n" * 100})
@@ -10119,7 +10120,7 @@ class FindIdTest(ProtocolCase):
 # === [8.8, 8.9] rows: --where and --each ==============================================================================
 
 
-class WhereTest(CloudCase):
+class WhereTest(RowsCase):
     ROWS = [
         {"id": "1", "name": "web-01", "on": True, "size": 2048, "n": "2048", "when": "2026-01-02T00:00:00+0000",
          "tags": [{"key": "env", "value": "prod"}, {"key": "role", "value": "web"}], "nic": [{"ip": ["a", "b"]}],
@@ -10129,9 +10130,6 @@ class WhereTest(CloudCase):
         {"id": "3", "name": "db", "size": 2**80 + 1, "n": "x", "when": "2025-12-31T00:00:00+0000",
          "tags": [{"key": "env", "value": "test"}], "used": "100%", "mem": "192.00 GB", "v": "4.20.1-rc1"},
     ]  # fmt: skip
-
-    def rows(self, times=1):
-        self.reply("listThings", *[{"count": 3, "thing": self.ROWS}] * times)
 
     def met(self, *conditions):
         """The ids of the rows that meet these, joined; and what is said."""
