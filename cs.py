@@ -3684,7 +3684,7 @@ def _attempt(invocation, dispatch, line):
                 _report(invocation, error)
             finally:
                 invocation.progress.clear()
-            _write("", flush=True)
+            _flush()
     except _OutputFailed as failed:
         if not _exit_code(outcome):  # a failure before this one says more
             outcome = failed
@@ -4038,7 +4038,7 @@ def _answers(invocation, call):
     if call.pages and invocation.format() == "jsonl" and not invocation.options["sort"]:
         for page in invocation.client.pages(call.command, call.params, **call.options):
             yield page[0] if isinstance(page, tuple) else page
-            _write("", flush=True)
+            _flush()
     else:
         yield _make_call(invocation, call)
 
@@ -4326,6 +4326,11 @@ def _write(text, flush=False):
             out.flush()
     except OSError as error:
         raise _OutputFailed(error) from None
+
+
+def _flush():
+    """Flush standard output. Raises _OutputFailed."""
+    _write("", flush=True)
 
 
 def _write_line(text):
@@ -5645,7 +5650,6 @@ def _filtered(conditions, rows):
 # 8.9 Many at once: --each.
 
 _FIELD = r"\{\{|\}\}|\{([^{}]*)\}|[{}]"
-_PARALLEL = 10
 _TABLE_HEADER = r"(?:id|name|[a-z][\w.]*(?:(?:,|  +)[a-z][\w.]*)+)\Z"
 
 
@@ -5792,7 +5796,7 @@ class _Batch:
         self.sent: list = []  # an item for each request
         self.jobids: list = []  # of jobs that may still run
         self.failure: Any = None  # of standard output
-        self.most = min(int(invocation.options["parallel"] or _PARALLEL), 128, len(rows))
+        self.most = min(int(invocation.options["parallel"] or 10), 128, len(rows))
         trace = invocation.options["trace"] or invocation.client.trace
         settings = {**invocation.settings, "concurrency": self.most, "trace": trace}
         self.client = AIOCloudStack(**settings)

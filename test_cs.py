@@ -10435,13 +10435,6 @@ class EachTest(EachCase):
         lines = "stopThing id=1 'password=***' 'x=a b' (web 01)\nstopThing id=2 'password=***' 'x=a b' (2)\n"
         self.assertEqual(((0, lines, ""), []), (out, self.asked))
 
-    def test_lists_and_async(self):
-        zones = json.loads(self.good("listZones", "-c", "id"))["zone"]
-        code, out, err = self.each(zones, "listVirtualMachines", "zoneid={id}", "pagesize=5", "--all")
-        self.assertEqual((0, 32), (code, sum(len(line["result"]) for line in self.lines(out))))
-        code, out, err = self.each(self.machines(1), "rebootVirtualMachine", "id={id}", "--async")
-        self.assertIn("jobid", self.lines(out)[0]["result"])
-
     def test_a_session_logs_in_once_and_out(self):
         self.unset("key", "secret")
         self.configure(username="admin", password=self.cloud.users["admin"].password)
