@@ -5793,7 +5793,7 @@ class _Batch:
         self.tasks: list = []
         self.is_over = False  # no more calls are begun
         self.counts: Any = collections.Counter()
-        self.sent: list = []  # an item for each request
+        self.sent: list = []  # an item for each request of a row
         self.jobids: list = []  # of jobs that may still run
         self.failure: Any = None  # of standard output
         self.most = min(int(invocation.options["parallel"] or 10), 128, len(rows))
@@ -5835,8 +5835,8 @@ class _Batch:
             loop.call_soon_threadsafe(task.cancel)
 
     def observe(self, event):
-        """Take notice of a request that goes out, unless it only logs in; the client's on_event."""
-        if isinstance(event, Sent) and event.request.params.get("command") != "login":
+        """Count the rows' own requests, but no log-in and no poll; the client's on_event."""
+        if isinstance(event, Sent) and self.calls[0].command in event.request.params.values():
             self.sent.append(None)
 
     async def work(self):
@@ -5850,7 +5850,7 @@ class _Batch:
                 if not _tells_success(answer):
                     state, line = "failed", {"error": answer, "outcome_unknown": False}
             except BaseException as error:  # CancelledError, too
-                was_sent = len(self.sent) > before  # or another was, at that time
+                was_sent = len(self.sent) > before  # or another was meanwhile
                 state, line = self.read_failure(self.calls[number], error, was_sent)
             self.note(number, state, line)
             if state != "done" and self.invocation.options["stop-on-error"]:
