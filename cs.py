@@ -4293,7 +4293,7 @@ def _report_unwritten(error):
 
 # 8.3 Formats.
 
-# The columns of a table, as far as there are such; others come after them.
+# Columns that come first in a table, in this order.
 _PREFERRED = (
     "id jobid name state status allocationstate jobstatus type zonename account username"
     " nic.ipaddress ipaddress cidr hostname cpunumber memory size templatename serviceofferingname"
@@ -4457,7 +4457,7 @@ def _print_answers(invocation, call, answers):
 
 
 def _print_rows(invocation, rows, columns):
-    """Print those rows that are wanted, in their order; returns how many they are."""
+    """Print the rows that meet --where, sorted; return how many they are."""
     if invocation.conditions:
         rows.rows = _filtered(invocation.conditions, rows.rows)
         rows.count = len(rows.rows)  # else a script would look for the rest
@@ -4487,7 +4487,8 @@ def _cell(value):
 def _default_columns(invocation, rows, is_complete=False):
     """Return sensible columns, id, name, state and the like first; for csv all that there are.
 
-    What the list of commands says comes before what rows have, so that a list has one header."""
+    They are those of the list of commands, if it is there, so that a list has the same header
+    whatever rows come."""
     objects = dicts(rows.rows)
     catalog = _cached_catalog(invocation.client) if objects and rows.is_list else None
     spec = catalog.find(invocation.under_way.command) if catalog else None
@@ -4608,7 +4609,7 @@ def _width(text):
 
 
 def _terminal_width(otherwise):
-    """Return the columns of the terminal that standard output is, `otherwise` where it is none."""
+    """Return the width of the terminal on standard output, `otherwise` if it is not one."""
     if not sys.stdout.isatty():
         return otherwise
     import shutil
@@ -4617,7 +4618,7 @@ def _terminal_width(otherwise):
 
 
 def _cut(text, width):
-    """Return text made to fit a width, an ellipsis at its end where something is gone."""
+    """Return text cut to a width, with an ellipsis if anything is left out."""
     text = text[: 2 * width + 100]  # combining characters aside, more cannot be seen
     if _width(text) <= width:
         return text
@@ -4666,7 +4667,7 @@ def _columns_with_room(columns, widths, room):
 
 
 def _colored_states(columns, line, text):
-    """Return a line with its states in their colours; what stopped, or is no state, in none."""
+    """Return a line with its states coloured, except stopped ones and words that are unknown."""
     for name, state in zip(columns, line):
         found = re.match(_STATES, state) if re.search(r"(?i)(?:state|status)\Z", name) else None
         if found:
@@ -5579,7 +5580,7 @@ class _Condition:
         try:
             self.pattern = re.compile(self.wanted, re.IGNORECASE) if "~" in self.sign else None
         except (re.error, OverflowError, RecursionError) as error:
-            raise _Usage(f"--where {self.wanted!a}: no regular expression: {error}") from None
+            raise _Usage(f"--where {self.wanted!a}: not a regular expression: {error}") from None
 
     def is_met(self, row):
         """Return whether a row meets it.
@@ -5627,7 +5628,7 @@ def _order_key(text, as_version=False):
 
 
 def _order(text, other):
-    """Return -1, 0 or 1 as a text comes before, with or after another; None if none of these."""
+    """Return -1, 0 or 1 as a text comes before, with or after another; None if they do not compare."""
     one, two = _order_key(text), _order_key(other)
     if 1 in (one[0], two[0]):
         one, two = _order_key(text, True), _order_key(other, True)
@@ -5680,7 +5681,7 @@ def _carry_out_each(invocation, words):
     calls = []
     for number, row in enumerate(rows, 1):  # all of them before the first is sent
         try:
-            call = _row_call(invocation, words, template, row)
+            call = _row_call(invocation, words[0], template, row)
             invocation.client.prepare(call.command, call.params, **call.options)
         except (_Usage, ValueError) as error:
             raise _Usage(f"row {number}{_label(row)}: {error}") from None
@@ -5702,11 +5703,11 @@ def _label(row):
     return f" ({_cut(_one_line(str(name)), 60)})" if name else ""
 
 
-def _row_call(invocation, words, template, row):
+def _row_call(invocation, command, template, row):
     """Return the checked call for a row. Raises _Usage for a field that it lacks.
 
-    template: {name: [_Value, ...]} with {field} in values that no file gave. What is filled in is
-    a text and nothing else, or all of a name that is looked up."""
+    template: {name: [_Value, ...]}; {field} is filled in, except in the text of a file. What is
+    filled in is plain text, or one whole name to look up."""
 
     def fill(found):
         field = found.group(1)
@@ -5730,8 +5731,7 @@ def _row_call(invocation, words, template, row):
         param: [filled(part) for value in given for part in _split_names(param, value)]
         for param, given in template.items()
     }
-    shown = [f"{name}={_joined(parts)}" for name, parts in values.items()]
-    return _check_call(invocation, values, words[:1] + shown)
+    return _check_call(invocation, values, [command])
 
 
 def _read_rows(invocation):
@@ -5752,7 +5752,7 @@ def _read_rows(invocation):
             document, index = jsonlib.JSONDecoder().raw_decode(text, index)
         except (ValueError, RecursionError):
             line = text.count("\n", 0, index) + 1
-            raise _Usage(f"standard input, line {line}: it begins as JSON and is none") from None
+            raise _Usage(f"standard input, line {line}: not valid JSON") from None
         rows += _rows_in(document)
         while text[index : index + 1].isspace():
             index += 1
@@ -5762,7 +5762,7 @@ def _read_rows(invocation):
 def _rows_in(document):
     """Return the rows of a JSON document: a list's, those of an answer that is a list, or itself.
 
-    A row may also be one that an earlier --each has not sent. Raises _Usage for an error answer."""
+    Rows that an earlier --each did not send are unwrapped. Raises _Usage for an error answer."""
     is_answer = isinstance(document, dict) and len(document) == 2 and "count" in document
     found = find_rows(document) if is_answer else None
     rows = document if isinstance(document, list) else [document] if found is None else found
@@ -5775,7 +5775,7 @@ def _rows_in(document):
 
 
 def _is_error(row):
-    """Return whether a row is a server's error, with the key that stands around it or without."""
+    """Return whether a row is a server's error: bare, within its key, or the result of a job."""
     inner = list(row.values())[0] if isinstance(row, dict) and len(row) == 1 else {}
     job = inner.get("jobresult") if isinstance(inner, dict) else {}
     bodies = [body for body in (row, inner, job) if isinstance(body, dict)]
@@ -5821,7 +5821,7 @@ class _Batch:
         self.account("Interrupted: " if was_interrupted else "")
         for task in self.tasks:
             if not task.cancelled():
-                task.result()  # raises what nobody has thought of
+                task.result()  # raises, if there is a bug
         if was_interrupted:
             raise KeyboardInterrupt
         if self.failure and not isinstance(self.failure.args[0], BrokenPipeError):
@@ -5829,7 +5829,7 @@ class _Batch:
         return self.counts["done"] == len(self.rows)
 
     def stop(self, loop):
-        """Begin no more calls, and give up those under way; a signal's handler."""
+        """Begin no more calls and cancel those under way; a signal's handler."""
         self.is_over = True
         for task in self.tasks:
             loop.call_soon_threadsafe(task.cancel)

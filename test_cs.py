@@ -10171,7 +10171,7 @@ class WhereTest(RowsCase):
 
     @each("condition, told", *[(text, f"--where {text!r}: it should be COLUMN=VALUE") for text in (
         "", "name", "=x", " =x", "name!x", "!=x", "~x", "name>", "name<= ")],
-        *[("name~" + text, "no regular expression") for text in ("(", "*", "a{99999999999}", "(?<x", "(" * 5000)])
+        *[("name~" + text, "not a regular expression") for text in ("(", "*", "a{99999999999}", "(?<x", "(" * 5000)])
     def test_what_is_no_condition(self, condition, told):
         err = self.usage("listThings", "--where", "name=x", "--where", condition)
         self.assertEqual(1, err.count("\n"))
