@@ -5628,7 +5628,7 @@ def _order_key(text, as_version=False):
 
 
 def _order(text, other):
-    """Return -1, 0 or 1 as a text comes before, with or after another; None if they do not compare."""
+    """Return -1, 0 or 1 as a text comes before, with or after another, None if neither."""
     one, two = _order_key(text), _order_key(other)
     if 1 in (one[0], two[0]):
         one, two = _order_key(text, True), _order_key(other, True)
