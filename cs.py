@@ -4492,22 +4492,23 @@ def _default_columns(invocation, rows, is_complete=False):
     objects = dicts(rows.rows)
     catalog = _cached_catalog(invocation.client) if objects and rows.is_list else None
     spec = catalog.find(invocation.under_way.command) if catalog else None
-    names = list(spec.fields) if spec else []
-    hidden = set()
-    if is_complete or not names:
-        names = list(dict.fromkeys(names + _field_names(objects)))
-        hidden = {key for row in objects for key in row if isinstance(row[key], (dict, list))}
-    names.sort(key=lambda name: [*_PREFERRED, name].index(name))
+    fields = spec.fields if spec else []
+    nested = {name.partition(".")[0] for name in fields if "." in name}
+    present = dict.fromkeys(name for name in fields if "." not in name)
+    if is_complete or not fields:
+        present.update(dict.fromkeys(key for row in objects for key in row))
+        nested.update(key for row in objects for key in row if isinstance(row[key], (dict, list)))
+    columns = [path for path in _PREFERRED if path.partition(".")[0] in present]
+    rest = [key for key in present if key not in columns]
     if is_complete:
-        return [name for name in names if "." not in name] or ["value"]
+        return [path for path in columns if "." not in path] + rest or ["value"]
 
-    hidden |= {name.partition(".")[0] for name in names if "." in name}
-    if "nic" in hidden:
-        hidden.add("ipaddress")  # nic.ipaddress is the same, and all
-    if "jobstatus" in names and "cmd" not in names:  # of the job that made it, no job itself
-        hidden |= {"jobid", "jobstatus"}
-    columns = [name for name in names if name in _PREFERRED or "." not in name]
-    return [name for name in columns if name not in hidden][:_MOST_COLUMNS] or ["value"]
+    unwanted = {"ipaddress"} if "nic" in present else set()  # nic.ipaddress is the same, and all
+    if "jobstatus" in present and "cmd" not in present:  # of the job that made it, no job itself
+        unwanted |= {"jobid", "jobstatus"}
+    columns = [path for path in columns if path not in unwanted]
+    columns += [key for key in rest if key not in nested]
+    return columns[:_MOST_COLUMNS] or ["value"]
 
 
 def _near(name, names, most=3):
