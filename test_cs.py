@@ -8613,8 +8613,9 @@ class ColumnsTest(RowsCase):
           ("nic.\u00b2.ip,nic.\u0663.ip,nic.-1.ip,nic." + "9" * 5000, [[""] * 4] * 3),
           (".id,.,..,nic..ip,-,id name,\x1b[2J,*", [[""] * 8] * 3),
           ("a.b,a.c.d", [[""] * 2] * 2 + [["1", "3"]]),  # a name that holds a dot is found as it stands
-          *[(columns, [["b", "two", "10", "all"], ["a", "one", "9", "all"], ["c", "Three", "", "all"]])
-            for columns in ("", ",", " , ")])  # fmt: skip
+          # Default columns: nic.ipaddress is one of them if there is a nic.
+          *[(columns, [["b", "two", "", "10", "all", ""], ["a", "one", "", "9", "all", ""],
+                       ["c", "Three", "", "", "all", "1"]]) for columns in ("", ",", " , ")])  # fmt: skip
     def test_dotted_paths(self, columns, expected):
         self.assertEqual(expected, self.cells("-c", columns))
 
