@@ -3591,12 +3591,12 @@ def _attempt(invocation, dispatch, line):
             try:
                 outcome = dispatch(invocation, line)
                 invocation.progress.clear()
-                _write("", flush=True)
+                _flush()
             except (*_REPORTED, KeyboardInterrupt) as error:
                 invocation.interrupts.is_over = True
                 outcome = error
                 _report(invocation, error)
-                _write("", flush=True)
+                _flush()
     except _OutputFailed as failed:
         outcome = outcome if _exit_code(outcome) else failed  # a failure before this says more
         _report_unwritten(failed.args[0])
@@ -3922,7 +3922,7 @@ def _answers(invocation, call):
     if call.pages and invocation.format() == "jsonl" and not invocation.options["sort"]:
         for page in invocation.client.pages(call.command, call.params, **call.options):
             yield page[0] if isinstance(page, tuple) else page
-            _write("", flush=True)
+            _flush()
     else:
         yield call.make(invocation.client)
 
@@ -4165,7 +4165,7 @@ def _report_unwritten(error):
 
 # 8.3 Formats.
 
-# The columns of a table, as far as there are such; others come after them.
+# Columns that come first in a table, in this order.
 _PREFERRED = (
     "id jobid name state status allocationstate jobstatus type zonename account username"
     " nic.ipaddress ipaddress cidr hostname cpunumber memory size templatename serviceofferingname"
@@ -4173,11 +4173,11 @@ _PREFERRED = (
     " displayname displaytext description created".split()
 )
 _MOST_COLUMNS = 8
-_STATES = (
-    r"(?i)(?:(running|enabled|allocated|ready|up|implemented|connected|active|backedup)"
-    r"|(\w+ing|\w*maintenance)|(alert|down|disconnected|fault|\w*error\w*|\w*fail\w*))\Z"
+_STATES = (  # the groups are red, green and yellow
+    r"(?i)(?:(alert|down|disconnected|fault|\w*error\w*|\w*fail\w*)"
+    r"|(running|enabled|allocated|ready|up|implemented|connected|active|backedup)"
+    r"|(\w+ing|\w*maintenance))\Z"
 )
-_STATE_COLORS: "Any" = {1: 32, 2: 33, 3: 31}  # of its groups: green, yellow, red
 
 
 class _OutputFailed(Exception):
@@ -4198,6 +4198,11 @@ def _write(text, flush=False):
             out.flush()
     except OSError as error:
         raise _OutputFailed(error) from None
+
+
+def _flush():
+    """Flush standard output. Raises _OutputFailed."""
+    _write("", flush=True)
 
 
 def _write_line(text):
@@ -4324,7 +4329,7 @@ def _print_answers(invocation, call, answers):
 
 
 def _print_rows(invocation, rows, columns):
-    """Print those rows that are wanted, in their order; returns how many they are."""
+    """Print the rows that meet --where, sorted; return how many they are."""
     if invocation.conditions:
         rows.rows = _filtered(invocation.conditions, rows.rows)
         rows.count = len(rows.rows)  # else a script would look for the rest
@@ -4354,26 +4359,28 @@ def _cell(value):
 def _default_columns(invocation, rows, is_complete=False):
     """Return sensible columns, id, name, state and the like first; for csv all that there are.
 
-    What the list of commands says comes before what rows have, so that a list has one header."""
+    They are those of the list of commands, if it is there, so that a list has the same header
+    whatever rows come."""
     objects = dicts(rows.rows)
     catalog = _cached_catalog(invocation) if objects and rows.is_list else None
     spec = catalog.find(invocation.under_way.command) if catalog else None
-    names = list(spec.fields) if spec else []
-    hidden = set()
-    if is_complete or not names:
-        names = list(dict.fromkeys(names + _field_names(objects)))
-        hidden = {key for row in objects for key in row if isinstance(row[key], (dict, list))}
-    names.sort(key=lambda name: [*_PREFERRED, name].index(name))
+    fields = spec.fields if spec else []
+    nested = {name.partition(".")[0] for name in fields if "." in name}
+    present = dict.fromkeys(name for name in fields if "." not in name)
+    if is_complete or not fields:
+        present.update(dict.fromkeys(key for row in objects for key in row))
+        nested.update(key for row in objects for key in row if isinstance(row[key], (dict, list)))
+    columns = [path for path in _PREFERRED if path.partition(".")[0] in present]
+    rest = [key for key in present if key not in columns]
     if is_complete:
-        return [name for name in names if "." not in name] or ["value"]
+        return [path for path in columns if "." not in path] + rest or ["value"]
 
-    hidden |= {name.partition(".")[0] for name in names if "." in name}
-    if "nic" in hidden:
-        hidden.add("ipaddress")  # nic.ipaddress is the same, and all
-    if "jobstatus" in names and "cmd" not in names:  # of the job that made it, no job itself
-        hidden |= {"jobid", "jobstatus"}
-    columns = [name for name in names if name in _PREFERRED or "." not in name]
-    return [name for name in columns if name not in hidden][:_MOST_COLUMNS] or ["value"]
+    unwanted = {"ipaddress"} if "nic" in present else set()  # nic.ipaddress is the same, and all
+    if "jobstatus" in present and "cmd" not in present:  # of the job that made it, no job itself
+        unwanted |= {"jobid", "jobstatus"}
+    columns = [path for path in columns if path not in unwanted]
+    columns += [key for key in rest if key not in nested]
+    return columns[:_MOST_COLUMNS] or ["value"]
 
 
 def _near(name, names, most=3):
@@ -4476,7 +4483,7 @@ def _width(text):
 
 
 def _terminal_width(otherwise):
-    """Return the columns of the terminal that standard output is, `otherwise` where it is none."""
+    """Return the width of the terminal on standard output, `otherwise` if it is not one."""
     if not sys.stdout.isatty():
         return otherwise
     import shutil
@@ -4485,7 +4492,7 @@ def _terminal_width(otherwise):
 
 
 def _cut(text, width):
-    """Return text made to fit a width, an ellipsis at its end where something is gone."""
+    """Return text cut to a width, with an ellipsis if anything is left out."""
     text = text[: 2 * width + 100]  # combining characters aside, more cannot be seen
     if _width(text) <= width:
         return text
@@ -4523,7 +4530,6 @@ def _columns_with_room(columns, widths, room):
     """Return the indexes of those default columns that a terminal has room for.
 
     Others go from the end, where 20 characters do; but an id that would be alone goes before."""
-
     starts = [0, *itertools.accumulate(width + 2 for width in widths)]
 
     def fitting(first):
@@ -4535,12 +4541,12 @@ def _columns_with_room(columns, widths, room):
 
 
 def _colored_states(columns, line, text):
-    """Return a line with its states in their colours; what stopped, or is no state, in none."""
+    """Return a line with its states coloured, except stopped ones and words that are unknown."""
     for name, state in zip(columns, line):
         found = re.match(_STATES, state) if re.search(r"(?i)(?:state|status)\Z", name) else None
         if found:
-            colored = f"\x1b[{_STATE_COLORS[found.lastindex]}m{state}\x1b[0m"
-            text = text.replace(f"  {state}", f"  {colored}", 1)
+            color = 30 + (found.lastindex or 0)
+            text = text.replace(f"  {state}", f"  \x1b[{color}m{state}\x1b[0m", 1)
     return text
 
 
@@ -5380,7 +5386,7 @@ class _Condition:
         try:
             self.pattern = re.compile(self.wanted, re.IGNORECASE) if "~" in self.sign else None
         except (re.error, OverflowError, RecursionError) as error:
-            raise _Usage(f"--where {self.wanted!a}: no regular expression: {error}") from None
+            raise _Usage(f"--where {self.wanted!a}: not a regular expression: {error}") from None
 
     def is_met(self, row):
         """Return whether a row meets it.
@@ -5428,7 +5434,7 @@ def _order_key(text, as_version=False):
 
 
 def _order(text, other):
-    """Return -1, 0 or 1 as a text comes before, with or after another; None if none of these."""
+    """Return -1, 0 or 1 as a text comes before, with or after another, None if neither."""
     one, two = _order_key(text), _order_key(other)
     if 1 in (one[0], two[0]):
         one, two = _order_key(text, True), _order_key(other, True)
@@ -5451,7 +5457,6 @@ def _filtered(conditions, rows):
 # 8.9 Many at once: --each.
 
 _FIELD = r"\{\{|\}\}|\{([^{}]*)\}|[{}]"
-_PARALLEL = 10
 _ERROR_LINE = r'\s*(?:\{.*"error(?:code|text)"|<(?:!doctype|html)\b|CloudStack error: )'
 _HOLDS_ERROR = "standard input holds the answer of a call that failed; nothing was sent"
 _TABLE_HEADER = r"(?:id|name|[a-z][\w.]*(?:(?:,|  +)[a-z][\w.]*)+)\Z"
@@ -5484,7 +5489,7 @@ def _carry_out_each(invocation, words):
     calls = []
     for number, row in enumerate(rows, 1):  # all of them before the first is sent
         try:
-            call = _row_call(invocation, words, template, row)
+            call = _row_call(invocation, words[0], template, row)
             invocation.client.prepare(call.command, call.params, **call.options)
         except (_Usage, ValueError) as error:
             raise _Usage(f"row {number}{_label(row)}: {error}") from None
@@ -5506,11 +5511,11 @@ def _label(row):
     return f" ({_cut(_one_line(str(name)), 60)})" if name else ""
 
 
-def _row_call(invocation, words, template, row):
+def _row_call(invocation, command, template, row):
     """Return the checked call for a row. Raises _Usage for a field that it lacks.
 
-    template: {name: [_Value, ...]} with {field} in values that no file gave. What is filled in is
-    a text and nothing else, or all of a name that is looked up."""
+    template: {name: [_Value, ...]}; {field} is filled in, except in the text of a file. What is
+    filled in is plain text, or one whole name to look up."""
 
     def fill(found):
         field = found.group(1)
@@ -5532,8 +5537,7 @@ def _row_call(invocation, words, template, row):
         param: [filled(part) for value in given for part in _split_names(param, value)]
         for param, given in template.items()
     }
-    shown = [f"{name}={_joined(parts)}" for name, parts in values.items()]
-    return _check_call(invocation, values, words[:1] + shown)
+    return _check_call(invocation, values, [command])
 
 
 def _read_rows(invocation):
@@ -5556,7 +5560,7 @@ def _read_rows(invocation):
             document, index = _JSON.raw_decode(text, index)
         except (ValueError, RecursionError):
             line = text.count("\n", 0, index) + 1
-            raise _Usage(f"standard input, line {line}: it begins as JSON and is none") from None
+            raise _Usage(f"standard input, line {line}: not valid JSON") from None
         rows += _rows_in(document)
         while text[index : index + 1].isspace():
             index += 1
@@ -5566,7 +5570,7 @@ def _read_rows(invocation):
 def _rows_in(document):
     """Return the rows of a JSON document: a list's, those of an answer that is a list, or itself.
 
-    A row may also be one that an earlier --each has not sent. Raises _Usage for an error answer."""
+    Rows that an earlier --each did not send are unwrapped. Raises _Usage for an error answer."""
     is_answer = isinstance(document, dict) and len(document) == 2 and "count" in document
     found = find_rows(document) if is_answer else None
     rows = document if isinstance(document, list) else [document] if found is None else found
@@ -5598,10 +5602,10 @@ class _Batch:
         self.tasks: list = []
         self.is_over = False  # no more calls are begun
         self.counts: Any = collections.Counter()
-        self.sent: list = []  # an item for each request
+        self.sent: list = []  # an item for each request of a row
         self.jobids: list = []  # of jobs that may still run
         self.failure: Any = None  # of standard output
-        self.most = min(int(invocation.options["parallel"] or _PARALLEL), 128, len(rows))
+        self.most = min(int(invocation.options["parallel"] or 10), 128, len(rows))
         trace = invocation.options["trace"] or invocation.client.trace
         settings = {**invocation.settings, "concurrency": self.most, "trace": trace}
         self.client = AIOCloudStack(**settings)
@@ -5626,7 +5630,7 @@ class _Batch:
         self.account("Interrupted: " if was_interrupted else "")
         for task in self.tasks:
             if not task.cancelled():
-                task.result()  # raises what nobody has thought of
+                task.result()  # raises, if there is a bug
         if was_interrupted:
             raise KeyboardInterrupt
         if self.failure and not isinstance(self.failure.args[0], BrokenPipeError):
@@ -5634,14 +5638,14 @@ class _Batch:
         return self.counts["done"] == len(self.rows)
 
     def stop(self, loop):
-        """Begin no more calls, and give up those under way; a signal's handler."""
+        """Begin no more calls and cancel those under way; a signal's handler."""
         self.is_over = True
         for task in self.tasks:
             loop.call_soon_threadsafe(task.cancel)
 
     def observe(self, event):
-        """Take notice of a request that goes out, unless it only logs in; the client's on_event."""
-        if isinstance(event, Sent) and event.request.params.get("command") != "login":
+        """Count the rows' own requests, but no log-in and no poll; the client's on_event."""
+        if isinstance(event, Sent) and self.calls[0].command in event.request.params.values():
             self.sent.append(None)
 
     async def work(self):
@@ -5655,7 +5659,7 @@ class _Batch:
                 if not _tells_success(answer):
                     state, line = "failed", {"error": answer, "outcome_unknown": False}
             except BaseException as error:  # CancelledError, too
-                was_sent = len(self.sent) > before  # or another was, at that time
+                was_sent = len(self.sent) > before  # or another was meanwhile
                 state, line = self.read_failure(self.calls[number], error, was_sent)
             self.note(number, state, line)
             if state != "done" and self.invocation.options["stop-on-error"]:
