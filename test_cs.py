@@ -5069,18 +5069,26 @@ class KeptConnectionTest(TransportCase):
             self._close(client)
             self._close(client)
 
-    @each("error", KeyboardInterrupt, SystemExit, MemoryError)
-    def test_an_interrupted_exchange_does_not_leave_its_connection_behind(self, error):
-        server, client = self.pair(SERVE)
+    @unittest.skipUnless(hasattr(signal, "pthread_kill"), "no signals of that kind here")
+    @each("kind", KeyboardInterrupt, SystemExit, MemoryError, TimeoutError, OSError, ValueError)
+    def test_what_a_signal_handler_raises_passes_as_it_is_and_the_connection_is_closed(self, kind):
+        """Python's own for Ctrl-C, or a program's, whose exceptions may be of the kinds that the network raises."""
+        def handle(*args):
+            raise kind("of a handler")
+
+        self.addCleanup(signal.signal, signal.SIGUSR1, signal.signal(signal.SIGUSR1, handle))
+        main = threading.main_thread().ident
+        ring = lambda wire: signal.pthread_kill(main, signal.SIGUSR1)  # noqa: E731
+        server, client = self.pair([Step.READ, ring, Step.HOLD], SERVE, retry=3)
         raised = []
-        with mock.patch("http.client.HTTPConnection.getresponse", side_effect=error):
-            try:
-                client.updateZone()
-            except error as caught:
-                raised.append(caught)  # whose traceback keeps all that garbage collection would else close
-        until(lambda: server.wires and server.wires[0].ended.is_set(), "closing")
+        try:
+            client.updateZone()
+        except kind as error:
+            raised.append(error)  # whose traceback keeps all that garbage collection would else close
+        until(server.wires[0].ended.is_set, "closing")
         self.assertEqual(RESULT, client.listZones())
-        self.assertEqual(([error], [["updateZone"], ["listZones"]]), ([type(one) for one in raised], server.asked))
+        self.assertEqual([["updateZone"], ["listZones"]], server.asked)
+        self.assertEqual([(kind, "of a handler")], [(type(error), str(error)) for error in raised])
 
     def test_an_interrupt_while_the_connections_get_ready_gives_no_warning(self):
         """They are then unmade before they are made."""
