@@ -2061,10 +2061,10 @@ class _Route:
         self.default_port = 443 if self.secure else 80
         self.host, self.port = parts.hostname, parts.port or self.default_port
         self.proxy = _find_proxy(parts)
-        self.headers = {} if self.secure or not self.proxy else self.proxy.headers
-        # of a URL's target; an http proxy is sent the whole
-        origin = parts.scheme + "://" + parts.netloc
-        self.start = 0 if self.proxy and not self.secure else len(origin)
+        # What comes with each request, and where its target starts in the url.
+        self.headers, self.start = {}, len(parts.scheme + "://" + parts.netloc)
+        if self.proxy and not self.secure:
+            self.headers, self.start = self.proxy.headers, 0
 
     def open(self, request, context):
         """Return a new http.client connection, with the tunnel and TLS that it needs.
@@ -2082,8 +2082,8 @@ class _Route:
         sock = socket.create_connection((place.host.encode("ascii"), place.port), request.timeout)
         try:
             request.attach(sock)
-            connection.stream = _TimedStream(request, sock)
-            connection._create_connection = lambda *args: connection.stream
+            stream = connection.stream = _TimedStream(request, sock)
+            connection._create_connection = lambda *args: stream
             connection.connect()
             if context:
                 sock = context.wrap_socket(
@@ -2151,11 +2151,9 @@ def _parse_proxy(address):
         raise OSError(f"the address of the proxy cannot be used; it is to be {wanted}")
     headers, secrets = {}, []
     if parts.username:
-        # surrogateescape: the environment may hold bytes that are not UTF-8.
+        # fsencode: the environment may hold bytes that are not UTF-8.
         texts = (parts.username, parts.password or "")
-        login = b":".join(
-            unquote_to_bytes(text.encode("utf-8", "surrogateescape")) for text in texts
-        )
+        login = b":".join(unquote_to_bytes(os.fsencode(text)) for text in texts)
         code = b2a_base64(login, newline=False).decode("ascii")
         headers["Proxy-Authorization"] = "Basic " + code
         secrets = [code, texts[1], login.partition(b":")[2].decode("utf-8", "replace")]
@@ -2212,8 +2210,6 @@ class _Transport:
         Raises CloudStackConnectionError, CloudStackTimeoutError, or ValueError for a setting
         (verify, cert) that cannot be used. What a program's signal handler raises passes, if it is
         a function that is still installed; what others raise is taken for the network's."""
-        import http.client
-
         key = (request.endpoint, request.tls)
         request.deadline = _clock() + request.total
         context = route = connection = None
@@ -2236,23 +2232,17 @@ class _Transport:
                 connection.stream.sock.close()
             if not _is_failure(error):
                 raise
-            secrets = request.all_secrets() + (route.proxy.secrets if route and route.proxy else [])
-            failure = _network_error(error, request, unsent, route and route.proxy, secrets)
+            failure = _network_error(error, request, unsent, route and route.proxy)
             failure.stale = stale and isinstance(error, ConnectionError)
-            # What is made of bytes that were received may repeat the request, or the proxy's login.
-            is_harmless = mask_secrets(str(error), secrets) == str(error)
-            cause = error if is_harmless and (unsent or isinstance(error, OSError)) else None
         else:
             self._put_back(key, connection, request.detach() and connection.sock is not None)
-            reason = response.reason
-            if reason != http.client.responses.get(response.status):
-                reason = _mask_reason(reason, request)
+            reason = _mask_reason(response.reason, request)
             return _Response(response.status, reason, response.headers, content)
         try:
             # Raised out here, so that what http.client quoted is not its context either.
-            raise failure from cause
+            raise failure from failure.__cause__
         finally:
-            failure = cause = None  # their tracebacks hold this frame, and it would hold them
+            failure = None  # its traceback holds this frame, which would hold it
 
     def _put_back(self, key, connection, is_open):
         """Keep a connection for the next request; the oldest go if they have expired."""
@@ -2373,7 +2363,7 @@ def _load_certificate(context, own, key):
     questions: list = []
 
     def refuse_to_ask():  # OpenSSL would ask for the passphrase on the terminal
-        questions.append("passphrase")
+        questions.append("passphrase")  # an exception would get lost on the way out in 3.6
         return ""
 
     try:
@@ -2425,14 +2415,12 @@ def _unpack(content, limit):
 
 def _mask_reason(reason, request):
     """Return a reason phrase without secrets: a server may repeat the request line in it."""
-    return mask_text(reason, request.all_secrets()) if isinstance(reason, str) else reason
+    if reason == "OK" or not isinstance(reason, str):
+        return reason
+    return mask_text(reason, request.all_secrets())
 
 
 # 5.3 Failures in words.
-
-
-class _Overdue(TimeoutError):
-    """Says that a whole exchange took too long."""
 
 
 class _TooLarge(ValueError):
@@ -2457,13 +2445,6 @@ def _is_failure(error):
     return trace is None
 
 
-def _is_late(error):
-    """Return whether an exception is a time-out."""
-    import socket
-
-    return isinstance(error, (socket.timeout, TimeoutError))  # one and the same since 3.10
-
-
 def error_text(error):
     """Return what went wrong, in words, without a Python class or an [Errno ..] around it."""
     text = getattr(error, "strerror", None)  # an OSError's; ssl and Unicode errors have a reason
@@ -2472,16 +2453,18 @@ def error_text(error):
     return text or str(getattr(error, "reason", "") or error) or type(error).__name__
 
 
-def _network_error(error, request, unsent, proxy, secrets):
+def _network_error(error, request, unsent, proxy):
     """Return the CloudStackException for what the standard library raised."""
-    if _is_late(error) and _clock() >= request.deadline:
-        error = _Overdue()
     kind, what, why = _describe_failure(error, request, unsent)
+    secrets = request.all_secrets() + (proxy.secrets if proxy else [])
     if proxy and unsent:
         why = f"{mask_secrets(why, secrets)} (proxy {proxy.host}:{proxy.port})"
     made = kind(f"{what} {mask_address(request.endpoint)}", why)
     made.unsent = unsent
     made.errno = getattr(error, "errno", None)
+    # What is made of bytes that were received may repeat the request, or the proxy's login.
+    is_harmless = mask_secrets(str(error), secrets) == str(error)
+    made.__cause__ = error if is_harmless and (unsent or isinstance(error, OSError)) else None
     return made
 
 
@@ -2492,8 +2475,8 @@ def _describe_failure(error, request, unsent):
     import ssl
 
     lost, late = CloudStackConnectionError, CloudStackTimeoutError
-    if _is_late(error):
-        if isinstance(error, _Overdue):
+    if isinstance(error, (socket.timeout, TimeoutError)):  # one and the same since 3.10
+        if _clock() >= request.deadline:
             why = f"it was not whole after {request.total:g} s"
         elif unsent:
             why = f"no answer within {request.timeout:g} s (timeout)"
@@ -2539,18 +2522,14 @@ def _exchange_through(session, request):
     Its OSErrors, which all exceptions of requests are, become ours and are not chained: they quote
     the address, signature and all. Anything else it raises is the program's own and passes."""
     verify, cert = _tls_files(*request.tls)
-    options = {} if verify is True else {"verify": verify}
+    options = {"timeout": request.timeout, "allow_redirects": False}
+    if verify is not True:
+        options["verify"] = verify
     if cert:
         options["cert"] = cert
     try:
         answer = session.request(
-            request.method,
-            request.url,
-            data=request.body,
-            headers=request.headers,
-            timeout=request.timeout,
-            allow_redirects=False,
-            **options,
+            request.method, request.url, data=request.body, headers=request.headers, **options
         )
         content = answer.content
         if not isinstance(content, bytes):
@@ -2724,28 +2703,26 @@ def trace_event(event):
 # returns what the client works with; it raises ValueError, and never quotes what may be a secret.
 
 
+_BOOLEANS = dict.fromkeys("y yes t true on 1".split(), True)
+_BOOLEANS.update(dict.fromkeys("n no f false off 0".split(), False))
+
+
 def strtobool(value: str) -> bool:
     """Parse a boolean word: y yes t true on 1, n no f false off 0, in any case.
 
     Raises ValueError for any other word, AttributeError for what is not text."""
-    word = value.lower()
-    if word in ("y", "yes", "t", "true", "on", "1"):
-        return True
-    if word in ("n", "no", "f", "false", "off", "0"):
-        return False
+    if value.lower() in _BOOLEANS:
+        return _BOOLEANS[value.lower()]
     raise ValueError(f"invalid truth value {value!r}")
 
 
 def _parse_flag(value):
     """Return the bool that a setting means; None and an empty ini value are False."""
-    if value is None or value == "" or isinstance(value, bool):
+    if value in (None, "", 0, 1):  # False and True are among them
         return bool(value)
-    if isinstance(value, int) and value in (0, 1):
-        return bool(value)
-    try:
-        return strtobool(value)
-    except (AttributeError, ValueError):
-        raise ValueError(f"{value!r} is neither true nor false") from None
+    if isinstance(value, str) and value.lower() in _BOOLEANS:
+        return _BOOLEANS[value.lower()]
+    raise ValueError(f"{value!r} is neither true nor false")
 
 
 def _number(least=float("-inf"), most=1e9, whole=False, optional=False):
@@ -2816,22 +2793,16 @@ def _parse_ca_path(value):
     dangerous_no_tls_verify turns verification off. (A file of such a name needs ./ before it.)"""
     if value is None or isinstance(value, bool):
         return None
-    value = os.fsdecode(value)
-    try:
-        strtobool(value)
-    except ValueError:
-        return value or None
-    return None
+    path = os.fsdecode(value)
+    return None if not path or path.lower() in _BOOLEANS else path
 
 
 def _parse_pem_path(value):
     """Return a path, a pair of paths (certificate, private key), or None."""
-    if value is None or value == "":
-        return None
     if isinstance(value, (tuple, list)):
         certificate, key = map(os.fsdecode, value)
         return certificate, key
-    return os.fsdecode(value)
+    return _parse_path(value)
 
 
 def _parse_path(value):
@@ -2866,9 +2837,7 @@ def _check_header(name, content):
 def _parse_session(value):
     """Return the object that sends; an aiohttp session cannot, its methods are coroutines."""
     if type(value).__module__.partition(".")[0] == "aiohttp":
-        raise ValueError(
-            "an aiohttp session cannot be used; leave it out, or give a requests.Session"
-        )
+        raise ValueError("an aiohttp session cannot be used; give a requests.Session, or none")
     return value
 
 
@@ -2963,13 +2932,12 @@ class Config:
         self.settings = {}  # for CloudStack(**settings)
         self.region = None
         self.origins = {}  # {setting: path, variable, or "option"}
-        self.values = {}  # {key: text} of the region's section in the ini files
+        self.values = {}  # {key: (text, path)} of the region's section in the ini files
         self.unknown = []  # (key, path) of keys that no setting has
         self.warnings = []  # texts
         self.regions = set()  # the sections of all files
         self.tried = []
         self.read = []
-        self.has_section = False
 
     def add_file(self, path, parser, region):
         """Take in a region's section of a parsed file. Raises ValueError."""
@@ -2977,9 +2945,8 @@ class Config:
         self.regions.update(parser.sections())
         if not parser.has_section(region):
             return
-        self.has_section = True
         raw = dict(parser.items(region))
-        for key, value in _expand_values(path, raw, region):
+        for key, value in _expand_values(path, dict(raw), region):
             is_header = key.startswith(_HEADER) and key != _HEADER
             if key in _CLIENT_SETTINGS and "\n" in value:
                 # It may hold a secret that was meant for the next line.
@@ -2990,22 +2957,21 @@ class Config:
                 if not used and key not in parser.defaults():
                     self.unknown.append((key, path))
             elif value:
-                self.values[key] = value
-                self.origins[key] = path
+                self.values[key] = (value, path)
 
-    def check_origins(self):
-        """Raise ValueError if values that belong together come from two files."""
-        by_file: dict = {}
-        for key in sorted(self.values):
-            if _group_of(key) in _TOGETHER:
-                path = self.origins[key]
-                by_file.setdefault(os.path.realpath(path), (key, path))
-        if len(by_file) > 1:
-            (key, path), (other, elsewhere) = list(by_file.values())[:2]
-            raise ValueError(
-                f"the files {path!a} ({key}) and {elsewhere!a} ({other}) cannot be combined: "
-                "endpoint, credentials, certificates and headers must all come from one of them"
-            )
+
+def _check_together(values, paths):
+    """Raise ValueError if values that belong together come from two of these files."""
+    by_file: dict = {}
+    for key, (_, origin) in sorted(values.items()):
+        if origin in paths and _group_of(key) in _TOGETHER:
+            by_file.setdefault(os.path.realpath(origin), (key, origin))
+    if len(by_file) > 1:
+        (key, path), (other, elsewhere) = list(by_file.values())[:2]
+        raise ValueError(
+            f"the files {path!a} ({key}) and {elsewhere!a} ({other}) cannot be combined: "
+            "endpoint, credentials, certificates and headers must all come from one of them"
+        )
 
 
 def _group_of(key):
@@ -3014,28 +2980,22 @@ def _group_of(key):
 
 
 def _list_ini_paths(config=None):
-    """Return the files to read, in order, and the one among them that was named, or None.
-
-    Later ones win. A file with a secret that others may read is warned of, and endpoint
-    and credentials must come from one file (check_origins)."""
+    """Return the files to read, later ones win, and the one among them that was named, or ""."""
     paths = [os.path.expanduser("~/.cloudstack.ini")]
     try:
         paths.append(os.path.abspath("cloudstack.ini"))
     except OSError:  # the working directory is gone
         pass
-    named = config or os.environ.get(_PREFIX + "CONFIG")
-    if named:
-        named = os.path.expanduser(named)
-        paths.append(named)
-    return paths, named or None
+    named = os.path.expanduser(config or os.environ.get(_PREFIX + "CONFIG", ""))
+    return paths + [named] * bool(named), named
 
 
-def _read_text(path, newline=None):
-    """Return the text of a file; its line ends stay as they are if newline is "".
+def _read_text(path):
+    """Return the text of a file.
 
     Raises ValueError that says what is wrong with it, FileNotFoundError without one."""
     try:
-        with open(path, encoding="utf-8-sig", newline=newline) as file:
+        with open(path, encoding="utf-8-sig") as file:
             return file.read()
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(path) from None
@@ -3075,14 +3035,11 @@ def _expand_values(path, raw, region):
     `50%` is `50%`. Raises ValueError for a `%(name)s` that leads nowhere."""
     import configparser
 
-    def double_lone_percent(found):
-        return found.group() if len(found.group()) > 1 else "%%"
-
     parser = configparser.ConfigParser()
-    pattern = r"%%|%\([^)]+\)s|%"
-    values = {key: re.sub(pattern, double_lone_percent, value) for key, value in raw.items()}
-    parser.read_dict({"section": values})
-    for key in values:
+    for key, value in raw.items():
+        raw[key] = re.sub(r"(%%|%\([^)]+\)s)|%", lambda found: found.group(1) or "%%", value)
+    parser.read_dict({"section": raw})
+    for key in raw:
         try:
             yield key, parser.get("section", key)
         except configparser.InterpolationError:
@@ -3100,62 +3057,58 @@ def _read_ini_values(region, config=None):
         try:
             parser = _parse_ini(path, _read_text(path))
         except FileNotFoundError:
-            continue
-        found.add_file(path, parser, region)
-    if named and named not in found.read:
-        raise SystemExit("Config file not found. Tried " + named)
+            if path == named:
+                raise SystemExit("Config file not found. Tried " + named) from None
+        else:
+            found.add_file(path, parser, region)
     return found
 
 
 def _read_environment():
-    """Return {key: text} of the CLOUDSTACK_* variables.
+    """Return {key: (text, variable)} of the CLOUDSTACK_* variables.
 
     Empty ones do not count, but for CLOUDSTACK_KEY: an empty one asks for unsigned requests."""
-    values = {key: os.environ.get(_PREFIX + key.upper()) for key in _CONFIG_KEYS}
-    for name, value in os.environ.items():
-        header = name[len(_PREFIX + "HEADER_") :].lower().replace("_", "-")
-        if header and name.upper().startswith(_PREFIX + "HEADER_"):
-            values[_HEADER + header] = value
-    if values["key"] == "":
-        values["secret"] = None
-    return {key: value for key, value in values.items() if value or (key == "key" and value == "")}
+    names = {key: _PREFIX + key.upper() for key in _CONFIG_KEYS}
+    for name in os.environ:
+        found = re.match(_PREFIX + "HEADER_(.+)", name, re.IGNORECASE)
+        if found:
+            names[_HEADER + found.group(1).lower().replace("_", "-")] = name
+    given = {key: name for key, name in names.items() if os.environ.get(name)}
+    if os.environ.get(names["key"]) == "":
+        given["key"] = names["key"]
+        given.pop("secret", None)
+    return {key: (os.environ[name], name) for key, name in given.items()}
 
 
 def _to_settings(values):
-    """Return {key: text} as the constructor takes it.
+    """Return {key: (text, origin)} as the constructor takes it.
 
     Headers are gathered, and the two booleans of read_config are parsed if they can be."""
     settings: dict = {}
-    for key, value in values.items():
+    for key, (text, _) in values.items():
         if key.startswith(_HEADER):
-            settings.setdefault("headers", {})[key[len(_HEADER) :]] = value
+            settings.setdefault("headers", {})[key[len(_HEADER) :]] = text
+        elif key in ("trace", "dangerous_no_tls_verify"):
+            settings[key] = _BOOLEANS.get(text.lower(), text)
         else:
-            settings[key] = value
-    for key in ("trace", "dangerous_no_tls_verify"):
-        try:
-            settings[key] = strtobool(settings[key])
-        except (KeyError, AttributeError, ValueError):
-            pass
+            settings[key] = text
     return settings
 
 
-def _overruled_by(layer):
-    """Return the keys of lower layers that a layer decides about without giving them.
+def _merge_layers(*layers):
+    """Merge layers of {key: (text, origin)}, lowest first.
 
     There is a key or there is a user name; and an empty key means that there is no key."""
-    if "key" in layer:
-        return ["username", "password", "domain"] if layer["key"] else ["secret"]
-    return ["key", "secret"] if "username" in layer else []
-
-
-def _merge_layers(*layers):
-    """Merge layers, lowest first."""
     merged: dict = {}
     for layer in layers:
-        for key in _overruled_by(layer):
+        if "key" in layer:
+            overruled = ["username", "password", "domain"] if layer["key"][0] else ["secret"]
+        else:
+            overruled = ["key", "secret"] if "username" in layer else []
+        for key in overruled:
             merged.pop(key, None)
         merged.update(layer)
-    return {key: value for key, value in merged.items() if value}
+    return {key: pair for key, pair in merged.items() if pair[0]}
 
 
 def load_config(
@@ -3169,62 +3122,55 @@ def load_config(
     # The default's own name asks for nothing: Ansible's modules up to 2.9 always pass it.
     is_explicit = bool(region) and region != _DEFAULT_REGION
     region = region or os.environ.get(_PREFIX + "REGION") or _DEFAULT_REGION
-    options = dict(overrides or {})
     named = os.environ.get(_PREFIX + "OVERRIDES", "").lower().replace(",", " ").split()
     env = _read_environment()
     env_first = "endpoint" in env and not is_explicit and not named
     above = {
-        key: value
-        for key, value in env.items()
+        key: pair
+        for key, pair in env.items()
         if env_first or key in named or _group_of(key) in named
     }
-    above.update(options)
+    above.update({key: (text, "option") for key, text in (overrides or {}).items()})
 
     found = Config()
-    has_user = "username" in env and "password" in env
-    is_complete = env.get("key") == "" or ("key" in env and "secret" in env) or has_user
-    if not env_first or not is_complete or path:
+    has_key = "key" in env and ("secret" in env or env["key"][0] == "")
+    is_complete = has_key or ("username" in env and "password" in env)
+    if path or not (env_first and is_complete):
         found = _read_ini_values(region, path)
-        has_endpoint = "endpoint" in env or "endpoint" in above
-        _check_region(found, region if is_explicit else None, has_endpoint)
-    decided = set(above) | set(_overruled_by(above))
-    found.values = {key: text for key, text in found.values.items() if key not in decided}
-    found.check_origins()
+        if not found.read and "endpoint" not in {**env, **above}:
+            raise SystemExit(f"Config file not found. Tried {', '.join(found.tried)}")
+        if is_explicit and region not in found.regions:
+            import configparser
 
+            raise configparser.NoSectionError(region)
     values = _merge_layers({} if env_first else env, found.values, above)
-    if not values.get("endpoint"):
+    _check_together(values, found.read)
+    if "endpoint" not in values:
         where = ""
-        if not found.has_section:
+        if region not in found.regions:
             where = f" (there is no section [{region}] in {', '.join(found.read)})"
         error = ValueError(f"the configuration is missing the following keys: endpoint{where}")
         error.config = found  # type: ignore[attr-defined]
         raise error
+
     settings = {key: _CLIENT_SETTINGS[key].default for key in _ALWAYS}
     settings["trace"] = None  # as 5.2.0 has it; the constructor takes it for False
-    settings["name"] = region if found.has_section else None
+    settings["name"] = region if region in found.regions else None
     settings.update(_to_settings(values))
     found.settings, found.region = settings, region
-    found.origins = {key: _origin_of(key, found, options) for key in values}
+    found.origins = {key: origin for key, (_, origin) in values.items()}
     found.warnings = _warnings_of(found)
     return found
 
 
-def _origin_of(key, found, flags):
-    """Return where a value came from: an option, an ini file, or a variable."""
-    if key in flags:
-        return "option"
-    return found.origins[key] if key in found.values else _PREFIX + key.upper().replace("-", "_")
-
-
 def _warnings_of(found):
     """Return what is wrong with the files that were read, although they can be used."""
-    warnings = []
-    secrets = [key for key in ("secret", "password") if key in found.values]
-    for path in sorted({found.origins[key] for key in secrets}):
-        if os.name == "posix" and os.stat(path).st_mode & 0o044:
-            hint = f"can be read by others; chmod 600 {path}"
-            warnings.append(f"{path} holds a secret and {hint}")
-    return warnings
+    secrets = {found.origins.get(key) for key in ("secret", "password")}
+    return [
+        f"{path} holds a secret and can be read by others; chmod 600 {path}"
+        for path in sorted(secrets.intersection(found.read))
+        if os.name == "posix" and os.stat(path).st_mode & 0o044
+    ]
 
 
 def parse_section(path: str, text: str, region: str) -> "dict[str, Any]":
@@ -3245,16 +3191,6 @@ def list_regions(path: "str | None" = None) -> "list[str]":
     return sorted(found)
 
 
-def _check_region(found, region, has_endpoint):
-    """Raise SystemExit without any file, NoSectionError if no file has the region asked for."""
-    if not found.read and not has_endpoint:
-        raise SystemExit(f"Config file not found. Tried {', '.join(found.tried)}")
-    if region and not found.has_section:
-        import configparser
-
-        raise configparser.NoSectionError(region)
-
-
 def read_config(ini_group: "str | None" = None) -> "dict[str, Any]":
     """Return the settings for `CloudStack(**read_config())`, from environment and ini files.
 
@@ -3270,8 +3206,8 @@ def read_config_from_ini(ini_group: "str | None" = None) -> "dict[str, Any]":
     Without such a section that is {"name": None}."""
     region = ini_group or os.environ.get(_PREFIX + "REGION") or _DEFAULT_REGION
     found = _read_ini_values(region)
-    found.check_origins()
-    return dict(_to_settings(found.values), name=region if found.has_section else None)
+    _check_together(found.values, found.read)
+    return dict(_to_settings(found.values), name=region if region in found.regions else None)
 
 
 # --- 8 command line -------------------------------------------------------------------------------
