@@ -2703,8 +2703,10 @@ def trace_event(event):
 # returns what the client works with; it raises ValueError, and never quotes what may be a secret.
 
 
-_BOOLEANS = dict.fromkeys("y yes t true on 1".split(), True)
-_BOOLEANS.update(dict.fromkeys("n no f false off 0".split(), False))
+_BOOLEANS = {
+    **dict.fromkeys("y yes t true on 1".split(), True),
+    **dict.fromkeys("n no f false off 0".split(), False),
+}
 
 
 def strtobool(value: str) -> bool:
