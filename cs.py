@@ -66,7 +66,6 @@ For the auditor
 
 import collections
 import functools
-import hmac
 import io
 import itertools
 import json as jsonlib
@@ -275,6 +274,8 @@ def sign(params: "Mapping[str, str]", secret: str) -> str:
 
     As ApiServer.verifyRequest computes it: sorted by the raw name, values encoded but names not,
     the whole lower-cased, HMAC-SHA1. Request.prepare() calls it, after it has added the expiry."""
+    import hmac
+
     names = sorted(params)
     if max("".join(params), default="") > "\uffff":
         # Java compares UTF-16 code units, which is Python's order but for such characters.
