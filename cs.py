@@ -1093,8 +1093,10 @@ def _check_depth(content):
     Texts are taken out: first the quotes of those without brackets, which are nearly all. Each
     round then takes the innermost pairs of brackets out, of which nothing else is left."""
     other = bytes(set(range(256)) - set(b'[]{}"'))
-    left = content.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, other)
-    left = re.sub(rb'"[^"]*"', b"", left.replace(b'""', b""))
+    if b"\\" in content:  # a search is nothing beside a replacement
+        content = content.replace(rb"\\", b"").replace(rb"\"", b"")
+    left = content.translate(None, other).replace(b'""', b"")
+    left = re.sub(rb'"[^"]*"', b"", left)
     for _ in range(_DEEPEST):
         shorter = left.replace(b"[]", b"").replace(b"{}", b"")
         if shorter == left:  # all are gone, or some have no other half
