@@ -1115,7 +1115,7 @@ def _parse_json(response):
 
     text = response.content.decode("utf-8", "replace")
     text = text[1:] if text[:1] == "\ufeff" else text  # a byte order mark
-    if len(text) > _DEEPEST:
+    if response.content.count(b"[") + response.content.count(b"{") > _DEEPEST:
         _check_depth(response.content)
     if len(text) < _LONG_ANSWER or not gc.isenabled():
         return _JSON.decode(text)
@@ -2243,7 +2243,7 @@ class _Transport:
             return _Response(response.status, reason, response.headers, content)
         try:
             # Raised out here, so that what http.client quoted is not its context either.
-            raise failure from failure.__cause__
+            raise failure
         finally:
             failure = None  # its traceback holds this frame, which would hold it
 
@@ -4022,7 +4022,7 @@ def _hint(invocation, error, document):
         (code == 432 and is_projects, "You may not be in this project."),
         (code == 432 and not call.command,
          "Your role may not ask for the list of commands; calls work without it."),
-        (code in (400, 404) and size > 1 << 20,
+        (code in (400, 404) and size > LONGEST_FORM,
          "It is over 1 MiB, the most that servers usually take."),
         (document, code == 431 and _hint_about_id(invocation, call, document) or usual),
         (error.outcome_unknown, "Check whether it was done before you send it again."),
@@ -4546,7 +4546,6 @@ class _Catalog(dict):
     def __init__(self, lines, fetched_at):
         super().__init__(line.split(" ", 1) for line in lines)
         self.age = time.time() - fetched_at  # in seconds
-        self._bare = {_bare(name): name for name in self}
 
     def summaries(self):
         """Return (name, description) of each command."""
@@ -4559,7 +4558,7 @@ class _Catalog(dict):
 
     def meant(self, text):
         """Return the command that a text means in any case, singular or plural, or None."""
-        return self._bare.get(_bare(text))
+        return {_bare(name): name for name in self}.get(_bare(text))
 
 
 def _bare(name):
