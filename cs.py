@@ -2304,7 +2304,7 @@ def _round_trip(connection, route, request):
     return response, content
 
 
-class _TimedStream(io.RawIOBase):
+class _TimedStream:
     """What http.client takes for its socket: one on which every read keeps the time limits.
 
     http.client closes it after each answer, and while one that ends the connection is yet to be
@@ -2315,22 +2315,31 @@ class _TimedStream(io.RawIOBase):
         self.sendall, self.setsockopt = sock.sendall, sock.setsockopt
 
     def makefile(self, mode):
-        return io.BufferedReader(self)
+        return io.BufferedReader(_TimedReader(self))
+
+    def close(self):
+        pass
+
+
+class _TimedReader(io.RawIOBase):
+    """The file of one answer. It has no close() of its own: Python drops what is raised there, and
+    so a Ctrl-C at that moment, when it disposes of a file."""
+
+    def __init__(self, stream):
+        self.stream = stream
 
     def readable(self):
         return True
 
     def readinto(self, buffer):
-        left = self.request.deadline - _clock()
+        request, sock = self.stream.request, self.stream.sock
+        left = request.deadline - _clock()
         if left <= 0:
             raise TimeoutError
-        seconds = min(self.request.timeout, left)
-        if self.sock.gettimeout() != seconds:  # setting it is a system call, asking is none
-            self.sock.settimeout(seconds)
-        return self.sock.recv_into(buffer)
-
-    def close(self):
-        pass
+        seconds = min(request.timeout, left)
+        if sock.gettimeout() != seconds:  # setting it is a system call, asking is none
+            sock.settimeout(seconds)
+        return sock.recv_into(buffer)
 
 
 def _make_context(verify, cert):
@@ -3488,12 +3497,13 @@ class _Interrupts:
 
     Wrappers and impatient people send several, and none may cut the account of what was begun.
     After the `with` block, or release(), signals have their usual effect again.
-    on_first: called in the place of raising KeyboardInterrupt; is_over: the first has come, or
-    what it would end is done, so that signals are ignored from now on."""
+    on_first: called in the place of raising KeyboardInterrupt; is_over: the first has been seen,
+    or what it would end is done, so that signals are ignored from now on."""
 
     def __init__(self):
         self.on_first: Any = None
         self.is_over = False
+        self._quiet_until = 0.0
         self._usual = {}
 
     def __enter__(self):
@@ -3515,11 +3525,14 @@ class _Interrupts:
     __exit__ = release
 
     def _handle(self, number, frame):
-        was_over, self.is_over = self.is_over, True
-        if not was_over:
-            if self.on_first is None:
-                raise KeyboardInterrupt
+        if self.is_over or _clock() < self._quiet_until:
+            return
+        if self.on_first is not None:
+            self.is_over = True
             self.on_first()
+        else:  # Python may drop it, in the middle of a finalizer; then the next is raised
+            self._quiet_until = _clock() + 1.0
+            raise KeyboardInterrupt
 
 
 def _attempt(invocation, dispatch, line):
