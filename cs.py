@@ -4114,11 +4114,6 @@ _PREFERRED = (
     " displayname displaytext description created".split()
 )
 _MOST_COLUMNS = 8
-_STATES = (  # the groups are red, green and yellow
-    r"(?i)(?:(alert|down|disconnected|fault|\w*error\w*|\w*fail\w*)"
-    r"|(running|enabled|allocated|ready|up|implemented|connected|active|backedup)"
-    r"|(\w+ing|\w*maintenance))\Z"
-)
 
 
 class _OutputFailed(Exception):
@@ -4448,47 +4443,26 @@ def _one_line(text):
 def _print_table(invocation, rows, chosen):
     """Print aligned columns under a header.
 
-    On a terminal, default columns that do not fit are left out, which is said; a line that is too
-    long all the same is cut. Elsewhere nothing is."""
+    On a terminal, default columns that do not fit are left out, which is said: an id that leaves
+    no 20 characters to others, then those at the end. A line that is still too long is cut."""
     columns = chosen or (_default_columns(invocation, rows) if rows.rows else [])
     table = [list(map(_one_line, cells)) for cells in [columns, *_cells(rows, columns)]]
     widths = [max(map(_width, cells)) for cells in zip(*table)]
-    room = _terminal_width(None)
-    fits = _columns_with_room(columns, widths, room) if room and not chosen else range(len(columns))
+    room = _terminal_width(sys.maxsize)
+    fits = list(range(len(columns)))
+    while len(fits) > 1 and not chosen:
+        *whole, last = [widths[at] for at in fits]
+        if sum(whole) + 2 * len(whole) + min(last, 20) <= room:
+            break
+        fits.pop(0 if columns[fits[0]] == "id" and widths[0] + 22 > room else -1)
     for number, line in enumerate(table if columns else ()):
-        padded = [line[index] + " " * (widths[index] - _width(line[index])) for index in fits]
-        text = "  ".join(padded).rstrip()
-        text = _cut(text, room) if room else text
-        if invocation.is_colored():
-            text = _colored_states(columns, line, text) if number else f"\x1b[1m{text}\x1b[0m"
-        _write(text + "\n")
-    left_out = [table[0][index] for index in range(len(columns)) if index not in fits]
+        padded = [line[at] + " " * (widths[at] - _width(line[at])) for at in fits]
+        text = _cut("  ".join(padded).rstrip(), room)
+        is_bold = number == 0 and invocation.is_colored()
+        _write(f"\x1b[1m{text}\x1b[0m\n" if is_bold else text + "\n")
+    left_out = [table[0][at] for at in range(len(columns)) if at not in fits]
     if left_out and _is_terminal(sys.stderr):
         invocation.say(f"no room for {', '.join(left_out)}; -c chooses columns")
-
-
-def _columns_with_room(columns, widths, room):
-    """Return the indexes of those default columns that a terminal has room for.
-
-    Others go from the end, where 20 characters do; but an id that would be alone goes before."""
-    starts = [0, *itertools.accumulate(width + 2 for width in widths)]
-
-    def fitting(first):
-        ends = [start + min(width, 20) - starts[first] for start, width in zip(starts, widths)]
-        return [first, *(index for index in range(first + 1, len(widths)) if ends[index] <= room)]
-
-    fits = fitting(0)
-    return fitting(1) if len(columns) > len(fits) == 1 and columns[0] == "id" else fits
-
-
-def _colored_states(columns, line, text):
-    """Return a line with its states coloured, except stopped ones and words that are unknown."""
-    for name, state in zip(columns, line):
-        found = re.match(_STATES, state) if re.search(r"(?i)(?:state|status)\Z", name) else None
-        if found:
-            color = 30 + (found.lastindex or 0)
-            text = text.replace(f"  {state}", f"  \x1b[{color}m{state}\x1b[0m", 1)
-    return text
 
 
 _PRINTERS = {
