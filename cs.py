@@ -5368,7 +5368,6 @@ def _filtered(conditions, rows):
 
 _FIELD = r"\{\{|\}\}|\{([^{}]*)\}|[{}]"
 _ERROR_LINE = r'\s*(?:\{.*"error(?:code|text)"|<(?:!doctype|html)\b|CloudStack error: )'
-_HOLDS_ERROR = "standard input holds the answer of a call that failed; nothing was sent"
 _TABLE_HEADER = r"(?:id|name|[a-z][\w.]*(?:(?:,|  +)[a-z][\w.]*)+)\Z"
 
 
@@ -5451,52 +5450,52 @@ def _row_call(invocation, command, template, row):
 
 
 def _read_rows():
-    """Return the rows of standard input: JSON, one document or many, else its lines."""
+    """Return the rows of standard input: JSON, one document or many, else its lines.
+
+    Raises _Usage for what is no rows, such as the answer of a call that failed."""
     text = _read_value("--each", "-")
-    rows: list = []
-    if not re.match(r'\s*[\[{"]', text):
+    if re.match(r'\s*[\[{"]', text):
+        rows = _json_rows(text.strip())
+    else:
         rows = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
-        if any(re.match(_ERROR_LINE, row, re.IGNORECASE) for row in rows):
-            raise _Usage(_HOLDS_ERROR)
         if rows and re.match(_TABLE_HEADER, rows[0]):
             raise _Usage(f"standard input begins like a table, {_cut(rows[0], 60)!a}; use -o jsonl")
-        return rows
+    if any(map(_is_error, rows)):
+        raise _Usage("standard input holds the answer of a call that failed; nothing was sent")
+    return rows
 
-    text, index = text.strip(), 0
+
+def _json_rows(text):
+    """Return the rows of JSON documents: a list's, those of an answer that is a list, or itself.
+
+    Rows that an earlier --each did not send are unwrapped. Raises _Usage for other text."""
+    rows: list = []
+    index = 0
     while index < len(text):
         try:
             document, index = _JSON.raw_decode(text, index)
         except (ValueError, RecursionError):
             line = text.count("\n", 0, index) + 1
             raise _Usage(f"standard input, line {line}: not valid JSON") from None
-        rows += _rows_in(document)
+        is_answer = isinstance(document, dict) and len(document) == 2 and "count" in document
+        found = find_rows(document) if is_answer else None
+        rows += document if isinstance(document, list) else [document] if found is None else found
         while text[index : index + 1].isspace():
             index += 1
-    return rows
-
-
-def _rows_in(document):
-    """Return the rows of a JSON document: a list's, those of an answer that is a list, or itself.
-
-    Rows that an earlier --each did not send are unwrapped. Raises _Usage for an error answer."""
-    is_answer = isinstance(document, dict) and len(document) == 2 and "count" in document
-    found = find_rows(document) if is_answer else None
-    rows = document if isinstance(document, list) else [document] if found is None else found
-    rows = [
+    return [
         row["row"] if isinstance(row, dict) and row.get("unsent") is True and "row" in row else row
         for row in rows
     ]
-    if any(map(_is_error, rows)):
-        raise _Usage(_HOLDS_ERROR)
-    return rows
 
 
 def _is_error(row):
     """Return whether a row is a server's error, as it came or as --each has written it."""
-    bodies = [row] + (list(row.values()) if isinstance(row, dict) and len(row) == 1 else [])
-    for name in ("jobresult", "error"):
-        bodies += [body.get(name) for body in bodies if isinstance(body, dict)]
-    return any({"errorcode", "errortext"} & set(body) for body in bodies if isinstance(body, dict))
+    if isinstance(row, str):
+        return re.match(_ERROR_LINE, row, re.IGNORECASE)
+    bodies = dicts([row])
+    bodies += dicts(list(row.values())) if bodies and len(row) == 1 else []
+    bodies += dicts([body.get(name) for body in bodies for name in ("jobresult", "error")])
+    return any({"errorcode", "errortext"} & set(body) for body in bodies)
 
 
 class _Batch:
