@@ -5585,8 +5585,7 @@ class _Batch:
         self.counts[state] += 1
         progress.clear()
         try:
-            if not self.failure:
-                _write(_json_text({**line, "row": row}, None) + "\n", flush=True)
+            _write(_json_text({**line, "row": row}, None) + "\n", flush=True)
         except _OutputFailed as error:
             self.failure = error
         if self.failure and state != "unsent":

@@ -7927,18 +7927,14 @@ class RowsCase(CloudCase):
 
 
 class FormatsTest(RowsCase):
-    ROWS = [{"id": "1", "name": "web", "size": 9, "on": True,
-             "tags": [{"key": "a", "value": "1"}, {"key": "b", "value": "2"}],
-             "nic": [{"ipaddress": "10.0.0.1"}, {"ipaddress": "10.0.0.2"}]},
-            {"id": "2", "name": 'x"y,z', "size": 10, "on": False, "nic": []},
-            {"id": "3", "name": "tab\there\nline\\end\r", "size": None, "details": {"a": {"b": 1}}}]  # fmt: skip
+    ROWS = [{"id": "1", "name": "a\rb", "size": 9, "on": True}, {"id": "2", "name": 'x"y,z', "size": 10, "on": False},
+            {"id": "3", "name": "tab\there\nline\\end", "size": None}]  # fmt: skip
 
     def shown(self, *args):
         return self.good("listThings", *args)
 
     def test_the_option_beats_the_setting(self):
-        self.rows({"id": "1"}, times=4)
-        self.assertEqual([{"id": "1"}], json.loads(self.shown())["thing"])
+        self.rows({"id": "1"}, times=3)
         self.configure(output="Table")
         for expected, args in (("id\n1\n", []), ('{"id": "1"}\n', ["-o", "jsonl"]), ("id\r\n1\r\n", ["--output=CSV"])):
             self.assertEqual(expected, self.shown(*args))
@@ -7957,7 +7953,7 @@ class FormatsTest(RowsCase):
           ({"thing": WEB}, "-c state,nic.ip", "state    nic.ip\nRunning\n", "state,nic.ip\r\nRunning,\r\n",
            "Running\t\n", '{"nic.ip": null, "state": "Running"}\n'),
           ({"success": True}, "", "success\ntrue\n", "success\r\ntrue\r\n", "true\n", '{"success": true}\n'),
-          ({"thing": ["a", 7]}, "", "value\na\n7\n", "value\r\na\r\n7\r\n", "a\n7\n", '"a"\n7\n'),
+          ({"thing": ["a b", 7]}, "", "value\na b\n7\n", "value\r\na b\r\n7\r\n", "a b\n7\n", '"a b"\n7\n'),
           ({"thing": [{"id": "b", "n": [1, 2]}, {"id": "a"}]}, "-c id,n --sort id", "id  n\na\nb   1,2\n",
            'id,n\r\na,\r\nb,"1,2"\r\n', "a\t\nb\t1,2\n", '{"id": "a", "n": null}\n{"id": "b", "n": [1, 2]}\n'),
           # Nothing at all has a header only if the columns were chosen.
@@ -8021,7 +8017,7 @@ class FormatsTest(RowsCase):
             return re.sub(r"\\(.)", lambda found: {"t": "\t", "n": "\n", "r": "\r", "\\": "\\"}[found.group(1)], cell)
 
         line, names = ("-c", "id,name,size,on", "-o"), ["id", "name", "size", "on"]
-        cells = [["1", "web", "9", "true"], ["2", 'x"y,z', "10", "false"], ["3", "tab\there\nline\\end\r", "", ""]]
+        cells = [["1", "a\rb", "9", "true"], ["2", 'x"y,z', "10", "false"], ["3", "tab\there\nline\\end", "", ""]]
         self.rows(times=2)
         lines = self.shown(*line, "text").split("\n")
         self.assertEqual([*cells, [""]], [[read(cell) for cell in line.split("\t")] for line in lines])
@@ -8086,13 +8082,6 @@ class FormatsTest(RowsCase):
         self.reply(command, document)
         code, out, err = self.on_terminal(command, *args.split(), both=True)
         self.assertEqual((0, is_told), (code, out.endswith("no rows\n")))
-
-    @each("args", ["--all"], ["fetch_list=true"], ["--all", "pagesize=7"])
-    def test_all_is_fetch_list(self, args):
-        self.option(default_page_size=10)
-        for shape, header in ("text", 0), ("jsonl", 0), ("table", 1), ("csv", 1):
-            out = self.good("listVirtualMachines", "-o", shape, "-c", "name", *args)
-            self.assertEqual(32 + header, out.count("\n"), shape)
 
     def test_text_as_the_server_sent_it(self):
         self.cloud.script("getThing", Answer(200, "<r>\x1b</r>\n", {}))
@@ -10013,14 +10002,15 @@ class EachProcessTest(EachCase):
         self.assertEqual((5000, b"1 failed, 4999 unsent, of 5000 rows\n", 1), (out.count(b"\n"), err, child.wait()))
 
     @posix_only
-    @each("has_reader", True, False)
-    def test_a_signal_while_answers_are_awaited(self, has_reader):
+    @each("has_reader, command, state", (True, "updateThing", "unknown"), (False, "updateThing", "unknown"),
+          (True, "listThings", "failed"))
+    def test_a_signal_while_answers_are_awaited(self, has_reader, command, state):
         """Of commands without a job nobody knows what became. The reader of standard output may have got it, too."""
         release = threading.Event()
         self.addCleanup(release.set)
         self.option(scripted=lambda record: Answer(200, {"r": {"x": release.wait(20)}}))
         self.configure(recover="false")
-        child = self.start("123", "updateThing", "x={}", "--each", "--parallel", "2")
+        child = self.start("123", command, "x={}", "--each", "--parallel", "2")
         until(lambda: len(self.asked) == 2, "two requests")
         if not has_reader:
             child.stdout.close()
@@ -10029,9 +10019,9 @@ class EachProcessTest(EachCase):
         err = child.stderr.read().decode("utf-8")
         self.assertEqual((130, 2), (child.wait(), len(self.asked)), err)
         *lines, told = err.splitlines()
-        self.assertEqual("Interrupted: 2 unknown, 1 unsent, of 3 rows", told)
+        self.assertEqual(f"Interrupted: 2 {state}, 1 unsent, of 3 rows", told)
         self.assertEqual([] if has_reader else ["row 1: unknown", "row 2: unknown"], sorted(lines))
-        lost = {"error": {"message": "interrupted"}, "outcome_unknown": True}
+        lost = {"error": {"message": "interrupted"}, "outcome_unknown": state == "unknown"}
         expected = [dict(lost, row="1"), dict(lost, row="2"), {"row": "3", "unsent": True}]
         self.assertEqual(expected if has_reader else [], sorted(self.lines(out), key=lambda line: line["row"]))
 
