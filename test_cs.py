@@ -8239,19 +8239,16 @@ class TableTest(RowsCase):
         self.assertEqual(lines, self.table("listThings", *args.split(), columns=42))
 
     def test_without_a_terminal_nothing_is_cut(self):
-        self.rows({"id": "1", "name": "x" * 3000, "state": "Running"}, {"id": "22", "name": "n", "state": "宽"})
+        self.rows({"id": "1", "name": "x" * 3000}, {"id": "22", "name": "宽"})
         with mock.patch.dict(os.environ, COLUMNS="40"):
-            out = self.good("listThings", "-o", "table")
-        gap = " " * 2998
-        self.assertEqual(f"id  name{gap}state\n1   {'x' * 3000}  Running\n22  n   {gap}宽\n", out)
+            self.assertEqual(f"id  name\n1   {'x' * 3000}\n22  宽\n", self.good("listThings", "-o", "table"))
 
     def test_wide_and_combining_characters(self):
         names = ["ascii", "日本語", "日本語の長い名前のマシン", "e\u0301te\u0301", "🙂🚀", "한국어", "ｆｕｌｌ",
                  "zürich", "\u0e19\u0e49\u0e33"]
-        for shape in (self.table, lambda *args: self.good(*args + ("-o", "table")).splitlines()):
-            self.rows(*[{"id": "1", "name": name, "state": "|"} for name in names])
-            header, *lines = shape("listThings")
-            self.assertEqual({header.index("state")}, {columns_of(line[: line.index("|")]) for line in lines}, lines)
+        self.rows(*[{"id": "1", "name": name, "state": "|"} for name in names])
+        header, *lines = self.table("listThings")
+        self.assertEqual({header.index("state")}, {columns_of(line[: line.index("|")]) for line in lines}, lines)
 
     @each("text", "x" * 100000, "字" * 100000, "e\u0301" * 100000)
     def test_a_huge_cell(self, text):
@@ -9607,13 +9604,14 @@ class WhereTest(RowsCase):
           ("tags.key=env", "13"), ("tags.key!=env", "2"), ("tags.value~^w", "1"), ("tags=", "2"),
           ("tags.1.key=role", "1"), ("nic.ip=b", "1"), ("nic.ip!=b", "23"), ("details.cpu>3", "2"),
           ("details~cpu", "2"),
+          ("tags.key=env & name~web", "1"), ("tags.key=env & name~web & size<5", ""),  # all of them must hold
           # Dates are texts; units and versions have numbers; but only what is the same is equal.
           ("when<2026", "3"), ("when>2025", "13"), ("when<2026-01-01", "3"), ("when>=2026-01", "1"), ("name<M", "3"),
           ("used>80", "23"), ("used<=87.3%", "12"), ("used=87.3", ""), ("used=87.30%", "2"),
           ("mem>=48", "23"), ("mem<48 gb", "1"), ("mem>48.0GB", "3"), ("v>=4.20", "23"), ("v<4.20", "1"),
           ("v<=4.20.0", "12"), ("v>4.9", "123"), ("v=4.20", ""), ("v>4", "123"))  # fmt: skip
     def test_a_condition(self, condition, ids):
-        self.assertEqual((ids, ""), self.met(condition))
+        self.assertEqual((ids, ""), self.met(*condition.split(" & ")))
 
     @each("condition, ids, odd", ("size>x", "", "2048"), ("size<=x", "", "2048"), ("n>999", "12", "x"),
           ("n<x", "", "2048"), ("n>=x", "3", "2048"), ("mem>48 MHz", "", "9.50 GB"), ("v>x", "", None),
@@ -9622,10 +9620,6 @@ class WhereTest(RowsCase):
         column, sign, wanted = re.split("([<>]=?)", condition)
         told = f"--where: {odd!r} does not compare: '{column} {sign} {wanted}'\n" if odd else ""
         self.assertEqual((ids, told), self.met(condition))
-
-    def test_all_of_them_must_hold(self):
-        self.assertEqual(("1", ""), self.met("tags.key=env", "name~web"))
-        self.assertEqual(("", ""), self.met("tags.key=env", "name~web", "size<5"))
 
     @each("condition, told", *[(text, f"--where {text!r}: it should be COLUMN=VALUE") for text in (
         "", "name", "=x", " =x", "name!x", "!=x", "~x", "name>", "name<= ")],
