@@ -4122,16 +4122,11 @@ def _report_unwritten(error):
 # Columns that come first in a table, in this order.
 _PREFERRED = (
     "id jobid name state status allocationstate jobstatus type zonename account username"
-    " nic.ipaddress ipaddress cidr hostname cpunumber memory size templatename serviceofferingname"
+    " nic ipaddress cidr hostname cpunumber memory size templatename serviceofferingname"
     " virtualmachinename vmname key value resourcetypename resourcetype max cmd level success"
     " displayname displaytext description created".split()
 )
 _MOST_COLUMNS = 8
-_STATES = (  # the groups are red, green and yellow
-    r"(?i)(?:(alert|down|disconnected|fault|\w*error\w*|\w*fail\w*)"
-    r"|(running|enabled|allocated|ready|up|implemented|connected|active|backedup)"
-    r"|(\w+ing|\w*maintenance))\Z"
-)
 
 
 class _OutputFailed(Exception):
@@ -4167,14 +4162,11 @@ def _write_line(text):
 def _json_text(document, indent=2):
     """Return JSON as it is printed.
 
-    Characters that a terminal must not see, or that standard output cannot show, are \\uXXXX."""
-    text = jsonlib.dumps(document, indent=indent, sort_keys=True, ensure_ascii=False)
-    text = re.sub(_UNPRINTABLE, lambda found: jsonlib.dumps(found.group())[1:-1], text)
-    try:
-        text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        text = jsonlib.dumps(document, indent=indent, sort_keys=True)
-    return text
+    Characters that a terminal must not see are \\uXXXX; if standard output cannot show all others,
+    so are all that are not ASCII."""
+    is_ascii = not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    text = jsonlib.dumps(document, indent=indent, sort_keys=True, ensure_ascii=is_ascii)
+    return re.sub(_UNPRINTABLE, lambda found: jsonlib.dumps(found.group())[1:-1], text)
 
 
 def _highlighted(text, theme):
@@ -4200,8 +4192,7 @@ class _Rows:
     def __init__(self, answer):
         self.answer, self.count = answer, None
         fields = answer if isinstance(answer, dict) else {}
-        found = find_rows({} if answer in (None, "") else answer)
-        found = answer if isinstance(answer, list) else found
+        found = answer if isinstance(answer, list) else find_rows(answer or {})
         self.is_list = found is not None
         if not self.is_list:
             found = dicts(list(fields.values()) if len(fields) == 1 else []) or [answer]
@@ -4324,17 +4315,17 @@ def _default_columns(invocation, rows, is_complete=False):
     if is_complete or not fields:
         present.update(dict.fromkeys(key for row in objects for key in row))
         nested.update(key for row in objects for key in row if isinstance(row[key], (dict, list)))
-    columns = [path for path in _PREFERRED if path.partition(".")[0] in present]
-    rest = [key for key in present if key not in columns]
+    columns = [name for name in _PREFERRED if name in present]
+    columns += [name for name in present if name not in columns]
     if is_complete:
-        return [path for path in columns if "." not in path] + rest or ["value"]
+        return columns or ["value"]
 
-    unwanted = {"ipaddress"} if "nic" in present else set()  # nic.ipaddress is the same, and all
+    if "nic" in present:  # nic.ipaddress is the same as ipaddress, and all
+        nested.add("ipaddress")
+        columns[columns.index("nic")] = "nic.ipaddress"
     if "jobstatus" in present and "cmd" not in present:  # of the job that made it, no job itself
-        unwanted |= {"jobid", "jobstatus"}
-    columns = [path for path in columns if path not in unwanted]
-    columns += [key for key in rest if key not in nested]
-    return columns[:_MOST_COLUMNS] or ["value"]
+        nested.update(["jobid", "jobstatus"])
+    return [name for name in columns if name not in nested][:_MOST_COLUMNS] or ["value"]
 
 
 def _near(name, names, most=3):
@@ -4461,47 +4452,26 @@ def _one_line(text):
 def _print_table(invocation, rows, chosen):
     """Print aligned columns under a header.
 
-    On a terminal, default columns that do not fit are left out, which is said; a line that is too
-    long all the same is cut. Elsewhere nothing is."""
+    On a terminal, default columns that do not fit are left out, which is said: an id that leaves
+    no 20 characters to others, then those at the end. A line that is still too long is cut."""
     columns = chosen or (_default_columns(invocation, rows) if rows.rows else [])
     table = [list(map(_one_line, cells)) for cells in [columns, *_cells(rows, columns)]]
     widths = [max(map(_width, cells)) for cells in zip(*table)]
-    room = _terminal_width(None)
-    fits = _columns_with_room(columns, widths, room) if room and not chosen else range(len(columns))
+    room = _terminal_width(sys.maxsize)
+    fits = list(range(len(columns)))
+    while len(fits) > 1 and not chosen:
+        *whole, last = [widths[at] for at in fits]
+        if sum(whole) + 2 * len(whole) + min(last, 20) <= room:
+            break
+        fits.pop(0 if columns[fits[0]] == "id" and widths[0] + 22 > room else -1)
     for number, line in enumerate(table if columns else ()):
-        padded = [line[index] + " " * (widths[index] - _width(line[index])) for index in fits]
-        text = "  ".join(padded).rstrip()
-        text = _cut(text, room) if room else text
-        if invocation.is_colored():
-            text = _colored_states(columns, line, text) if number else f"\x1b[1m{text}\x1b[0m"
-        _write(text + "\n")
-    left_out = [table[0][index] for index in range(len(columns)) if index not in fits]
+        padded = [line[at] + " " * (widths[at] - _width(line[at])) for at in fits]
+        text = _cut("  ".join(padded).rstrip(), room)
+        is_bold = number == 0 and invocation.is_colored()
+        _write(f"\x1b[1m{text}\x1b[0m\n" if is_bold else text + "\n")
+    left_out = [table[0][at] for at in range(len(columns)) if at not in fits]
     if left_out and _is_terminal(sys.stderr):
         invocation.say(f"no room for {', '.join(left_out)}; -c chooses columns")
-
-
-def _columns_with_room(columns, widths, room):
-    """Return the indexes of those default columns that a terminal has room for.
-
-    Others go from the end, where 20 characters do; but an id that would be alone goes before."""
-    starts = [0, *itertools.accumulate(width + 2 for width in widths)]
-
-    def fitting(first):
-        ends = [start + min(width, 20) - starts[first] for start, width in zip(starts, widths)]
-        return [first, *(index for index in range(first + 1, len(widths)) if ends[index] <= room)]
-
-    fits = fitting(0)
-    return fitting(1) if len(columns) > len(fits) == 1 and columns[0] == "id" else fits
-
-
-def _colored_states(columns, line, text):
-    """Return a line with its states coloured, except stopped ones and words that are unknown."""
-    for name, state in zip(columns, line):
-        found = re.match(_STATES, state) if re.search(r"(?i)(?:state|status)\Z", name) else None
-        if found:
-            color = 30 + (found.lastindex or 0)
-            text = text.replace(f"  {state}", f"  \x1b[{color}m{state}\x1b[0m", 1)
-    return text
 
 
 _PRINTERS = {
@@ -5324,6 +5294,7 @@ def _in_place(rows, given):
 _CONDITION = r"([^=!<>~]+)(!=|<=|>=|=?~|==?|[<>])(.*)\Z"
 _ORDERS = {"<": (-1,), "<=": (-1, 0), ">": (1,), ">=": (0, 1)}  # what comparing may give
 _NUMBER = r"(-?[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?)(?: ?(%|[kmgtp]?i?b|[kmg]?hz|m?s))?\Z"
+_DATE = r"(?m)^[0-9]{4}-[0-9]{2}(?![0-9])"
 _VERSION = r"v?([0-9]{1,9}(?:\.[0-9]{1,9})*)(?:[-+/].*)?\Z"  # an address, too
 
 
@@ -5391,13 +5362,12 @@ def _order(text, other):
     one, two = _order_key(text), _order_key(other)
     if 1 in (one[0], two[0]):
         one, two = _order_key(text, True), _order_key(other, True)
-    first, second = one[2], two[2]
-    if one[0] != two[0]:
-        is_date = re.search(r"(?m)^[0-9]{4}-[0-9]{2}(?![0-9])", f"{text}\n{other}")
-        if 0 in (one[0], two[0]) and not is_date:
-            return None  # 7 and "many"; a year and a date are compared as texts
+    (kind, unit, first, _), (other_kind, other_unit, second, _) = one, two
+    if kind != other_kind:  # a year and a date are compared as texts
+        if 0 in (kind, other_kind) and not re.search(_DATE, f"{text}\n{other}"):
+            return None  # 7 and "many"
         first, second = text.lower(), other.lower()
-    elif one[1] != two[1] and one[1] and two[1]:
+    elif unit and other_unit and unit != other_unit:
         return None  # GB and MHz
     return (first > second) - (first < second)
 
@@ -5411,7 +5381,6 @@ def _filtered(conditions, rows):
 
 _FIELD = r"\{\{|\}\}|\{([^{}]*)\}|[{}]"
 _ERROR_LINE = r'\s*(?:\{.*"error(?:code|text)"|<(?:!doctype|html)\b|CloudStack error: )'
-_HOLDS_ERROR = "standard input holds the answer of a call that failed; nothing was sent"
 _TABLE_HEADER = r"(?:id|name|[a-z][\w.]*(?:(?:,|  +)[a-z][\w.]*)+)\Z"
 
 
@@ -5434,7 +5403,7 @@ def _carry_out_each(invocation, words):
     if len(words) > 1 and "=" not in words[1]:
         words = _join_command(invocation, words)
     template = _parse_parameters(words[1:])
-    given = _read_rows(invocation)
+    given = _read_rows()
     for name in [condition.column for condition in invocation.conditions if given]:
         if _is_missing(name, given):  # != would hold for all of them
             raise _Usage(f"--where: {_no_such_column(name, _field_names(given))}")
@@ -5493,55 +5462,53 @@ def _row_call(invocation, command, template, row):
     return _check_call(invocation, values, [command])
 
 
-def _read_rows(invocation):
-    """Return the rows of standard input: JSON, one document or many, else its lines."""
-    if _is_terminal(sys.stdin):
-        invocation.say("Type the rows, then Ctrl-D")
+def _read_rows():
+    """Return the rows of standard input: JSON, one document or many, else its lines.
+
+    Raises _Usage for what is no rows, such as the answer of a call that failed."""
     text = _read_value("--each", "-")
-    rows: list = []
-    if not re.match(r'\s*[\[{"]', text):
+    if re.match(r'\s*[\[{"]', text):
+        rows = _json_rows(text.strip())
+    else:
         rows = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
-        if any(re.match(_ERROR_LINE, row, re.IGNORECASE) for row in rows):
-            raise _Usage(_HOLDS_ERROR)
         if rows and re.match(_TABLE_HEADER, rows[0]):
             raise _Usage(f"standard input begins like a table, {_cut(rows[0], 60)!a}; use -o jsonl")
-        return rows
+    if any(map(_is_error, rows)):
+        raise _Usage("standard input holds the answer of a call that failed; nothing was sent")
+    return rows
 
-    text, index = text.strip(), 0
+
+def _json_rows(text):
+    """Return the rows of JSON documents: a list's, those of an answer that is a list, or itself.
+
+    Rows that an earlier --each did not send are unwrapped. Raises _Usage for other text."""
+    rows: list = []
+    index = 0
     while index < len(text):
         try:
             document, index = _JSON.raw_decode(text, index)
         except (ValueError, RecursionError):
             line = text.count("\n", 0, index) + 1
             raise _Usage(f"standard input, line {line}: not valid JSON") from None
-        rows += _rows_in(document)
+        is_answer = isinstance(document, dict) and len(document) == 2 and "count" in document
+        found = find_rows(document) if is_answer else None
+        rows += document if isinstance(document, list) else [document] if found is None else found
         while text[index : index + 1].isspace():
             index += 1
-    return rows
-
-
-def _rows_in(document):
-    """Return the rows of a JSON document: a list's, those of an answer that is a list, or itself.
-
-    Rows that an earlier --each did not send are unwrapped. Raises _Usage for an error answer."""
-    is_answer = isinstance(document, dict) and len(document) == 2 and "count" in document
-    found = find_rows(document) if is_answer else None
-    rows = document if isinstance(document, list) else [document] if found is None else found
-    rows = [
+    return [
         row["row"] if isinstance(row, dict) and row.get("unsent") is True and "row" in row else row
         for row in rows
     ]
-    if any(map(_is_error, rows)):
-        raise _Usage(_HOLDS_ERROR)
-    return rows
 
 
 def _is_error(row):
     """Return whether a row is a server's error, as it came or as --each has written it."""
-    bodies = [row] + (list(row.values()) if isinstance(row, dict) and len(row) == 1 else [])
-    for name in ("jobresult", "error"):
-        bodies += [body.get(name) for body in bodies if isinstance(body, dict)]
-    return any({"errorcode", "errortext"} & set(body) for body in bodies if isinstance(body, dict))
+    if isinstance(row, str):
+        return re.match(_ERROR_LINE, row, re.IGNORECASE)
+    bodies = dicts([row])
+    bodies += dicts(list(row.values())) if bodies and len(row) == 1 else []
+    bodies += dicts([body.get(name) for body in bodies for name in ("jobresult", "error")])
+    return any({"errorcode", "errortext"} & set(body) for body in bodies)
 
 
 class _Batch:
@@ -5552,17 +5519,10 @@ class _Batch:
     def __init__(self, invocation, rows, calls):
         self.invocation, self.rows, self.calls = invocation, rows, calls
         self.todo = collections.deque(range(len(rows)))
-        self.tasks: list = []
-        self.is_over = False  # no more calls are begun
-        self.counts: Any = collections.Counter()
+        self.counts: Any = collections.Counter()  # of the rows in each state
         self.sent: list = []  # an item for each request of a row
         self.jobids: list = []  # of jobs that may still run
         self.failure: Any = None  # of standard output
-        self.most = min(int(invocation.options["parallel"] or 10), 128, len(rows))
-        trace = invocation.options["trace"] or invocation.client.trace
-        settings = {**invocation.settings, "concurrency": self.most, "trace": trace}
-        self.client = AIOCloudStack(**settings)
-        self.client.on_event = self.observe
 
     def run(self):
         """Make the calls and write the account. Returns whether all succeeded.
@@ -5570,18 +5530,23 @@ class _Batch:
         Raises KeyboardInterrupt after a signal, _OutputFailed."""
         import asyncio
 
-        interrupts = self.invocation.interrupts
+        invocation, interrupts = self.invocation, self.invocation.interrupts
+        most = min(int(invocation.options["parallel"] or 10), 128, len(self.rows))
+        trace = invocation.options["trace"] or invocation.client.trace
+        client = AIOCloudStack(**{**invocation.settings, "trace": trace})
+        client.on_event = self.observe
         loop = asyncio.new_event_loop()  # asyncio.run does not exist in 3.6
-        interrupts.on_first = lambda: self.stop(loop)
-        self.invocation.client.close()  # it has looked up names
-        self.invocation.client = self.client  # to be closed after the account
-        self.tasks = [asyncio.ensure_future(self.work(), loop=loop) for _ in range(self.most)]
-        loop.run_until_complete(asyncio.wait(self.tasks))
-        was_interrupted = interrupts.is_over
-        interrupts.is_over = True
+        tasks: list = []
+        interrupts.on_first = lambda: [loop.call_soon_threadsafe(task.cancel) for task in tasks]
+        invocation.client.close()  # it has looked up names
+        invocation.client = client  # to be closed after the account
+        invocation.progress.show(self.counted())
+        tasks += [asyncio.ensure_future(self.work(client), loop=loop) for _ in range(most)]
+        loop.run_until_complete(asyncio.wait(tasks))
+        was_interrupted, interrupts.is_over = interrupts.is_over, True
         loop.close()
         self.account("Interrupted: " if was_interrupted else "")
-        for task in self.tasks:
+        for task in tasks:
             if not task.cancelled():
                 task.result()  # raises, if there is a bug
         if was_interrupted:
@@ -5590,69 +5555,60 @@ class _Batch:
             raise self.failure
         return self.counts["done"] == len(self.rows)
 
-    def stop(self, loop):
-        """Begin no more calls and cancel those under way; a signal's handler."""
-        self.is_over = True
-        for task in self.tasks:
-            loop.call_soon_threadsafe(task.cancel)
-
     def observe(self, event):
         """Count the rows' own requests, but no log-in and no poll; the client's on_event."""
         if isinstance(event, Sent) and self.calls[0].command in event.request.params.values():
             self.sent.append(None)
 
-    async def work(self):
-        """Make one call after another."""
-        while self.todo and not self.is_over:
-            number, before = self.todo.popleft(), len(self.sent)
-            self.invocation.progress.show(self.counted())
-            try:
-                answer = await self.calls[number].make(self.client)
-                state, line = "done", {"result": answer}
-                if not _tells_success(answer):
-                    state, line = "failed", {"error": answer, "outcome_unknown": False}
-            except BaseException as error:  # CancelledError, too
-                was_sent = len(self.sent) > before  # or another was meanwhile
-                state, line = self.read_failure(self.calls[number], error, was_sent)
-            self.note(number, state, line)
-            if state != "done" and self.invocation.options["stop-on-error"]:
-                self.is_over = True
+    async def work(self, client):
+        """Make one call after another, until nothing more is to be begun."""
+        while self.todo and not (self.failure or self.invocation.interrupts.is_over):
+            has_failed = sum(self.counts.values()) > self.counts["done"]
+            if has_failed and self.invocation.options["stop-on-error"]:
+                break
+            number = self.todo.popleft()
+            self.note(number, *await self.make(client, self.calls[number]))
 
-    def read_failure(self, call, error, was_sent):
-        """Return what became of a call that raised, and what its line says."""
-        said = dict(_server_error(error) or {"message": _sentence(error) or "interrupted"})
-        jobid = getattr(error, "jobid", None)
-        if not was_sent or (getattr(error, "unsent", False) and not jobid):
-            return "unsent", {"error": said, "unsent": True}
-        if jobid:
-            said["jobid"] = jobid
-        if getattr(error, "job_failed", False):
-            left = _left_behind(call, error)
-            said.update({"left_behind": left} if left else {})
-        elif jobid or getattr(error, "outcome_unknown", not only_reads(call.command)):
-            self.jobids += [jobid] if jobid else []
-            return "unknown", {"error": said, "outcome_unknown": True}
-        return "failed", {"error": said, "outcome_unknown": False}
+    async def make(self, client, call):
+        """Make a call. Returns what became of it, a state, and what its row's line says."""
+        before = len(self.sent)
+        try:
+            answer = await call.make(client)
+            if _tells_success(answer):
+                return "done", {"result": answer}
+            return "failed", {"error": answer, "outcome_unknown": False}
+        except BaseException as error:  # CancelledError, too
+            said = dict(_server_error(error) or {"message": _sentence(error) or "interrupted"})
+            jobid = getattr(error, "jobid", None)
+            was_sent = len(self.sent) > before  # or another was meanwhile
+            if not was_sent or (getattr(error, "unsent", False) and not jobid):
+                return "unsent", {"error": said, "unsent": True}
+            said.update({"jobid": jobid} if jobid else {})
+            if getattr(error, "job_failed", False):
+                left = _left_behind(call, error)
+                said.update({"left_behind": left} if left else {})
+            elif jobid or getattr(error, "outcome_unknown", not only_reads(call.command)):
+                self.jobids += [jobid] if jobid else []
+                return "unknown", {"error": said, "outcome_unknown": True}
+            return "failed", {"error": said, "outcome_unknown": False}
 
     def note(self, number, state, line):
         """Write a row's line; on standard error no more than its number once output is broken."""
+        row, progress = self.rows[number], self.invocation.progress
         self.counts[state] += 1
-        self.invocation.progress.clear()
+        progress.clear()
         try:
-            if not self.failure:
-                _write(_json_text({**line, "row": self.rows[number]}, None) + "\n", flush=True)
+            _write(_json_text({**line, "row": row}, None) + "\n", flush=True)
         except _OutputFailed as error:
-            self.failure, self.is_over = error, True
+            self.failure = error
         if self.failure and state != "unsent":
-            write_stderr(f"row {number + 1}{_label(self.rows[number])}: {state}")
-        self.invocation.progress.show(self.counted())
+            write_stderr(f"row {number + 1}{_label(row)}: {state}")
+        progress.show(self.counted())
 
     def counted(self):
-        """Return a text such as: 5 done, 1 failed, 4 running, of 16 rows."""
-        running = len(self.rows) - len(self.todo) - sum(self.counts.values())
-        counts = self.counts + collections.Counter(running=running)
-        texts = [f"{count} {state}" for state, count in sorted(counts.items())]
-        return ", ".join([*texts, f"of {len(self.rows)} rows"])
+        """Return a text such as: 5 done, 1 failed, of 16 rows."""
+        texts = [f"{count} {state}" for state, count in sorted(self.counts.items())]
+        return f"{', '.join(texts) or '0 done'}, of {len(self.rows)} rows"
 
     def account(self, front):
         """Write the rows whose calls were never begun, and say how many came to what."""
