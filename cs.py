@@ -5403,6 +5403,8 @@ def _carry_out_each(invocation, words):
     if len(words) > 1 and "=" not in words[1]:
         words = _join_command(invocation, words)
     template = _parse_parameters(words[1:])
+    if _is_terminal(sys.stdin):
+        invocation.say("Type the rows, then Ctrl-D")
     given = _read_rows()
     for name in [condition.column for condition in invocation.conditions if given]:
         if _is_missing(name, given):  # != would hold for all of them
