@@ -938,7 +938,8 @@ class Cloud:
         return self.users[name]
 
     def _zone(self, name):
-        zone = self.add("zone", name, networktype="Advanced", allocationstate="Enabled", tags=[])
+        zone = self.add("zone", name, networktype="Advanced", internaldns1="10.0.0.53", allocationstate="Enabled",
+                        tags=[])
         for number in (1, 2, 3):
             self.add("host", f"{name}-kvm-{number}", in_zone(zone), state="Up", type="Routing", hypervisor="KVM",
                      memorytotal=1 << 39, created=FURNISHED, ipaddress=f"10.0.{len(self.tables['zone'])}.{number}")
