@@ -5036,7 +5036,7 @@ def _text_without_section(path, region):
     Raises _Usage if the file has the section, which a person may have edited; ValueError for a
     broken file."""
     try:
-        text = _read_text(path)
+        text = _read_text(path).rstrip("\n")
     except FileNotFoundError:
         return ""
     for number, line in enumerate(text.split("\n"), 1):
@@ -5044,7 +5044,6 @@ def _text_without_section(path, region):
             hint = "edit it there, or give another name with --region"
             raise _Usage(f"[{region}] stands in {path}, line {number}; {hint}")
     parse_section(path, text, region)
-    text = text.rstrip("\n")
     return text + "\n\n" if text else ""
 
 

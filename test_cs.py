@@ -581,13 +581,9 @@ class JumpingCase(unittest.TestCase):
             return outcome
 
         for patch in (mock.patch.object(cs.AIOCloudStack, "_send", in_worker),
-                      mock.patch.object(cs, "_clock", lambda: self.loop.time()),
-                      mock.patch.object(cs, "_random", lambda: 1.0)):
+                      mock.patch.multiple(cs, _clock=lambda: self.loop.time(), _random=lambda: 1.0)):
             patch.start()
             self.addCleanup(patch.stop)
-
-    def server(self, params):
-        raise NotImplementedError
 
     def client(self, **settings):
         return cs.AIOCloudStack(**dict({"endpoint": ENDPOINT, "key": "key1", "secret": "secret1"}, **settings))
