@@ -5013,7 +5013,6 @@ def _configure(invocation):
     for name in ("endpoint", "key", "secret"):
         section += f"{name} = {_ask(name).replace('%', '%%')}\n"
     client = invocation.client = CloudStack(**parse_section(path, text + section, region))
-    client.check()
     client.on_event = invocation.observe
     invocation.say("Trying them; nothing is written if they do not work.")
     if not _fetch_catalog(invocation, is_needed=False):  # it says what came of it

@@ -9098,6 +9098,7 @@ class ConfigureTest(CloudCase):
     def test_what_does_not_work_is_not_written(self, answers, code, says):
         self.ini(self.LAB)
         self.configure(timeout="1")
+        self.say_error("listApis", 401, "CANARY is wrong")
         err = self.asking(code, answers=[given or usual for given, usual in zip(answers, self.answers)] + ["table"])
         self.assertHolds(err, "nothing is written", says)
         self.assertLacks(err, "CANARY", "They work", "Output format")
@@ -10183,7 +10184,7 @@ class TypedShellTest(CloudCase):
         for typed, expected in (
                 ("listZ\t-o te\t", b"command=listZones"), ("hel\tlistZ\t", b"Lists zones."),
                 ("listZones -r lab:\t", b"command=listZones"), ("us\tlab:t\t", b"cs lab:two"),
-                ("list listZ\t", b"Lists zones."), ("set outp\ttab\t", b"set output table"),
+                ("list listZ\t", b"Lists zones."), ("set colo\tnev\t", b"set color never"),
                 ("listZones avail\ttrue", b"available=true"),
                 ("stopVirtualMachine id=web-0\t1\t", b"id=" + machine.encode())):  # by its name
             self.enter(shell, typed, expected)
@@ -10211,6 +10212,7 @@ class TypedShellTest(CloudCase):
         shell, other = self.start(), self.start()
         self.enter(other, "listHosts -q", b"")
         self.enter(shell, "updateUser id=1 password=geheim", b"cs: ")
+        self.enter(shell, "listZones -q name=" + self.cloud.secret, b"")
         self.enter(shell, "  ", b"")
         self.enter(shell, "\x10", b"'998' ")  # Ctrl-P, where no arrow is known: the one before
         self.enter(shell, "listZones nix", b"name=value")
