@@ -4976,16 +4976,15 @@ _QUESTIONS = {
                  "Please type a full URL, such as https://host/client/api"),
     "key": ("API key: ", ".", "Nothing was typed"),
     "secret": ("Secret key (not shown): ", ".", "Nothing was typed"),
-    "save": ("Save them all the same? [y/N] ", "", ""),
-    "output": ("Output format, table or json [json]: ", rf"(?i)(?:{'|'.join(FORMATS)})\Z",
+    "output": ("Output format, table or json [json]: ", rf"(?i)(?:{'|'.join(FORMATS)}|)\Z",
                f"It is one of {', '.join(FORMATS)}"),
 }  # fmt: skip
 
 
 def _configure(invocation):
-    """Ask for a section, try it, add it to ~/.cloudstack.ini (--configure).
+    """Ask for a section, try it, add it to ~/.cloudstack.ini (--configure). Returns True.
 
-    Returns whether it was written."""
+    Nothing is written if the server cannot be asked, or refuses the credentials."""
     options = invocation.options
     region = options["region"] or os.environ.get(_PREFIX + "REGION") or _DEFAULT_REGION
     if not re.match(r"[^\[\]\s][^\[\]\r\n]*\Z", region) or region == "DEFAULT":
@@ -4996,11 +4995,14 @@ def _configure(invocation):
     section = f"[{region}]\n"
     for name in ("endpoint", "key", "secret"):
         section += f"{name} = {_ask(name).replace('%', '%%')}\n"
-    if not _works(invocation, parse_section(path, text + section, region)):
-        if _ask("save").lower() not in ("y", "yes"):
-            invocation.say("Nothing was written.")
-            return False
-    section += f"output = {_ask('output', 'json')}\n"
+    client = invocation.client = CloudStack(**parse_section(path, text + section, region))
+    client.on_event = invocation.observe
+    invocation.say("Trying them; nothing is written if they do not work.")
+    if not _fetch_catalog(invocation, is_needed=False):  # it says what came of it
+        client.listCapabilities()  # a call that every role may make
+    invocation.say("They work.")
+    section += f"output = {_ask('output') or 'json'}\n"
+
     text = _text_without_section(path, region)  # as it is now: others may have written to it
     try:
         _write_private(path, text + section)
@@ -5016,7 +5018,7 @@ def _text_without_section(path, region):
     Raises _Usage if the file has the section, which a person may have edited; ValueError for a
     broken file."""
     try:
-        text = _read_text(path)
+        text = _read_text(path).rstrip("\n")
     except FileNotFoundError:
         return ""
     for number, line in enumerate(text.split("\n"), 1):
@@ -5024,14 +5026,11 @@ def _text_without_section(path, region):
             hint = "edit it there, or give another name with --region"
             raise _Usage(f"[{region}] stands in {path}, line {number}; {hint}")
     parse_section(path, text, region)
-    text = text.rstrip("\n")
     return text + "\n\n" if text else ""
 
 
-def _ask(name, otherwise=None):
-    """Ask a person until the answer makes sense; otherwise: what no answer means.
-
-    Raises _Usage without one."""
+def _ask(name):
+    """Ask a person until the answer makes sense. Raises _Usage if there is none."""
     question, pattern, complaint = _QUESTIONS[name]
     while True:
         try:
@@ -5045,29 +5044,11 @@ def _ask(name, otherwise=None):
                 answer = sys.stdin.readline()
         except (AttributeError, EOFError):  # no standard input, or Ctrl-D
             answer = ""
-        if not answer and otherwise is None:
+        if re.match(pattern, answer.strip()):
+            return answer.strip()
+        if not answer:
             raise _Usage(f"no answer to '{question.strip()}'; nothing was written")
-        answer = answer.strip() or otherwise or ""
-        if re.match(pattern, answer):
-            return answer
         write_stderr(f"  {complaint}; or press Ctrl-C to end")
-
-
-def _works(invocation, settings):
-    """Try settings by fetching the list of commands, or by a call that every role may make.
-
-    Raises ValueError if they cannot be used."""
-    client = invocation.client = CloudStack(**settings)
-    client.check()
-    client.on_event = invocation.observe
-    try:
-        if not _fetch_catalog(invocation, is_needed=False):  # it says what came of it
-            client.listCapabilities()
-    except CloudStackException as error:
-        write_stderr(f"They do not work: {invocation.masked(_sentence(error))}")
-        return False
-    invocation.say("They work.")
-    return True
 
 
 # 8.7 Names for ids.
@@ -5649,13 +5630,11 @@ def _is_at_terminal():
 class _Shell:
     """Carries out one line after another (--shell)."""
 
-    ENDS = (_OutputFailed, KeyboardInterrupt)  # what ends a script
-
     def __init__(self, options):
         self.options = {**options, "shell": None}  # they hold for every line
         self.clients = {}
         self.readline: Any = None
-        self.history = None  # its path
+        self.history = ""  # its path
 
     def run(self):
         """Carry out the lines. Returns the first failure, or True.
@@ -5663,6 +5642,7 @@ class _Shell:
         At a terminal each failure has been seen, so it always returns True, and Ctrl-C ends only
         the line; elsewhere Ctrl-C ends them all."""
         is_typed = _is_at_terminal()
+        ends = _OutputFailed if is_typed else (_OutputFailed, KeyboardInterrupt)
         first = True
         try:
             for number, line in enumerate(self._typed_lines() if is_typed else _piped_lines(), 1):
@@ -5670,13 +5650,13 @@ class _Shell:
                 if line in ("exit", "quit"):
                     break
                 place = "" if is_typed else f"line {number}: "
-                invocation = _Invocation(dict(self.options), self.clients, place)
+                invocation = _Invocation(self.options, self.clients, place)
                 outcome = _attempt(invocation, self._dispatch, line) if line else True
                 first = first if _exit_code(first) else outcome
-                if isinstance(outcome, _OutputFailed if is_typed else self.ENDS):
+                if isinstance(outcome, ends):
                     break
         finally:
-            for client in self._clients():
+            for _, client in self.clients.values():
                 client.close()
         return is_typed or first
 
@@ -5698,14 +5678,11 @@ class _Shell:
         if "--" + name not in _FLAGS or name in _NOT_SET:
             raise _Usage("set takes an option that holds for every line, such as: set output table")
         options = {} if values == ("off",) else _parse_arguments(["--" + name, *values])[0]
-        invocation.options = _merge_options({**invocation.options, name: None}, options)
+        invocation.options = _merge_options({**self.options, name: None}, options)
         invocation.connect()
         invocation.format()
         self.options = invocation.options
         return True
-
-    def _clients(self):
-        return [client for _, client in self.clients.values()]
 
     def _typed_lines(self):
         """Yield what a person types. Ctrl-C clears a line, Ctrl-D is the end."""
@@ -5721,7 +5698,8 @@ class _Shell:
                 if isinstance(error, EOFError):
                     return
                 continue
-            if self.history and line.strip() and not _holds_secret(line, self._clients()):
+            secrets = [client.secret for _, client in self.clients.values()]
+            if self.history and line.strip() and not _holds_secret(line, secrets):
                 self.readline.add_history(line)
                 try:
                     self.readline.write_history_file(self.history)
@@ -5739,27 +5717,23 @@ class _Shell:
             readline.set_completer_delims(" \t\n")  # `=` and `:` are part of a word
             is_editline = "libedit" in (readline.__doc__ or "")
             readline.parse_and_bind("bind ^I rl_complete" if is_editline else "tab: complete")
-        except Exception:  # PyPy's lacks one of these, and raises errors of its own for some TERMs
-            return
-        self.readline = readline
-        path = _own_path("XDG_STATE_HOME", os.path.join(".local", "state"), "history")
-        path = os.path.realpath(path)
-        os.umask(0o077)
-        try:
+            self.readline = readline
+            path = os.path.realpath(_own_path("XDG_STATE_HOME", ".local/state", "history"))
+            os.umask(0o077)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             if os.path.exists(path):
                 readline.read_history_file(path)
             readline.set_history_length(1000)
             self.history = path
-        except (OSError, ValueError) as error:
+        except Exception as error:  # PyPy's readline raises errors of its own for some TERMs
             say(f"Warning: no history is kept: {error}")
 
     def _complete(self, word, number):
         """Return one of the words that may stand in place of the one at the cursor."""
         if number == 0:
-            typed = self.readline.get_line_buffer()[: self.readline.get_endidx()].lstrip()
-            self.found = self._candidates(typed)
-        return self.found[number] if number < len(self.found) else None
+            typed = self.readline.get_line_buffer()[: self.readline.get_endidx()]
+            self.found = [*self._candidates(typed.lstrip()), None]
+        return self.found[number]
 
     def _candidates(self, typed):
         """Return what may stand at the end of a line."""
@@ -5774,34 +5748,34 @@ class _Shell:
             words = [word for word, _ in _completions(line)]
         except (_Usage, ValueError) as error:
             return [_one_line(str(error)), " "]
-        if first == "set" and " " not in rest:
-            words = [word[2:] for word in words]
+        if first == "set":
+            words = [re.sub("^--", "", word) for word in words]
         return found + [word if word.endswith(("=", ",")) else word + " " for word in words]
 
 
 def _split_line(line):
     """Return the words of a line, as a shell takes it apart. Raises _Usage.
 
-    shlex takes seconds for userdata of some 100 kB, so long lines are for plain words."""
-    import shlex
+    shlex takes seconds for userdata of some 100 kB."""
 
-    if not re.search(r"[\"'\\]", line):
-        return re.findall(r"[^ \t\r\n]+", line)
-    if len(line) > 1 << 16:
-        raise _Usage("the line is over 64 kB, too long for quotes; name=@file takes any value")
-    try:
-        return shlex.split(line)
-    except ValueError:
-        raise _Usage("the line cannot be taken apart: nothing closes a quote in it") from None
+    def plain(found):
+        escaped, single, double = found.groups("")
+        return escaped + single + re.sub(r"\\([\"\\])", r"\1", double)
+
+    quoted = r"""\\(.)|'([^']*)'|"((?:[^"\\]|\\.)*)\""""
+    word = rf"""(?:[^ \t\r\n'"\\]+|{quoted})+"""
+    if re.sub(word, "", line).strip(" \t\r\n"):
+        raise _Usage("the line cannot be taken apart: nothing closes a quote in it")
+    return [re.sub(quoted, plain, found.group()) for found in re.finditer(word, line)]
 
 
-def _holds_secret(line, clients):
+def _holds_secret(line, secrets):
     """Return whether a line must not be remembered: a secret name stands at or after the first
-    `=` or `:`, or it holds a client's own secret."""
+    `=` or `:`, or it holds one of these secrets."""
     front, *rest = re.split("[=:]", line.replace("\\", ""), maxsplit=1)
     names = re.findall(r"[\w.-]+", front)[-1:] + re.findall(r"[\w.-]+", rest[0]) if rest else []
     has_name = MASK in mask_params(dict.fromkeys(names, "")).values()
-    return has_name or mask_text(line, [client.secret for client in clients]) != line
+    return has_name or mask_text(line, secrets) != line
 
 
 def _piped_lines():
