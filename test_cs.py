@@ -4102,7 +4102,7 @@ class Received:
 
 
 class Wire:
-    """One connection, seen by the server."""
+    """One connection, seen by the server; an OSError ends its script."""
 
     def __init__(self, sock):
         self.sock = sock
@@ -4113,10 +4113,7 @@ class Wire:
 
     def more(self, most=65536):
         """Receive at most so many bytes; False if the client has gone away."""
-        try:
-            part = self.sock.recv(most)
-        except OSError:
-            part = b""
+        part = self.sock.recv(most)
         self.raw += part
         return bool(part)
 
@@ -4135,11 +4132,8 @@ class Wire:
                 return None
 
     def send(self, content):
-        try:
-            self.sock.sendall(content)
-            return True
-        except OSError:
-            return False
+        self.sock.sendall(content)
+        return True
 
 
 class Step:
@@ -4305,10 +4299,8 @@ def dripping(content, filler=b" "):
 
     def drip(wire):
         for byte in itertools.islice(itertools.chain(content, itertools.cycle(filler)), 4000):
-            if not wire.send(bytes([byte])):
-                break
+            wire.send(bytes([byte]))
             time.sleep(0.0005)
-        return False
 
     return drip
 
