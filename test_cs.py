@@ -10630,7 +10630,7 @@ class HouseTest(Case):
             self.assertEqual("\n".join(self.source.split("\n")[: rooms()[8][0] - 1]) + "\n", file.read())
         code = ("import pickle, sys\nsys.path.insert(0, sys.argv[1])\nfrom cloud import *\nimport cloud\n"
                 "c = CloudStack(*sys.argv[2:5], fetch_result=True, poll_interval=0.02)\n"
-                "c, error = pickle.loads(pickle.dumps((c, CloudStackApiException('x'))))\n"
+                "c, error = pickle.loads(pickle.dumps((c, CloudStackConnectionError('x'))))\n"
                 "print(c.listZones()['count'], len(c.listVirtualMachines(fetch_list=True)))\n"
                 "print(cloud.read_config.__module__, sorted(cloud.__all__) == cloud.__all__, hasattr(cloud, 'main'))\n"
                 "print(error)\n"
