@@ -85,6 +85,7 @@ import unittest
 import uuid
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 from urllib.parse import parse_qsl, quote, quote_plus, urlencode
 
@@ -4165,14 +4166,12 @@ class ScriptedServer:
     A step is bytes to send, an Event to wait for, an SSLContext to start TLS with, or a function of the Wire, which
     ends the script by returning False. A connection is closed after its last step."""
 
-    def __init__(self, *scripts, tls=None, receive_buffer=None):
+    def __init__(self, *scripts, tls=None):
         self.scripts = list(scripts)
         self.tls = tls
         self.gates = [step for script in scripts for step in script if isinstance(step, threading.Event)]
         self.wires, self.threads, self.is_stopping = [], [], False
         self.listener = socket.socket()
-        if receive_buffer:
-            self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.listener.bind(("127.0.0.1", 0))
         self.listener.listen(128)
         self.place = "127.0.0.1:%d" % self.listener.getsockname()[1]
@@ -4203,7 +4202,8 @@ class ScriptedServer:
             except OSError:
                 return
             if self.is_stopping:
-                return sock.close()
+                sock.close()
+                return
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.settimeout(PATIENCE_OF_TESTS)  # so that a client which waits for ever fails its test
             self.wires.append(Wire(sock))
@@ -4806,21 +4806,15 @@ class TimeoutTest(TransportCase):
         with mock.patch.object(cs, "_clock", Clock(step=0.02)):
             self.assertEqual(RESULT, client.listZones())
 
-    @unittest.skipUnless(sys.platform.startswith("linux"), "how a full queue of connections behaves differs")
     def test_a_connection_that_is_not_made_in_time(self):
-        sockets = [socket.socket() for _ in range(5)]
-        for sock in sockets:
-            self.addCleanup(sock.close)
-            sock.setblocking(False)
-        sockets[0].bind(("127.0.0.1", 0))
-        sockets[0].listen(0)
-        for filler in sockets[1:]:  # further ones are dropped, which keeps who connects waiting
-            filler.connect_ex(sockets[0].getsockname())
-        url = "http://127.0.0.1:%d/client/api" % sockets[0].getsockname()[1]
-        self.unsent(self.client(url, timeout=0.05), f"Cannot connect to {url}: no answer within 0.05 s", LATE)
+        with mock.patch("socket.create_connection", side_effect=socket.timeout("timed out")) as connect:
+            self.unsent(self.client(ENDPOINT, timeout=0.05), "Cannot connect to http://cloud.invalid/client/api: "
+                        "no answer within 0.05 s (timeout)", LATE)
+        self.assertEqual(0.05, connect.call_args[0][1])
 
     def test_a_server_that_does_not_read_a_large_body(self):
-        client = self.client(self.serve([threading.Event()], receive_buffer=4096), timeout=0.1)
+        narrow = lambda wire: wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # noqa: E731
+        client = self.client(self.serve([narrow, threading.Event()]), timeout=0.1)
         self.unknown(client, "", LATE, userdata="x" * 6000000)
 
     def test_a_timeout_set_later_counts_for_kept_connections_too(self):
@@ -4906,14 +4900,6 @@ class TlsTest(TransportCase):
         """A server with this certificate, and a client of it."""
         return self.pair(SERVE, tls=tls_context(name), **dict({"verify": pem()}, **settings))
 
-    def untrusted(self, server, client):
-        """A TLS failure before anything was sent; what is said of it."""
-        error = self.unsent(client, "TLS failure with " + server.url)
-        self.assertIsInstance(error, ConnectionError)
-        self.assertIsInstance(error.__cause__, (OSError, ssl.CertificateError))
-        self.assertEqual([[]], server.asked)
-        return str(error)
-
     @each("certificate, verify, unverified", ("good", "ca.pem", None), ("good", "directory", None),
           ("good", None, None),
           *[] if sys.version_info >= (3, 13) else [("self_signed", "self_signed.pem", None)],  # strict: it names no key
@@ -4936,11 +4922,13 @@ class TlsTest(TransportCase):
         if str(verify).endswith(".pem"):
             verify = pem(verify)
         server, client = self.secure(certificate, verify=verify, dangerous_no_tls_verify=unverified)
-        error = self.untrusted(server, client)
+        error = self.unsent(client, "TLS failure with " + server.url)
+        self.assertIsInstance(error.__cause__, (OSError, ssl.CertificateError))
+        self.assertEqual([[]], server.asked)
         if sys.version_info >= (3, 7):  # noqa: UP036  (3.6 does not tell why)
-            self.assertIn(says, error.lower())
+            self.assertIn(says, str(error).lower())
         if certificate != "elsewhere":
-            self.assertIn("`verify`", error)
+            self.assertIn("`verify`", str(error))
 
     def test_settings_changed_later_count_for_the_next_call(self):
         """A connection made without verification is not used if verification is asked for."""
@@ -5196,39 +5184,32 @@ class HeaderTest(TransportCase):
                           ("X-TWO", "call"), ("hOST", "h"), ("user-AGENT", "mine")], sorted(server.requests[0].headers))
 
 
-class FakeSession:
-    """What `session=` asks for, and no more."""
+class SessionAnswer:
+    def __init__(self, status_code=200, reason="OK", text=json.dumps({"r": RESULT}), headers=None):  # noqa: B008
+        self.status_code, self.reason, self.text = status_code, reason, text
+        self.content = text.encode("utf-8")
+        self.headers = headers or {"Content-Type": "application/json"}
 
-    class Answer:
-        def __init__(self, status_code=200, reason="OK", text=json.dumps({"r": RESULT}), headers=None):  # noqa: B008
-            self.status_code, self.reason, self.text = status_code, reason, text
-            self.content = text.encode("utf-8")
-            self.headers = headers or {"Content-Type": "application/json"}
 
-    def __init__(self, *outcomes):
-        self.outcomes = list(outcomes) or [self.Answer()]
-        self.calls = []
-
-    def request(self, *args, **options):
-        self.calls.append((args, options))
-        outcome = self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
+def fake_session(*outcomes):
+    """What `session=` asks for, and no more: answers and exceptions, of which the last comes again."""
+    outcomes = outcomes or [SessionAnswer()]
+    request = mock.Mock(side_effect=itertools.chain(outcomes, itertools.repeat(outcomes[-1])))
+    return mock.Mock(spec=["request"], request=request)
 
 
 class SessionTest(TransportCase):
     """A program's own session. (That an aiohttp session is refused is a matter of settings.)"""
 
     def through(self, *outcomes, kind=None, **settings):
-        return self.client(ENDPOINT, kind, session=FakeSession(*outcomes), **settings)
+        return self.client(ENDPOINT, kind, session=fake_session(*outcomes), **settings)
 
     @both
     def test_it_is_called_as_the_contract_says(self, kind):
         client = self.through(kind=kind)
         self.assertEqual(RESULT, self.call(client))
         self.assertEqual(RESULT, self.call(client, password="x", headers={"X-A": "b"}))
-        ((get_args, get), (post_args, post)) = client.session.calls
+        ((get_args, get), (post_args, post)) = client.session.request.call_args_list
         self.assertEqual(("GET", ENDPOINT), (get_args[0], get_args[1].partition("?apiKey=")[0]))
         self.assertEqual(("POST", ENDPOINT), post_args)
         agent = {"User-Agent": "cs/" + cs.__version__, "Accept-Encoding": "gzip"}
@@ -5244,7 +5225,7 @@ class SessionTest(TransportCase):
     def test_verify_and_cert_only_where_set(self, settings, sent):
         client = self.through(**settings)
         client.listZones()
-        options = client.session.calls[0][1]
+        options = client.session.request.call_args[1]
         self.assertEqual(sent, {name: options[name] for name in ("verify", "cert") if name in options})
 
     @each("says, given",
@@ -5252,7 +5233,7 @@ class SessionTest(TransportCase):
           ("http://other.invalid/", (302, "Found", "", {"Location": "http://other.invalid/?signature=x"})),
           ("not so", (431, "431", json.dumps(refusal(431, "not so")))))
     def test_its_answers_are_read_as_any(self, says, given):
-        client, api_error = self.through(FakeSession.Answer(*given)), cs.CloudStackApiException
+        client, api_error = self.through(SessionAnswer(*given)), cs.CloudStackApiException
         error = self.failure(client, says, api_error if given[0] == 431 else cs.CloudStackException)
         self.assertEqual(given[0], error.response.status_code)
 
@@ -5275,7 +5256,7 @@ class SessionTest(TransportCase):
         client = self.through(raised("its own"), kind=kind, retry=2, retry_backoff=0)
         error = self.raised(seen, self.call, client, "deployVirtualMachine")
         self.assertEqual(seen is raised, str(error) == "its own")
-        self.assertEqual(1, len(client.session.calls))
+        self.assertEqual(1, client.session.request.call_count)
 
     def test_the_real_requests(self):
         requests = self.imported("requests")
@@ -5451,7 +5432,7 @@ class AsyncTransportTest(TransportCase):
 
         def request(*args, **options):
             seen.append((variable.get(), threading.current_thread() is threading.main_thread()))
-            return FakeSession.Answer()
+            return SessionAnswer()
 
         async def work(value):
             variable.set(value)
@@ -5734,7 +5715,7 @@ class AtMostOnceTest(TransportCase):
                     self.assertEqual((side, position) == ("answer", whole), error is None)
 
     def test_many_at_once(self):
-        """Threads and event loops share clients whose server breaks every third connection; each gets its own answer."""
+        """Threads and loops share clients whose server breaks every third connection; each gets its own answer."""
         counter = itertools.count()
         accepted, outcomes = [], {}
 
@@ -5903,13 +5884,11 @@ class NothingLostTest(Case):
                 time.sleep(0.05)
                 self.simulator.start()
 
-        thread = threading.Thread(target=restart_twice)
-        thread.start()
-        try:
-            with self.subTest(CS_TEST_SEED=self.SEED):
-                return work()
-        finally:
-            thread.join()
+        with ThreadPoolExecutor(1) as other, self.subTest(CS_TEST_SEED=self.SEED):
+            restarted = other.submit(restart_twice)
+            got = work()
+            restarted.result()
+            return got
 
     def test_every_row_of_a_list(self):
         self.simulator.cloud.add_machines(1500)
@@ -5981,16 +5960,20 @@ class RedactionTest(TransportCase):
             self.assertEqual(f"<{written}>***</{written}>", shown)
         self.assertEqual({name + "s1": "seen"}, cs.mask_params({name + "s1": "seen"}))
 
-    @each("text, shown", ("GET /api?apiKey=CANARY&a=b", "GET /api?apiKey=***&a=b"),
-          ("to=%2Fapi%3FsessionKey%3DCANARY%26a%3Db", "to=%2Fapi%3FsessionKey%3D***%26a%3Db"),
-          ("<a href='?signature=CANARY'>seen</a>", "<a href='?signature=***'>seen</a>"))
-    def test_queries_that_a_page_repeats(self, text, shown):
-        self.assertEqual(shown, cs.mask_text(text, []))
-
-    def test_lists_and_objects_of_secrets(self):
-        for value in ('["CANARY", "CANARY"]', '{"a": "CANARY"}', '["CANARY'):
-            self.assertEqual('{"passwords": 1, "password": "***"', cs.mask_text(
-                '{"passwords": 1, "password": ' + value, []))
+    @each("before, secret, after", ("GET /api?apiKey=", "CANARY", "&a=b"),
+          ("to=%2Fapi%3FsessionKey%3D", "CANARY", "%26a%3Db"), ("<a href='?signature=", "CANARY", "'>seen</a>"),
+          ("Location: https://c/x?apiKey=", "CANARY", ""), ('"url": "https://c/?token=', "CANARY", '&x=1"'),
+          *[('{"passwords": 1, "password": ', secret, "") for secret in (
+              '["CANARY", "CANARY"]', '{"a": "CANARY"}', '["CANARY')],
+          ('"password":', "CANARY", ","), ("<password>", "CANARY", "</password>"),
+          ('"name": "saml2.password", "value": ', '"CANARY"', "}"),
+          ('{"value": ', '"CANARY"', ', "type": "s", "name": "saml2.password"}'),
+          ('{"text": "{\\"password\\":', '\\"CANARY\\"}"', "}"),
+          *[(text, "", "") for text in (  # what is no secret
+              '"name": "web", "value": "kept"', '{"id": "kept"} {"name": "x.password"}', "?token&kept=1")])
+    def test_secrets_of_every_shape_are_masked_and_nothing_else(self, before, secret, after):
+        mask = ('"***"' if before.rstrip().endswith(":") else "***") if secret else ""
+        self.assertEqual(before + mask + after, cs.mask_text(before + secret + after, []))
 
     def test_headers_that_are_secret(self):
         names = "Authorization Proxy-Authorization Cookie Set-Cookie X-Api-Key X-Auth X-KEY X-Auth-Token".split()
@@ -5999,19 +5982,16 @@ class RedactionTest(TransportCase):
         self.assertEqual("X-Tenant: seen", cs._mask_header("X-Tenant", "seen"))
 
     @both
-    @each("kind_of_sending", "own", "session")
-    def test_a_reason_phrase_that_repeats_a_secret(self, kind_of_sending, kind):
-        if kind_of_sending == "own":
-            client = self.client(self.serve([Step.READ, reply(b"no", "404 it was " + CANARY_PASSWORD)]), kind)
-        else:
-            session = FakeSession(FakeSession.Answer(404, "it was " + CANARY_PASSWORD, "no"))
-            client = self.client(ENDPOINT + self.QUERY, kind, session=session)
+    def test_a_reason_phrase_that_repeats_a_secret(self, kind):
+        """A session's; of our own connections ConnectTest asks."""
+        session = fake_session(SessionAnswer(404, "it was " + CANARY_PASSWORD, "no"))
+        client = self.client(ENDPOINT + self.QUERY, kind, session=session)
         error = self.failure(client, "HTTP 404 it was ***", cs.CloudStackException, command="getUser",
                              password=CANARY_PASSWORD)
         self.assertEqual("it was ***", error.response.reason)
 
     def test_the_query_of_the_endpoint_where_a_session_fails(self):
-        self.failure(self.client(ENDPOINT + self.QUERY, session=FakeSession(OSError("x"))), "cloud.invalid", LOST)
+        self.failure(self.client(ENDPOINT + self.QUERY, session=fake_session(OSError("x"))), "cloud.invalid", LOST)
 
     def test_a_list_in_a_server_s_error_that_repeats_a_secret(self):
         body = {"errorcode": 431, "errortext": "no", "uuidList": [{"x": [CANARY_PASSWORD]}]}
@@ -6047,17 +6027,6 @@ class RedactionTest(TransportCase):
         error = self.raised(ValueError, attempt)
         self.assert_tells_nothing(str(error), repr(error))
         self.assertTrue(error.__context__ is None or error.__suppress_context__)
-
-    @each("text", '"url": "https://c/?token=SECRET&x=1"', "Location: https://c/x?apiKey=SECRET",
-          "go to /x%3Fsignature%3DSECRET%26a",
-          '{"name": "saml2.password", "value": "SECRET"}', '{"value": "SECRET", "type": "s", "name": "saml2.password"}',
-          '"password":SECRET,', '{"text": "{\\"password\\":\\"SECRET\\"}"}', "<password>SECRET</password>")
-    def test_secrets_of_every_shape_are_masked(self, text):
-        self.assertRegex(cs.mask_text(text, []), r"\A(?!.*SECRET).*\*\*\*")
-
-    @each("text", '"name": "web", "value": "kept"', '{"id": "kept"} {"name": "x.password"}', "?token&kept=1")
-    def test_what_is_no_secret_is_shown(self, text):
-        self.assertEqual(text, cs.mask_text(text, []))
 
     @each("endpoint, shown", ("https://user:hunter/two@host/api", "https://host/api"),
           ("https://user:pa#ss@host/api", "https://host/api"), ("http://u:a?b@host/", "http://host/"),
@@ -6223,16 +6192,6 @@ class AttributesTest(ProtocolCase):
 
         played = self.play(one(), one_after_another(asking("listZones"), change_and_call))
         self.assertEqual((None, expected), (played.error, found(played)))
-
-    @each("name, value, script, commands", ("retry", "1", [silent(), *one()], ["startThing"]),
-          ("retry", "1", [api_error(429), *one()], ["startThing"] * 2),
-          ("fetch_result", "yes", [SUBMITTED, DONE], ["startThing", "queryAsyncJobResult"]))
-    def test_attributes_that_are_set_later_count(self, name, value, script, commands):
-        def call(client):
-            setattr(client, name, value)
-            return client.startThing()
-
-        self.assertEqual(commands, self.play(script, call).commands)
 
     @both
     @each("endpoint, name, shown", (ENDPOINT, None, ENDPOINT), (ENDPOINT, "zurich", "zurich"),
@@ -6602,8 +6561,9 @@ class BadFilesTest(ConfigCase):
         self.assertRaisesRegex(kind, says.replace("{home}", re.escape(self.home)), cs.read_config, region)
 
 
-class FilesTogetherTest(ConfigCase, ServerCase):
-    """Endpoint, credentials, TLS settings and headers belong together: never from two files."""
+class FilesTogetherTest(ConfigCase):
+    """Endpoint, credentials, TLS settings and headers belong together: never from two files. (5.2.0 sends the key of
+    ~/.cloudstack.ini to the endpoint that a file in the working directory names.)"""
 
     def setUp(self):
         super().setUp()
@@ -6618,7 +6578,7 @@ class FilesTogetherTest(ConfigCase, ServerCase):
         for read in (cs.read_config, cs.read_config_from_ini):
             error = self.raised(ValueError, read)
             self.assertHolds(str(error), self.own, path)
-            self.assertNoCanary(error)
+            self.assertNotIn("CANARY", str(error))
 
     @each("text, env, expected", ("[cloudstack]\nendpoint = b\nkey = k\nsecret = t\n", {}, ("b", "k", "t")),
           ("[cloudstack]\ntimeout = 3\n[eu]\nendpoint = x\n", {}, (ENDPOINT, KEY, SECRET)),
@@ -6634,16 +6594,6 @@ class FilesTogetherTest(ConfigCase, ServerCase):
         environ(config=self.own)
         self.assertEqual(KEY, cs.read_config()["key"])
 
-    @each("text", "[cloudstack]\nendpoint = {}\n", "[cloudstack]\nendpoint = {}?%(key)s%(secret)s\n",
-          "[cloudstack]\nendpoint = {}\nmethod = post\nkey = attacker\n")
-    def test_a_hostile_file_in_the_working_directory_receives_nothing(self, text):
-        """5.2.0 sends it the key, and a signed request, of ~/.cloudstack.ini."""
-        path = self.write("work/cloudstack.ini", text.format(self.server.endpoint))
-        err = self.fails(2, "listZones")
-        self.assertOneLine(err)
-        self.assertIn(path, err)
-        self.assertNoCanary(err)
-        self.assertEqual([], self.server.requests)
 
 
 # === [8] command line: what its classes share =========================================================================
