@@ -4313,6 +4313,11 @@ def forms_of(secret):
     return forms
 
 
+def printed(error):
+    """What Python prints of an exception, and of those that it was raised from or while handling."""
+    return "".join(traceback.format_exception(type(error), error, None))
+
+
 def all_texts(error, seen=()):
     """Everything that a log, a traceback, a debugger's repr or a pickle could show of an exception."""
     if not isinstance(error, BaseException) or error in seen:
@@ -4587,34 +4592,27 @@ class KeptConnectionTest(TransportCase):
         self.assertEqual([["listPods"], ["listZones", "listUsers"], ["listUsers", "listHosts"], ["listHosts"]],
                          server.asked)
 
-    def test_another_endpoint_and_a_copy_have_connections_of_their_own(self):
+    def test_another_endpoint_has_connections_of_its_own(self):
         one, other = self.serve(SERVE), self.serve(SERVE)
         client = self.client(one)
         for server in (one, other, one, other):
             client.endpoint = server.url
             client.listZones()
-        with pickle.loads(pickle.dumps(client)) as copied:
-            copied.listUsers()
-        self.assertEqual([[["listZones"] * 2], [["listZones"] * 2, ["listUsers"]]], [one.asked, other.asked])
+        self.assertEqual([[["listZones"] * 2]] * 2, [one.asked, other.asked])
 
     @both
     def test_with_and_close_close_the_connections_and_the_client_works_on(self, kind):
         server, client = self.pair(SERVE, kind=kind)
 
-        async def work():
-            async with client:
-                await client.listZones()
+        def leave(client):
+            nothing_raised = (None, None, None)
+            client.__exit__(*nothing_raised) if kind is cs.CloudStack else run(client.__aexit__(*nothing_raised))
 
-        if kind is cs.CloudStack:
-            with client:
-                client.listZones()
-        else:
-            run(work())
-        for wire in (0, 1):
-            until(server.wires[wire].ended.is_set, "closing")
+        for number, close in enumerate([leave, self._close]):
             self.assertEqual(RESULT, self.call(client))
-            self._close(client)
-            self._close(client)
+            close(client)
+            close(client)
+            until(server.wires[number].ended.is_set, "closing")
 
     @unittest.skipUnless(hasattr(signal, "pthread_kill"), "no signals of that kind here")
     @each("kind", KeyboardInterrupt, SystemExit, MemoryError, TimeoutError, OSError, ValueError)
@@ -5307,19 +5305,6 @@ class AsyncTransportTest(TransportCase):
         with self.assertRaises(asyncio.CancelledError):
             await task
 
-    def test_several_event_loops_one_after_another_and_at_once(self):
-        server, client = self.pair([Step.READ, echo, Step.AGAIN])
-        got = {}
-
-        def work(number):
-            answers = run(gathered(client.listZones(name=f"{number}-{turn}") for turn in range(8)))
-            got[number] = [answer["zone"][0]["id"] for answer in answers]
-
-        for number in range(2):
-            work(number)
-        in_threads(3, lambda index: work(2 + index))
-        self.assertEqual({number: [f"{number}-{turn}" for turn in range(8)] for number in range(5)}, got)
-
     def test_concurrency_bounds_its_threads_and_that_many_run_at_once(self):
         together = threading.Barrier(3)  # so that none is answered before three have asked
         before = own_threads()
@@ -5415,13 +5400,6 @@ class AsyncTransportTest(TransportCase):
         run(self.cancel(client.listZones(), lambda: server.wires and not server.open_wires, after=0.01))
         time.sleep(0.25)
         self.assertEqual([["listZones"]], server.asked)
-
-    def test_cancelling_a_list_cuts_off_all_its_pages(self):
-        first = reply({"r": {"count": 50, "zone": rows_of(0, 5)}})
-        server, client = self.pair([Step.READ, first, Step.READ, Step.HOLD], [Step.READ, Step.HOLD], timeout=1000)
-        rows = client.listZones(fetch_list=True, pagesize=5)
-        run(self.cancel(rows, lambda: len(server.requests) > 1, after=0.01))
-        until(lambda: not server.open_wires, "hanging up")
 
     @unittest.skipIf(sys.version_info < (3, 7), "there are no context variables before 3.7")
     def test_context_variables_are_carried_over(self):
@@ -6015,18 +5993,14 @@ class RedactionTest(TransportCase):
         client = self.client(self.serve([Step.READ, step, Step.AGAIN]), **settings)
         self.assertIn('"echo": "***"', self.traced(client, "updateUser", password=CANARY_PASSWORD))
 
-    @each("attempt", *[lambda value=value: cs.CloudStack(ENDPOINT, "k", value) for value in (
-        CANARY_SECRET.encode() + b"\xff", CANARY_SECRET + "\ud800", [CANARY_SECRET])],
-        *[lambda value=value: cs.CloudStack(ENDPOINT, headers={"X": value}) for value in (
-            CANARY_SECRET + "\n", [CANARY_SECRET])],
-        *[lambda value=value: cs.CloudStack(ENDPOINT).listZones(name=value) for value in (
-            CANARY_SECRET + "\0", CANARY_SECRET + "\ud800", CANARY_SECRET.encode() + b"\xff")],
+    @each("attempt", *[lambda value=value: cs.CloudStack(ENDPOINT).listZones(name=value) for value in (
+        CANARY_SECRET + "\0", CANARY_SECRET + "\ud800", CANARY_SECRET.encode() + b"\xff")],
         lambda: cs.flatten({"name": {CANARY_SECRET}, "other": [object()]}))
-    def test_what_cannot_be_sent_or_set_is_refused_without_its_value_and_without_a_second_traceback(self, attempt):
+    def test_what_cannot_be_sent_is_refused_without_its_value_and_without_a_second_traceback(self, attempt):
         """What is raised while another exception is handled would be printed after it, value and all."""
-        error = self.raised(ValueError, attempt)
-        self.assert_tells_nothing(str(error), repr(error))
-        self.assertTrue(error.__context__ is None or error.__suppress_context__)
+        told = printed(self.raised(ValueError, attempt))
+        self.assert_tells_nothing(told)
+        self.assertNotIn("During handling", told)
 
     @each("endpoint, shown", ("https://user:hunter/two@host/api", "https://host/api"),
           ("https://user:pa#ss@host/api", "https://host/api"), ("http://u:a?b@host/", "http://host/"),
@@ -6116,7 +6090,7 @@ class ConstructorTest(ProtocolCase):
                        lambda: cs.CloudStack(ENDPOINT).set_setting(name, value)):
             with self.assertRaisesRegex(ValueError, rf"\A{name}: .+\Z") as caught:
                 refuse()
-            self.assertNotIn("c4nary", str(caught.exception))
+            self.assertNotRegex(printed(caught.exception), "c4nary|During handling")
 
     @each("headers", "x: y", 5, {"X": "c4nary\nb"}, {"X": b"c4nary\r"}, {"X": "c4nary\x00b"}, {"X Y": "a"}, {"": "a"},
           {"X:": "a"}, {"X\n": "a"}, {"\xfc": "a"}, {5: "a"}, {"X": ["c4nary"]}, {"X": "c4nary\u20ac"},
@@ -6130,7 +6104,7 @@ class ConstructorTest(ProtocolCase):
         for call in ways + [write] * isinstance(headers, dict):
             played = self.play(NOTHING_SENT, call)
             self.assertEqual((ValueError, []), (type(played.error), played.commands))
-            self.assertNotIn("c4nary", str(played.error))
+            self.assertNotRegex(printed(played.error), "c4nary|During handling")
 
     def test_headers_of_one_client_are_not_another_s(self):
         given = {"X": "1"}
@@ -6157,12 +6131,6 @@ class AttributesTest(ProtocolCase):
         later.set_setting("dangerous_no_tls_verify", dangerous)
         for client in (cs.CloudStack(ENDPOINT, verify=verify, dangerous_no_tls_verify=dangerous), later):
             self.assertEqual((expected, type(expected)), (client.verify, type(client.verify)))
-
-    def test_cert_is_a_pair_once_there_is_a_key(self):
-        client = cs.CloudStack(ENDPOINT, cert="/c.pem")
-        self.assertEqual((None, "/c.pem"), (cs.CloudStack(ENDPOINT).cert, client.cert))
-        client.set_setting("cert_key", "/k.pem")
-        self.assertEqual(("/c.pem", "/k.pem"), client.cert)
 
     def test_every_promised_attribute_can_be_read(self):
         expected = {"endpoint": ENDPOINT, "key": "k", "secret": "s", "timeout": 10, "method": "get", "verify": True,
@@ -6378,9 +6346,10 @@ class ConfigCase(Case):
         for name, words in zip((".cloudstack.ini", "work/cloudstack.ini", "named.ini"), text.split("|")):
             lines = ("" if words.startswith(("[", "no ")) else "[cloudstack] ") + words
             lines = re.sub(r"\bE\b", "endpoint=http://e/", re.sub(r"\bK\b", "key=k secret=s", lines)).replace(" ", "\n")
-            path = self.write(name, lines) if words else ""
-            if path and name == "named.ini":
-                environ(config=path)
+            if words:
+                self.write(name, lines)
+                if name == "named.ini":
+                    environ(config="~/named.ini")
 
     def assertReads(self, *args, **settings):
         """read_config gives these settings, and of all others the defaults."""
@@ -6436,12 +6405,6 @@ class SourcesTest(ConfigCase):
         self.assertEqual({"name": None}, cs.read_config_from_ini("mars"))
         environ(region="eu")
         self.assertEqual(expected, cs.read_config_from_ini())
-
-    @each("name", "named.ini", "~/named.ini", "../named.ini")
-    def test_how_the_path_in_CLOUDSTACK_CONFIG_may_be_written(self, name):
-        self.write("named.ini", GOOD_INI)
-        environ(config=name if "/" in name else os.path.join(self.home, name))
-        self.assertEqual(KEY, cs.read_config()["key"])
 
 
 class LoadConfigTest(ConfigCase):
@@ -6522,7 +6485,7 @@ class BadFilesTest(ConfigCase):
             error = self.raised(ValueError, read)
             self.assertHolds(str(error), path, *parts)
             self.assertLacks(str(error), "\n", "CANARY")
-            self.assertNotIn("CANARY", "".join(traceback.format_exception(type(error), error, None)))
+            self.assertNotIn("CANARY", printed(error))
 
     @each("text, part", *BAD_INI)
     @each("name", ".cloudstack.ini", "named.ini")
@@ -6574,7 +6537,7 @@ class FilesTogetherTest(ConfigCase):
     @each("where", "|", "||")
     def test_each_of_them_is_refused_from_a_second_file(self, line, where):
         self.files(where + line)
-        path = os.environ.get("CLOUDSTACK_CONFIG", os.path.join(self.cwd, "cloudstack.ini"))
+        path = os.path.join(self.home, "named.ini" if where == "||" else "work/cloudstack.ini")
         for read in (cs.read_config, cs.read_config_from_ini):
             error = self.raised(ValueError, read)
             self.assertHolds(str(error), self.own, path)
