@@ -4642,37 +4642,34 @@ class KeptConnectionTest(TransportCase):
 class BodyTest(TransportCase):
     """Answers, whole and broken."""
 
-    @each("content", reply(), reply(ZONES, "200 OK", "Connection: keep-alive", version="1.0"),
-          chunked(), chunked(size=10000), chunked(size=1), chunked(last=b"0;x=y\r\nX-A: b\r\nX-C: d\r\n\r\n"),
+    @each("kept, content", *[(True, content) for content in (
+          reply(), reply(ZONES, "200 OK", "Connection: keep-alive", version="1.0"), chunked(), chunked(size=10000),
+          chunked(size=1), chunked(last=b"0;x=y\r\nX-A: b\r\nX-C: d\r\n\r\n"),
           chunked().replace(b"\r\n14\r\n", b"\r\n0000014\r\n"), gzipped(), chunked(PACKED, 1, headers=[GZIP]),
           reply(PACKED, "200 OK", "Content-Encoding: X-GZIP"), reply(ZONES, "200 OK", "Content-Encoding: identity"),
           reply().replace(b"\r\n", b"\n"), reply(ZONES, "200"), reply().replace(b": ", b":", 2),
           reply(b"\xef\xbb\xbf" + ZONES), b"HTTP/1.1 100 Continue\r\n\r\n" + reply(),
-          b"HTTP/1.1 100 Continue\r\nX-A: b\r\n\r\n" * 3 + reply())
-    def test_whole_answers_that_leave_the_connection_open(self, content):
-        server, client = self.pair([Step.READ, content, Step.AGAIN])
+          b"HTTP/1.1 100 Continue\r\nX-A: b\r\n\r\n" * 3 + reply())],
+          *[(False, reply(ZONES, "200 OK", "Connection: " + word)) for word in ("close", "Close")],
+          *[(False, reply(ZONES, "200 OK", "Content-Length: " + text, length=False)) for text in ("-5", "x", "")],
+          *[(False, content) for content in (
+              reply(length=False), gzipped(length=False), reply(version="1.0"), reply(length=False, version="1.0"))])
+    def test_whole_answers_and_whether_they_leave_the_connection_open(self, kept, content):
+        server, client = self.pair([Step.READ, content] + [Step.AGAIN] * kept)
         self.assertEqual([RESULT] * 2, [client.listZones() for _ in range(2)])
-        self.assertEqual([["listZones"] * 2], server.asked)
-
-    @each("content", *[reply(ZONES, "200 OK", "Connection: " + word) for word in ("close", "Close")],
-          *[reply(ZONES, "200 OK", "Content-Length: " + length, length=False) for length in ("-5", "x", "")],
-          reply(length=False), gzipped(length=False), reply(version="1.0"), reply(length=False, version="1.0"))
-    def test_whole_answers_that_end_it(self, content):
-        server, client = self.pair([Step.READ, content])
-        self.assertEqual([RESULT] * 2, [client.listZones() for _ in range(2)])
-        self.assertEqual([["listZones"]] * 2, server.asked)
+        self.assertEqual([["listZones"] * 2] if kept else [["listZones"]] * 2, server.asked)
 
     DAMAGED, CHECKSUM = bytearray(PACKED), bytearray(PACKED)
     DAMAGED[len(PACKED) // 2] ^= 0xFF
     CHECKSUM[-6] ^= 0xFF
     TOO_MUCH = b"x" * 100001
     BOMB = gzip.compress(b"[" * 5000000, 9)
+    TLS_ALERT = b"\x15\x03\x01\x00\x02\x02\x46"
     NOT_HTTP = [
         b"HTTP/1.1", b"HTTP/1.1 20", b"\r\n", b"220 mail.invalid ESMTP\r\n", bytes(range(256)) * 4, b"\0" * 1000,
-        b"ICY 200 OK\r\n\r\n", b"\x15\x03\x01\x00\x02\x02\x46",  # the last one is a TLS alert
-        reply(version="9.9"), reply(ZONES, "abc OK"), reply(ZONES, "99 OK"), reply(ZONES, "1000 OK"),
-        reply(ZONES, "200 " + "x" * 70000), reply(ZONES, "200 OK", "X-A: " + "x" * 70000),
-        reply(ZONES, "200 OK", "x" * 70000), reply(ZONES, "200 OK", *["X-A: b"] * 200)]
+        b"ICY 200 OK\r\n\r\n", TLS_ALERT, reply(version="9.9"), *[reply(ZONES, status) for status in (
+            "abc OK", "99 OK", "1000 OK", "200 " + "x" * 70000)],
+        *[reply(ZONES, "200 OK", *headers) for headers in (["X-A: " + "x" * 70000], ["x" * 70000], ["X-A: b"] * 200)]]
     CUT_OFF = [
         reply()[:-10], reply()[: -len(ZONES)], reply().replace(b"Content-Length: ", b"Content-Length: 9"),
         chunked()[:-30], chunked(last=b""), chunked(size=10000, last=b""), chunked(last=b"zz\r\n"),
@@ -5201,10 +5198,9 @@ class SessionTest(TransportCase):
         headers = dict(agent, **{"Content-Type": "application/x-www-form-urlencoded", "X-A": "b"})
         self.assertEqual({"headers": headers, "timeout": 5, "allow_redirects": False}, post)
 
-    @each("settings, sent", ({}, {}), ({"verify": True}, {}), ({"verify": "/x/ca.pem"}, {"verify": "/x/ca.pem"}),
-          ({"dangerous_no_tls_verify": True}, {"verify": False}), ({"cert": "/x/own.pem"}, {"cert": "/x/own.pem"}),
-          ({"verify": "/x/ca.pem", "dangerous_no_tls_verify": True}, {"verify": "/x/ca.pem"}),
-          ({"cert": "/x/own.pem", "cert_key": "/x/own.key"}, {"cert": ("/x/own.pem", "/x/own.key")}))
+    @each("settings, sent", ({}, {}), ({"verify": "/ca.pem"}, {"verify": "/ca.pem"}),
+          ({"dangerous_no_tls_verify": True}, {"verify": False}), ({"cert": "/own.pem"}, {"cert": "/own.pem"}),
+          ({"cert": "/own.pem", "cert_key": "/own.key"}, {"cert": ("/own.pem", "/own.key")}))
     def test_verify_and_cert_only_where_set(self, settings, sent):
         client = self.through(**settings)
         client.listZones()
@@ -5301,14 +5297,7 @@ class AsyncTransportTest(TransportCase):
     def test_a_call_that_got_no_thread_never_runs_afterwards(self):
         """The caller was told that nothing was sent, and may have done something else meanwhile."""
         server, client = self.pair(SERVE)
-        really = threading.Thread.start
-
-        def start(thread):
-            if thread.name.startswith("cs"):
-                raise RuntimeError("can't start new thread")
-            really(thread)
-
-        with mock.patch.object(threading.Thread, "start", start):
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
             self.unsent(client, "thread")
         self.assertEqual(RESULT, self.call(client))
         self.assertEqual(["listZones"], [request.command for request in server.requests])
@@ -5379,12 +5368,6 @@ class AsyncTransportTest(TransportCase):
         self.assertEqual(RESULT, run(work()))
         self.assertEqual(["listZones"], [request.command for request in server.requests])
 
-    def test_cancelling_between_two_tries_starts_no_other(self):
-        server, client = self.pair([Step.READ, Step.RESET], retry=50, retry_backoff=0.2)
-        run(self.cancel(client.listZones(), lambda: server.wires and not server.open_wires, after=0.01))
-        time.sleep(0.25)
-        self.assertEqual([["listZones"]], server.asked)
-
     @unittest.skipIf(sys.version_info < (3, 7), "there are no context variables before 3.7")
     def test_context_variables_are_carried_over(self):
         import contextvars
@@ -5443,9 +5426,8 @@ class ProcessTest(TransportCase):
             "url, broken, hanging, ca = sys.argv[1:]\n"
             "make = lambda kind, url=url: kind(url, 'k', 's', verify=ca or None, timeout=20)\n"
             "make(cs.CloudStack).listZones()\n"
-            "client, kept = make(cs.CloudStack), make(cs.CloudStack)\n"
-            "client.listZones(), kept.listZones()\n"
-            "del client\n"
+            "kept = make(cs.CloudStack)\n"
+            "kept.listZones()\n"
             "rows = kept.iter_list('listZones')\n"
             "next(rows)\n"
             "try: make(cs.CloudStack, broken).listZones()\n"
@@ -5635,27 +5617,18 @@ class AtMostOnceTest(TransportCase):
         runs = list(itertools.product(KINDS, ("get", "post"), (False, True), resets))
         return random.Random(seed).sample(runs, min(ATTACK_RUNS, len(runs)))
 
-    def test_wherever_the_connection_breaks(self):
-        chosen = self.attacks(ATTACK_SEED)
-        unknown = 0
-        for attack in chosen:
-            with self.subTest(attack):
-                error = self.break_one(*attack)
-                unknown += error is not None and error.outcome_unknown
-        self.assertGreater(unknown, len(chosen) // 2)
-
-    def test_wherever_it_breaks_the_job_of_what_was_accepted_is_found(self):
+    @each("recover", False, True)
+    def test_wherever_the_connection_breaks(self, recover):
         """With recover, and while the server is up, no accepted deployment ends in an unknown outcome."""
-        chosen = self.attacks(ATTACK_SEED + 1)
-        found = 0
+        chosen, clock, told = self.attacks(ATTACK_SEED + recover), Clock(), 0
         for attack in chosen:
-            clock = Clock()
             with self.subTest(attack), mock.patch.multiple(cs, _clock=clock, _sleep=clock.sleep), \
                     mock.patch("asyncio.sleep", clock.sleep_async):
-                error = self.break_one(*attack, recover=True)
-                self.assertEqual((error is None, self.last_accepted), (bool(self.last_accepted), error is None))
-                found += error is None
-        self.assertGreater(found, len(chosen) // 4)
+                error = self.break_one(*attack, recover=recover)
+                told += error is None if recover else error is not None and error.outcome_unknown
+                if recover:
+                    self.assertEqual((error is None, self.last_accepted), (bool(self.last_accepted), error is None))
+        self.assertGreater(told, len(chosen) // (4 if recover else 2))
 
     def test_at_the_first_and_last_bytes(self):
         """Those that a sample may miss: nothing read, all but one byte, all of it; no answer, all but one byte, all."""
@@ -5779,7 +5752,6 @@ class SecretsTest(TransportCase):
         """Of clients, of their connections, and of the requests that the protocol makes."""
         seen = []
         one = kind(ENDPOINT + "?token=" + CANARY_TOKEN, CANARY_KEY, CANARY_SECRET, headers={"X-Token": CANARY_TOKEN})
-        other = kind("http://cloud.invalid/", username="me", password=CANARY_PASSWORD, name="region")
         exchange = lambda self, request: seen.append(request) or answer({"r": {}})  # noqa: E731
         with mock.patch.object(cs.CloudStack, "_exchange", exchange):
             self.call(one)
@@ -5787,7 +5759,7 @@ class SecretsTest(TransportCase):
         seen.append(one.prepare("updateUser", {"password": CANARY_PASSWORD, "name": "shown"}))
         self.assertIn(f"<Request POST {ENDPOINT}?apiKey=***&command=updateUser&", repr(seen[-1]))
         self.assertIn("&name=shown&password=***&", repr(seen[-1]))
-        self.assert_tells_nothing(str(one), *map(repr, (one, other, one.listZones, transport_of(one), *seen)))
+        self.assert_tells_nothing(str(one), *map(repr, (one, one.listZones, transport_of(one), *seen)))
 
     def test_what_the_checks_look_for_can_be_found(self):
         """The search itself: an exception that does tell is caught, in each of the places where it may tell."""
@@ -5857,12 +5829,11 @@ class NothingLostTest(Case):
                 self.assertEqual(expected, [row["id"] for row in rows], f"CS_TEST_SEED={self.SEED}")
 
     def test_every_outcome_of_many_jobs(self):
+        self.simulator.cloud.add_machines(2 * self.JOBS)
         with cs.CloudStack(**self.settings) as client:
-            zone = client.listZones()["zone"][0]["id"]
-            template = client.listTemplates(templatefilter="executable", zoneid=zone)["template"][0]["id"]
-            offering = client.listServiceOfferings()["serviceoffering"][0]["id"]
-            order = {"zoneid": zone, "templateid": template, "serviceofferingid": offering}
-            submitted = [client.deployVirtualMachine(**order) for _ in range(self.JOBS)]
+            running = client.listVirtualMachines(fetch_list=True, state="Running")
+            expected = [row["id"] for row in running][: self.JOBS]
+            submitted = [client.rebootVirtualMachine(id=machine) for machine in expected]
         self.misbehave()
 
         async def wait_for_all():
@@ -5871,7 +5842,7 @@ class NothingLostTest(Case):
 
         results = self.while_it_restarts(lambda: run(wait_for_all()))
         machines = [result["virtualmachine"]["id"] for result in results]
-        self.assertEqual([answer["id"] for answer in submitted], machines, f"CS_TEST_SEED={self.SEED}")
+        self.assertEqual(expected, machines, f"CS_TEST_SEED={self.SEED}")
         self.assertEqual(self.JOBS, len(set(machines)))
 
 
@@ -5984,11 +5955,6 @@ class RedactionTest(TransportCase):
           ("user:pw@host/x", "host/x"))
     def test_a_password_with_a_slash_is_not_shown(self, endpoint, shown):
         self.assertEqual(shown, cs.mask_address(endpoint))
-        client = cs.CloudStack(endpoint, "k", "s")
-        error = self.raised(ValueError, client.listZones)
-        for text in (repr(client), *all_texts(error)):
-            self.assertNotRegex(text, "hunter|two@|pa#|a[?]b|pw")
-        self.assertRegex(str(error), r"\Aendpoint: ")
 
 
 # === [7.1] settings: the constructor and the attributes ===============================================================
@@ -6142,7 +6108,7 @@ class AttributesTest(ProtocolCase):
     @each("endpoint, name, shown", (ENDPOINT, None, ENDPOINT), (ENDPOINT, "zurich", "zurich"),
           *[(endpoint, None, None) for endpoint in (
               "http://user:c4nary@h/api", "http://h/api?token=c4nary", "user:c4nary@h/api", "http://h:x/",
-              "https://h/#c4nary", "", None, "file:///etc/passwd", "//user:c4nary@h/", "http://[::1")])
+              "https://h/#c4nary", "", None, "file:///etc/passwd", "//user:c4nary@h/", "http://[::1", "//u:c4nary/@h")])
     def test_repr_is_the_name_or_the_endpoint_and_never_fails_nor_shows_a_secret(self, kind, endpoint, name, shown):
         text = repr(kind(endpoint, "c4nary-key", "c4nary-secret", password="c4nary", name=name))
         self.assertRegex(text, rf"\A<CloudStack: {re.escape(shown) if shown else '.*'}>\Z")
@@ -6154,7 +6120,7 @@ class AttributesTest(ProtocolCase):
               None, "", "cloud.example/client/api", "file:///etc/passwd", "ftp://h/", "http://", "https:///client/api",
               "http://h:x/", "http://h:99999/", "http://h:0/", "http://[::1/", "http://h/a b", "http://h/\n",
               "http://h/\xfc", "http://user:c4nary@h/api", "user:c4nary@h/api", "http://user:c4nary@h:x/",
-              "//user:c4nary@h/", "data:,x")],
+              "//user:c4nary@h/", "data:,x", "https://u:c4nary/two@h/", "https://u:c4#c4nary@h/", "http://u:a?c4nary@h/")],
           ({"endpoint": "https://b\u00fccher.example/client/api"}, "endpoint: .*xn--", "c4nary"),
           ({"key": None}, "key", "secret1"), ({"secret": None}, "secret", "key1"), ({"key": ""}, "key", "secret1"),
           (dict(UNSIGNED, username="admin"), "password", "admin"),
