@@ -2240,8 +2240,7 @@ class _Transport:
                 self._close_idle(IDLE, self.concurrency)
             else:
                 connection.stream.sock.close()
-            reason = _mask_reason(response.reason, request)
-            return _Response(response.status, reason, response.headers, content)
+            return _make_response(request, response.status, response, content)
         try:
             # Raised out here, so that what http.client quoted is not its context either.
             raise failure
@@ -2401,11 +2400,12 @@ def _unpack(content, limit):
     raise http.client.IncompleteRead(b"")
 
 
-def _mask_reason(reason, request):
-    """Return a reason phrase without secrets: a server may repeat the request line in it."""
-    if reason == "OK" or not isinstance(reason, str):
-        return reason
-    return mask_text(reason, request.all_secrets())
+def _make_response(request, status_code, answer, content):
+    """Return the _Response. A server may repeat what was asked, secrets and all, as the reason."""
+    reason = answer.reason
+    if reason != "OK" and isinstance(reason, str):
+        reason = mask_text(reason, request.all_secrets())
+    return _Response(status_code, reason, answer.headers, content)
 
 
 # 5.3 Failures in words.
@@ -2527,8 +2527,7 @@ def _exchange_through(session, request):
         place = mask_address(request.endpoint)
         failure = kind("No answer from " + place, "the session raised " + type(error).__name__)
     else:
-        reason = _mask_reason(answer.reason, request)
-        return _Response(answer.status_code, reason, answer.headers, content)
+        return _make_response(request, answer.status_code, answer, content)
     raise failure
 
 
@@ -3062,9 +3061,9 @@ def _read_environment():
 
 def _unknown_variables():
     """Return the names of CLOUDSTACK_* variables that nothing reads."""
-    known = "|".join(_VARIABLES).upper()
-    unknown = re.compile(f"{_PREFIX}(?!HEADER_.|(?:{known})$)")
-    return sorted(filter(unknown.match, os.environ))
+    known = {_PREFIX + name.upper() for name in _VARIABLES}
+    unknown = [name for name in os.environ if name not in known]
+    return sorted(filter(re.compile(_PREFIX + "(?!HEADER_.)").match, unknown))
 
 
 def _to_settings(values):
