@@ -2883,7 +2883,6 @@ _CLIENT_SETTINGS: "dict[str, Any]" = {
     setting.name: setting for setting in SETTINGS if setting.given_in != "tool"
 }
 _ATTRIBUTES = frozenset(setting.name for setting in SETTINGS if "attribute" in setting.traits)
-_ALWAYS = [setting.name for setting in SETTINGS if "always" in setting.traits]
 _TOGETHER = [setting.name for setting in SETTINGS if "together" in setting.traits]
 
 
@@ -3135,7 +3134,7 @@ def load_config(
         error.config = found  # type: ignore[attr-defined]
         raise error
 
-    settings = {key: _CLIENT_SETTINGS[key].default for key in _ALWAYS}
+    settings = {each.name: each.default for each in SETTINGS if "always" in each.traits}
     settings["trace"] = None  # as 5.2.0 has it; the constructor takes it for False
     settings["name"] = region if region in found.regions else None
     settings.update(_to_settings(values))

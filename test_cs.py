@@ -4406,15 +4406,13 @@ class TransportCase(Case):
             self.assertLacks(told, *forms_of(secret))
 
     def imported(self, name):
-        try:
+        with contextlib.suppress(ImportError):
             return __import__(name)
-        except ImportError:
-            return self.skipTest(f"{name} is not installed")
+        return self.skipTest(f"{name} is not installed")
 
     def traced(self, client, command="listZones", **params):
         """What a call that may fail writes to standard error, which must tell no secret."""
-        err = io.StringIO()
-        with contextlib.redirect_stderr(err), contextlib.suppress(cs.CloudStackException):
+        with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.suppress(cs.CloudStackException):
             self.call(client, command, **params)
         self.assert_tells_nothing(err.getvalue())
         return err.getvalue()
@@ -5386,11 +5384,8 @@ class ProcessTest(TransportCase):
     def test_a_plain_call_imports_nothing_slow_that_it_does_not_need(self):
         """(ImportCostTest: what importing it does.)"""
         slow = "asyncio argparse configparser dataclasses concurrent.futures pygments requests aiohttp urllib.request"
-        code = (
-            "import cs, sys\n"
-            "cs.CloudStack(sys.argv[1], 'k', 's').listZones()\n"
-            "print(*set(sys.argv[2].split()) & set(sys.modules))\n"
-        )
+        code = ("import cs, sys\ncs.CloudStack(sys.argv[1], 'k', 's').listZones()\n"
+                "print(*set(sys.argv[2].split()) & set(sys.modules))\n")
         env = {"NO_PROXY": "10.0.0.0/8"}
         self.assertEqual("\n", self.assert_child(code, self.serve(SERVE).url, slow, flags=("-S",), env=env))
 
@@ -5507,9 +5502,8 @@ class LeakTest(TransportCase):
 
     @needs_openssl
     def test_tls_and_tunnels_that_fail(self):
-        refused = b"HTTP/1.1 407 no\r\n\r\n"
-        ways = [[tls_context("elsewhere"), Step.READ], [Step.READ, refused], [some_of_it, Step.RESET],
-                [Step.READ, Step.RESET]]
+        ways = [[tls_context("elsewhere"), Step.READ], [Step.READ, b"HTTP/1.1 407 no\r\n\r\n"],
+                [some_of_it, Step.RESET], [Step.READ, Step.RESET]]
         server = self.serve(*ways * 50)
         direct = self.client(server.url.replace("http:", "https:"), verify=pem())
         os.environ.update(https_proxy=server.url, no_proxy="127.0.0.1")
@@ -5801,10 +5795,8 @@ class NothingLostTest(Case):
                 self.simulator.start()
 
         with ThreadPoolExecutor(1) as other, self.subTest(CS_TEST_SEED=self.SEED):
-            restarted = other.submit(restart_twice)
-            got = work()
-            restarted.result()
-            return got
+            other.submit(restart_twice)
+            return work()
 
     def test_every_row_of_a_list(self):
         self.simulator.cloud.add_machines(1500)
@@ -6314,7 +6306,7 @@ class SourcesTest(ConfigCase):
         cs.read_config()["headers"].clear()
         client = kind(**cs.read_config())
         self.assertEqual((0.5, {"x-y": "z"}, "<CloudStack: cloudstack>"),
-        (client.timeout, client.headers, repr(client)))
+                         (client.timeout, client.headers, repr(client)))
 
     def test_read_config_from_ini_gives_what_the_section_holds(self):
         environ(endpoint="http://env/", key="k", timeout="3", header_a="b")
@@ -6351,11 +6343,11 @@ class LoadConfigTest(ConfigCase):
 
     @each("path", "{}/other.ini", "~/other.ini")
     def test_a_path_is_read_even_beside_a_complete_environment_and_in_the_place_of_CLOUDSTACK_CONFIG(self, path):
-        in_env = dict(OF_K, retry="2")
-        environ(config="/nowhere.ini", **in_env)
+        environ(config="/nowhere.ini", retry="2", **OF_K)
         self.write("other.ini", "[cloudstack]\ntimeout = 3\nretry = 9\n[eu]\nendpoint = http://eu/\n")
         found = cs.load_config(path=path.format(self.home))
-        self.assertEqual(dict(READ_CONFIG_DEFAULTS, timeout="3", name="cloudstack", **in_env), found.settings)
+        expected = dict(READ_CONFIG_DEFAULTS, timeout="3", name="cloudstack")
+        self.assertEqual(dict(expected, retry="2", **OF_K), found.settings)
         self.assertEqual({"cloudstack", "eu"}, found.regions)
         self.assertEqual("http://eu/", cs.load_config("eu", path=path.format(self.home)).settings["endpoint"])
         self.assertRaisesRegex(SystemExit, "Tried .*/none.ini", cs.load_config, path="/none.ini")
@@ -6390,7 +6382,7 @@ BAD_INI = [("secret = " + SECRET, "line 1"), ("\n\n" + GOOD_INI.partition("\n")[
            (GOOD_INI + SECRET + "\n", "line 5"), (f"[cloudstack\nsecret = {SECRET}\n", "line 1"),
            (GOOD_INI + "Secret = " + SECRET, "secret"), (GOOD_INI + GOOD_INI, "cloudstack"),
            (GOOD_INI + f"= {SECRET}\n", "line 5"), (b"[cloudstack]\nsecret = CANARY\xff\n", "UTF-8"),
-           *[(f"[cloudstack]\nendpoint = http://e/\nsecret = {SECRET}%({key})s\n", "secret") for key in ("no", "secret")],
+           *[(f"[cloudstack]\nendpoint = http://e/\nsecret = {SECRET}%({to})s\n", "secret") for to in ("no", "secret")],
            *[(f"[cloudstack]\nendpoint = http://e/\n{key} = 1\n  secret = CANARY\n", key) for key in (
                "timeout", "key", "verify", "trace")]]  # an indented line goes on with the value above it
 
