@@ -2521,13 +2521,12 @@ def _exchange_through(session, request):
         content = answer.content
         if not isinstance(content, bytes):
             content = answer.text.encode("utf-8")
+        return _make_response(request, answer.status_code, answer, content)
     except OSError as error:
         is_late = isinstance(error, TimeoutError) or "Timeout" in type(error).__name__
         kind = CloudStackTimeoutError if is_late else CloudStackConnectionError
         place = mask_address(request.endpoint)
         failure = kind("No answer from " + place, "the session raised " + type(error).__name__)
-    else:
-        return _make_response(request, answer.status_code, answer, content)
     raise failure
 
 
@@ -3033,12 +3032,10 @@ def _read_ini_values(region, config=None):
     found.tried, named = _list_ini_paths(config)
     for path in found.tried:
         try:
-            parser = _parse_ini(path, _read_text(path))
+            found.add_file(path, _parse_ini(path, _read_text(path)), region)
         except FileNotFoundError:
             if path == named:
                 raise SystemExit("Config file not found. Tried " + named) from None
-        else:
-            found.add_file(path, parser, region)
     return found
 
 
@@ -3135,8 +3132,8 @@ def load_config(
         raise error
 
     settings = {each.name: each.default for each in SETTINGS if "always" in each.traits}
-    settings["trace"] = None  # as 5.2.0 has it; the constructor takes it for False
-    settings["name"] = region if region in found.regions else None
+    # trace is None as 5.2.0 has it; the constructor takes it for False.
+    settings.update(trace=None, name=region if region in found.regions else None)
     settings.update(_to_settings(values))
     found.settings, found.region = settings, region
     found.origins = {key: origin for key, (_, origin) in values.items()}
