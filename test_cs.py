@@ -6092,7 +6092,7 @@ class AttributesTest(ProtocolCase):
               None, "", "cloud.example/client/api", "file:///etc/passwd", "ftp://h/", "http://", "https:///client/api",
               "http://h:x/", "http://h:99999/", "http://h:0/", "http://[::1/", "http://h/a b", "http://h/\n",
               "http://h/\xfc", "http://user:c4nary@h/api", "user:c4nary@h/api", "http://user:c4nary@h:x/",
-              "//user:c4nary@h/", "data:,x", "https://u:c4nary/two@h/", "https://u:c4#c4nary@h/", "http://u:a?c4nary@h/")],
+              "//user:c4nary@h/", "data:,x", "http://u:c4nary/x@h/", "http://u:c4#c4nary@h/", "http://u:a?c4nary@h/")],
           ({"endpoint": "https://b\u00fccher.example/client/api"}, "endpoint: .*xn--", "c4nary"),
           ({"key": None}, "key", "secret1"), ({"secret": None}, "secret", "key1"), ({"key": ""}, "key", "secret1"),
           (dict(UNSIGNED, username="admin"), "password", "admin"),
