@@ -2069,13 +2069,14 @@ class _Route:
         if self.proxy and not self.secure:
             self.headers, self.start = self.proxy.headers, 0
 
-    def open(self, request, context):
+    def open(self, request, context_of):
         """Return a new http.client connection, with the tunnel and TLS that it needs.
 
         The name of a host is passed on as bytes: for text Python would import its IDNA tables."""
         import socket
         from http.client import HTTPConnection
 
+        context = context_of(*request.tls) if self.secure else None
         place = self.proxy or self
         connection: Any = HTTPConnection(place.host, place.port)
         connection.auto_open = 0  # it must never connect by itself, and send what was sent before
@@ -2116,9 +2117,8 @@ def _find_proxy(parts):
 
     proxies = urllib.request.getproxies()
     address = proxies.get(parts.scheme) or proxies.get("all")
-    if not address or urllib.request.proxy_bypass(parts.netloc):
-        return None
-    if _is_excluded(parts.hostname, proxies.get("no", "")):
+    is_excluded = _is_excluded(parts.hostname, proxies.get("no", ""))
+    if not address or is_excluded or urllib.request.proxy_bypass(parts.netloc):
         return None
     return _parse_proxy(address)
 
@@ -2172,19 +2172,24 @@ class _Transport:
     It keeps what a client has learned and holds open, in one process. Threads may share it:
     deque's append and pop are atomic."""
 
+    _executor: "Any" = None
+    _idle: "Any" = {}  # for one that an interrupt unmakes before it is made
+
     def __init__(self, concurrency):
         self.concurrency = concurrency  # of threads, and of idle connections
         self.servers = {}  # {(endpoint, user ...): _Server}
-        self._executor: Any = None
         self._idle = collections.defaultdict(collections.deque)  # key: (connection, since) ...
-        self._contexts = {}
-        self._routes = {}  # the environment is read once for each endpoint
+        # A context takes tens of ms to make; the environment is read once for each endpoint.
+        self._context_of = functools.lru_cache(None)(_make_context)
+        self._route_to = functools.lru_cache(None)(_Route)
 
     def close(self):
         """Close the connections that are not in use, and end the threads."""
         self._close_idle(0.0, 0)
         if self._executor is not None:
             self._executor.shutdown(wait=False)
+
+    __del__ = close
 
     def workers(self):
         """Return the threads that exchange for AIOCloudStack, and fetch pages."""
@@ -2193,10 +2198,6 @@ class _Transport:
 
             self._executor = ThreadPoolExecutor(self.concurrency, "cs")
         return self._executor
-
-    def __del__(self):
-        if "_idle" in self.__dict__:  # else an interrupt came before __init__ had set it
-            self.close()
 
     def _close_idle(self, seconds, keep):
         """Close connections that were idle for so long, and the oldest beyond so many."""
@@ -2215,17 +2216,13 @@ class _Transport:
         a function that is still installed; what others raise is taken for the network's."""
         key = (request.endpoint, request.tls)
         request.deadline = _clock() + request.total
-        context = route = connection = None
+        route = connection = None
         unsent, stale = True, False
-        if request.endpoint[:5].lower() == "https":
-            context = self._get_context(request.tls)
         try:
-            route = self._routes.get(request.endpoint)
-            if route is None:
-                route = self._routes[request.endpoint] = _Route(request.endpoint)
+            route = self._route_to(request.endpoint)
             connection = self._checkout(key)
             stale = connection is not None
-            connection = connection or route.open(request, context)
+            connection = connection or route.open(request, self._context_of)
             request.attach(connection.stream.sock)
             unsent = False
             response, content = _round_trip(connection, route, request)
@@ -2233,38 +2230,22 @@ class _Transport:
             request.detach()
             if connection is not None:
                 connection.stream.sock.close()
-            if not _is_failure(error):
+            if isinstance(error, _UnusableFile) or not _is_failure(error):
                 raise
             failure = _network_error(error, request, unsent, route and route.proxy)
             failure.stale = stale and isinstance(error, ConnectionError)
         else:
-            self._put_back(key, connection, request.detach() and connection.sock is not None)
-            reason = _mask_reason(response.reason, request)
-            return _Response(response.status, reason, response.headers, content)
+            if request.detach() and connection.sock is not None:
+                self._idle[key].append((connection, _clock()))
+                self._close_idle(IDLE, self.concurrency)
+            else:
+                connection.stream.sock.close()
+            return _make_response(request, response.status, response, content)
         try:
             # Raised out here, so that what http.client quoted is not its context either.
             raise failure
         finally:
             failure = None  # its traceback holds this frame, which would hold it
-
-    def _put_back(self, key, connection, is_open):
-        """Keep a connection for the next request; the oldest go if they have expired."""
-        if not is_open:
-            connection.stream.sock.close()
-            return
-        self._idle[key].append((connection, _clock()))
-        if len(self._idle) > 1 or len(self._idle[key]) > 1:
-            self._close_idle(IDLE, self.concurrency)
-
-    def _get_context(self, tls):
-        """Return the one SSLContext for a request's settings; making one takes tens of ms."""
-        try:
-            if tls not in self._contexts:
-                self._contexts[tls] = _make_context(*_tls_files(*tls))
-        except ValueError as error:
-            error.unsent = True  # type: ignore[attr-defined]
-            raise
-        return self._contexts[tls]
 
     def _checkout(self, key):
         """Return the connection that was used last, if it is still good; else None.
@@ -2342,10 +2323,17 @@ class _TimedReader(io.RawIOBase):
         return sock.recv_into(buffer)
 
 
-def _make_context(verify, cert):
-    """Return an SSLContext. Raises ValueError that names the setting whose file cannot be used."""
+class _UnusableFile(ValueError):
+    """Says which TLS setting names a file that cannot be used."""
+
+    unsent = True
+
+
+def _make_context(*tls):
+    """Return the SSLContext for a request's TLS settings. Raises _UnusableFile."""
     import ssl
 
+    verify, cert = _tls_files(*tls)
     path = verify if isinstance(verify, str) else None
     kind = "capath" if path and os.path.isdir(path) else "cafile"
     try:
@@ -2356,7 +2344,7 @@ def _make_context(verify, cert):
             why = f"verify: cannot read CA certificates from {path!a}: {why}"
         else:  # because of SSLKEYLOGFILE, or of OpenSSL's own configuration
             why = f"TLS cannot be set up: {why}" + (f": {name!a}" if name else "")
-        raise ValueError(why) from None
+        raise _UnusableFile(why) from None
 
     if hasattr(context, "minimum_version"):  # since 3.7; distributions set it as they like
         context.minimum_version = max(context.minimum_version, ssl.TLSVersion.TLSv1_2)
@@ -2371,7 +2359,7 @@ def _make_context(verify, cert):
 
 
 def _load_certificate(context, own, key):
-    """Load a client certificate. Raises ValueError; an encrypted private key is refused."""
+    """Load a client certificate. Raises _UnusableFile; an encrypted private key is refused."""
     questions: list = []
 
     def refuse_to_ask():  # OpenSSL would ask for the passphrase on the terminal
@@ -2381,11 +2369,10 @@ def _load_certificate(context, own, key):
     try:
         context.load_cert_chain(own, key, password=refuse_to_ask)
     except (OSError, ValueError) as error:
-        why = error_text(error)
-        if questions:
-            advice = "decrypt it first, as `openssl pkey -in KEY -out NEWKEY` does"
-            why = f"its private key is encrypted; {advice}"
-        raise ValueError(f"cert: cannot use client certificate {own!a}: {why}") from None
+        advice = "decrypt it first, as `openssl pkey -in KEY -out NEWKEY` does"
+        encrypted = f"its private key is encrypted; {advice}"
+        why = encrypted if questions else error_text(error)
+        raise _UnusableFile(f"cert: cannot use client certificate {own!a}: {why}") from None
 
 
 def _read_body(response, limit):
@@ -2407,29 +2394,27 @@ def _read_body(response, limit):
 
 
 def _unpack(content, limit):
-    """Return what gzip has packed. Raises _TooLarge, ValueError for what is damaged."""
+    """Return what gzip has packed. Raises _TooLarge, or IncompleteRead for what is damaged."""
+    import contextlib
     import http.client
     import zlib
 
     gunzip = zlib.decompressobj(16 + zlib.MAX_WBITS)
-    try:
+    with contextlib.suppress(zlib.error):
         content = gunzip.decompress(content, limit + 1)
-    except zlib.error:
-        raise ValueError("bad gzip") from None
-    if len(content) > limit:
-        raise _TooLarge
-    if gunzip.unused_data:
-        raise ValueError("bytes after the gzip")
-    if not gunzip.eof:
-        raise http.client.IncompleteRead(b"")
-    return content
+        if len(content) > limit:
+            raise _TooLarge
+        if gunzip.eof and not gunzip.unused_data:
+            return content
+    raise http.client.IncompleteRead(b"")
 
 
-def _mask_reason(reason, request):
-    """Return a reason phrase without secrets: a server may repeat the request line in it."""
-    if reason == "OK" or not isinstance(reason, str):
-        return reason
-    return mask_text(reason, request.all_secrets())
+def _make_response(request, status_code, answer, content):
+    """Return the _Response. A server may repeat what was asked, secrets and all, as the reason."""
+    reason = answer.reason
+    if reason != "OK" and isinstance(reason, str):
+        reason = mask_text(reason, request.all_secrets())
+    return _Response(status_code, reason, answer.headers, content)
 
 
 # 5.3 Failures in words.
@@ -2488,13 +2473,12 @@ def _describe_failure(error, request, unsent):
 
     lost, late = CloudStackConnectionError, CloudStackTimeoutError
     if isinstance(error, (socket.timeout, TimeoutError)):  # one and the same since 3.10
+        what, why = "No answer from", f"nothing for {request.timeout:g} s (timeout)"
+        if unsent:
+            what, why = "Cannot connect to", f"no answer within {request.timeout:g} s (timeout)"
         if _clock() >= request.deadline:
             why = f"it was not whole after {request.total:g} s"
-        elif unsent:
-            why = f"no answer within {request.timeout:g} s (timeout)"
-        else:
-            why = f"nothing for {request.timeout:g} s (timeout)"
-        return late, "Cannot connect to" if unsent else "No answer from", why
+        return late, what, why
     if isinstance(error, (ssl.SSLError, ssl.CertificateError)):
         return lost, "TLS failure with", _describe_tls_error(error)
     if isinstance(error, socket.gaierror):
@@ -2507,10 +2491,10 @@ def _describe_failure(error, request, unsent):
         return CloudStackException, "Too large an answer from", why
     if isinstance(error, http.client.IncompleteRead):
         return lost, "Broken answer from", "it is cut off"
-    if isinstance(error, http.client.RemoteDisconnected):
-        return lost, "Connection lost to", "closed without an answer"
     if isinstance(error, OSError):
-        return lost, "Connection lost to", error_text(error)
+        is_silent = isinstance(error, http.client.RemoteDisconnected)
+        why = "closed without an answer" if is_silent else error_text(error)
+        return lost, "Connection lost to", why
     return lost, "Broken answer from", f"not HTTP ({type(error).__name__})"
 
 
@@ -2546,14 +2530,12 @@ def _exchange_through(session, request):
         content = answer.content
         if not isinstance(content, bytes):
             content = answer.text.encode("utf-8")
+        return _make_response(request, answer.status_code, answer, content)
     except OSError as error:
         is_late = isinstance(error, TimeoutError) or "Timeout" in type(error).__name__
         kind = CloudStackTimeoutError if is_late else CloudStackConnectionError
         place = mask_address(request.endpoint)
         failure = kind("No answer from " + place, "the session raised " + type(error).__name__)
-    else:
-        reason = _mask_reason(answer.reason, request)
-        return _Response(answer.status_code, reason, answer.headers, content)
     raise failure
 
 
@@ -2777,16 +2759,15 @@ def _parse_method(value):
 
 def _parse_text(value):
     """Return plain text, or None for none and for empty text."""
+    if value is not None and not isinstance(value, (str, bytes)):
+        raise ValueError(f"text was expected, got {type(value).__name__}")
     try:
+        # The base type's own conversions: a subclass (Ansible's tagged text) may have others.
         if isinstance(value, bytes):
             value = bytes.decode(value, "utf-8")
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"text was expected, got {type(value).__name__}")
-        if value:
-            str.encode(value, "utf-8")
+        str.encode(value or "", "utf-8")
     except UnicodeError:
         raise ValueError("it holds something that is not UTF-8") from None
-    # The base type's own conversion, whatever a subclass (Ansible's tagged text) makes of str().
     return str.__str__(value) if value else None
 
 
@@ -2863,53 +2844,54 @@ def _convert(name, converter, value):
         raise ValueError(f"{name}: {error}") from None
 
 
-_Setting = collections.namedtuple("_Setting", "name default convert given_in")
+_Setting = collections.namedtuple("_Setting", "name default convert given_in traits")
 
 # given_in: "both" is read from the environment (CLOUDSTACK_<NAME>) and from ini files under its
 # name; "code" is an argument of the constructor only; "tool" is as "both", but for the command line
 # alone, which finds its text in _Invocation.settings. CloudStack.__init__ has an argument of that
 # name, too, and drops it, since read_config() passes it on; a flag for it stands in _OPTIONS.
+# traits: an "attribute" of a client is what cs 5.2.0 had as one (the names of the others belong to
+# the subclasses written for it, as in `self.domain = {...}`); read_config returns "always" even
+# what nothing gives; "together" come those that say where a request goes, as whom, and whom it
+# trusts. They are never mixed from two files: else a file with nothing but an endpoint, left in a
+# working directory, would be sent another file's key. (What the environment and the command line
+# say is the user's own word, and goes with any file.)
 # fmt: off
 SETTINGS: "tuple[Any, ...]" = (
-    _Setting("endpoint", None, _parse_text, "both"),
-    _Setting("key", None, _parse_text, "both"),
-    _Setting("secret", None, _parse_text, "both"),
-    _Setting("timeout", 10, _number(0.001), "both"),
-    _Setting("method", "get", _parse_method, "both"),
-    _Setting("verify", None, _parse_ca_path, "both"),
-    _Setting("cert", None, _parse_pem_path, "both"),
-    _Setting("cert_key", None, _parse_path, "both"),
-    _Setting("name", None, _parse_text, "code"),
-    _Setting("retry", 0, _number(0, whole=True), "both"),
-    _Setting("retry_backoff", 0.5, _number(0), "both"),
-    _Setting("job_timeout", None, _number(0, optional=True), "both"),
-    _Setting("poll_interval", 2.0, _number(0), "both"),
-    _Setting("expiration", 600, _parse_lifetime, "both"),
-    _Setting("trace", False, _parse_flag, "both"),
-    _Setting("dangerous_no_tls_verify", False, _parse_flag, "both"),
-    _Setting("headers", None, _parse_headers, "code"),
-    _Setting("session", None, _parse_session, "code"),
-    _Setting("fetch_result", False, _parse_flag, "code"),
-    _Setting("username", None, _parse_text, "both"),
-    _Setting("password", None, _parse_text, "both"),
-    _Setting("domain", None, _parse_domain, "both"),
-    _Setting("concurrency", 128, _number(1, whole=True), "code"),
-    _Setting("max_response_size", 256 * 1024 * 1024, _number(1, whole=True), "both"),
-    _Setting("recover", False, _parse_flag, "both"),
-    _Setting("output", None, _parse_text, "tool"),
-    _Setting("theme", None, _parse_text, "tool"),
+    _Setting("endpoint", None, _parse_text, "both", "attribute together"),
+    _Setting("key", None, _parse_text, "both", "attribute together"),
+    _Setting("secret", None, _parse_text, "both", "attribute together"),
+    _Setting("timeout", 10, _number(0.001), "both", "attribute always"),
+    _Setting("method", "get", _parse_method, "both", "attribute always"),
+    _Setting("verify", None, _parse_ca_path, "both", "attribute together always"),
+    _Setting("cert", None, _parse_pem_path, "both", "attribute together always"),
+    _Setting("cert_key", None, _parse_path, "both", "together always"),
+    _Setting("name", None, _parse_text, "code", "attribute always"),
+    _Setting("retry", 0, _number(0, whole=True), "both", "attribute always"),
+    _Setting("retry_backoff", 0.5, _number(0), "both", "attribute"),
+    _Setting("job_timeout", None, _number(0, optional=True), "both", "attribute"),
+    _Setting("poll_interval", 2.0, _number(0), "both", "attribute always"),
+    _Setting("expiration", 600, _parse_lifetime, "both", "attribute always"),
+    _Setting("trace", False, _parse_flag, "both", "attribute always"),
+    _Setting("dangerous_no_tls_verify", False, _parse_flag, "both", "together always"),
+    _Setting("headers", None, _parse_headers, "code", "attribute together"),
+    _Setting("session", None, _parse_session, "code", "attribute"),
+    _Setting("fetch_result", False, _parse_flag, "code", "attribute"),
+    _Setting("username", None, _parse_text, "both", "together"),
+    _Setting("password", None, _parse_text, "both", "together"),
+    _Setting("domain", None, _parse_domain, "both", "together"),
+    _Setting("concurrency", 128, _number(1, whole=True), "code", ""),
+    _Setting("max_response_size", 256 * 1024 * 1024, _number(1, whole=True), "both", ""),
+    _Setting("recover", False, _parse_flag, "both", ""),
+    _Setting("output", None, _parse_text, "tool", ""),
+    _Setting("theme", None, _parse_text, "tool", ""),
 )
 # fmt: on
 _CLIENT_SETTINGS: "dict[str, Any]" = {
     setting.name: setting for setting in SETTINGS if setting.given_in != "tool"
 }
-
-# The settings that cs 5.2.0 had as attributes of a client. The names of the others belong to the
-# subclasses written for it, as in `self.domain = {...}`.
-_ATTRIBUTES = frozenset(
-    "endpoint key secret timeout method verify cert name retry retry_backoff job_timeout"
-    " poll_interval expiration trace headers session fetch_result".split()
-)
+_ATTRIBUTES = frozenset(setting.name for setting in SETTINGS if "attribute" in setting.traits)
+_TOGETHER = [setting.name for setting in SETTINGS if "together" in setting.traits]
 
 
 # 7.2 Configuration: environment and ini files.
@@ -2925,18 +2907,8 @@ _HEADER = "header_"
 _DEFAULT_REGION = "cloudstack"
 _CONFIG_KEYS = [setting.name for setting in SETTINGS if setting.given_in != "code"]
 
-# Where a request goes, as whom, and whom it trusts: never mixed from two files. Else a file with
-# nothing but an endpoint, left in a working directory, would be sent another file's key. (What the
-# environment and the command line say is the user's own word, and goes with any file.)
-_TOGETHER = frozenset(
-    "endpoint key secret username password domain verify cert cert_key dangerous_no_tls_verify"
-    " headers".split()
-)
-# read_config returns these even if nothing gives them.
-_ALWAYS = (
-    "timeout method retry verify cert cert_key name trace expiration poll_interval"
-    " dangerous_no_tls_verify".split()
-)
+# What may follow CLOUDSTACK_ in the name of a variable, beside HEADER_ and a header's name.
+_VARIABLES = [*_CONFIG_KEYS, "config", "region", "overrides"]
 
 
 class Config:
@@ -2960,7 +2932,12 @@ class Config:
         if not parser.has_section(region):
             return
         raw = dict(parser.items(region))
-        for key, value in _expand_values(path, dict(raw), region):
+        for key in raw:
+            try:
+                value = _expand(key, raw)
+            except (KeyError, RecursionError):
+                reason = f"in [{region}], {key!a} refers to a name that is not there, or to itself"
+                raise ValueError(f"{path!a}: {reason}") from None
             is_header = key.startswith(_HEADER) and key != _HEADER
             if key in _CLIENT_SETTINGS and "\n" in value:
                 # It may hold a secret that was meant for the next line.
@@ -2975,7 +2952,9 @@ class Config:
 
 
 def _check_together(values, paths):
-    """Raise ValueError if values that belong together come from two of these files."""
+    """Raise ValueError if values that belong together come from two of these files.
+
+    values is {key: (text, origin)}."""
     by_file: dict = {}
     for key, (_, origin) in sorted(values.items()):
         if origin in paths and _group_of(key) in _TOGETHER:
@@ -2989,7 +2968,7 @@ def _check_together(values, paths):
 
 
 def _group_of(key):
-    """Return the name by which _TOGETHER and CLOUDSTACK_OVERRIDES know a key."""
+    """Return the name by which SETTINGS and CLOUDSTACK_OVERRIDES know a key."""
     return "headers" if key.startswith(_HEADER) else key
 
 
@@ -3029,6 +3008,7 @@ def _parse_ini(path, text):
     parser = configparser.RawConfigParser()
     try:
         parser.read_string(text, source=path)
+        return parser
     except configparser.MissingSectionHeaderError as error:
         reason = f"line {error.lineno} stands before any [section]"
     except (configparser.DuplicateOptionError, configparser.DuplicateSectionError) as error:
@@ -3037,28 +3017,20 @@ def _parse_ini(path, text):
         reason = f"line {error.errors[0][0] if error.errors else '?'} is not 'name = value'"
     except configparser.Error as error:
         reason = type(error).__name__
-    else:
-        return parser
     raise ValueError(f"{path!a} is not an ini file: {reason}")
 
 
-def _expand_values(path, raw, region):
-    """Yield (key, text) for the raw values of a section.
+def _expand(key, raw):
+    """Return the value of a key of a section.
 
     `%%` and `%(name)s` mean what they always mean in ini files, any other `%` stands for itself:
-    `50%` is `50%`. Raises ValueError for a `%(name)s` that leads nowhere."""
-    import configparser
+    `50%` is `50%`. Raises KeyError for a `%(name)s` that is not there, or that leads back here."""
+    others = {name: text for name, text in raw.items() if name != key}
 
-    parser = configparser.ConfigParser()
-    for key, value in raw.items():
-        raw[key] = re.sub(r"(%%|%\([^)]+\)s)|%", lambda found: found.group(1) or "%%", value)
-    parser.read_dict({"section": raw})
-    for key in raw:
-        try:
-            yield key, parser.get("section", key)
-        except configparser.InterpolationError:
-            reason = f"in [{region}], {key!a} refers to a name that is not there, or to itself"
-            raise ValueError(f"{path!a}: {reason}") from None
+    def replace(found):
+        return _expand(found.group(1).lower(), others) if found.group(1) else "%"
+
+    return re.sub(r"%%|%\(([^)]+)\)s", replace, raw[key])
 
 
 def _read_ini_values(region, config=None):
@@ -3069,12 +3041,10 @@ def _read_ini_values(region, config=None):
     found.tried, named = _list_ini_paths(config)
     for path in found.tried:
         try:
-            parser = _parse_ini(path, _read_text(path))
+            found.add_file(path, _parse_ini(path, _read_text(path)), region)
         except FileNotFoundError:
             if path == named:
                 raise SystemExit("Config file not found. Tried " + named) from None
-        else:
-            found.add_file(path, parser, region)
     return found
 
 
@@ -3092,6 +3062,13 @@ def _read_environment():
         given["key"] = names["key"]
         given.pop("secret", None)
     return {key: (os.environ[name], name) for key, name in given.items()}
+
+
+def _unknown_variables():
+    """Return the names of CLOUDSTACK_* variables that nothing reads."""
+    known = {_PREFIX + name.upper() for name in _VARIABLES}
+    unknown = [name for name in os.environ if name not in known]
+    return sorted(filter(re.compile(_PREFIX + "(?!HEADER_.)").match, unknown))
 
 
 def _to_settings(values):
@@ -3136,14 +3113,10 @@ def load_config(
     # The default's own name asks for nothing: Ansible's modules up to 2.9 always pass it.
     is_explicit = bool(region) and region != _DEFAULT_REGION
     region = region or os.environ.get(_PREFIX + "REGION") or _DEFAULT_REGION
-    named = os.environ.get(_PREFIX + "OVERRIDES", "").lower().replace(",", " ").split()
+    named = set(os.environ.get(_PREFIX + "OVERRIDES", "").lower().replace(",", " ").split())
     env = _read_environment()
     env_first = "endpoint" in env and not is_explicit and not named
-    above = {
-        key: pair
-        for key, pair in env.items()
-        if env_first or key in named or _group_of(key) in named
-    }
+    above = {key: env[key] for key in env if env_first or {key, _group_of(key)} & named}
     above.update({key: (text, "option") for key, text in (overrides or {}).items()})
 
     found = Config()
@@ -3167,9 +3140,9 @@ def load_config(
         error.config = found  # type: ignore[attr-defined]
         raise error
 
-    settings = {key: _CLIENT_SETTINGS[key].default for key in _ALWAYS}
-    settings["trace"] = None  # as 5.2.0 has it; the constructor takes it for False
-    settings["name"] = region if region in found.regions else None
+    settings = {each.name: each.default for each in SETTINGS if "always" in each.traits}
+    # trace is None as 5.2.0 has it; the constructor takes it for False.
+    settings.update(trace=None, name=region if region in found.regions else None)
     settings.update(_to_settings(values))
     found.settings, found.region = settings, region
     found.origins = {key: origin for key, (_, origin) in values.items()}
@@ -3766,10 +3739,8 @@ _CALL_OPTIONS = ("timeout", "retry", "job_timeout", "poll_interval", "post")
 
 def _describe_unknown(config):
     """Return a text about keys of the section and variables that no setting has; empty if none."""
-    known = [_PREFIX + name.upper() for name in [*_CONFIG_KEYS, "config", "region", "overrides"]]
     named = [(key, f" in {path}") for key, path in config.unknown]
-    named += [(name, "") for name in sorted(set(os.environ).difference(known))
-              if re.match("CLOUDSTACK_(?!HEADER_.)", name)]  # fmt: skip
+    named += [(name, "") for name in _unknown_variables()]
     found = []
     for key, where in named:
         bare = re.sub("[^a-z]", "", key.lower().replace("cloudstack_", ""))

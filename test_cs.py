@@ -85,6 +85,7 @@ import unittest
 import uuid
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 from urllib.parse import parse_qsl, quote, quote_plus, urlencode
 
@@ -3986,7 +3987,7 @@ class Received:
 
 
 class Wire:
-    """One connection, seen by the server."""
+    """One connection, seen by the server; an OSError ends its script."""
 
     def __init__(self, sock):
         self.sock = sock
@@ -3997,10 +3998,7 @@ class Wire:
 
     def more(self, most=65536):
         """Receive at most so many bytes; False if the client has gone away."""
-        try:
-            part = self.sock.recv(most)
-        except OSError:
-            part = b""
+        part = self.sock.recv(most)
         self.raw += part
         return bool(part)
 
@@ -4019,17 +4017,15 @@ class Wire:
                 return None
 
     def send(self, content):
-        try:
-            self.sock.sendall(content)
-            return True
-        except OSError:
-            return False
+        self.sock.sendall(content)
+        return True
 
 
 class Step:
-    """What a script may hold beside what ScriptedServer names. All but AGAIN are functions of the Wire."""
+    """What a script may hold beside what ScriptedServer names."""
 
-    AGAIN = object()  # start over with the first step
+    def AGAIN(wire):
+        """Start over with the first step."""
 
     def READ(wire):
         """Take one whole request."""
@@ -4039,29 +4035,25 @@ class Step:
         """Wait until the client has gone away."""
         while wire.more():
             pass
-        return False
 
     def RESET(wire):
         """End the connection with a reset."""
         wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         wire.sock.close()
-        return False
 
 
 class ScriptedServer:
     """Plays a list of steps to each connection: the first list to the first one, and the last to all that follow.
 
-    A step is bytes to send, a number of seconds to pause, an Event to wait for, an SSLContext to start TLS with, or a
-    function of the Wire, which ends the script by returning False. A connection is closed after its last step."""
+    A step is bytes to send, an Event to wait for, an SSLContext to start TLS with, or a function of the Wire, which
+    ends the script by returning False. A connection is closed after its last step."""
 
-    def __init__(self, *scripts, tls=None, receive_buffer=None):
+    def __init__(self, *scripts, tls=None):
         self.scripts = list(scripts)
         self.tls = tls
-        self.wires, self.threads, self.gates = [], [], []
-        self.stopping = threading.Event()
+        self.gates = [step for script in scripts for step in script if isinstance(step, threading.Event)]
+        self.wires, self.threads, self.is_stopping = [], [], False
         self.listener = socket.socket()
-        if receive_buffer:
-            self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.listener.bind(("127.0.0.1", 0))
         self.listener.listen(128)
         self.place = "127.0.0.1:%d" % self.listener.getsockname()[1]
@@ -4087,11 +4079,8 @@ class ScriptedServer:
 
     def _accept(self):
         while True:
-            try:
-                sock, _ = self.listener.accept()
-            except OSError:
-                return
-            if self.stopping.is_set():
+            sock, _ = self.listener.accept()
+            if self.is_stopping:
                 sock.close()
                 return
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -4103,9 +4092,7 @@ class ScriptedServer:
         try:
             if self.tls:
                 self.do(wire, self.tls)
-            index = 0
-            while index < len(steps) and self.do(wire, steps[index]):
-                index = 0 if steps[index] is Step.AGAIN else index + 1
+            all(self.do(wire, step) for step in (itertools.cycle(steps) if Step.AGAIN in steps else steps))
         except (OSError, ValueError):
             pass  # what became of it shows in what the client says
         finally:
@@ -4114,22 +4101,17 @@ class ScriptedServer:
 
     def do(self, wire, step):
         """One step; False if the script is over."""
-        if step is Step.AGAIN:
-            return True
         if isinstance(step, bytes):
             return wire.send(step)
         if isinstance(step, ssl.SSLContext):
             wire.sock = step.wrap_socket(wire.sock, server_side=True)  # closes what it was given when it fails
             return True
         if isinstance(step, threading.Event):
-            self.gates.append(step)
-            return not self.stopping.is_set() and step.wait(PATIENCE_OF_TESTS)
-        if callable(step):
-            return step(wire) is not False
-        return not self.stopping.wait(step)
+            return step.wait(PATIENCE_OF_TESTS)
+        return step(wire) is not False
 
     def close(self):
-        self.stopping.set()
+        self.is_stopping = True
         for gate in self.gates:
             gate.set()
         with contextlib.suppress(OSError):
@@ -4189,10 +4171,8 @@ def dripping(content, filler=b" "):
 
     def drip(wire):
         for byte in itertools.islice(itertools.chain(content, itertools.cycle(filler)), 4000):
-            if not wire.send(bytes([byte])):
-                break
+            wire.send(bytes([byte]))
             time.sleep(0.0005)
-        return False
 
     return drip
 
@@ -4210,6 +4190,11 @@ def forms_of(secret):
         code = base64.b64encode(b"\0" * offset + secret.encode("utf-8")).decode("ascii").rstrip("=")
         forms.add(code[4 if offset else 0 : -4])
     return forms
+
+
+def printed(error):
+    """What Python prints of an exception, and of those that it was raised from or while handling."""
+    return "".join(traceback.format_exception(type(error), error, None))
 
 
 def all_texts(error, seen=()):
@@ -4249,7 +4234,9 @@ class TransportCase(Case):
         return client
 
     def pair(self, *scripts, kind=None, tls=None, **settings):
-        """A server that plays these scripts, and a client of it."""
+        """A server that plays these scripts, and a client of it; tls=True: by TLS that the client trusts."""
+        if tls is True:
+            tls, settings["verify"] = tls_context(), pem()
         server = self.serve(*scripts, tls=tls)
         return server, self.client(server, kind, **settings)
 
@@ -4303,22 +4290,20 @@ class TransportCase(Case):
             self.assertLacks(told, *forms_of(secret))
 
     def imported(self, name):
-        try:
+        with contextlib.suppress(ImportError):
             return __import__(name)
-        except ImportError:
-            return self.skipTest(f"{name} is not installed")
+        return self.skipTest(f"{name} is not installed")
 
     def traced(self, client, command="listZones", **params):
         """What a call that may fail writes to standard error, which must tell no secret."""
-        err = io.StringIO()
-        with contextlib.redirect_stderr(err), contextlib.suppress(cs.CloudStackException):
+        with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.suppress(cs.CloudStackException):
             self.call(client, command, **params)
         self.assert_tells_nothing(err.getvalue())
         return err.getvalue()
 
-    def assert_child(self, code, *args, flags=(), path=None, env=()):
+    def assert_child(self, code, *args, flags=(), env=()):
         """Run Python code in a process of its own, which ends well and says nothing on standard error; its output."""
-        env = dict(os.environ, PYTHONPATH=path or os.path.dirname(CS_PATH), **dict(env))
+        env = dict(os.environ, PYTHONPATH=os.path.dirname(CS_PATH), **dict(env))
         status, out, err = Child([sys.executable, *flags, "-c", code, *map(str, args)], env=env).finish()
         self.assertEqual((0, b""), (status, err), out)
         return out.decode("utf-8")
@@ -4394,25 +4379,26 @@ def tls_context(name="good", client_ca=None):
     return context
 
 
-def tls_and_ca(tls):
-    """For a server its context and for a client the path of the CA certificate, both None without TLS."""
-    return (tls_context(), pem()) if tls else (None, None)
-
-
 with_and_without_tls = each("tls", *[False, True][: 2 if OPENSSL else 1])
 needs_openssl = unittest.skipUnless(OPENSSL, "the openssl program, which makes the certificates, is not there")
 
 
 class Clock:
-    """A clock for cs that is set by hand, or moves a step each time it is looked at."""
+    """A clock for cs that is set by hand, or moves a step each time it is looked at, and by each pause."""
 
     def __init__(self, step=0.0):
         self.now = 5000.0
         self.step = step
 
     def __call__(self):
-        self.now += self.step
+        self.sleep(self.step)
         return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    async def sleep_async(self, seconds):
+        self.now += seconds
 
 
 def refusing_place(case):
@@ -4449,11 +4435,13 @@ class KeptConnectionTest(TransportCase):
         self.assertEqual([["listZones"]] * 5 + [["listZones"] * 7], sorted(server.asked))
         until(lambda: len(server.open_wires) == 1, "closing the old ones")
 
-    def test_those_of_another_endpoint_are_closed_when_they_are_old(self):
+    def test_another_endpoint_has_its_own_which_are_closed_when_they_are_old(self):
         (one, client), other = self.pair(SERVE), self.serve(SERVE)
         with mock.patch.object(cs, "_clock", Clock()) as clock:
-            client.listZones()
-            client.endpoint = other.url
+            for server in (one, other, one, other):
+                client.endpoint = server.url
+                client.listZones()
+            self.assertEqual([[["listZones"] * 2]] * 2, [one.asked, other.asked])
             clock.now += cs.IDLE + 1
             client.listZones()
         until(lambda: not one.open_wires, "closing the old one")
@@ -4461,9 +4449,8 @@ class KeptConnectionTest(TransportCase):
     @with_and_without_tls
     @each("steps", [], [Step.RESET], [b"HTTP/1.1 408 Too slow\r\n\r\n", lambda wire: wire.ended.set(), Step.HOLD])
     def test_one_that_died_or_that_said_something_unasked_is_noticed_before_use(self, tls, steps):
-        context, ca = tls_and_ca(tls)
         go_on = threading.Event()
-        server, client = self.pair([Step.READ, reply(), go_on] + steps, SERVE, tls=context, verify=ca)
+        server, client = self.pair([Step.READ, reply(), go_on] + steps, SERVE, tls=tls)
         client.listZones()
         go_on.set()
         until(server.wires[0].ended.is_set, "that")  # in the last row: it has been said
@@ -4480,40 +4467,19 @@ class KeptConnectionTest(TransportCase):
         self.assertEqual([["listPods"], ["listZones", "listUsers"], ["listUsers", "listHosts"], ["listHosts"]],
                          server.asked)
 
-    def test_one_that_dies_unnoticed_leaves_a_changing_command_unknown(self):
-        server, client = self.pair([Step.READ, reply(), Step.READ], SERVE, retry=3)
-        client.listZones()
-        self.unknown(client, "outcome is unknown")
-        self.assertEqual([["listZones", "deployVirtualMachine"]], server.asked)
-
-    def test_another_endpoint_and_a_copy_have_connections_of_their_own(self):
-        one, other = self.serve(SERVE), self.serve(SERVE)
-        client = self.client(one)
-        for server in (one, other, one, other):
-            client.endpoint = server.url
-            client.listZones()
-        with pickle.loads(pickle.dumps(client)) as copied:
-            copied.listUsers()
-        self.assertEqual([[["listZones"] * 2], [["listZones"] * 2, ["listUsers"]]], [one.asked, other.asked])
-
     @both
     def test_with_and_close_close_the_connections_and_the_client_works_on(self, kind):
         server, client = self.pair(SERVE, kind=kind)
 
-        async def work():
-            async with client:
-                await client.listZones()
+        def leave(client):
+            nothing_raised = (None, None, None)
+            client.__exit__(*nothing_raised) if kind is cs.CloudStack else run(client.__aexit__(*nothing_raised))
 
-        if kind is cs.CloudStack:
-            with client:
-                client.listZones()
-        else:
-            run(work())
-        for wire in (0, 1):
-            until(server.wires[wire].ended.is_set, "closing")
+        for number, close in enumerate([leave, self._close]):
             self.assertEqual(RESULT, self.call(client))
-            self._close(client)
-            self._close(client)
+            close(client)
+            close(client)
+            until(server.wires[number].ended.is_set, "closing")
 
     @unittest.skipUnless(hasattr(signal, "pthread_kill"), "no signals of that kind here")
     @each("kind", KeyboardInterrupt, SystemExit, MemoryError, TimeoutError, OSError, ValueError)
@@ -4547,37 +4513,34 @@ class KeptConnectionTest(TransportCase):
 class BodyTest(TransportCase):
     """Answers, whole and broken."""
 
-    @each("content", reply(), reply(ZONES, "200 OK", "Connection: keep-alive", version="1.0"),
-          chunked(), chunked(size=10000), chunked(size=1), chunked(last=b"0;x=y\r\nX-A: b\r\nX-C: d\r\n\r\n"),
+    @each("then, content", *[([Step.AGAIN], content) for content in (
+          reply(), reply(ZONES, "200 OK", "Connection: keep-alive", version="1.0"), chunked(), chunked(size=10000),
+          chunked(size=1), chunked(last=b"0;x=y\r\nX-A: b\r\nX-C: d\r\n\r\n"),
           chunked().replace(b"\r\n14\r\n", b"\r\n0000014\r\n"), gzipped(), chunked(PACKED, 1, headers=[GZIP]),
           reply(PACKED, "200 OK", "Content-Encoding: X-GZIP"), reply(ZONES, "200 OK", "Content-Encoding: identity"),
           reply().replace(b"\r\n", b"\n"), reply(ZONES, "200"), reply().replace(b": ", b":", 2),
           reply(b"\xef\xbb\xbf" + ZONES), b"HTTP/1.1 100 Continue\r\n\r\n" + reply(),
-          b"HTTP/1.1 100 Continue\r\nX-A: b\r\n\r\n" * 3 + reply())
-    def test_whole_answers_that_leave_the_connection_open(self, content):
-        server, client = self.pair([Step.READ, content, Step.AGAIN])
+          b"HTTP/1.1 100 Continue\r\nX-A: b\r\n\r\n" * 3 + reply())],
+          *[([Step.HOLD], reply(ZONES, "200 OK", "Connection: " + word)) for word in ("close", "Close")],
+          *[([], reply(ZONES, "200 OK", "Content-Length: " + text, length=False)) for text in ("-5", "x", "")],
+          ([Step.HOLD], reply(version="1.0")), *[([], reply(length=False, version=version)) for version in (
+              "1.0", "1.1")], ([], gzipped(length=False)))
+    def test_whole_answers_and_whether_they_leave_the_connection_open(self, then, content):
+        server, client = self.pair([Step.READ, content, *then])
         self.assertEqual([RESULT] * 2, [client.listZones() for _ in range(2)])
-        self.assertEqual([["listZones"] * 2], server.asked)
-
-    @each("content", *[reply(ZONES, "200 OK", "Connection: " + word) for word in ("close", "Close")],
-          *[reply(ZONES, "200 OK", "Content-Length: " + length, length=False) for length in ("-5", "x", "")],
-          reply(length=False), gzipped(length=False), reply(version="1.0"), reply(length=False, version="1.0"))
-    def test_whole_answers_that_end_it(self, content):
-        server, client = self.pair([Step.READ, content])
-        self.assertEqual([RESULT] * 2, [client.listZones() for _ in range(2)])
-        self.assertEqual([["listZones"]] * 2, server.asked)
+        self.assertEqual([["listZones"] * 2] if then == [Step.AGAIN] else [["listZones"]] * 2, server.asked)
 
     DAMAGED, CHECKSUM = bytearray(PACKED), bytearray(PACKED)
     DAMAGED[len(PACKED) // 2] ^= 0xFF
     CHECKSUM[-6] ^= 0xFF
     TOO_MUCH = b"x" * 100001
     BOMB = gzip.compress(b"[" * 5000000, 9)
+    TLS_ALERT = b"\x15\x03\x01\x00\x02\x02\x46"
     NOT_HTTP = [
         b"HTTP/1.1", b"HTTP/1.1 20", b"\r\n", b"220 mail.invalid ESMTP\r\n", bytes(range(256)) * 4, b"\0" * 1000,
-        b"ICY 200 OK\r\n\r\n", b"\x15\x03\x01\x00\x02\x02\x46",  # the last one is a TLS alert
-        reply(version="9.9"), reply(ZONES, "abc OK"), reply(ZONES, "99 OK"), reply(ZONES, "1000 OK"),
-        reply(ZONES, "200 " + "x" * 70000), reply(ZONES, "200 OK", "X-A: " + "x" * 70000),
-        reply(ZONES, "200 OK", "x" * 70000), reply(ZONES, "200 OK", *["X-A: b"] * 200)]
+        b"ICY 200 OK\r\n\r\n", TLS_ALERT, reply(version="9.9"), *[reply(ZONES, status) for status in (
+            "abc OK", "99 OK", "1000 OK", "200 " + "x" * 70000)],
+        *[reply(ZONES, "200 OK", *headers) for headers in (["X-A: " + "x" * 70000], ["x" * 70000], ["X-A: b"] * 200)]]
     CUT_OFF = [
         reply()[:-10], reply()[: -len(ZONES)], reply().replace(b"Content-Length: ", b"Content-Length: 9"),
         chunked()[:-30], chunked(last=b""), chunked(size=10000, last=b""), chunked(last=b"zz\r\n"),
@@ -4619,7 +4582,6 @@ class BodyTest(TransportCase):
         def pour(wire):
             while len(sent) < 200 and wire.send(b"0" * 65536):
                 sent.append(1)
-            return False
 
         server, client = self.pair([Step.READ, head, pour], max_response_size=1000)
         self.assertRaises(cs.CloudStackException, client.listZones)
@@ -4699,26 +4661,21 @@ class TimeoutTest(TransportCase):
 
     def test_a_steady_answer_within_ten_times_the_timeout_is_read(self):
         content = chunked(PACKED, 7, headers=[GZIP])
-        steps = [step for index in range(0, len(content), 9) for step in (content[index : index + 9], 0.001)]
+        parts = [content[start : start + 9] for start in range(0, len(content), 9)]
+        steps = [step for part in parts for step in (part, lambda wire: time.sleep(0.001))]
         server, client = self.pair([Step.READ] + steps, timeout=2)
         with mock.patch.object(cs, "_clock", Clock(step=0.02)):
             self.assertEqual(RESULT, client.listZones())
 
-    @unittest.skipUnless(sys.platform.startswith("linux"), "how a full queue of connections behaves differs")
     def test_a_connection_that_is_not_made_in_time(self):
-        sockets = [socket.socket() for _ in range(5)]
-        for sock in sockets:
-            self.addCleanup(sock.close)
-            sock.setblocking(False)
-        sockets[0].bind(("127.0.0.1", 0))
-        sockets[0].listen(0)
-        for filler in sockets[1:]:  # further ones are dropped, which keeps who connects waiting
-            filler.connect_ex(sockets[0].getsockname())
-        url = "http://127.0.0.1:%d/client/api" % sockets[0].getsockname()[1]
-        self.unsent(self.client(url, timeout=0.05), f"Cannot connect to {url}: no answer within 0.05 s", LATE)
+        with mock.patch("socket.create_connection", side_effect=socket.timeout("timed out")) as connect:
+            self.unsent(self.client(ENDPOINT, timeout=0.05), "Cannot connect to http://cloud.invalid/client/api: "
+                        "no answer within 0.05 s (timeout)", LATE)
+        self.assertEqual(0.05, connect.call_args[0][1])
 
     def test_a_server_that_does_not_read_a_large_body(self):
-        client = self.client(self.serve([threading.Event()], receive_buffer=4096), timeout=0.1)
+        narrow = lambda wire: wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # noqa: E731
+        client = self.client(self.serve([narrow, threading.Event()]), timeout=0.1)
         self.unknown(client, "", LATE, userdata="x" * 6000000)
 
     def test_a_timeout_set_later_counts_for_kept_connections_too(self):
@@ -4727,18 +4684,6 @@ class TimeoutTest(TransportCase):
         client.timeout = "0.03"
         self.failure(client, "nothing for 0.03 s", LATE)
         self.assertEqual([["listZones"] * 2], server.asked)
-
-    @unittest.skipUnless(hasattr(signal, "setitimer"), "needs timers")
-    @each("raised", TimeoutError, OSError, ValueError)
-    def test_what_a_signal_handler_raises_is_not_the_network_s(self, raised):
-        def handler(number, frame):
-            raise raised("the program's own")
-
-        client = self.client(self.serve([Step.READ, Step.HOLD]), retry=2)
-        self.addCleanup(signal.signal, signal.SIGALRM, signal.signal(signal.SIGALRM, handler))
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-        error = self.raised(raised, client.listZones)
-        self.assertEqual((raised, "the program's own"), (type(error), str(error)))
 
 
 class ConnectTest(TransportCase):
@@ -4765,17 +4710,6 @@ class ConnectTest(TransportCase):
     def test_the_scheme_of_an_endpoint_may_be_in_capitals(self):
         client = self.client("HTTP://" + self.serve(SERVE).place)
         self.assertEqual(RESULT, client.listZones())
-
-    @each("status", "301 Moved Permanently", "302 Found", "303 See Other", "307 Temporary Redirect",
-          "308 Permanent Redirect")
-    @each("place", "http://{}/x?command=listZones&token=x", "/elsewhere", "file:///etc/passwd")
-    def test_redirects_are_not_followed(self, status, place):
-        other = self.serve(SERVE)
-        place = place.format(other.place)
-        server, client = self.pair([Step.READ, reply(ZONES, status, "Location: " + place), Step.AGAIN], retry=2)
-        error = self.failure(client, place.partition("?")[0], cs.CloudStackException, command="deployVirtualMachine")
-        self.assertRegex(str(error), rf"\AHTTP {status}(?!.*token)")
-        self.assertEqual([[["deployVirtualMachine"]], []], [server.asked, other.asked])
 
     @each("says, content", ("https://cloud.invalid/client/api", lambda got: reply(
               b"", "302 Found", "Location: https://cloud.invalid" + got.target)),
@@ -4816,14 +4750,6 @@ class TlsTest(TransportCase):
         """A server with this certificate, and a client of it."""
         return self.pair(SERVE, tls=tls_context(name), **dict({"verify": pem()}, **settings))
 
-    def untrusted(self, server, client):
-        """A TLS failure before anything was sent; what is said of it."""
-        error = self.unsent(client, "TLS failure with " + server.url)
-        self.assertIsInstance(error, ConnectionError)
-        self.assertIsInstance(error.__cause__, (OSError, ssl.CertificateError))
-        self.assertEqual([[]], server.asked)
-        return str(error)
-
     @each("certificate, verify, unverified", ("good", "ca.pem", None), ("good", "directory", None),
           ("good", None, None),
           *[] if sys.version_info >= (3, 13) else [("self_signed", "self_signed.pem", None)],  # strict: it names no key
@@ -4846,11 +4772,13 @@ class TlsTest(TransportCase):
         if str(verify).endswith(".pem"):
             verify = pem(verify)
         server, client = self.secure(certificate, verify=verify, dangerous_no_tls_verify=unverified)
-        error = self.untrusted(server, client)
+        error = self.unsent(client, "TLS failure with " + server.url)
+        self.assertIsInstance(error.__cause__, (OSError, ssl.CertificateError))
+        self.assertEqual([[]], server.asked)
         if sys.version_info >= (3, 7):  # noqa: UP036  (3.6 does not tell why)
-            self.assertIn(says, error.lower())
+            self.assertIn(says, str(error).lower())
         if certificate != "elsewhere":
-            self.assertIn("`verify`", error)
+            self.assertIn("`verify`", str(error))
 
     def test_settings_changed_later_count_for_the_next_call(self):
         """A connection made without verification is not used if verification is asked for."""
@@ -4921,13 +4849,13 @@ class TlsTest(TransportCase):
     @each("steps, says, kind", ([reply()[:-10]], "", LOST), ([chunked()[:-10]], "", LOST), ([], "", LOST),
           ([reply()[:-5], Step.HOLD], "nothing for 0.5 s", LATE))
     def test_an_answer_that_is_cut_off_or_late(self, steps, says, kind):
-        server, client = self.pair([Step.READ] + steps, SERVE, tls=tls_context(), verify=pem(), timeout=0.5)
+        server, client = self.pair([Step.READ] + steps, SERVE, tls=True, timeout=0.5)
         self.unknown(client, says, kind)
         self.assertEqual(RESULT, client.listZones())
 
     def test_no_version_of_tls_before_1_2_is_offered_and_one_context_serves_all_connections(self):
         made, really = [], ssl.create_default_context
-        server, client = self.pair([Step.READ, reply()], tls=tls_context(), verify=pem())
+        server, client = self.pair([Step.READ, reply()], tls=True)
         with mock.patch.object(ssl, "create_default_context", lambda **files: made.append(really(**files)) or made[-1]):
             for endpoint in (server.url, server.url, self.serve(SERVE, tls=tls_context()).url):
                 client.endpoint = endpoint
@@ -5106,39 +5034,32 @@ class HeaderTest(TransportCase):
                           ("X-TWO", "call"), ("hOST", "h"), ("user-AGENT", "mine")], sorted(server.requests[0].headers))
 
 
-class FakeSession:
-    """What `session=` asks for, and no more."""
+class SessionAnswer:
+    def __init__(self, status_code=200, reason="OK", text=json.dumps({"r": RESULT}), headers=None):  # noqa: B008
+        self.status_code, self.reason, self.text = status_code, reason, text
+        self.content = text.encode("utf-8")
+        self.headers = headers or {"Content-Type": "application/json"}
 
-    class Answer:
-        def __init__(self, status_code=200, reason="OK", text=json.dumps({"r": RESULT}), headers=None):  # noqa: B008
-            self.status_code, self.reason, self.text = status_code, reason, text
-            self.content = text.encode("utf-8")
-            self.headers = headers or {"Content-Type": "application/json"}
 
-    def __init__(self, *outcomes):
-        self.outcomes = list(outcomes) or [self.Answer()]
-        self.calls = []
-
-    def request(self, *args, **options):
-        self.calls.append((args, options))
-        outcome = self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
+def fake_session(*outcomes):
+    """What `session=` asks for, and no more: answers and exceptions, of which the last comes again."""
+    outcomes = outcomes or [SessionAnswer()]
+    request = mock.Mock(side_effect=itertools.chain(outcomes, itertools.repeat(outcomes[-1])))
+    return mock.Mock(spec=["request"], request=request)
 
 
 class SessionTest(TransportCase):
     """A program's own session. (That an aiohttp session is refused is a matter of settings.)"""
 
     def through(self, *outcomes, kind=None, **settings):
-        return self.client(ENDPOINT, kind, session=FakeSession(*outcomes), **settings)
+        return self.client(ENDPOINT, kind, session=fake_session(*outcomes), **settings)
 
     @both
     def test_it_is_called_as_the_contract_says(self, kind):
         client = self.through(kind=kind)
         self.assertEqual(RESULT, self.call(client))
         self.assertEqual(RESULT, self.call(client, password="x", headers={"X-A": "b"}))
-        ((get_args, get), (post_args, post)) = client.session.calls
+        ((get_args, get), (post_args, post)) = client.session.request.call_args_list
         self.assertEqual(("GET", ENDPOINT), (get_args[0], get_args[1].partition("?apiKey=")[0]))
         self.assertEqual(("POST", ENDPOINT), post_args)
         agent = {"User-Agent": "cs/" + cs.__version__, "Accept-Encoding": "gzip"}
@@ -5147,24 +5068,26 @@ class SessionTest(TransportCase):
         headers = dict(agent, **{"Content-Type": "application/x-www-form-urlencoded", "X-A": "b"})
         self.assertEqual({"headers": headers, "timeout": 5, "allow_redirects": False}, post)
 
-    @each("settings, sent", ({}, {}), ({"verify": True}, {}), ({"verify": "/x/ca.pem"}, {"verify": "/x/ca.pem"}),
-          ({"dangerous_no_tls_verify": True}, {"verify": False}), ({"cert": "/x/own.pem"}, {"cert": "/x/own.pem"}),
-          ({"verify": "/x/ca.pem", "dangerous_no_tls_verify": True}, {"verify": "/x/ca.pem"}),
-          ({"cert": "/x/own.pem", "cert_key": "/x/own.key"}, {"cert": ("/x/own.pem", "/x/own.key")}))
+    @each("settings, sent", ({}, {}), ({"verify": "/ca.pem"}, {"verify": "/ca.pem"}),
+          ({"dangerous_no_tls_verify": True}, {"verify": False}), ({"cert": "/own.pem"}, {"cert": "/own.pem"}),
+          ({"cert": "/own.pem", "cert_key": "/own.key"}, {"cert": ("/own.pem", "/own.key")}))
     def test_verify_and_cert_only_where_set(self, settings, sent):
         client = self.through(**settings)
         client.listZones()
-        options = client.session.calls[0][1]
+        options = client.session.request.call_args[1]
         self.assertEqual(sent, {name: options[name] for name in ("verify", "cert") if name in options})
 
     @each("says, given",
           ("HTTP 504 Gateway Time-out", (504, "Gateway Time-out", "<html>", {"Content-Type": "text/html"})),
           ("http://other.invalid/", (302, "Found", "", {"Location": "http://other.invalid/?signature=x"})),
-          ("not so", (431, "431", json.dumps(refusal(431, "not so")))))
+          ("not so", (431, "431", json.dumps(refusal(431, "not so")))),
+          ("HTTP 404 it was ***", (404, "it was " + CANARY_PASSWORD, "no")))
     def test_its_answers_are_read_as_any(self, says, given):
-        client, api_error = self.through(FakeSession.Answer(*given)), cs.CloudStackApiException
-        error = self.failure(client, says, api_error if given[0] == 431 else cs.CloudStackException)
-        self.assertEqual(given[0], error.response.status_code)
+        client, api_error = self.through(SessionAnswer(*given)), cs.CloudStackApiException
+        kind = api_error if given[0] == 431 else cs.CloudStackException
+        error = self.failure(client, says, kind, command="getUser", password=CANARY_PASSWORD)
+        self.assertEqual((given[0], given[1].replace(CANARY_PASSWORD, "***")),
+                         (error.response.status_code, error.response.reason))
 
     class ReadTimeout(OSError):
         """As requests has it."""
@@ -5185,7 +5108,7 @@ class SessionTest(TransportCase):
         client = self.through(raised("its own"), kind=kind, retry=2, retry_backoff=0)
         error = self.raised(seen, self.call, client, "deployVirtualMachine")
         self.assertEqual(seen is raised, str(error) == "its own")
-        self.assertEqual(1, len(client.session.calls))
+        self.assertEqual(1, client.session.request.call_count)
 
     def test_the_real_requests(self):
         requests = self.imported("requests")
@@ -5226,28 +5149,14 @@ class AsyncTransportTest(TransportCase):
         self.assertEqual([["listZones", "deployVirtualMachine"], ["listZones"]], server.asked)
         self.unsent(self.client("http://" + refusing_place(self)), "Connection refused")
 
-    async def cancel(self, call, *conditions, after=0.0):
-        """Make a call, and cancel it so many seconds after all this has come about."""
+    async def cancel(self, call, condition=lambda: True):
+        """Make a call, and cancel it soon after this has come about."""
         task = asyncio.ensure_future(call)
-        for condition in conditions:
-            await until_async(condition)
-        await asyncio.sleep(after)
+        await until_async(condition)
+        await asyncio.sleep(0.01)
         task.cancel()
         with self.assertRaises(asyncio.CancelledError):
             await task
-
-    def test_several_event_loops_one_after_another_and_at_once(self):
-        server, client = self.pair([Step.READ, echo, Step.AGAIN])
-        got = {}
-
-        def work(number):
-            answers = run(gathered(client.listZones(name=f"{number}-{turn}") for turn in range(8)))
-            got[number] = [answer["zone"][0]["id"] for answer in answers]
-
-        for number in range(2):
-            work(number)
-        in_threads(3, lambda index: work(2 + index))
-        self.assertEqual({number: [f"{number}-{turn}" for turn in range(8)] for number in range(5)}, got)
 
     def test_concurrency_bounds_its_threads_and_that_many_run_at_once(self):
         together = threading.Barrier(3)  # so that none is answered before three have asked
@@ -5260,14 +5169,7 @@ class AsyncTransportTest(TransportCase):
     def test_a_call_that_got_no_thread_never_runs_afterwards(self):
         """The caller was told that nothing was sent, and may have done something else meanwhile."""
         server, client = self.pair(SERVE)
-        really = threading.Thread.start
-
-        def start(thread):
-            if thread.name.startswith("cs"):
-                raise RuntimeError("can't start new thread")
-            really(thread)
-
-        with mock.patch.object(threading.Thread, "start", start):
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
             self.unsent(client, "thread")
         self.assertEqual(RESULT, self.call(client))
         self.assertEqual(["listZones"], [request.command for request in server.requests])
@@ -5298,8 +5200,7 @@ class AsyncTransportTest(TransportCase):
     @each("content", b"", reply()[:-5])
     def test_cancelling_wakes_the_reading_thread(self, tls, content):
         """In an answer, over plain HTTP and TLS; long before the time-out of 1000 s."""
-        context, ca = tls_and_ca(tls)
-        server, client = self.pair([Step.READ, content, Step.HOLD], SERVE, tls=context, timeout=1000, verify=ca)
+        server, client = self.pair([Step.READ, content, Step.HOLD], SERVE, tls=tls, timeout=1000)
         run(self.cancel(client.deployVirtualMachine(), lambda: server.requests))
         until(server.wires[0].ended.is_set, "hanging up")
         self.assertEqual(RESULT, self.call(client))
@@ -5331,26 +5232,13 @@ class AsyncTransportTest(TransportCase):
         async def work():
             shaking_hands = asyncio.ensure_future(client.deployVirtualMachine())
             await until_async(lambda: server.wires)
-            await self.cancel(client.updateZone(), after=0.01)
+            await self.cancel(client.updateZone())
             await self.cancel(shaking_hands)
             go_on.set()
             return await client.listZones()  # in the one thread, so the others are done with by then
 
         self.assertEqual(RESULT, run(work()))
         self.assertEqual(["listZones"], [request.command for request in server.requests])
-
-    def test_cancelling_between_two_tries_starts_no_other(self):
-        server, client = self.pair([Step.READ, Step.RESET], retry=50, retry_backoff=0.2)
-        run(self.cancel(client.listZones(), lambda: server.wires and not server.open_wires, after=0.01))
-        time.sleep(0.25)
-        self.assertEqual([["listZones"]], server.asked)
-
-    def test_cancelling_a_list_cuts_off_all_its_pages(self):
-        first = reply({"r": {"count": 50, "zone": rows_of(0, 5)}})
-        server, client = self.pair([Step.READ, first, Step.READ, Step.HOLD], [Step.READ, Step.HOLD], timeout=1000)
-        rows = client.listZones(fetch_list=True, pagesize=5)
-        run(self.cancel(rows, lambda: len(server.requests) > 1, after=0.01))
-        until(lambda: not server.open_wires, "hanging up")
 
     @unittest.skipIf(sys.version_info < (3, 7), "there are no context variables before 3.7")
     def test_context_variables_are_carried_over(self):
@@ -5359,14 +5247,13 @@ class AsyncTransportTest(TransportCase):
         variable = contextvars.ContextVar("variable", default="none")
         seen = []
 
-        class Session(FakeSession):
-            def request(self, *args, **options):
-                seen.append((variable.get(), threading.current_thread() is threading.main_thread()))
-                return super().request(*args, **options)
+        def request(*args, **options):
+            seen.append((variable.get(), threading.current_thread() is threading.main_thread()))
+            return SessionAnswer()
 
         async def work(value):
             variable.set(value)
-            await self.client(ENDPOINT, session=Session()).listZones()
+            await self.client(ENDPOINT, session=mock.Mock(request=request)).listZones()
 
         run(gathered(map(work, "ab")))
         self.assertEqual([("a", False), ("b", False)], sorted(seen))
@@ -5378,20 +5265,13 @@ RUN_MAIN = "loop = asyncio.new_event_loop()\nloop.run_until_complete(main())\nlo
 class ProcessTest(TransportCase):
     """What shows only in a process of its own: imports, forks, warnings, other places and names."""
 
-    NEVER = "asyncio argparse configparser dataclasses concurrent.futures pygments requests aiohttp"
-    LATER = " typing logging ssl urllib.request http.client email random datetime socket select tempfile subprocess"
-
-    def test_importing_it_and_a_plain_call_import_nothing_slow_that_they_do_not_need(self):
-        code = (
-            "import hmac, sys\n"  # which brings in socket on PyPy
-            "before = set(sys.modules)\n"
-            "import cs\n"
-            "print(*sorted(set(sys.argv[2].split()) & (set(sys.modules) - before)))\n"
-            "cs.CloudStack(sys.argv[1], 'k', 's').listZones()\n"
-            "print(*sorted(set(sys.argv[3].split()) & set(sys.modules)))\n"
-        )
-        args = self.serve(SERVE).url, self.NEVER + self.LATER, self.NEVER + " urllib.request"
-        self.assertEqual("\n\n", self.assert_child(code, *args, flags=("-S",), env={"NO_PROXY": "10.0.0.0/8"}))
+    def test_a_plain_call_imports_nothing_slow_that_it_does_not_need(self):
+        """(ImportCostTest: what importing it does.)"""
+        slow = "asyncio argparse configparser dataclasses concurrent.futures pygments requests aiohttp urllib.request"
+        code = ("import cs, sys\ncs.CloudStack(sys.argv[1], 'k', 's').listZones()\n"
+                "print(*set(sys.argv[2].split()) & set(sys.modules))\n")
+        env = {"NO_PROXY": "10.0.0.0/8"}
+        self.assertEqual("\n", self.assert_child(code, self.serve(SERVE).url, slow, flags=("-S",), env=env))
 
     def test_where_poll_fork_and_the_unix_modules_are_missing(self):
         code = (
@@ -5407,22 +5287,6 @@ class ProcessTest(TransportCase):
         self.assertEqual("a\nb\nc\n", self.assert_child(code, server.url))
         self.assertEqual([["listZones"] * 2, ["listZones"]], server.asked)
 
-    def test_under_another_name_inside_a_package(self):
-        os.mkdir(os.path.join(self.home, "package"))
-        self.write("package/__init__.py", "")
-        shutil.copy(CS_PATH, os.path.join(self.home, "package/_cs.py"))
-        code = (
-            "import pickle, sys\n"
-            "from package import _cs\n"
-            "client = pickle.loads(pickle.dumps(_cs.CloudStack(sys.argv[1], 'k', 's')))\n"
-            "client.listZones()\n"
-            "client.endpoint = 'http://127.0.0.1:1/'\n"
-            "try: client.listZones()\n"
-            "except _cs.CloudStackException as e: print(type(pickle.loads(pickle.dumps(e))), 'cs' in sys.modules)\n"
-        )
-        out = self.assert_child(code, self.serve(SERVE).url, path=self.home)
-        self.assertEqual("<class 'package._cs.CloudStackConnectionError'> False\n", out)
-
     @with_and_without_tls
     def test_dropping_a_client_gives_no_warning(self, tls):
         """Sync and async, at once, with a list under way, after errors, and at the end of the interpreter."""
@@ -5431,9 +5295,8 @@ class ProcessTest(TransportCase):
             "url, broken, hanging, ca = sys.argv[1:]\n"
             "make = lambda kind, url=url: kind(url, 'k', 's', verify=ca or None, timeout=20)\n"
             "make(cs.CloudStack).listZones()\n"
-            "client, kept = make(cs.CloudStack), make(cs.CloudStack)\n"
-            "client.listZones(), kept.listZones()\n"
-            "del client\n"
+            "kept = make(cs.CloudStack)\n"
+            "kept.listZones()\n"
             "rows = kept.iter_list('listZones')\n"
             "next(rows)\n"
             "try: make(cs.CloudStack, broken).listZones()\n"
@@ -5451,11 +5314,10 @@ class ProcessTest(TransportCase):
             + RUN_MAIN + "print('done')\n"
         )
 
-        context, ca = tls_and_ca(tls)
         scripts = SERVE, [Step.READ, reply()[:-5]], [Step.READ, Step.HOLD]
-        urls = [self.serve(script, tls=context).url for script in scripts]
+        urls = [self.pair(script, tls=tls)[0].url for script in scripts]
         flags = ("-X", "dev", "-W", "error", "-bb")
-        self.assertEqual("done\n", self.assert_child(code, *urls, ca or "", flags=flags))
+        self.assertEqual("done\n", self.assert_child(code, *urls, pem() if tls else "", flags=flags))
 
     @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
     @each("kind, tls", (cs.CloudStack, False), (cs.AIOCloudStack, False), (cs.CloudStack, bool(OPENSSL)))
@@ -5477,9 +5339,8 @@ class ProcessTest(TransportCase):
             "assert os.waitpid(child, 0)[1] == 0\n"
             "call('parent')\n"
         )
-        context, ca = tls_and_ca(tls)
-        server = self.serve([Step.READ, echo, Step.AGAIN], tls=context)
-        self.assert_child(code, kind.__name__, server.url, ca or "")
+        server, _ = self.pair([Step.READ, echo, Step.AGAIN], tls=tls)
+        self.assert_child(code, kind.__name__, server.url, pem() if tls else "")
         names = sorted([request.params["name"] for request in wire.requests] for wire in server.wires)
         self.assertEqual([["child"] * 2, ["parent"] * 3], names)
 
@@ -5493,12 +5354,6 @@ class LeakTest(TransportCase):
         [reply(b"xx", "200 OK", GZIP)], [reply(b"", "302 Found", "Location: /")], [reply(b"x" * 5000)],
         [reply(b"<html>", "503 x")], [b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n"], [reply() + b"surplus"],
         [reply(b"", "204 No Content")], [reply(length=False)], [b"x" * 70000])]
-
-    def breaking_server(self, ways):
-        """A server that breaks each connection in the next of these ways."""
-        ways = itertools.cycle(ways)
-        server = self.serve([lambda wire: all(server.do(wire, step) for step in next(ways))])
-        return server
 
     def assert_no_leak(self, work, rounds, server):
         """Run the work, once to warm up and then many times, without the garbage collector."""
@@ -5519,7 +5374,7 @@ class LeakTest(TransportCase):
 
     @both
     def test_every_way_to_break(self, kind):
-        server = self.breaking_server(self.BREAKS)
+        server = self.serve(*self.BREAKS * ATTACK_RUNS)
         client = self.client(server, kind, max_response_size=4000, concurrency=1, timeout=0.1)
 
         def work():
@@ -5531,9 +5386,9 @@ class LeakTest(TransportCase):
 
     @needs_openssl
     def test_tls_and_tunnels_that_fail(self):
-        refused = b"HTTP/1.1 407 no\r\n\r\n"
-        server = self.breaking_server([[tls_context("elsewhere"), Step.READ], [Step.READ, refused],
-                                       [some_of_it, Step.RESET], [Step.READ, Step.RESET]])
+        ways = [[tls_context("elsewhere"), Step.READ], [Step.READ, b"HTTP/1.1 407 no\r\n\r\n"],
+                [some_of_it, Step.RESET], [Step.READ, Step.RESET]]
+        server = self.serve(*ways * 50)
         direct = self.client(server.url.replace("http:", "https:"), verify=pem())
         os.environ.update(https_proxy=server.url, no_proxy="127.0.0.1")
         tunnelled = self.client("https://cloud.invalid/", verify=pem())
@@ -5544,22 +5399,6 @@ class LeakTest(TransportCase):
                     client.listZones()
 
         self.assert_no_leak(work, 20, server)
-
-
-@contextlib.contextmanager
-def hurried():
-    """The clients' pauses take no time; their clock jumps instead."""
-    jumped = [0.0]
-
-    def sleep(seconds):
-        jumped[0] += seconds
-
-    async def asleep(seconds):
-        sleep(seconds)
-
-    clock = lambda: time.monotonic() + jumped[0]  # noqa: E731
-    with mock.patch.multiple(cs, _clock=clock, _sleep=sleep), mock.patch("asyncio.sleep", asleep):
-        yield
 
 
 class AtMostOnceTest(TransportCase):
@@ -5579,7 +5418,6 @@ class AtMostOnceTest(TransportCase):
             plan, self.plan = self.plan, None
             if not self.answer(wire, *(plan or (None, None, "length", False))):
                 break
-        return False
 
     def answer(self, wire, side, position, framing, reset):
         """Read and answer one request, or break off; False if the connection is over."""
@@ -5646,25 +5484,18 @@ class AtMostOnceTest(TransportCase):
         runs = list(itertools.product(KINDS, ("get", "post"), (False, True), resets))
         return random.Random(seed).sample(runs, min(ATTACK_RUNS, len(runs)))
 
-    def test_wherever_the_connection_breaks(self):
-        chosen = self.attacks(ATTACK_SEED)
-        unknown = 0
-        for attack in chosen:
-            with self.subTest(attack):
-                error = self.break_one(*attack)
-                unknown += error is not None and error.outcome_unknown
-        self.assertGreater(unknown, len(chosen) // 2)
-
-    def test_wherever_it_breaks_the_job_of_what_was_accepted_is_found(self):
+    @each("recover", False, True)
+    def test_wherever_the_connection_breaks(self, recover):
         """With recover, and while the server is up, no accepted deployment ends in an unknown outcome."""
-        chosen = self.attacks(ATTACK_SEED + 1)
-        found = 0
+        chosen, clock, told = self.attacks(ATTACK_SEED + recover), Clock(), 0
         for attack in chosen:
-            with self.subTest(attack), hurried():
-                error = self.break_one(*attack, recover=True)
-                self.assertEqual((error is None, self.last_accepted), (bool(self.last_accepted), error is None))
-                found += error is None
-        self.assertGreater(found, len(chosen) // 4)
+            with self.subTest(attack), mock.patch.multiple(cs, _clock=clock, _sleep=clock.sleep), \
+                    mock.patch("asyncio.sleep", clock.sleep_async):
+                error = self.break_one(*attack, recover=recover)
+                told += error is None if recover else error is not None and error.outcome_unknown
+                if recover:
+                    self.assertEqual((error is None, self.last_accepted), (bool(self.last_accepted), error is None))
+        self.assertGreater(told, len(chosen) // (4 if recover else 2))
 
     def test_at_the_first_and_last_bytes(self):
         """Those that a sample may miss: nothing read, all but one byte, all of it; no answer, all but one byte, all."""
@@ -5679,7 +5510,7 @@ class AtMostOnceTest(TransportCase):
                     self.assertEqual((side, position) == ("answer", whole), error is None)
 
     def test_many_at_once(self):
-        """Threads and tasks share clients whose server breaks every third connection; each gets its own answer."""
+        """Threads and loops share clients whose server breaks every third connection; each gets its own answer."""
         counter = itertools.count()
         accepted, outcomes = [], {}
 
@@ -5687,31 +5518,24 @@ class AtMostOnceTest(TransportCase):
             while next(counter) % 3:
                 request = wire.read_request()
                 if request is None:
-                    return False
+                    return
                 accepted.append(request.params["name"])
-                if next(counter) % 5 == 0 or not wire.send(reply(deployment(accepted[-1]))):
-                    return False
+                if next(counter) % 5 == 0:
+                    return
+                wire.send(reply(deployment(accepted[-1])))
             wire.read_request(50)
-            return False
 
-        server, client = self.pair([moody], retry=2, retry_backoff=0)
-        aio = self.client(server, cs.AIOCloudStack, retry=2, retry_backoff=0)
+        server = self.serve([moody])
+        clients = [self.client(server, kind, retry=2, retry_backoff=0) for kind in KINDS]
 
         def work(number):
             for name in [f"{number}-{turn}" for turn in range(10)]:
                 try:
-                    outcomes[name] = client.deployVirtualMachine(name=name)["jobid"]
+                    outcomes[name] = self.call(clients[number % 2], "deployVirtualMachine", name=name)["jobid"]
                 except cs.CloudStackException as error:
                     outcomes[name] = error
 
-        async def task(name):
-            try:
-                outcomes[name] = (await aio.deployVirtualMachine(name=name))["jobid"]
-            except cs.CloudStackException as error:
-                outcomes[name] = error
-
-        in_threads(6, work)
-        run(gathered(task(f"task-{number}") for number in range(40)))
+        in_threads(10, work)
         self.assertEqual((100, len(set(accepted))), (len(outcomes), len(accepted)))
         for name, outcome in outcomes.items():
             if isinstance(outcome, cs.CloudStackException):
@@ -5795,7 +5619,6 @@ class SecretsTest(TransportCase):
         """Of clients, of their connections, and of the requests that the protocol makes."""
         seen = []
         one = kind(ENDPOINT + "?token=" + CANARY_TOKEN, CANARY_KEY, CANARY_SECRET, headers={"X-Token": CANARY_TOKEN})
-        other = kind("http://cloud.invalid/", username="me", password=CANARY_PASSWORD, name="region")
         exchange = lambda self, request: seen.append(request) or answer({"r": {}})  # noqa: E731
         with mock.patch.object(cs.CloudStack, "_exchange", exchange):
             self.call(one)
@@ -5803,7 +5626,7 @@ class SecretsTest(TransportCase):
         seen.append(one.prepare("updateUser", {"password": CANARY_PASSWORD, "name": "shown"}))
         self.assertIn(f"<Request POST {ENDPOINT}?apiKey=***&command=updateUser&", repr(seen[-1]))
         self.assertIn("&name=shown&password=***&", repr(seen[-1]))
-        self.assert_tells_nothing(str(one), *map(repr, (one, other, one.listZones, transport_of(one), *seen)))
+        self.assert_tells_nothing(str(one), *map(repr, (one, one.listZones, transport_of(one), *seen)))
 
     def test_what_the_checks_look_for_can_be_found(self):
         """The search itself: an exception that does tell is caught, in each of the places where it may tell."""
@@ -5855,13 +5678,9 @@ class NothingLostTest(Case):
                 time.sleep(0.05)
                 self.simulator.start()
 
-        thread = threading.Thread(target=restart_twice)
-        thread.start()
-        try:
-            with self.subTest(CS_TEST_SEED=self.SEED):
-                return work()
-        finally:
-            thread.join()
+        with ThreadPoolExecutor(1) as other, self.subTest(CS_TEST_SEED=self.SEED):
+            other.submit(restart_twice)
+            return work()
 
     def test_every_row_of_a_list(self):
         self.simulator.cloud.add_machines(1500)
@@ -5875,12 +5694,11 @@ class NothingLostTest(Case):
                 self.assertEqual(expected, [row["id"] for row in rows], f"CS_TEST_SEED={self.SEED}")
 
     def test_every_outcome_of_many_jobs(self):
+        self.simulator.cloud.add_machines(2 * self.JOBS)
         with cs.CloudStack(**self.settings) as client:
-            zone = client.listZones()["zone"][0]["id"]
-            template = client.listTemplates(templatefilter="executable", zoneid=zone)["template"][0]["id"]
-            offering = client.listServiceOfferings()["serviceoffering"][0]["id"]
-            order = {"zoneid": zone, "templateid": template, "serviceofferingid": offering}
-            submitted = [client.deployVirtualMachine(**order) for _ in range(self.JOBS)]
+            running = client.listVirtualMachines(fetch_list=True, state="Running")
+            expected = [row["id"] for row in running][: self.JOBS]
+            submitted = [client.rebootVirtualMachine(id=machine) for machine in expected]
         self.misbehave()
 
         async def wait_for_all():
@@ -5889,7 +5707,7 @@ class NothingLostTest(Case):
 
         results = self.while_it_restarts(lambda: run(wait_for_all()))
         machines = [result["virtualmachine"]["id"] for result in results]
-        self.assertEqual([answer["id"] for answer in submitted], machines, f"CS_TEST_SEED={self.SEED}")
+        self.assertEqual(expected, machines, f"CS_TEST_SEED={self.SEED}")
         self.assertEqual(self.JOBS, len(set(machines)))
 
 
@@ -5933,16 +5751,20 @@ class RedactionTest(TransportCase):
             self.assertEqual(f"<{written}>***</{written}>", shown)
         self.assertEqual({name + "s1": "seen"}, cs.mask_params({name + "s1": "seen"}))
 
-    @each("text, shown", ("GET /api?apiKey=CANARY&a=b", "GET /api?apiKey=***&a=b"),
-          ("to=%2Fapi%3FsessionKey%3DCANARY%26a%3Db", "to=%2Fapi%3FsessionKey%3D***%26a%3Db"),
-          ("<a href='?signature=CANARY'>seen</a>", "<a href='?signature=***'>seen</a>"))
-    def test_queries_that_a_page_repeats(self, text, shown):
-        self.assertEqual(shown, cs.mask_text(text, []))
-
-    def test_lists_and_objects_of_secrets(self):
-        for value in ('["CANARY", "CANARY"]', '{"a": "CANARY"}', '["CANARY'):
-            self.assertEqual('{"passwords": 1, "password": "***"', cs.mask_text(
-                '{"passwords": 1, "password": ' + value, []))
+    @each("before, secret, after", ("GET /api?apiKey=", "CANARY", "&a=b"),
+          ("to=%2Fapi%3FsessionKey%3D", "CANARY", "%26a%3Db"), ("<a href='?signature=", "CANARY", "'>seen</a>"),
+          ("Location: https://c/x?apiKey=", "CANARY", ""), ('"url": "https://c/?token=', "CANARY", '&x=1"'),
+          *[('{"passwords": 1, "password": ', secret, "") for secret in (
+              '["CANARY", "CANARY"]', '{"a": "CANARY"}', '["CANARY')],
+          ('"password":', "CANARY", ","), ("<password>", "CANARY", "</password>"),
+          ('"name": "saml2.password", "value": ', '"CANARY"', "}"),
+          ('{"value": ', '"CANARY"', ', "type": "s", "name": "saml2.password"}'),
+          ('{"text": "{\\"password\\":', '\\"CANARY\\"}"', "}"),
+          *[(text, "", "") for text in (  # what is no secret
+              '"name": "web", "value": "kept"', '{"id": "kept"} {"name": "x.password"}', "?token&kept=1")])
+    def test_secrets_of_every_shape_are_masked_and_nothing_else(self, before, secret, after):
+        mask = ('"***"' if before.rstrip().endswith(":") else "***") if secret else ""
+        self.assertEqual(before + mask + after, cs.mask_text(before + secret + after, []))
 
     def test_headers_that_are_secret(self):
         names = "Authorization Proxy-Authorization Cookie Set-Cookie X-Api-Key X-Auth X-KEY X-Auth-Token".split()
@@ -5950,20 +5772,8 @@ class RedactionTest(TransportCase):
             self.assertEqual(name + ": ***", cs._mask_header(name, "CANARY"))
         self.assertEqual("X-Tenant: seen", cs._mask_header("X-Tenant", "seen"))
 
-    @both
-    @each("kind_of_sending", "own", "session")
-    def test_a_reason_phrase_that_repeats_a_secret(self, kind_of_sending, kind):
-        if kind_of_sending == "own":
-            client = self.client(self.serve([Step.READ, reply(b"no", "404 it was " + CANARY_PASSWORD)]), kind)
-        else:
-            session = FakeSession(FakeSession.Answer(404, "it was " + CANARY_PASSWORD, "no"))
-            client = self.client(ENDPOINT + self.QUERY, kind, session=session)
-        error = self.failure(client, "HTTP 404 it was ***", cs.CloudStackException, command="getUser",
-                             password=CANARY_PASSWORD)
-        self.assertEqual("it was ***", error.response.reason)
-
     def test_the_query_of_the_endpoint_where_a_session_fails(self):
-        self.failure(self.client(ENDPOINT + self.QUERY, session=FakeSession(OSError("x"))), "cloud.invalid", LOST)
+        self.failure(self.client(ENDPOINT + self.QUERY, session=fake_session(OSError("x"))), "cloud.invalid", LOST)
 
     def test_a_list_in_a_server_s_error_that_repeats_a_secret(self):
         body = {"errorcode": 431, "errortext": "no", "uuidList": [{"x": [CANARY_PASSWORD]}]}
@@ -5987,40 +5797,20 @@ class RedactionTest(TransportCase):
         client = self.client(self.serve([Step.READ, step, Step.AGAIN]), **settings)
         self.assertIn('"echo": "***"', self.traced(client, "updateUser", password=CANARY_PASSWORD))
 
-    @each("attempt", *[lambda value=value: cs.CloudStack(ENDPOINT, "k", value) for value in (
-        CANARY_SECRET.encode() + b"\xff", CANARY_SECRET + "\ud800", [CANARY_SECRET])],
-        *[lambda value=value: cs.CloudStack(ENDPOINT, headers={"X": value}) for value in (
-            CANARY_SECRET + "\n", [CANARY_SECRET])],
-        *[lambda value=value: cs.CloudStack(ENDPOINT).listZones(name=value) for value in (
-            CANARY_SECRET + "\0", CANARY_SECRET + "\ud800", CANARY_SECRET.encode() + b"\xff")],
+    @each("attempt", *[lambda value=value: cs.CloudStack(ENDPOINT).listZones(name=value) for value in (
+        CANARY_SECRET + "\0", CANARY_SECRET + "\ud800", CANARY_SECRET.encode() + b"\xff")],
         lambda: cs.flatten({"name": {CANARY_SECRET}, "other": [object()]}))
-    def test_what_cannot_be_sent_or_set_is_refused_without_its_value_and_without_a_second_traceback(self, attempt):
+    def test_what_cannot_be_sent_is_refused_without_its_value_and_without_a_second_traceback(self, attempt):
         """What is raised while another exception is handled would be printed after it, value and all."""
-        error = self.raised(ValueError, attempt)
-        self.assert_tells_nothing(str(error), repr(error))
-        self.assertTrue(error.__context__ is None or error.__suppress_context__)
-
-    @each("text", '"url": "https://c/?token=SECRET&x=1"', "Location: https://c/x?apiKey=SECRET",
-          "go to /x%3Fsignature%3DSECRET%26a",
-          '{"name": "saml2.password", "value": "SECRET"}', '{"value": "SECRET", "type": "s", "name": "saml2.password"}',
-          '"password":SECRET,', '{"text": "{\\"password\\":\\"SECRET\\"}"}', "<password>SECRET</password>")
-    def test_secrets_of_every_shape_are_masked(self, text):
-        self.assertRegex(cs.mask_text(text, []), r"\A(?!.*SECRET).*\*\*\*")
-
-    @each("text", '"name": "web", "value": "kept"', '{"id": "kept"} {"name": "x.password"}', "?token&kept=1")
-    def test_what_is_no_secret_is_shown(self, text):
-        self.assertEqual(text, cs.mask_text(text, []))
+        told = printed(self.raised(ValueError, attempt))
+        self.assert_tells_nothing(told)
+        self.assertNotIn("During handling", told)
 
     @each("endpoint, shown", ("https://user:hunter/two@host/api", "https://host/api"),
           ("https://user:pa#ss@host/api", "https://host/api"), ("http://u:a?b@host/", "http://host/"),
           ("user:pw@host/x", "host/x"))
     def test_a_password_with_a_slash_is_not_shown(self, endpoint, shown):
         self.assertEqual(shown, cs.mask_address(endpoint))
-        client = cs.CloudStack(endpoint, "k", "s")
-        error = self.raised(ValueError, client.listZones)
-        for text in (repr(client), *all_texts(error)):
-            self.assertNotRegex(text, "hunter|two@|pa#|a[?]b|pw")
-        self.assertRegex(str(error), r"\Aendpoint: ")
 
 
 # === [7.1] settings: the constructor and the attributes ===============================================================
@@ -6099,7 +5889,7 @@ class ConstructorTest(ProtocolCase):
                        lambda: cs.CloudStack(ENDPOINT).set_setting(name, value)):
             with self.assertRaisesRegex(ValueError, rf"\A{name}: .+\Z") as caught:
                 refuse()
-            self.assertNotIn("c4nary", str(caught.exception))
+            self.assertNotRegex(printed(caught.exception), "c4nary|During handling")
 
     @each("headers", "x: y", 5, {"X": "c4nary\nb"}, {"X": b"c4nary\r"}, {"X": "c4nary\x00b"}, {"X Y": "a"}, {"": "a"},
           {"X:": "a"}, {"X\n": "a"}, {"\xfc": "a"}, {5: "a"}, {"X": ["c4nary"]}, {"X": "c4nary\u20ac"},
@@ -6113,7 +5903,7 @@ class ConstructorTest(ProtocolCase):
         for call in ways + [write] * isinstance(headers, dict):
             played = self.play(NOTHING_SENT, call)
             self.assertEqual((ValueError, []), (type(played.error), played.commands))
-            self.assertNotIn("c4nary", str(played.error))
+            self.assertNotRegex(printed(played.error), "c4nary|During handling")
 
     def test_headers_of_one_client_are_not_another_s(self):
         given = {"X": "1"}
@@ -6140,12 +5930,6 @@ class AttributesTest(ProtocolCase):
         later.set_setting("dangerous_no_tls_verify", dangerous)
         for client in (cs.CloudStack(ENDPOINT, verify=verify, dangerous_no_tls_verify=dangerous), later):
             self.assertEqual((expected, type(expected)), (client.verify, type(client.verify)))
-
-    def test_cert_is_a_pair_once_there_is_a_key(self):
-        client = cs.CloudStack(ENDPOINT, cert="/c.pem")
-        self.assertEqual((None, "/c.pem"), (cs.CloudStack(ENDPOINT).cert, client.cert))
-        client.set_setting("cert_key", "/k.pem")
-        self.assertEqual(("/c.pem", "/k.pem"), client.cert)
 
     def test_every_promised_attribute_can_be_read(self):
         expected = {"endpoint": ENDPOINT, "key": "k", "secret": "s", "timeout": 10, "method": "get", "verify": True,
@@ -6176,21 +5960,11 @@ class AttributesTest(ProtocolCase):
         played = self.play(one(), one_after_another(asking("listZones"), change_and_call))
         self.assertEqual((None, expected), (played.error, found(played)))
 
-    @each("name, value, script, commands", ("retry", "1", [silent(), *one()], ["startThing"]),
-          ("retry", "1", [api_error(429), *one()], ["startThing"] * 2),
-          ("fetch_result", "yes", [SUBMITTED, DONE], ["startThing", "queryAsyncJobResult"]))
-    def test_attributes_that_are_set_later_count(self, name, value, script, commands):
-        def call(client):
-            setattr(client, name, value)
-            return client.startThing()
-
-        self.assertEqual(commands, self.play(script, call).commands)
-
     @both
     @each("endpoint, name, shown", (ENDPOINT, None, ENDPOINT), (ENDPOINT, "zurich", "zurich"),
           *[(endpoint, None, None) for endpoint in (
               "http://user:c4nary@h/api", "http://h/api?token=c4nary", "user:c4nary@h/api", "http://h:x/",
-              "https://h/#c4nary", "", None, "file:///etc/passwd", "//user:c4nary@h/", "http://[::1")])
+              "https://h/#c4nary", "", None, "file:///etc/passwd", "//user:c4nary@h/", "http://[::1", "//u:c4nary/@h")])
     def test_repr_is_the_name_or_the_endpoint_and_never_fails_nor_shows_a_secret(self, kind, endpoint, name, shown):
         text = repr(kind(endpoint, "c4nary-key", "c4nary-secret", password="c4nary", name=name))
         self.assertRegex(text, rf"\A<CloudStack: {re.escape(shown) if shown else '.*'}>\Z")
@@ -6202,7 +5976,7 @@ class AttributesTest(ProtocolCase):
               None, "", "cloud.example/client/api", "file:///etc/passwd", "ftp://h/", "http://", "https:///client/api",
               "http://h:x/", "http://h:99999/", "http://h:0/", "http://[::1/", "http://h/a b", "http://h/\n",
               "http://h/\xfc", "http://user:c4nary@h/api", "user:c4nary@h/api", "http://user:c4nary@h:x/",
-              "//user:c4nary@h/", "data:,x")],
+              "//user:c4nary@h/", "data:,x", "http://u:c4nary/x@h/", "http://u:c4#c4nary@h/", "http://u:a?c4nary@h/")],
           ({"endpoint": "https://b\u00fccher.example/client/api"}, "endpoint: .*xn--", "c4nary"),
           ({"key": None}, "key", "secret1"), ({"secret": None}, "secret", "key1"), ({"key": ""}, "key", "secret1"),
           (dict(UNSIGNED, username="admin"), "password", "admin"),
@@ -6228,9 +6002,8 @@ KEY, SECRET, PASSWORD, USERDATA = "CANARY-key-6c1", "CANARY-secret-9d4", "CANARY
 READ_CONFIG_DEFAULTS = {"timeout": 10, "method": "get", "retry": 0, "verify": None, "cert": None, "cert_key": None,
                         "name": None, "trace": None, "expiration": 600, "poll_interval": 2.0,
                         "dangerous_no_tls_verify": False}
-FROM_ENVIRONMENT = (
-    "endpoint key secret username password domain method timeout retry retry_backoff job_timeout poll_interval"
-    " expiration verify cert cert_key trace dangerous_no_tls_verify theme").split()
+FROM_ENVIRONMENT = ("endpoint key secret username password domain method timeout retry retry_backoff job_timeout theme"
+                    " poll_interval expiration verify cert cert_key trace dangerous_no_tls_verify").split()
 
 
 class Replies(Simulator):
@@ -6309,7 +6082,6 @@ def environ(**settings):
 GOOD_INI = f"[cloudstack]\nendpoint = http://e/\nkey = {KEY}\nsecret = {SECRET}\n"
 OF = {"endpoint": "http://e/"}
 OF_K = dict(OF, key="k", secret="s")
-IN_ENV = dict(OF_K, retry="2")
 # What the files hold (.cloudstack.ini | work/cloudstack.ini | named.ini, which CLOUDSTACK_CONFIG names), a word a line,
 # below [cloudstack] unless it begins otherwise; E is `endpoint=http://e/`, K is `key=k secret=s`. Then the environment;
 # the region asked for; and what read_config gives beside its defaults and the name of the region.
@@ -6371,9 +6143,10 @@ class ConfigCase(Case):
         for name, words in zip((".cloudstack.ini", "work/cloudstack.ini", "named.ini"), text.split("|")):
             lines = ("" if words.startswith(("[", "no ")) else "[cloudstack] ") + words
             lines = re.sub(r"\bE\b", "endpoint=http://e/", re.sub(r"\bK\b", "key=k secret=s", lines)).replace(" ", "\n")
-            path = self.write(name, lines) if words else ""
-            if path and name == "named.ini":
-                environ(config=path)
+            if words:
+                self.write(name, lines)
+                if name == "named.ini":
+                    environ(config="~/named.ini")
 
     def assertReads(self, *args, **settings):
         """read_config gives these settings, and of all others the defaults."""
@@ -6399,7 +6172,7 @@ class SourcesTest(ConfigCase):
         self.assertReads(name=None if source == "environment" else "cloudstack", **values)
 
     @each("written, read", ("a%b", "a%b"), ("%", "%"), ("a%%b", "a%b"), ("a%%%b", "a%%b"), ("%s%d%1", "%s%d%1"),
-          ("%(endpoint)d", "%(endpoint)d"), ("%()s", "%()s"), ("<%(domain)s>", "<x%y>"), ("%%(domain)s", "%(domain)s"),
+          ("%(endpoint)d", "%(endpoint)d"), ("%()s", "%()s"), ("<%(Domain)s>", "<x%y>"), ("%%(domain)s", "%(domain)s"),
           ("%%%(domain)s", "%x%y"), ("%(base)s", "from DEFAULT"), ("\u00fc\u20ac", "\u00fc\u20ac"))
     def test_percent_signs_and_letters(self, written, read):
         """`%%` and `%(name)s` as configparser has them; any other `%` is literal (5.2.0: a traceback)."""
@@ -6417,7 +6190,7 @@ class SourcesTest(ConfigCase):
         cs.read_config()["headers"].clear()
         client = kind(**cs.read_config())
         self.assertEqual((0.5, {"x-y": "z"}, "<CloudStack: cloudstack>"),
-        (client.timeout, client.headers, repr(client)))
+                         (client.timeout, client.headers, repr(client)))
 
     def test_read_config_from_ini_gives_what_the_section_holds(self):
         environ(endpoint="http://env/", key="k", timeout="3", header_a="b")
@@ -6429,12 +6202,6 @@ class SourcesTest(ConfigCase):
         self.assertEqual({"name": None}, cs.read_config_from_ini("mars"))
         environ(region="eu")
         self.assertEqual(expected, cs.read_config_from_ini())
-
-    @each("name", "named.ini", "~/named.ini", "../named.ini")
-    def test_how_the_path_in_CLOUDSTACK_CONFIG_may_be_written(self, name):
-        self.write("named.ini", GOOD_INI)
-        environ(config=name if "/" in name else os.path.join(self.home, name))
-        self.assertEqual(KEY, cs.read_config()["key"])
 
 
 class LoadConfigTest(ConfigCase):
@@ -6460,10 +6227,11 @@ class LoadConfigTest(ConfigCase):
 
     @each("path", "{}/other.ini", "~/other.ini")
     def test_a_path_is_read_even_beside_a_complete_environment_and_in_the_place_of_CLOUDSTACK_CONFIG(self, path):
-        environ(config="/nowhere.ini", **IN_ENV)
+        environ(config="/nowhere.ini", retry="2", **OF_K)
         self.write("other.ini", "[cloudstack]\ntimeout = 3\nretry = 9\n[eu]\nendpoint = http://eu/\n")
         found = cs.load_config(path=path.format(self.home))
-        self.assertEqual(dict(READ_CONFIG_DEFAULTS, timeout="3", name="cloudstack", **IN_ENV), found.settings)
+        expected = dict(READ_CONFIG_DEFAULTS, timeout="3", name="cloudstack")
+        self.assertEqual(dict(expected, retry="2", **OF_K), found.settings)
         self.assertEqual({"cloudstack", "eu"}, found.regions)
         self.assertEqual("http://eu/", cs.load_config("eu", path=path.format(self.home)).settings["endpoint"])
         self.assertRaisesRegex(SystemExit, "Tried .*/none.ini", cs.load_config, path="/none.ini")
@@ -6482,19 +6250,6 @@ class LoadConfigTest(ConfigCase):
         self.assertEqual(["cloudstack", "eu", "us"], cs.list_regions())
         self.assertEqual(["cloudstack", "eu", "x"], cs.list_regions(self.write("other.ini", "[x]\n")))
 
-
-BAD_INI = [("secret = " + SECRET, "line 1"), ("\n\n" + GOOD_INI.partition("\n")[2], "line 3"),
-           (GOOD_INI + SECRET + "\n", "line 5"), (f"[cloudstack\nsecret = {SECRET}\n", "line 1"),
-           (GOOD_INI + "Secret = " + SECRET, "secret"), (GOOD_INI + GOOD_INI, "cloudstack"),
-           (GOOD_INI + f"= {SECRET}\n", "line 5"), (b"[cloudstack]\nsecret = CANARY\xff\n", "UTF-8"),
-           (f"[cloudstack]\nendpoint = http://e/\nsecret = {SECRET}%(nope)s\n", "secret"),
-           *[(f"[cloudstack]\nendpoint = http://e/\n{key} = 1\n  secret = CANARY\n", key) for key in (
-               "timeout", "key", "verify", "trace")]]  # an indented line goes on with the value above it
-
-
-class ReadableFilesTest(ConfigCase):
-    """Files with a secret that others can read."""
-
     @each("mode, text, env, warned", (0o644, GOOD_INI, {}, True), (0o640, GOOD_INI, {}, True),
           (0o600, GOOD_INI, {}, False),
           (0o644, "[cloudstack]\nendpoint = http://e/\nusername = u\npassword = p\n", {}, True),
@@ -6507,6 +6262,15 @@ class ReadableFilesTest(ConfigCase):
         self.assertEqual(expected, cs.load_config().warnings)
 
 
+BAD_INI = [("secret = " + SECRET, "line 1"), ("\n\n" + GOOD_INI.partition("\n")[2], "line 3"),
+           (GOOD_INI + SECRET + "\n", "line 5"), (f"[cloudstack\nsecret = {SECRET}\n", "line 1"),
+           (GOOD_INI + "Secret = " + SECRET, "secret"), (GOOD_INI + GOOD_INI, "cloudstack"),
+           (GOOD_INI + f"= {SECRET}\n", "line 5"), (b"[cloudstack]\nsecret = CANARY\xff\n", "UTF-8"),
+           *[(f"[cloudstack]\nendpoint = http://e/\nsecret = {SECRET}%({to})s\n", "secret") for to in ("no", "secret")],
+           *[(f"[cloudstack]\nendpoint = http://e/\n{key} = 1\n  secret = CANARY\n", key) for key in (
+               "timeout", "key", "verify", "trace")]]  # an indented line goes on with the value above it
+
+
 class BadFilesTest(ConfigCase):
     """Files that cannot be used: one clear ValueError that names the file, and never a secret of it."""
 
@@ -6515,7 +6279,7 @@ class BadFilesTest(ConfigCase):
             error = self.raised(ValueError, read)
             self.assertHolds(str(error), path, *parts)
             self.assertLacks(str(error), "\n", "CANARY")
-            self.assertNotIn("CANARY", "".join(traceback.format_exception(type(error), error, None)))
+            self.assertNotIn("CANARY", printed(error))
 
     @each("text, part", *BAD_INI)
     @each("name", ".cloudstack.ini", "named.ini")
@@ -6554,8 +6318,9 @@ class BadFilesTest(ConfigCase):
         self.assertRaisesRegex(kind, says.replace("{home}", re.escape(self.home)), cs.read_config, region)
 
 
-class FilesTogetherTest(ConfigCase, ServerCase):
-    """Endpoint, credentials, TLS settings and headers belong together: never from two files."""
+class FilesTogetherTest(ConfigCase):
+    """Endpoint, credentials, TLS settings and headers belong together: never from two files. (5.2.0 sends the key of
+    ~/.cloudstack.ini to the endpoint that a file in the working directory names.)"""
 
     def setUp(self):
         super().setUp()
@@ -6566,11 +6331,11 @@ class FilesTogetherTest(ConfigCase, ServerCase):
     @each("where", "|", "||")
     def test_each_of_them_is_refused_from_a_second_file(self, line, where):
         self.files(where + line)
-        path = os.environ.get("CLOUDSTACK_CONFIG", os.path.join(self.cwd, "cloudstack.ini"))
+        path = os.path.join(self.home, "named.ini" if where == "||" else "work/cloudstack.ini")
         for read in (cs.read_config, cs.read_config_from_ini):
             error = self.raised(ValueError, read)
             self.assertHolds(str(error), self.own, path)
-            self.assertNoCanary(error)
+            self.assertNotIn("CANARY", str(error))
 
     @each("text, env, expected", ("[cloudstack]\nendpoint = b\nkey = k\nsecret = t\n", {}, ("b", "k", "t")),
           ("[cloudstack]\ntimeout = 3\n[eu]\nendpoint = x\n", {}, (ENDPOINT, KEY, SECRET)),
@@ -6586,16 +6351,6 @@ class FilesTogetherTest(ConfigCase, ServerCase):
         environ(config=self.own)
         self.assertEqual(KEY, cs.read_config()["key"])
 
-    @each("text", "[cloudstack]\nendpoint = {}\n", "[cloudstack]\nendpoint = {}?%(key)s%(secret)s\n",
-          "[cloudstack]\nendpoint = {}\nmethod = post\nkey = attacker\n")
-    def test_a_hostile_file_in_the_working_directory_receives_nothing(self, text):
-        """5.2.0 sends it the key, and a signed request, of ~/.cloudstack.ini."""
-        path = self.write("work/cloudstack.ini", text.format(self.server.endpoint))
-        err = self.fails(2, "listZones")
-        self.assertOneLine(err)
-        self.assertIn(path, err)
-        self.assertNoCanary(err)
-        self.assertEqual([], self.server.requests)
 
 
 # === [8] command line: what its classes share =========================================================================
@@ -10442,15 +10197,17 @@ class HouseTest(Case):
         subprocess.check_call(command.replace("cs.py", shlex.quote(CS_PATH)).replace("cloud.py", path), shell=True)
         with open(path, encoding="utf-8") as file:
             self.assertEqual("\n".join(self.source.split("\n")[: rooms()[8][0] - 1]) + "\n", file.read())
-        code = ("import sys\nsys.path.insert(0, sys.argv[1])\nfrom cloud import *\nimport cloud\n"
+        code = ("import pickle, sys\nsys.path.insert(0, sys.argv[1])\nfrom cloud import *\nimport cloud\n"
                 "c = CloudStack(*sys.argv[2:5], fetch_result=True, poll_interval=0.02)\n"
+                "c, error = pickle.loads(pickle.dumps((c, CloudStackConnectionError('x'))))\n"
                 "print(c.listZones()['count'], len(c.listVirtualMachines(fetch_list=True)))\n"
                 "print(cloud.read_config.__module__, sorted(cloud.__all__) == cloud.__all__, hasattr(cloud, 'main'))\n"
+                "print(error)\n"
                 "machine = next(c.iter_list('listVirtualMachines', state='Running'))\n"
                 "print(c.rebootVirtualMachine(id=machine['id'])['virtualmachine']['state'])\n")
         with Simulator(job_seconds=0.02) as cloud:
             command = [sys.executable, "-I", "-c", code, self.home, cloud.endpoint, cloud.key, cloud.secret]
-            self.assertEqual((0, b"2 32\ncloud True False\nRunning\n", b""), Child(command).finish())
+            self.assertEqual((0, b"2 32\ncloud True False\nx\nRunning\n", b""), Child(command).finish())
 
 
 # === [R] running the tests ============================================================================================
