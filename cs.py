@@ -2237,7 +2237,8 @@ class _Transport:
         else:
             if request.detach() and connection.sock is not None:
                 self._idle[key].append((connection, _clock()))
-                self._close_idle(IDLE, self.concurrency)
+                if len(self._idle) > 1 or len(self._idle[key]) > 1:
+                    self._close_idle(IDLE, self.concurrency)
             else:
                 connection.stream.sock.close()
             return _make_response(request, response.status, response, content)
@@ -2935,7 +2936,7 @@ class Config:
         for key in raw:
             try:
                 value = _expand(key, raw)
-            except (KeyError, RecursionError):
+            except KeyError:
                 reason = f"in [{region}], {key!a} refers to a name that is not there, or to itself"
                 raise ValueError(f"{path!a}: {reason}") from None
             is_header = key.startswith(_HEADER) and key != _HEADER
@@ -3020,15 +3021,16 @@ def _parse_ini(path, text):
     raise ValueError(f"{path!a} is not an ini file: {reason}")
 
 
-def _expand(key, raw):
+def _expand(key, raw, depth=10):
     """Return the value of a key of a section.
 
     `%%` and `%(name)s` mean what they always mean in ini files, any other `%` stands for itself:
-    `50%` is `50%`. Raises KeyError for a `%(name)s` that is not there, or that leads back here."""
-    others = {name: text for name, text in raw.items() if name != key}
+    `50%` is `50%`. Raises KeyError for a `%(name)s` that is not there, that leads back here, or
+    that leads on for more than ten names, as configparser does: each may double the text."""
+    others = {name: text for name, text in raw.items() if name != key and depth}
 
     def replace(found):
-        return _expand(found.group(1).lower(), others) if found.group(1) else "%"
+        return _expand(found.group(1).lower(), others, depth - 1) if found.group(1) else "%"
 
     return re.sub(r"%%|%\(([^)]+)\)s", replace, raw[key])
 
@@ -3064,7 +3066,7 @@ def _read_environment():
     return {key: (os.environ[name], name) for key, name in given.items()}
 
 
-def _unknown_variables():
+def unknown_variables():
     """Return the names of CLOUDSTACK_* variables that nothing reads."""
     known = {_PREFIX + name.upper() for name in _VARIABLES}
     unknown = [name for name in os.environ if name not in known]
@@ -3498,13 +3500,13 @@ class _Interrupts:
     __exit__ = release
 
     def _handle(self, number, frame):
-        if self.is_over or _clock() < self._quiet_until:
+        if self.is_over or time.monotonic() < self._quiet_until:
             return
         if self.on_first is not None:
             self.is_over = True
             self.on_first()
         else:  # Python may drop it, in the middle of a finalizer; then the next is raised
-            self._quiet_until = _clock() + 1.0
+            self._quiet_until = time.monotonic() + 1.0
             raise KeyboardInterrupt
 
 
@@ -3740,7 +3742,7 @@ _CALL_OPTIONS = ("timeout", "retry", "job_timeout", "poll_interval", "post")
 def _describe_unknown(config):
     """Return a text about keys of the section and variables that no setting has; empty if none."""
     named = [(key, f" in {path}") for key, path in config.unknown]
-    named += [(name, "") for name in _unknown_variables()]
+    named += [(name, "") for name in unknown_variables()]
     found = []
     for key, where in named:
         bare = re.sub("[^a-z]", "", key.lower().replace("cloudstack_", ""))
