@@ -23,9 +23,10 @@ The sections of this file
     5 transport         5.1 route, 5.2 connections, 5.3 failures in words, 5.4 a program's session
     6 redaction, trace  what a person may see of a request and its answer
     7 settings          7.1 the table of settings, 7.2 configuration: environment and ini files
-    8 command line      the tool `cs`, which a library can do without: 8.1 options, 8.2 run and
-                        report, 8.3 formats, 8.4 the list of commands, 8.5 completion,
-                        8.6 configure, 8.7 names for ids, 8.8 --where, 8.9 --each, 8.10 the shell
+    8 command line      the tool `cs`, which a library can do without: 8.1 options and exit codes,
+                        8.2 run, progress and reports, 8.3 formats, 8.4 the list of commands,
+                        8.5 completion, 8.6 configure, 8.7 names for ids, 8.8 --where, 8.9 --each,
+                        8.10 the shell
 
 A call, by names
     cs.listZones(name="x")              CloudStack.__getattr__ makes the method
@@ -3223,7 +3224,23 @@ def read_config_from_ini(ini_group: "str | None" = None) -> "dict[str, Any]":
 __all__ += ["main"]
 
 
-# 8.1 Options: the words of a line, taken apart.
+# 8.1 Options and exit codes: the words of a line, taken apart, and what a line ends with.
+
+
+class _Usage(Exception):
+    """The command line cannot be carried out as it was typed."""
+
+
+# code: what the help calls it, and what was raised; the highest that fits is the exit code.
+_EXITS: dict = {
+    0: ("done", ()),
+    1: ("error", (CloudStackException,)),
+    2: ("usage", (_Usage, ValueError, OSError, RecursionError)),  # the last: rows nested too deeply
+    3: ("no answer", (CloudStackConnectionError, CloudStackTimeoutError)),
+    4: ("job still runs", (CloudStackJobTimeout,)),
+    130: ("interrupted", (KeyboardInterrupt,)),
+}
+_REPORTED = tuple(kind for code, (word, kinds) in _EXITS.items() for kind in kinds)
 
 # What --help prints is the table of options, too: "-LETTER, --NAME VALUE  about". VALUE is a choice
 # such as a|b, or what stands for the value.
@@ -3250,9 +3267,8 @@ cs [options] COMMAND [name=value ...]  call the CloudStack API, print its answer
      --color auto|always|never               --theme STYLE  for Pygments
      --post  send by POST                    --completion bash|zsh|fish
      --version                           -h, --help
-exit: 0 done  1 error  2 usage  3 no answer  4 job still runs  130 interrupted
 More: README.rst; the API: https://cloudstack.apache.org/api.html
-"""
+exit: """ + "  ".join(f"{code} {word}" for code, (word, _) in _EXITS.items()) + "\n"
 
 _Option = collections.namedtuple("_Option", "name letter value")
 
@@ -3272,16 +3288,19 @@ def _read_options(text):
     return flags
 
 
-# Three are in the head of the help; --complete is for the scripts of completion.
-_FLAGS = _read_options(_USAGE + "--list  --shell  --configure  --complete LINE")
+_FLAGS = _read_options(_USAGE + "--list  --shell  --configure")  # which are in the help's head
 _OPTIONS = [option for flag, option in _FLAGS.items() if flag == "--" + option.name]
 FORMATS = _FLAGS["--output"].value
 # An empty value of any other is an unset variable of a script: it must not mean the usual region.
-_MAY_BE_EMPTY = frozenset(["columns", "sort", "where", "theme", "complete"])
-
-
-class _Usage(Exception):
-    """The command line cannot be carried out as it was typed."""
+_MAY_BE_EMPTY = frozenset(["columns", "sort", "where", "theme"])
+# What an option does not go with, and what it does not go without.
+_CLASHES = {
+    "--each": "--columns, --sort, --wait, --list, --sync, --shell, a line of the shell, json=false",
+    "--where": "json=false",  # a text, in which there are no rows
+    "--shell": "--wait, --list, --sync, a command, a line of the shell",
+    "--configure": "a command",
+}
+_NEEDS = {"--parallel": "--each", "--stop-on-error": "--each"}
 
 
 def _parse_arguments(args):
@@ -3324,16 +3343,22 @@ def _parse_option(arg, waiting):
 
 def _unknown_option(flag, value, waiting):
     """Return the exception for an option that does not exist: what may be meant by it."""
-    name = flag.lstrip("-")
-    names = [option.name for option in _OPTIONS if option.name != "complete"]
-    near = ["--" + other for other in _near(name, names, most=1)]
-    if len(name) == 1:
-        near = ["--" + other for other in names if other.startswith(name.lower())][:3]
-    elif name and not near:  # a parameter, as other tools have it
-        if not value and waiting and not re.search("^-|=", waiting[0]):
-            value = waiting[0]
-        near = [f"{name}={value}"] if value else []
+    near = ["--" + name for name in _near(flag, [option.name for option in _OPTIONS], most=1)]
+    if not near and len(flag) > 2:  # a parameter, as other tools have it
+        value = value or "".join(itertools.islice(waiting, 1))
+        near = [f"{flag.lstrip('-')}={value}"] if re.match("[^-]", value) else []
     return _Usage(f"there is no option {flag!a}{_did_you_mean(near) or '; see cs --help'}")
+
+
+def _check_options(options, *others):
+    """Raise _Usage for options that do not go with each other, or with other items of _CLASHES."""
+    given = {"--" + name for name, value in options.items() if value}.union(others)
+    for name in given.intersection(_CLASHES):
+        for other in given.intersection(_CLASHES[name].split(", ")):
+            raise _Usage(f"{name} does not go with {other}")
+    for name in given.intersection(_NEEDS):
+        if _NEEDS[name] not in given:
+            raise _Usage(f"{name} does not go without {_NEEDS[name]}")
 
 
 def _merge_options(base, options):
@@ -3345,6 +3370,8 @@ def _check_value(option, value):
     """Return the value of an option. Raises _Usage for one that it cannot have."""
     if value == "" and option.name not in _MAY_BE_EMPTY:
         raise _Usage(f"option --{option.name} needs a value; see cs --help")
+    if option.name == "parallel" and not re.match(r"0*[1-9][0-9]{0,5}\Z", value, re.ASCII):
+        raise _Usage(f"--parallel {value!a}: it should be a number from 1 up")
     if not isinstance(option.value, tuple):
         return value
     if value.lower() not in option.value:
@@ -3410,14 +3437,9 @@ def _read_value(name, path):
 
 def _as_base64(content):
     """Return bytes as base64; what is base64 already without its line breaks."""
-    from base64 import b64decode, b64encode
-
     text = b"".join(content.split())
-    try:
-        b64decode(text, validate=True)
-    except ValueError:
-        text = b64encode(content)
-    return text.decode("ascii")
+    is_base64 = len(text) % 4 == 0 and re.match(rb"[A-Za-z0-9+/]*={0,2}\Z", text)
+    return (text if is_base64 else b2a_base64(content, newline=False)).decode("ascii")
 
 
 def _joined(values):
@@ -3443,24 +3465,13 @@ def _read_stdin():
     return sys.stdin.buffer.read()
 
 
-# 8.2 Run and report.
-
-# The exit code for what was raised, by the first of these classes that it has.
-_EXITS = {
-    KeyboardInterrupt: 130,
-    CloudStackJobTimeout: 4,
-    CloudStackConnectionError: 3,
-    CloudStackTimeoutError: 3,
-    CloudStackException: 1,
-    Exception: 2,
-}
+# 8.2 Run, progress and reports.
 
 
 def main(args: "Iterable[str] | None" = None) -> int:
-    """Run the command line with these arguments, or those of the process; returns the exit code.
+    """Run the command line with these arguments, or those of the process.
 
-    0 done; 1 an answer that is an error, or a failed job; 2 usage or configuration; 3 no answer; 4
-    job still running at job_timeout; 130 interrupted."""
+    Returns the exit code; `cs --help` says what each means."""
     if sys.stdout is None:  # closed by the process that started this one
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     invocation = _Invocation()
@@ -3477,10 +3488,6 @@ def main(args: "Iterable[str] | None" = None) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):  # another would change the exit code
             signal.signal(number, signal.SIG_IGN)
     return _exit_code(outcome)
-
-
-# RecursionError: of what is nested too deeply in rows of standard input.
-_REPORTED = (CloudStackException, _Usage, ValueError, OSError, RecursionError)
 
 
 class _Interrupts:
@@ -3533,7 +3540,7 @@ def _attempt(invocation, dispatch, line):
                 outcome = dispatch(invocation, line)
                 invocation.progress.clear()
                 _flush()
-            except (*_REPORTED, KeyboardInterrupt) as error:
+            except _REPORTED as error:
                 invocation.interrupts.is_over = True
                 outcome = error
                 _report(invocation, error)
@@ -3548,38 +3555,35 @@ def _exit_code(outcome):
     """Return the exit code for what was raised, or for whether everything succeeded."""
     if isinstance(outcome, _OutputFailed):  # a reader that has seen enough is no failure
         return 0 if isinstance(outcome.args[0], BrokenPipeError) else 1
-    codes = (code for kind, code in _EXITS.items() if isinstance(outcome, kind))
-    return next(codes, 0 if outcome else 1)
+    codes = (code for code, (_, kinds) in _EXITS.items() if isinstance(outcome, kinds))
+    return max(codes, default=0 if outcome else 1)
 
 
 def _dispatch(invocation, args):
     """Do what the arguments ask for. Returns whether it succeeded.
 
     For a shell it returns what became of the first line that failed."""
-    options, words = _parse_arguments(map(_as_utf8, args))
+    args = list(map(_as_utf8, args))
+    if args and args[0].startswith("--complete="):  # what the scripts of completion ask
+        _print_completions(args[0].partition("=")[2])
+        return True
+    options, words = _parse_arguments(args)
     options = invocation.options = _merge_options(invocation.options, options)
     if words[:1] == ["help"] and not options["list"]:
         options["help"], words = True, words[1:]
-    _check_each(options)
-    is_idle = not (words or options["wait"] or options["list"] or options["sync"])
     is_inside = invocation.clients is not None  # a shell
-    if options["each"] and is_inside:
-        raise _Usage("--each reads standard input, which is the shell's own here")
+    others = {"a command": words, "a line of the shell": is_inside}
+    _check_options(options, *filter(others.get, others))
+    is_idle = not (words or options["wait"] or options["list"] or options["sync"])
     if options["version"]:
         _write(f"cs {__version__}\n")
     elif options["completion"]:
         _write(_SCRIPTS[options["completion"]])
-    elif options["complete"] is not None:
-        _print_completions(options["complete"])
     elif options["configure"]:
-        if words:
-            raise _Usage("--configure stands alone; --region names the section")
         return _configure(invocation)
     elif options["help"] and not words:
         _write(_USAGE)
     elif options["shell"] or (is_idle and not is_inside and _is_at_terminal()):
-        if is_inside or not is_idle:
-            raise _Usage("--shell stands alone: it reads line by line what is to be done")
         if not options["shell"]:
             invocation.connect()  # without a configuration it could do nothing
         invocation.interrupts.release()  # each line has its own
@@ -3613,17 +3617,17 @@ def _use_server(invocation, words):
         _fetch_catalog(invocation)
     if options["list"]:
         return _list_commands(invocation, words)
-    if options["help"]:
-        return _describe_command(invocation, _join_command(invocation, words)[0])
-    if options["each"]:
-        return _carry_out_each(invocation, words)
     if jobids:
         return _wait_for_jobs(invocation, jobids)
-    if words or options["dry-run"]:
-        sync = _CheckedCall("listApis", {}, [], pages=True)
-        call = _checked_call(invocation, words) if words else sync
-        return (_show_plan if options["dry-run"] else _carry_out)(invocation, call)
-    return True
+    if not words:
+        call = _CheckedCall("listApis", {}, [], pages=True)
+        return not options["dry-run"] or _show_plan(invocation, call)
+    words = _join_command(invocation, words)
+    if options["help"]:
+        return _describe_command(invocation, words[0])
+    if options["each"]:
+        return _carry_out_each(invocation, words)
+    return _carry_out(invocation, _check_call(invocation, _parse_parameters(words[1:]), words))
 
 
 def _job_ids(words):
@@ -3691,13 +3695,12 @@ class _Invocation:
             settings = {"recover": True, **config.settings}
             client = CloudStack(**settings)
             client.check()
-        except SystemExit as error:
-            variables = "CLOUDSTACK_ENDPOINT, CLOUDSTACK_KEY, CLOUDSTACK_SECRET"
-            text = f"{error}; `cs --configure` makes one, or set {variables}"
-            raise _Usage("; ".join(filter(None, [text, _describe_unknown(config)]))) from None
-        except ValueError as error:
+        except (SystemExit, ValueError) as error:
             texts = [str(error), _describe_unknown(getattr(error, "config", config))]
-            raise ValueError("; ".join(filter(None, texts))) from None
+            if isinstance(error, SystemExit):
+                variables = "CLOUDSTACK_ENDPOINT, CLOUDSTACK_KEY, CLOUDSTACK_SECRET"
+                texts.insert(1, f"`cs --configure` makes one, or set {variables}")
+            raise _Usage("; ".join(filter(None, texts))) from None
         except Exception as error:
             if type(error).__name__ != "NoSectionError":  # to import configparser takes its time
                 raise
@@ -3705,9 +3708,8 @@ class _Invocation:
             there = there and f"; there are {there}"
             raise _Usage(f"Error: region {region!a} not in config{there}") from None
         is_read = _is_terminal(sys.stderr)
-        texts = config.warnings if is_read else []
-        if is_read or _is_unsigned(client):
-            texts = [*texts, _describe_unknown(config)]
+        texts = list(config.warnings) if is_read else []
+        texts += [_describe_unknown(config)] if is_read or _is_unsigned(client) else []
         for text in filter(None, texts):
             self.say("Warning: " + text)
         return settings, client
@@ -3815,15 +3817,6 @@ class _CheckedCall:
         )
 
 
-def _checked_call(invocation, words):
-    """Turn words into a call that may be made.
-
-    Raises _Usage for what is wrong with them, by themselves or by the list of commands."""
-    if len(words) > 1 and "=" not in words[1]:
-        words = _join_command(invocation, words)
-    return _check_call(invocation, _parse_parameters(words[1:]), words)
-
-
 def _check_call(invocation, values, words):
     """Return the call of a command (the first of words) with parameters {name: [_Value, ...]}.
 
@@ -3833,8 +3826,8 @@ def _check_call(invocation, values, words):
     _fill_in_ids(invocation, command, values)
     params = _to_arguments(values)
     own = {name: params.pop(name) for name in ("json", "opcode_name") if name in params}
-    if own.get("json") is False and (invocation.conditions or line["each"]):
-        raise _Usage("json=false gives a text, in which --where and --each find no rows")
+    if own.get("json") is False:
+        _check_options(line, "json=false")
     pages = line["all"] or params.pop("fetch_list", False)
     wait = params.pop("fetch_result", not (line["async"] or "async" in command.lower()))
     # There is nothing to page through in a command that changes something.
@@ -3847,6 +3840,8 @@ def _check_call(invocation, values, words):
 def _carry_out(invocation, call):
     """Make a call and print the answer. Returns whether it succeeded."""
     invocation.under_way = call
+    if invocation.options["dry-run"]:
+        return _show_plan(invocation, call)
     if call.options.get("json") is not False:
         return _print_answers(invocation, call, _answers(invocation, call))
     text = call.make(invocation.client).rstrip("\n")
@@ -3877,15 +3872,13 @@ def _tells_success(answer):
 def _wait_for_jobs(invocation, jobids):
     """Wait for jobs and print their results. Returns the first failure, or whether all is well."""
     first: Any = True
-    make = _show_plan if invocation.options["dry-run"] else _carry_out
     for number, jobid in enumerate(jobids, 1):
         words, options = ["--wait", jobid], invocation.call_options()
         invocation.left = jobids[number:]  # for an interrupt
         try:
             call = _CheckedCall("queryAsyncJobResult", {"jobid": jobid}, words, **options)
-            outcome = make(invocation, call)
+            outcome = _carry_out(invocation, call)
         except CloudStackException as error:
-            invocation.left = ()
             _report(invocation, error)
             outcome = error
         first = first if _exit_code(first) else outcome
@@ -3937,21 +3930,18 @@ def _report(invocation, error):
     """Report on standard error what was raised, and what can be done."""
     call = invocation.under_way
     invocation.progress.clear()
-    if isinstance(error, KeyboardInterrupt):
-        text = "Interrupted."
-        if getattr(error, "jobid", None):
-            text += " " + _how_to_go_on(invocation, error)
-        elif call and not only_reads(call.command):
-            text += f" {call.command} may have run; check before you send it again."
-        elif invocation.clients is None:
-            return
-        write_stderr(text)  # in a shell at least that: the next line begins below the ^C
-    elif isinstance(error, CloudStackException):
+    if isinstance(error, CloudStackException):
         _report_failure(invocation, error)
-    else:
+    elif not isinstance(error, KeyboardInterrupt):
         text = error_text(error) if isinstance(error, OSError) else str(error)
         front = "" if text.startswith("Error: ") else "cs: "
         write_stderr(f"{front}{invocation.place}{text}")
+    elif getattr(error, "jobid", None):
+        write_stderr("Interrupted. " + _how_to_go_on(invocation, error, invocation.left))
+    elif call and not only_reads(call.command):
+        write_stderr(f"Interrupted. {call.command} may have run; check before you send it again.")
+    elif invocation.clients is not None:  # the next line of a shell begins below the ^C
+        write_stderr("Interrupted.")
 
 
 def _report_failure(invocation, error):
@@ -4079,9 +4069,9 @@ def _shell_word(word):
     return f"$'{escape_unprintable(word)}'"
 
 
-def _how_to_go_on(invocation, error):
-    """Return how to wait for a job that may still run, and for those that were to come after it."""
-    line = _shell_line(invocation, ["--wait", error.jobid, *invocation.left])
+def _how_to_go_on(invocation, error, others=()):
+    """Return how to wait for a job that may still run, and for others that were begun."""
+    line = _shell_line(invocation, ["--wait", error.jobid, *others])
     call = invocation.under_way
     if getattr(error, "outcome_unknown", False) and call:
         # The answer was lost. Without the list of commands, any command is given an id.
@@ -4898,7 +4888,7 @@ def _candidates(line):
     option = line.option
     words: Any = ()
     if option is None and line.current.startswith("-"):
-        words = [flag for flag in sorted(_FLAGS) if flag[1] == "-" and flag != "--complete"]
+        words = [flag for flag in sorted(_FLAGS) if flag[1] == "-"]
     elif option is None or option.name in ("columns", "sort", "where"):
         return _known_words(line)
     elif option.name in ("region", "profile"):
@@ -5402,24 +5392,10 @@ _HOLDS_ERROR = "standard input holds the answer of a call that failed; nothing w
 _TABLE_HEADER = r"(?:id|name|[a-z][\w.]*(?:(?:,|  +)[a-z][\w.]*)+)\Z"
 
 
-def _check_each(options):
-    """Raise _Usage for options that do not go with --each, or not without it."""
-    word = "with" if options["each"] else "without"
-    others = {"with": "columns sort wait list sync shell", "without": "parallel stop-on-error"}
-    for name in others[word].split():
-        if options[name]:
-            raise _Usage(f"--{name} does not go {word} --each")
-    count = options["parallel"]
-    if count and not re.match(r"0*[1-9][0-9]{0,5}\Z", count, re.ASCII):
-        raise _Usage(f"--parallel {count!a}: it should be a number from 1 up")
-
-
 def _carry_out_each(invocation, words):
     """Make the call once for each row of standard input. Returns whether all succeeded."""
     if any(word.partition("=")[2].strip() == "@-" for word in words):
         raise _Usage("@- does not go with --each, whose rows are standard input")
-    if len(words) > 1 and "=" not in words[1]:
-        words = _join_command(invocation, words)
     template = _parse_parameters(words[1:])
     given = _read_rows(invocation)
     for name in [condition.column for condition in invocation.conditions if given]:
@@ -5665,8 +5641,8 @@ _SHELL_WORDS = {
 }  # fmt: skip
 # What a line does cannot be set for all lines.
 _NOT_SET = (
-    "each parallel stop-on-error profile wait list sync shell configure completion version help"
-    " complete".split()
+    "each parallel stop-on-error profile wait list sync shell configure completion version"
+    " help".split()
 )
 
 
