@@ -3323,28 +3323,31 @@ def _parse_arguments(args):
 
 def _parse_option(arg, waiting):
     """Return an option's name and value, which may be the next of the waiting arguments."""
-    is_long = arg.startswith("--")
-    flag, equals, value = arg.partition("=") if is_long else (arg[:2], arg[2:], arg[2:])
+    found: Any = re.match(r"(--[^=]*|-.?)(=?)(.*)\Z", arg, re.DOTALL)
+    flag, equals, value = found.groups()
     option = _FLAGS.get(flag)
     if option is None:
         raise _unknown_option(flag, value, waiting)
     if option.value is None:
-        if equals and is_long:
+        if equals:
             raise _Usage(f"option {flag} takes no value: {value!a}; see cs --help")
-        if equals:  # -qt
+        if value:  # -qt
             waiting.appendleft("-" + value)
         return option.name, True
-    if not equals:
+    if not (equals or value):
         if not waiting or (re.match("-[^0-9]", waiting[0]) and option.name != "sort"):
             raise _Usage(f"option {flag} needs a value; see cs --help")
         value = waiting.popleft()
-    return option.name, _check_value(option, value if is_long else re.sub("^=", "", value))
+    return option.name, _check_value(option, value)
 
 
 def _unknown_option(flag, value, waiting):
     """Return the exception for an option that does not exist: what may be meant by it."""
-    near = ["--" + name for name in _near(flag, [option.name for option in _OPTIONS], most=1)]
-    if not near and len(flag) > 2:  # a parameter, as other tools have it
+    names = [option.name for option in _OPTIONS]
+    is_letter = len(flag) < 3
+    near = [name for name in names if name[0] == flag[1:].lower()][:3] if is_letter else []
+    near = ["--" + name for name in near or _near(flag, names, most=1)]
+    if not near and not is_letter:  # a parameter, as other tools have it
         value = value or "".join(itertools.islice(waiting, 1))
         near = [f"{flag.lstrip('-')}={value}"] if re.match("[^-]", value) else []
     return _Usage(f"there is no option {flag!a}{_did_you_mean(near) or '; see cs --help'}")
@@ -3394,9 +3397,8 @@ def _parse_parameters(words):
         if not equals or not name:
             example = "parameters are name=value, such as id=name:web-01"
             raise _Usage(f"{word!a} has no {'name' if equals else repr('=')}; {example}")
-        if name in ("self", "command", "headers"):
-            hint = "; an ini file's header_<name> is one" if name == "headers" else ""
-            raise _Usage(f"{name!a} cannot be a parameter here{hint}")
+        if name in ("self", "command", "headers", "_options"):
+            raise _Usage(f"{name!a} cannot be a parameter here")
         params.setdefault(name, []).append(_parse_value(name, text.strip()))
     return params
 
@@ -3420,11 +3422,13 @@ def _read_value(name, path):
     """Return the text of a file, or of standard input for "-"; userdata made base64."""
     source = "standard input" if path == "-" else f"file {path!a}"
     try:
-        if path == "-":
-            content = _read_stdin()
-        else:
+        if path != "-":
             with open(os.path.expanduser(path), "rb") as file:
                 content = file.read()
+        elif sys.stdin is None:
+            raise FileNotFoundError("there is no standard input")
+        else:
+            content = sys.stdin.buffer.read()
         if name.lower() == "userdata":
             return _as_base64(content)
         return re.sub(r"\r?\n\Z", "", content.decode("utf-8-sig"))
@@ -3456,13 +3460,6 @@ def _to_arguments(params):
         except ValueError:
             raise _Usage(f"{name}={arguments[name]!a} is neither true nor false") from None
     return arguments
-
-
-def _read_stdin():
-    """Return all that standard input holds, as bytes. Raises OSError."""
-    if sys.stdin is None:
-        raise FileNotFoundError("there is no standard input")
-    return sys.stdin.buffer.read()
 
 
 # 8.2 Run, progress and reports.
@@ -3606,38 +3603,26 @@ def _use_server(invocation, words):
     """Do what needs a client. Returns whether it succeeded."""
     options = invocation.options
     invocation.conditions = [_Condition(text, invocation.say) for text in options["where"] or ()]
-    jobids = _job_ids([options["wait"], *words]) if options["wait"] else []
-    if words and not options["list"] and not re.match(r"[\w.-]+\Z", words[0], re.ASCII):
-        usage = "cs [options] COMMAND [name=value ...]"
-        raise _Usage(f"{words[0]!a} stands where the command should be: {usage}")
-
     invocation.connect()
     invocation.format()  # a wrong one is refused before anything is sent
     if options["sync"] and not options["dry-run"]:
         _fetch_catalog(invocation)
     if options["list"]:
         return _list_commands(invocation, words)
-    if jobids:
-        return _wait_for_jobs(invocation, jobids)
+    if options["wait"]:
+        return _wait_for_jobs(invocation, [options["wait"], *words])
     if not words:
         call = _CheckedCall("listApis", {}, [], pages=True)
         return not options["dry-run"] or _show_plan(invocation, call)
+    if not re.match(r"[\w.-]+\Z", words[0], re.ASCII):
+        usage = "cs [options] COMMAND [name=value ...]"
+        raise _Usage(f"{words[0]!a} stands where the command should be: {usage}")
     words = _join_command(invocation, words)
     if options["help"]:
         return _describe_command(invocation, words[0])
     if options["each"]:
         return _carry_out_each(invocation, words)
     return _carry_out(invocation, _check_call(invocation, _parse_parameters(words[1:]), words))
-
-
-def _job_ids(words):
-    """Return the ids of --wait: its value and the words beside it; `-` for those on stdin."""
-    jobids: list = []
-    for word in words:
-        jobids += _read_stdin().decode("utf-8", "replace").split() if word == "-" else [word]
-    if not jobids or not all(re.match(r"[\w.-]+\Z", jobid, re.ASCII) for jobid in jobids):
-        raise _Usage(f"--wait takes ids of jobs, not {', '.join(map(ascii, jobids)) or 'nothing'}")
-    return jobids
 
 
 class _Invocation:
@@ -3755,12 +3740,11 @@ _CALL_OPTIONS = ("timeout", "retry", "job_timeout", "poll_interval", "post")
 
 def _describe_unknown(config):
     """Return a text about keys of the section and variables that no setting has; empty if none."""
-    known = [_PREFIX + name.upper() for name in [*_CONFIG_KEYS, "config", "region", "overrides"]]
+    known = {_PREFIX + name.upper() for name in [*_CONFIG_KEYS, "config", "region", "overrides"]}
+    odd = [name for name in os.environ if re.match("CLOUDSTACK_(?!HEADER_.)", name)]
     named = [(key, f" in {path}") for key, path in config.unknown]
-    named += [(name, "") for name in sorted(set(os.environ).difference(known))
-              if re.match("CLOUDSTACK_(?!HEADER_.)", name)]  # fmt: skip
     found = []
-    for key, where in named:
+    for key, where in named + [(name, "") for name in sorted(odd) if name not in known]:
         bare = re.sub("[^a-z]", "", key.lower().replace("cloudstack_", ""))
         meant = "".join(f" ({name}?)" for name in _near(bare, _CONFIG_KEYS, most=1))
         found.append(f"{key!a}{where}{meant}")
@@ -3780,9 +3764,8 @@ def _is_terminal(stream):
 class _Progress:
     """Shows one line on standard error while pages or a job are awaited; clear() removes it."""
 
-    def __init__(self):
-        self.is_shown = False  # whether anybody would see it
-        self._shown = ""
+    is_shown = False  # whether anybody would see it
+    _shown = ""
 
     def show(self, text):
         """Put a text in place of the line."""
@@ -3869,8 +3852,14 @@ def _tells_success(answer):
     return "errortext" not in said and str(said.get("success")).lower() != "false"
 
 
-def _wait_for_jobs(invocation, jobids):
-    """Wait for jobs and print their results. Returns the first failure, or whether all is well."""
+def _wait_for_jobs(invocation, words):
+    """Wait for the jobs of these ids, `-` for those on standard input, and print their results.
+
+    Returns the first failure, or whether all is well."""
+    lists = [_read_value("--wait", "-").split() if word == "-" else [word] for word in words]
+    jobids = list(itertools.chain.from_iterable(lists))
+    if not jobids or not all(re.match(r"[\w.-]+\Z", jobid, re.ASCII) for jobid in jobids):
+        raise _Usage(f"--wait takes ids of jobs, not {', '.join(map(ascii, jobids)) or 'nothing'}")
     first: Any = True
     for number, jobid in enumerate(jobids, 1):
         words, options = ["--wait", jobid], invocation.call_options()
@@ -3907,23 +3896,34 @@ def _show_plan(invocation, call):
     return True
 
 
-# errorcode, or the status of an answer that is not CloudStack's: what can be done about it. {cs} is
-# the command line up to the command.
-_HINTS = {
-    **dict.fromkeys((200, 404, 405), "Check the endpoint: it usually ends in /client/api."),
-    **dict.fromkeys((430, 431), "Run {cs} {command} --help to list its parameters."),
-    401: "Check endpoint, key and secret of this region, and this machine's clock. The server says "
-    "the same about a command that it does not know: {cs} --list.",
-    429: "Send fewer requests, or have them sent again: --retry 3.",
-    432: "There is no such command, or your role may not use it: {cs} --sync, then {cs} --list.",
-    503: "The server is in maintenance; nothing was done. Try again later, or with --retry 3.",
-    530: "The management server's log says more.",
-    531: "Your role or account may not do this.",
-    532: "A limit of the account or project is reached: {cs} listResourceLimits.",
-    533: "There is no room for it now: another zone, host or a smaller offering may do.",
-    536: "Something else still uses it.",
-}
-_HINTS_FOR_JOBS = (532, 533, 536)  # other hints are about a request, not about its job
+# What can be done about an error: the first whose facts (of _hint) all hold. A number is the
+# errorcode, or the status of an answer that is not CloudStack's. {cs}: the command line up to the
+# command.
+_HINTS = (
+    ("532", "A limit of the account or project is reached: {cs} listResourceLimits."),
+    ("533", "There is no room for it now: another zone, host or a smaller offering may do."),
+    ("536", "Something else still uses it."),
+    ("job-failed", ""),  # all others are about a request, not about its job
+    ("--wait 431", "The server knows no such job."),
+    ("job stated", "The command was accepted; only asking for its job failed."),
+    ("login stated", "Check user name, password and domain."),
+    ("unsigned 401", "There was no key, so the request was not signed."),
+    ("projectid 432", "You may not be in this project."),
+    ("--sync 432", "Your role may not ask for the list of commands; calls work without it."),
+    ("too-large", "It is over 1 MiB, the most that servers usually take."),
+    ("outcome-unknown", "Check whether it was done before you send it again."),
+    ("unsent", "Check the endpoint, its name, the network, proxies and --timeout."),
+    ("no-api", "Check the endpoint: it usually ends in /client/api."),
+    ("401", "Check endpoint, key and secret of this region, and this machine's clock. The server "
+     "says the same about a command that it does not know: {cs} --list."),
+    ("429", "Send fewer requests, or have them sent again: --retry 3."),
+    ("430", "Run {cs} {command} --help to list its parameters."),
+    ("431", "{parameter}"),
+    ("432", "No such command, or your role may not use it: {cs} --sync, then {cs} --list."),
+    ("503", "The server is in maintenance; nothing was done. Try again later, or with --retry 3."),
+    ("530", "The management server's log says more."),
+    ("531", "Your role or account may not do this."),
+)  # fmt: skip
 
 
 def _report(invocation, error):
@@ -3948,7 +3948,8 @@ def _report_failure(invocation, error):
     """Say what failed: the message, the call, codes, a hint; then the server's own words."""
     document = _server_error(error)
     names = [name for name in ("errorcode", "cserrorcode") if name in document]
-    left = "It was about" if invocation.options["wait"] else "Left behind"
+    is_wait = invocation.options["wait"]
+    left = "It was about" if is_wait else "Left behind"
     facts = (
         ("Call", _typed_call(invocation)), ("Server", mask_address(invocation.client.endpoint)),
         ("Codes", ", ".join(f"{name} {document[name]}" for name in names)),
@@ -3957,7 +3958,8 @@ def _report_failure(invocation, error):
     )  # fmt: skip
     lines = [f"CloudStack error: {invocation.place}{invocation.masked(_sentence(error))}"]
     invocation.say("\n".join(lines + [f"  {name}: {text}" for name, text in facts if text]))
-    if error.jobid and not error.job_failed and not _is_unknown_job(invocation, document):
+    is_unknown = is_wait and document.get("errorcode") == 431
+    if error.jobid and not (error.job_failed or is_unknown):
         write_stderr(_how_to_go_on(invocation, error))  # also with -q: nothing else shows the id
     if error.response is None or isinstance(error, CloudStackJobTimeout):
         return
@@ -3989,46 +3991,32 @@ def _left_behind(call, error):
     return " ".join(str(part) for part in (error.jobinstancetype, error.jobinstanceid) if part)
 
 
-def _is_unknown_job(invocation, document):
-    """Return whether --wait was given a job that the server does not know."""
-    return invocation.options["wait"] and document.get("errorcode") == 431
-
-
 def _hint(invocation, error, document):
     """Return what can be tried after an error, or an empty text."""
     call = invocation.under_way or _CheckedCall("", {}, [])
     code = document.get("errorcode", getattr(error.response, "status_code", None))
-    usual = _HINTS.get(code, "") if isinstance(code, int) else ""
-    is_login = invocation.request and invocation.request.params.get("command") == "login"
-    is_projects = "projectid" in map(str.lower, call.params)
+    sent = invocation.request.params if invocation.request else {}
     size = sum(len(str(value)) for value in call.params.values())
-    hints = (
-        (error.job_failed, usual if code in _HINTS_FOR_JOBS else ""),
-        (_is_unknown_job(invocation, document), "The server knows no such job."),
-        (error.jobid and document, "The command was accepted; only asking for its job failed."),
-        (is_login and document, "Check user name, password and domain."),
-        (code == 401 and _is_unsigned(invocation.client),
-         "There was no key, so the request was not signed."),
-        (code == 432 and is_projects, "You may not be in this project."),
-        (code == 432 and not call.command,
-         "Your role may not ask for the list of commands; calls work without it."),
-        (code in (400, 404) and size > LONGEST_FORM,
-         "It is over 1 MiB, the most that servers usually take."),
-        (document, code == 431 and _hint_about_id(invocation, call, document) or usual),
-        (error.outcome_unknown, "Check whether it was done before you send it again."),
-        (error.unsent, "Check the endpoint, its name, the network, proxies and --timeout."),
-        (True, usual),
-    )  # fmt: skip
-    hint = next(hint for holds, hint in hints if holds)
+    facts = {
+        str(code): True, "stated": document, "no-api": code in (200, 404, 405),
+        "job": error.jobid, "job-failed": error.job_failed, "--wait": invocation.options["wait"],
+        "login": sent.get("command") == "login", "unsigned": _is_unsigned(invocation.client),
+        "projectid": "projectid" in map(str.lower, call.params), "--sync": not call.command,
+        "too-large": code in (400, 404) and size > LONGEST_FORM,
+        "outcome-unknown": error.outcome_unknown, "unsent": error.unsent,
+    }  # fmt: skip
+    hint = next((hint for needed, hint in _HINTS if all(map(facts.get, needed.split()))), "")
+    if hint == "{parameter}":
+        hint = _hint_about_parameter(invocation, call, document)
     return hint.replace("{cs}", _shell_line(invocation, [])).replace("{command}", call.command)
 
 
-def _hint_about_id(invocation, call, document):
-    """Return what can be tried after the server has found nothing of an id, or an empty text."""
+def _hint_about_parameter(invocation, call, document):
+    """Return what can be tried after the server has refused a parameter: most often an id."""
     text = str(document.get("errortext"))[:2000]
     found = re.search(r"Invalid parameter (\w{1,50}) value=(.{1,255}?)(?: due to |$)", text)
     if not found:
-        return ""
+        return "Run {cs} {command} --help to list its parameters."
     name, value = found.groups()
     if not re.match(r"[0-9]+\Z|[0-9a-fA-F-]{36}\Z", value):
         return f"{name}=name:{value}, if that is a name."

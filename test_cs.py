@@ -6977,7 +6977,8 @@ class ArgumentsTest(CommandLineCase):
 
     @each("line, says",
           ("--nope listZones", "'--nope'"), ("listZones -x", "'-x'; see cs --help"), ("listZones -qx", "option"),
-          ("-S listZones", "'-S'; see cs --help"),
+          ("listZones -v", "no option '-v'; did you mean --version?"),
+          ("-S listZones", "'-S'; did you mean --sort or --sync or --stop-on-error?"),
           ("--ouput=json", "'--ouput'; did you mean --output?"), ("--id=5", "'--id'; did you mean id=5?"),
           ("--templatefilter featured", "'--templatefilter'; did you mean templatefilter=featured?"),
           ("--xyzzy", "'--xyzzy'; see cs --help"), ("--complet=x", "'--complet'; did you mean --completion?"),
@@ -6991,7 +6992,7 @@ class ArgumentsTest(CommandLineCase):
           ("list\x01Zones", "where the command should be"), ("list\udcff", "where the command should be"),
           ("listZones x", "'x' has no '='; parameters are name=value, such as id=name:web-01"),
           ("listZones =x", "'=x' has no name; parameters are name=value"),
-          ("listZones headers=x:y", "headers"), ("listZones self=x", "self"), ("listZones command=x", "command"),
+          *[(f"listZones {name}=x", f"'{name}' cannot be") for name in ("headers", "self", "command", "_options")],
           ("listZones json=maybe", "json"), ("listZones fetch_list=", "fetch_list"),
           ("listZones keyword=a\x1bb", "keyword"), ("listZones keyword=a\udcffb", "keyword"),
           ("listZones a\x1bb=x", "U+001B"), ("listZones name=@missing", "file 'missing'"),
