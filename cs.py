@@ -3451,17 +3451,6 @@ def _joined(values):
     return ",".join(value.text for value in values)
 
 
-def _to_arguments(params):
-    """Return the keyword arguments of a call for {name: [_Value, ...]}."""
-    arguments: dict = {name: _joined(values) for name, values in params.items()}
-    for name in arguments.keys() & {"json", "fetch_list", "fetch_result"}:
-        try:
-            arguments[name] = strtobool(arguments[name])
-        except ValueError:
-            raise _Usage(f"{name}={arguments[name]!a} is neither true nor false") from None
-    return arguments
-
-
 # 8.2 Run, progress and reports.
 
 
@@ -3807,12 +3796,18 @@ def _check_call(invocation, values, words):
     line = invocation.options
     command, recover = _check_against_catalog(invocation, words[0], values)
     _fill_in_ids(invocation, command, values)
-    params = _to_arguments(values)
-    own = {name: params.pop(name) for name in ("json", "opcode_name") if name in params}
+    params = {name: _joined(given) for name, given in values.items()}
+    control = ("json", "fetch_list", "fetch_result", "opcode_name")
+    own: dict = {name: params.pop(name) for name in control if name in params}
+    for name in own.keys() - {"opcode_name"}:
+        try:
+            own[name] = strtobool(own[name])
+        except ValueError:
+            raise _Usage(f"{name}={own[name]!a} is neither true nor false") from None
     if own.get("json") is False:
         _check_options(line, "json=false")
-    pages = line["all"] or params.pop("fetch_list", False)
-    wait = params.pop("fetch_result", not (line["async"] or "async" in command.lower()))
+    pages = own.pop("fetch_list", False) or line["all"]
+    wait = own.pop("fetch_result", not (line["async"] or "async" in command.lower()))
     # There is nothing to page through in a command that changes something.
     return _CheckedCall(
         command, params, [command] + words[1:], pages=only_reads(command) and bool(pages),

@@ -6976,34 +6976,32 @@ class ArgumentsTest(CommandLineCase):
         self.assertEqual(("k", "x", "t"), (record.params["apiKey"], record.params["name"], record.headers["x-tenant"]))
 
     @each("line, says",
-          ("--nope listZones", "'--nope'"), ("listZones -x", "'-x'; see cs --help"), ("listZones -qx", "option"),
-          ("listZones -v", "no option '-v'; did you mean --version?"),
-          ("-S listZones", "'-S'; did you mean --sort or --sync or --stop-on-error?"),
-          ("--ouput=json", "'--ouput'; did you mean --output?"), ("--id=5", "'--id'; did you mean id=5?"),
-          ("--templatefilter featured", "'--templatefilter'; did you mean templatefilter=featured?"),
-          ("--xyzzy", "'--xyzzy'; see cs --help"), ("--complet=x", "'--complet'; did you mean --completion?"),
+          # options: unknown, abbreviated, without a value, with one that they cannot have
+          *[(line, "there is no option " + says) for line, says in (
+              ("--nope listZones", "'--nope'"), ("listZones -x 5", "'-x'; see cs --help"), ("listZones -qx", "'-x'"),
+              ("listZones -v", "'-v'; did you mean --version?"), ("--xyzzy", "'--xyzzy'; see cs --help"),
+              ("-S listZones", "'-S'; did you mean --sort or --sync or --stop-on-error?"),
+              ("--ouput=json", "'--ouput'; did you mean --output?"), ("--id=5", "'--id'; did you mean id=5?"),
+              ("--templatefilter featured", "'--templatefilter'; did you mean templatefilter=featured?"),
+              ("listZones -", "'-'"), ("listZones ---", "'---'"), ("--dry listZones", "'--dry'"))],
+          *[(line, f"option {line[10:12]} needs a value") for line in (
+              "listZones -r", "listZones -o", "listZones -o -q")],
+          ("listZones --wait", "--wait needs a value"), ("listZones --quiet=1", "option --quiet takes no value: '1'"),
+          ("listZones -o tabel", "'tabel' is not one of json, jsonl, table, csv, text; did you mean table?"),
+          *[("listZones --timeout=" + value, "timeout: ") for value in ("abc", "0", "-1")],
+          ("listZones --retry 1.5", "retry: "), ("listZones --retry=-1", "retry: "), ("-r mars listZones", "'mars'"),
           ("--shell listZones", "--shell does not go with a command"),
-          ("listZones -name=x", "option"), ("listZones -", "'-'"), ("listZones ---", "option"),
-          ("--regio eu listZones", "no option '--regio'"), ("--dry listZones", "no option '--dry'"),  # abbreviations
-          ("listZones -r", "-r needs a value"),
-          ("listZones json=false --where id=1", "json=false"),
-          ("listZones --wait", "--wait"), ("listZones --quiet=1", "--quiet"),
-          ("", "no command"), ("-q", "no command"), ("name=x", "where the command should be"),
-          ("list\x01Zones", "where the command should be"), ("list\udcff", "where the command should be"),
-          ("listZones x", "'x' has no '='; parameters are name=value, such as id=name:web-01"),
+          ("listZones json=false --where id=1", "--where does not go with json=false"),
+          # words: no command, or not where it should be; what is no parameter
+          ("", "no command"), ("-q", "no command"), ("--wait j a=b", "--wait takes ids"),
+          *[(line, "where the command should be") for line in ("name=x", "list\x01Zones", "list\udcff")],
+          ("-q listZones x", "'x' has no '='; parameters are name=value, such as id=name:web-01"),
           ("listZones =x", "'=x' has no name; parameters are name=value"),
           *[(f"listZones {name}=x", f"'{name}' cannot be") for name in ("headers", "self", "command", "_options")],
-          ("listZones json=maybe", "json"), ("listZones fetch_list=", "fetch_list"),
-          ("listZones keyword=a\x1bb", "keyword"), ("listZones keyword=a\udcffb", "keyword"),
-          ("listZones a\x1bb=x", "U+001B"), ("listZones name=@missing", "file 'missing'"),
-          ("-q listZones x", "'x'"),
-          ("--wait j a=b", "--wait takes ids"),
-          ("--dry-run listZones name=\x01", "name"), ("-r mars listZones", "'mars'"),
-          ("listZones -o", "option -o needs a value"), ("listZones -o -q", "option -o needs a value"),
-          ("listZones --all=1", "option --all takes no value: '1'"), ("listZones -o tabel", "; did you mean table?"),
-          ("--color=alwys", "--color: 'alwys' is not one of auto, always, never; did you mean always?"),
-          *[("listZones --timeout=" + value, "timeout: ") for value in ("abc", "0", "-1", "nan", "1e99")],
-          *[("listZones --retry " + value, "retry: ") for value in ("abc", "1.5")], ("listZones --retry=-1", "retry: "))
+          ("listZones json=maybe", "json='maybe' is neither true nor false"), ("listZones fetch_list=", "fetch_list"),
+          *[("listZones " + word, says) for word, says in (
+              ("keyword=a\x1bb", "keyword"), ("keyword=a\udcffb", "keyword"), ("a\x1bb=x", "U+001B"),
+              ("name=@missing", "file 'missing'"), ("--dry-run name=\x01", "name"))])
     def test_what_is_refused_in_one_line_before_anything_is_sent(self, line, says):
         self.refused(*line.split(" ") if line else (), says=[says])
 
@@ -7039,7 +7037,7 @@ class ArgumentsTest(CommandLineCase):
 
     @each("content, sent",
           (b"#cloud-config\npackages: [nginx]\n", "I2Nsb3VkLWNvbmZpZwpwYWNrYWdlczogW25naW54XQo="),
-          (b"I2Nsb3Vk\nLWNvbmZpZwo=\n", "I2Nsb3VkLWNvbmZpZwo="), (b"\x1f\x8b\xff", "H4v/"), (b"", ""))
+          (b"I2Nsb3Vk\nLWNvbmZpZwo=\n", "I2Nsb3VkLWNvbmZpZwo="), (b"\x1f\x8b\xff", "H4v/"), (b"", ""), (b"abc", "YWJj"))
     def test_a_file_of_userdata_is_made_base64_unless_it_is(self, content, sent):
         path = self.write("userdata", content)
         self.assertEqual({"UserData": sent}, self.asked_with("deployVirtualMachine", "UserData=@" + path))
@@ -7366,8 +7364,6 @@ JOB_FAILED = {"jobid": "j-1", "jobstatus": 2, "jobresultcode": 533,
 
 
 class OptionsTest(CloudCase):
-    """Options as they are parsed, and those of a call."""
-
     def test_every_way_to_write_options(self):
         args = "-qt -ojson -o=csv --sort -name --where a=1 --where=b=2 -- --wait - -r lab".split()
         options = {name: value for name, value in cs._parse_arguments(args)[0].items() if value is not None}
@@ -7780,7 +7776,7 @@ class FlagSettingsTest(CloudCase):
     def test_any_two_options_together(self):
         """They do something or are refused; nothing is sent with --dry-run, or twice."""
         values = {"FILE": os.devnull, "URL": self.cloud.endpoint, "NAME": "cloudstack", "COUNT": "1", "SECONDS": "5",
-                  "JOBID": "j", "LINE": "cs ", "CONDITION": "id~.", "STYLE": "x"}
+                  "JOBID": "j", "CONDITION": "id~.", "STYLE": "x"}
         self.sync()
         for pair in itertools.combinations([option for option in cs._OPTIONS if option.name != "configure"], 2):
             names = {option.name for option in pair}
