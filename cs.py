@@ -23,9 +23,10 @@ The sections of this file
     5 transport         5.1 route, 5.2 connections, 5.3 failures in words, 5.4 a program's session
     6 redaction, trace  what a person may see of a request and its answer
     7 settings          7.1 the table of settings, 7.2 configuration: environment and ini files
-    8 command line      the tool `cs`, which a library can do without: 8.1 options, 8.2 run and
-                        report, 8.3 formats, 8.4 the list of commands, 8.5 completion,
-                        8.6 configure, 8.7 names for ids, 8.8 --where, 8.9 --each, 8.10 the shell
+    8 command line      the tool `cs`, which a library can do without: 8.1 options and exit codes,
+                        8.2 run, progress and reports, 8.3 formats, 8.4 the list of commands,
+                        8.5 completion, 8.6 configure, 8.7 names for ids, 8.8 --where, 8.9 --each,
+                        8.10 the shell
 
 A call, by names
     cs.listZones(name="x")              CloudStack.__getattr__ makes the method
@@ -3207,7 +3208,23 @@ def read_config_from_ini(ini_group: "str | None" = None) -> "dict[str, Any]":
 __all__ += ["main"]
 
 
-# 8.1 Options: the words of a line, taken apart.
+# 8.1 Options and exit codes: the words of a line, taken apart, and what a line ends with.
+
+
+class _Usage(Exception):
+    """The command line cannot be carried out as it was typed."""
+
+
+# code: what the help calls it, and what was raised; the highest that fits is the exit code.
+_EXITS: dict = {
+    0: ("done", ()),
+    1: ("error", (CloudStackException,)),
+    2: ("usage", (_Usage, ValueError, OSError, RecursionError)),  # the last: rows nested too deeply
+    3: ("no answer", (CloudStackConnectionError, CloudStackTimeoutError)),
+    4: ("job still runs", (CloudStackJobTimeout,)),
+    130: ("interrupted", (KeyboardInterrupt,)),
+}
+_REPORTED = tuple(kind for code, (word, kinds) in _EXITS.items() for kind in kinds)
 
 # What --help prints is the table of options, too: "-LETTER, --NAME VALUE  about". VALUE is a choice
 # such as a|b, or what stands for the value.
@@ -3234,9 +3251,8 @@ cs [options] COMMAND [name=value ...]  call the CloudStack API, print its answer
      --color auto|always|never               --theme STYLE  for Pygments
      --post  send by POST                    --completion bash|zsh|fish
      --version                           -h, --help
-exit: 0 done  1 error  2 usage  3 no answer  4 job still runs  130 interrupted
 More: README.rst; the API: https://cloudstack.apache.org/api.html
-"""
+exit: """ + "  ".join(f"{code} {word}" for code, (word, _) in _EXITS.items()) + "\n"
 
 _Option = collections.namedtuple("_Option", "name letter value")
 
@@ -3256,16 +3272,19 @@ def _read_options(text):
     return flags
 
 
-# Three are in the head of the help; --complete is for the scripts of completion.
-_FLAGS = _read_options(_USAGE + "--list  --shell  --configure  --complete LINE")
+_FLAGS = _read_options(_USAGE + "--list  --shell  --configure")  # which are in the help's head
 _OPTIONS = [option for flag, option in _FLAGS.items() if flag == "--" + option.name]
 FORMATS = _FLAGS["--output"].value
 # An empty value of any other is an unset variable of a script: it must not mean the usual region.
-_MAY_BE_EMPTY = frozenset(["columns", "sort", "where", "theme", "complete"])
-
-
-class _Usage(Exception):
-    """The command line cannot be carried out as it was typed."""
+_MAY_BE_EMPTY = frozenset(["columns", "sort", "where", "theme"])
+# What an option does not go with, and what it does not go without.
+_CLASHES = {
+    "--each": "--columns, --sort, --wait, --list, --sync, --shell, a line of the shell, json=false",
+    "--where": "json=false",  # a text, in which there are no rows
+    "--shell": "--wait, --list, --sync, a command, a line of the shell",
+    "--configure": "a command",
+}
+_NEEDS = {"--parallel": "--each", "--stop-on-error": "--each"}
 
 
 def _parse_arguments(args):
@@ -3288,36 +3307,45 @@ def _parse_arguments(args):
 
 def _parse_option(arg, waiting):
     """Return an option's name and value, which may be the next of the waiting arguments."""
-    is_long = arg.startswith("--")
-    flag, equals, value = arg.partition("=") if is_long else (arg[:2], arg[2:], arg[2:])
+    found: Any = re.match(r"(--[^=]*|-.?)(=?)(.*)\Z", arg, re.DOTALL)
+    flag, equals, value = found.groups()
     option = _FLAGS.get(flag)
     if option is None:
         raise _unknown_option(flag, value, waiting)
     if option.value is None:
-        if equals and is_long:
+        if equals:
             raise _Usage(f"option {flag} takes no value: {value!a}; see cs --help")
-        if equals:  # -qt
+        if value:  # -qt
             waiting.appendleft("-" + value)
         return option.name, True
-    if not equals:
+    if not (equals or value):
         if not waiting or (re.match("-[^0-9]", waiting[0]) and option.name != "sort"):
             raise _Usage(f"option {flag} needs a value; see cs --help")
         value = waiting.popleft()
-    return option.name, _check_value(option, value if is_long else re.sub("^=", "", value))
+    return option.name, _check_value(option, value)
 
 
 def _unknown_option(flag, value, waiting):
     """Return the exception for an option that does not exist: what may be meant by it."""
-    name = flag.lstrip("-")
-    names = [option.name for option in _OPTIONS if option.name != "complete"]
-    near = ["--" + other for other in _near(name, names, most=1)]
-    if len(name) == 1:
-        near = ["--" + other for other in names if other.startswith(name.lower())][:3]
-    elif name and not near:  # a parameter, as other tools have it
-        if not value and waiting and not re.search("^-|=", waiting[0]):
-            value = waiting[0]
-        near = [f"{name}={value}"] if value else []
+    names = [option.name for option in _OPTIONS]
+    is_letter = len(flag) < 3
+    near = [name for name in names if name[0] == flag[1:].lower()][:3] if is_letter else []
+    near = ["--" + name for name in near or _near(flag, names, most=1)]
+    if not near and not is_letter:  # a parameter, as other tools have it
+        value = value or "".join(itertools.islice(waiting, 1))
+        near = [f"{flag.lstrip('-')}={value}"] if re.match("[^-]", value) else []
     return _Usage(f"there is no option {flag!a}{_did_you_mean(near) or '; see cs --help'}")
+
+
+def _check_options(options, *others):
+    """Raise _Usage for options that do not go with each other, or with other items of _CLASHES."""
+    given = {"--" + name for name, value in options.items() if value}.union(others)
+    for name in given.intersection(_CLASHES):
+        for other in given.intersection(_CLASHES[name].split(", ")):
+            raise _Usage(f"{name} does not go with {other}")
+    for name in given.intersection(_NEEDS):
+        if _NEEDS[name] not in given:
+            raise _Usage(f"{name} does not go without {_NEEDS[name]}")
 
 
 def _merge_options(base, options):
@@ -3329,6 +3357,8 @@ def _check_value(option, value):
     """Return the value of an option. Raises _Usage for one that it cannot have."""
     if value == "" and option.name not in _MAY_BE_EMPTY:
         raise _Usage(f"option --{option.name} needs a value; see cs --help")
+    if option.name == "parallel" and not re.match(r"0*[1-9][0-9]{0,5}\Z", value, re.ASCII):
+        raise _Usage(f"--parallel {value!a}: it should be a number from 1 up")
     if not isinstance(option.value, tuple):
         return value
     if value.lower() not in option.value:
@@ -3351,9 +3381,8 @@ def _parse_parameters(words):
         if not equals or not name:
             example = "parameters are name=value, such as id=name:web-01"
             raise _Usage(f"{word!a} has no {'name' if equals else repr('=')}; {example}")
-        if name in ("self", "command", "headers"):
-            hint = "; an ini file's header_<name> is one" if name == "headers" else ""
-            raise _Usage(f"{name!a} cannot be a parameter here{hint}")
+        if name in ("self", "command", "headers", "_options"):
+            raise _Usage(f"{name!a} cannot be a parameter here")
         params.setdefault(name, []).append(_parse_value(name, text.strip()))
     return params
 
@@ -3377,11 +3406,13 @@ def _read_value(name, path):
     """Return the text of a file, or of standard input for "-"; userdata made base64."""
     source = "standard input" if path == "-" else f"file {path!a}"
     try:
-        if path == "-":
-            content = _read_stdin()
-        else:
+        if path != "-":
             with open(os.path.expanduser(path), "rb") as file:
                 content = file.read()
+        elif sys.stdin is None:
+            raise FileNotFoundError("there is no standard input")
+        else:
+            content = sys.stdin.buffer.read()
         if name.lower() == "userdata":
             return _as_base64(content)
         return re.sub(r"\r?\n\Z", "", content.decode("utf-8-sig"))
@@ -3394,14 +3425,9 @@ def _read_value(name, path):
 
 def _as_base64(content):
     """Return bytes as base64; what is base64 already without its line breaks."""
-    from base64 import b64decode, b64encode
-
     text = b"".join(content.split())
-    try:
-        b64decode(text, validate=True)
-    except ValueError:
-        text = b64encode(content)
-    return text.decode("ascii")
+    is_base64 = len(text) % 4 == 0 and re.match(rb"[A-Za-z0-9+/]*={0,2}\Z", text)
+    return (text if is_base64 else b2a_base64(content, newline=False)).decode("ascii")
 
 
 def _joined(values):
@@ -3409,42 +3435,13 @@ def _joined(values):
     return ",".join(value.text for value in values)
 
 
-def _to_arguments(params):
-    """Return the keyword arguments of a call for {name: [_Value, ...]}."""
-    arguments: dict = {name: _joined(values) for name, values in params.items()}
-    for name in arguments.keys() & {"json", "fetch_list", "fetch_result"}:
-        try:
-            arguments[name] = strtobool(arguments[name])
-        except ValueError:
-            raise _Usage(f"{name}={arguments[name]!a} is neither true nor false") from None
-    return arguments
-
-
-def _read_stdin():
-    """Return all that standard input holds, as bytes. Raises OSError."""
-    if sys.stdin is None:
-        raise FileNotFoundError("there is no standard input")
-    return sys.stdin.buffer.read()
-
-
-# 8.2 Run and report.
-
-# The exit code for what was raised, by the first of these classes that it has.
-_EXITS = {
-    KeyboardInterrupt: 130,
-    CloudStackJobTimeout: 4,
-    CloudStackConnectionError: 3,
-    CloudStackTimeoutError: 3,
-    CloudStackException: 1,
-    Exception: 2,
-}
+# 8.2 Run, progress and reports.
 
 
 def main(args: "Iterable[str] | None" = None) -> int:
-    """Run the command line with these arguments, or those of the process; returns the exit code.
+    """Run the command line with these arguments, or those of the process.
 
-    0 done; 1 an answer that is an error, or a failed job; 2 usage or configuration; 3 no answer; 4
-    job still running at job_timeout; 130 interrupted."""
+    Returns the exit code; `cs --help` says what each means."""
     if sys.stdout is None:  # closed by the process that started this one
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     invocation = _Invocation()
@@ -3461,10 +3458,6 @@ def main(args: "Iterable[str] | None" = None) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):  # another would change the exit code
             signal.signal(number, signal.SIG_IGN)
     return _exit_code(outcome)
-
-
-# RecursionError: of what is nested too deeply in rows of standard input.
-_REPORTED = (CloudStackException, _Usage, ValueError, OSError, RecursionError)
 
 
 class _Interrupts:
@@ -3521,7 +3514,7 @@ def _attempt(invocation, dispatch, line):
                 outcome = dispatch(invocation, line)
                 invocation.progress.clear()
                 _flush()
-            except (*_REPORTED, KeyboardInterrupt) as error:
+            except _REPORTED as error:
                 invocation.interrupts.is_over = True
                 outcome = error
                 _report(invocation, error)
@@ -3536,38 +3529,35 @@ def _exit_code(outcome):
     """Return the exit code for what was raised, or for whether everything succeeded."""
     if isinstance(outcome, _OutputFailed):  # a reader that has seen enough is no failure
         return 0 if isinstance(outcome.args[0], BrokenPipeError) else 1
-    codes = (code for kind, code in _EXITS.items() if isinstance(outcome, kind))
-    return next(codes, 0 if outcome else 1)
+    codes = (code for code, (_, kinds) in _EXITS.items() if isinstance(outcome, kinds))
+    return max(codes, default=0 if outcome else 1)
 
 
 def _dispatch(invocation, args):
     """Do what the arguments ask for. Returns whether it succeeded.
 
     For a shell it returns what became of the first line that failed."""
-    options, words = _parse_arguments(map(_as_utf8, args))
+    args = list(map(_as_utf8, args))
+    if args and args[0].startswith("--complete="):  # what the scripts of completion ask
+        _print_completions(args[0].partition("=")[2])
+        return True
+    options, words = _parse_arguments(args)
     options = invocation.options = _merge_options(invocation.options, options)
     if words[:1] == ["help"] and not options["list"]:
         options["help"], words = True, words[1:]
-    _check_each(options)
-    is_idle = not (words or options["wait"] or options["list"] or options["sync"])
     is_inside = invocation.clients is not None  # a shell
-    if options["each"] and is_inside:
-        raise _Usage("--each reads standard input, which is the shell's own here")
+    others = {"a command": words, "a line of the shell": is_inside}
+    _check_options(options, *filter(others.get, others))
+    is_idle = not (words or options["wait"] or options["list"] or options["sync"])
     if options["version"]:
         _write(f"cs {__version__}\n")
     elif options["completion"]:
         _write(_SCRIPTS[options["completion"]])
-    elif options["complete"] is not None:
-        _print_completions(options["complete"])
     elif options["configure"]:
-        if words:
-            raise _Usage("--configure stands alone; --region names the section")
         return _configure(invocation)
     elif options["help"] and not words:
         _write(_USAGE)
     elif options["shell"] or (is_idle and not is_inside and _is_at_terminal()):
-        if is_inside or not is_idle:
-            raise _Usage("--shell stands alone: it reads line by line what is to be done")
         if not options["shell"]:
             invocation.connect()  # without a configuration it could do nothing
         invocation.interrupts.release()  # each line has its own
@@ -3590,38 +3580,26 @@ def _use_server(invocation, words):
     """Do what needs a client. Returns whether it succeeded."""
     options = invocation.options
     invocation.conditions = [_Condition(text, invocation.say) for text in options["where"] or ()]
-    jobids = _job_ids([options["wait"], *words]) if options["wait"] else []
-    if words and not options["list"] and not re.match(r"[\w.-]+\Z", words[0], re.ASCII):
-        usage = "cs [options] COMMAND [name=value ...]"
-        raise _Usage(f"{words[0]!a} stands where the command should be: {usage}")
-
     invocation.connect()
     invocation.format()  # a wrong one is refused before anything is sent
     if options["sync"] and not options["dry-run"]:
         _fetch_catalog(invocation)
     if options["list"]:
         return _list_commands(invocation, words)
+    if options["wait"]:
+        return _wait_for_jobs(invocation, [options["wait"], *words])
+    if not words:
+        call = _CheckedCall("listApis", {}, [], pages=True)
+        return not options["dry-run"] or _show_plan(invocation, call)
+    if not re.match(r"[\w.-]+\Z", words[0], re.ASCII):
+        usage = "cs [options] COMMAND [name=value ...]"
+        raise _Usage(f"{words[0]!a} stands where the command should be: {usage}")
+    words = _join_command(invocation, words)
     if options["help"]:
-        return _describe_command(invocation, _join_command(invocation, words)[0])
+        return _describe_command(invocation, words[0])
     if options["each"]:
         return _carry_out_each(invocation, words)
-    if jobids:
-        return _wait_for_jobs(invocation, jobids)
-    if words or options["dry-run"]:
-        sync = _CheckedCall("listApis", {}, [], pages=True)
-        call = _checked_call(invocation, words) if words else sync
-        return (_show_plan if options["dry-run"] else _carry_out)(invocation, call)
-    return True
-
-
-def _job_ids(words):
-    """Return the ids of --wait: its value and the words beside it; `-` for those on stdin."""
-    jobids: list = []
-    for word in words:
-        jobids += _read_stdin().decode("utf-8", "replace").split() if word == "-" else [word]
-    if not jobids or not all(re.match(r"[\w.-]+\Z", jobid, re.ASCII) for jobid in jobids):
-        raise _Usage(f"--wait takes ids of jobs, not {', '.join(map(ascii, jobids)) or 'nothing'}")
-    return jobids
+    return _carry_out(invocation, _check_call(invocation, _parse_parameters(words[1:]), words))
 
 
 class _Invocation:
@@ -3679,13 +3657,12 @@ class _Invocation:
             settings = {"recover": True, **config.settings}
             client = CloudStack(**settings)
             client.check()
-        except SystemExit as error:
-            variables = "CLOUDSTACK_ENDPOINT, CLOUDSTACK_KEY, CLOUDSTACK_SECRET"
-            text = f"{error}; `cs --configure` makes one, or set {variables}"
-            raise _Usage("; ".join(filter(None, [text, _describe_unknown(config)]))) from None
-        except ValueError as error:
+        except (SystemExit, ValueError) as error:
             texts = [str(error), _describe_unknown(getattr(error, "config", config))]
-            raise ValueError("; ".join(filter(None, texts))) from None
+            if isinstance(error, SystemExit):
+                variables = "CLOUDSTACK_ENDPOINT, CLOUDSTACK_KEY, CLOUDSTACK_SECRET"
+                texts.insert(1, f"`cs --configure` makes one, or set {variables}")
+            raise _Usage("; ".join(filter(None, texts))) from None
         except Exception as error:
             if type(error).__name__ != "NoSectionError":  # to import configparser takes its time
                 raise
@@ -3693,9 +3670,8 @@ class _Invocation:
             there = there and f"; there are {there}"
             raise _Usage(f"Error: region {region!a} not in config{there}") from None
         is_read = _is_terminal(sys.stderr)
-        texts = config.warnings if is_read else []
-        if is_read or _is_unsigned(client):
-            texts = [*texts, _describe_unknown(config)]
+        texts = list(config.warnings) if is_read else []
+        texts += [_describe_unknown(config)] if is_read or _is_unsigned(client) else []
         for text in filter(None, texts):
             self.say("Warning: " + text)
         return settings, client
@@ -3764,9 +3740,8 @@ def _is_terminal(stream):
 class _Progress:
     """Shows one line on standard error while pages or a job are awaited; clear() removes it."""
 
-    def __init__(self):
-        self.is_shown = False  # whether anybody would see it
-        self._shown = ""
+    is_shown = False  # whether anybody would see it
+    _shown = ""
 
     def show(self, text):
         """Put a text in place of the line."""
@@ -3801,15 +3776,6 @@ class _CheckedCall:
         )
 
 
-def _checked_call(invocation, words):
-    """Turn words into a call that may be made.
-
-    Raises _Usage for what is wrong with them, by themselves or by the list of commands."""
-    if len(words) > 1 and "=" not in words[1]:
-        words = _join_command(invocation, words)
-    return _check_call(invocation, _parse_parameters(words[1:]), words)
-
-
 def _check_call(invocation, values, words):
     """Return the call of a command (the first of words) with parameters {name: [_Value, ...]}.
 
@@ -3817,12 +3783,18 @@ def _check_call(invocation, values, words):
     line = invocation.options
     command, recover = _check_against_catalog(invocation, words[0], values)
     _fill_in_ids(invocation, command, values)
-    params = _to_arguments(values)
-    own = {name: params.pop(name) for name in ("json", "opcode_name") if name in params}
-    if own.get("json") is False and (invocation.conditions or line["each"]):
-        raise _Usage("json=false gives a text, in which --where and --each find no rows")
-    pages = line["all"] or params.pop("fetch_list", False)
-    wait = params.pop("fetch_result", not (line["async"] or "async" in command.lower()))
+    params = {name: _joined(given) for name, given in values.items()}
+    control = ("json", "fetch_list", "fetch_result", "opcode_name")
+    own: dict = {name: params.pop(name) for name in control if name in params}
+    for name in own.keys() - {"opcode_name"}:
+        try:
+            own[name] = strtobool(own[name])
+        except ValueError:
+            raise _Usage(f"{name}={own[name]!a} is neither true nor false") from None
+    if own.get("json") is False:
+        _check_options(line, "json=false")
+    pages = own.pop("fetch_list", False) or line["all"]
+    wait = own.pop("fetch_result", not (line["async"] or "async" in command.lower()))
     # There is nothing to page through in a command that changes something.
     return _CheckedCall(
         command, params, [command] + words[1:], pages=only_reads(command) and bool(pages),
@@ -3833,6 +3805,8 @@ def _check_call(invocation, values, words):
 def _carry_out(invocation, call):
     """Make a call and print the answer. Returns whether it succeeded."""
     invocation.under_way = call
+    if invocation.options["dry-run"]:
+        return _show_plan(invocation, call)
     if call.options.get("json") is not False:
         return _print_answers(invocation, call, _answers(invocation, call))
     text = call.make(invocation.client).rstrip("\n")
@@ -3860,18 +3834,22 @@ def _tells_success(answer):
     return "errortext" not in said and str(said.get("success")).lower() != "false"
 
 
-def _wait_for_jobs(invocation, jobids):
-    """Wait for jobs and print their results. Returns the first failure, or whether all is well."""
+def _wait_for_jobs(invocation, words):
+    """Wait for the jobs of these ids, `-` for those on standard input, and print their results.
+
+    Returns the first failure, or whether all is well."""
+    lists = [_read_value("--wait", "-").split() if word == "-" else [word] for word in words]
+    jobids = list(itertools.chain.from_iterable(lists))
+    if not jobids or not all(re.match(r"[\w.-]+\Z", jobid, re.ASCII) for jobid in jobids):
+        raise _Usage(f"--wait takes ids of jobs, not {', '.join(map(ascii, jobids)) or 'nothing'}")
     first: Any = True
-    make = _show_plan if invocation.options["dry-run"] else _carry_out
     for number, jobid in enumerate(jobids, 1):
         words, options = ["--wait", jobid], invocation.call_options()
         invocation.left = jobids[number:]  # for an interrupt
         try:
             call = _CheckedCall("queryAsyncJobResult", {"jobid": jobid}, words, **options)
-            outcome = make(invocation, call)
+            outcome = _carry_out(invocation, call)
         except CloudStackException as error:
-            invocation.left = ()
             _report(invocation, error)
             outcome = error
         first = first if _exit_code(first) else outcome
@@ -3900,51 +3878,60 @@ def _show_plan(invocation, call):
     return True
 
 
-# errorcode, or the status of an answer that is not CloudStack's: what can be done about it. {cs} is
-# the command line up to the command.
-_HINTS = {
-    **dict.fromkeys((200, 404, 405), "Check the endpoint: it usually ends in /client/api."),
-    **dict.fromkeys((430, 431), "Run {cs} {command} --help to list its parameters."),
-    401: "Check endpoint, key and secret of this region, and this machine's clock. The server says "
-    "the same about a command that it does not know: {cs} --list.",
-    429: "Send fewer requests, or have them sent again: --retry 3.",
-    432: "There is no such command, or your role may not use it: {cs} --sync, then {cs} --list.",
-    503: "The server is in maintenance; nothing was done. Try again later, or with --retry 3.",
-    530: "The management server's log says more.",
-    531: "Your role or account may not do this.",
-    532: "A limit of the account or project is reached: {cs} listResourceLimits.",
-    533: "There is no room for it now: another zone, host or a smaller offering may do.",
-    536: "Something else still uses it.",
-}
-_HINTS_FOR_JOBS = (532, 533, 536)  # other hints are about a request, not about its job
+# What can be done about an error: the first whose facts (of _hint) all hold. A number is the
+# errorcode, or the status of an answer that is not CloudStack's. {cs}: the command line up to the
+# command.
+_HINTS = (
+    ("532", "A limit of the account or project is reached: {cs} listResourceLimits."),
+    ("533", "There is no room for it now: another zone, host or a smaller offering may do."),
+    ("536", "Something else still uses it."),
+    ("job-failed", ""),  # all others are about a request, not about its job
+    ("--wait 431", "The server knows no such job."),
+    ("job stated", "The command was accepted; only asking for its job failed."),
+    ("login stated", "Check user name, password and domain."),
+    ("unsigned 401", "There was no key, so the request was not signed."),
+    ("projectid 432", "You may not be in this project."),
+    ("--sync 432", "Your role may not ask for the list of commands; calls work without it."),
+    ("too-large", "It is over 1 MiB, the most that servers usually take."),
+    ("outcome-unknown", "Check whether it was done before you send it again."),
+    ("unsent", "Check the endpoint, its name, the network, proxies and --timeout."),
+    ("no-api", "Check the endpoint: it usually ends in /client/api."),
+    ("401", "Check endpoint, key and secret of this region, and this machine's clock. The server "
+     "says the same about a command that it does not know: {cs} --list."),
+    ("429", "Send fewer requests, or have them sent again: --retry 3."),
+    ("430", "Run {cs} {command} --help to list its parameters."),
+    ("431", "{parameter}"),
+    ("432", "No such command, or your role may not use it: {cs} --sync, then {cs} --list."),
+    ("503", "The server is in maintenance; nothing was done. Try again later, or with --retry 3."),
+    ("530", "The management server's log says more."),
+    ("531", "Your role or account may not do this."),
+)  # fmt: skip
 
 
 def _report(invocation, error):
     """Report on standard error what was raised, and what can be done."""
     call = invocation.under_way
     invocation.progress.clear()
-    if isinstance(error, KeyboardInterrupt):
-        text = "Interrupted."
-        if getattr(error, "jobid", None):
-            text += " " + _how_to_go_on(invocation, error)
-        elif call and not only_reads(call.command):
-            text += f" {call.command} may have run; check before you send it again."
-        elif invocation.clients is None:
-            return
-        write_stderr(text)  # in a shell at least that: the next line begins below the ^C
-    elif isinstance(error, CloudStackException):
+    if isinstance(error, CloudStackException):
         _report_failure(invocation, error)
-    else:
+    elif not isinstance(error, KeyboardInterrupt):
         text = error_text(error) if isinstance(error, OSError) else str(error)
         front = "" if text.startswith("Error: ") else "cs: "
         write_stderr(f"{front}{invocation.place}{text}")
+    elif getattr(error, "jobid", None):
+        write_stderr("Interrupted. " + _how_to_go_on(invocation, error, invocation.left))
+    elif call and not only_reads(call.command):
+        write_stderr(f"Interrupted. {call.command} may have run; check before you send it again.")
+    elif invocation.clients is not None:  # the next line of a shell begins below the ^C
+        write_stderr("Interrupted.")
 
 
 def _report_failure(invocation, error):
     """Say what failed: the message, the call, codes, a hint; then the server's own words."""
     document = _server_error(error)
     names = [name for name in ("errorcode", "cserrorcode") if name in document]
-    left = "It was about" if invocation.options["wait"] else "Left behind"
+    is_wait = invocation.options["wait"]
+    left = "It was about" if is_wait else "Left behind"
     facts = (
         ("Call", _typed_call(invocation)), ("Server", mask_address(invocation.client.endpoint)),
         ("Codes", ", ".join(f"{name} {document[name]}" for name in names)),
@@ -3953,7 +3940,8 @@ def _report_failure(invocation, error):
     )  # fmt: skip
     lines = [f"CloudStack error: {invocation.place}{invocation.masked(_sentence(error))}"]
     invocation.say("\n".join(lines + [f"  {name}: {text}" for name, text in facts if text]))
-    if error.jobid and not error.job_failed and not _is_unknown_job(invocation, document):
+    is_unknown = is_wait and document.get("errorcode") == 431
+    if error.jobid and not (error.job_failed or is_unknown):
         write_stderr(_how_to_go_on(invocation, error))  # also with -q: nothing else shows the id
     if error.response is None or isinstance(error, CloudStackJobTimeout):
         return
@@ -3985,46 +3973,32 @@ def _left_behind(call, error):
     return " ".join(str(part) for part in (error.jobinstancetype, error.jobinstanceid) if part)
 
 
-def _is_unknown_job(invocation, document):
-    """Return whether --wait was given a job that the server does not know."""
-    return invocation.options["wait"] and document.get("errorcode") == 431
-
-
 def _hint(invocation, error, document):
     """Return what can be tried after an error, or an empty text."""
     call = invocation.under_way or _CheckedCall("", {}, [])
     code = document.get("errorcode", getattr(error.response, "status_code", None))
-    usual = _HINTS.get(code, "") if isinstance(code, int) else ""
-    is_login = invocation.request and invocation.request.params.get("command") == "login"
-    is_projects = "projectid" in map(str.lower, call.params)
+    sent = invocation.request.params if invocation.request else {}
     size = sum(len(str(value)) for value in call.params.values())
-    hints = (
-        (error.job_failed, usual if code in _HINTS_FOR_JOBS else ""),
-        (_is_unknown_job(invocation, document), "The server knows no such job."),
-        (error.jobid and document, "The command was accepted; only asking for its job failed."),
-        (is_login and document, "Check user name, password and domain."),
-        (code == 401 and _is_unsigned(invocation.client),
-         "There was no key, so the request was not signed."),
-        (code == 432 and is_projects, "You may not be in this project."),
-        (code == 432 and not call.command,
-         "Your role may not ask for the list of commands; calls work without it."),
-        (code in (400, 404) and size > LONGEST_FORM,
-         "It is over 1 MiB, the most that servers usually take."),
-        (document, code == 431 and _hint_about_id(invocation, call, document) or usual),
-        (error.outcome_unknown, "Check whether it was done before you send it again."),
-        (error.unsent, "Check the endpoint, its name, the network, proxies and --timeout."),
-        (True, usual),
-    )  # fmt: skip
-    hint = next(hint for holds, hint in hints if holds)
+    facts = {
+        str(code): True, "stated": document, "no-api": code in (200, 404, 405),
+        "job": error.jobid, "job-failed": error.job_failed, "--wait": invocation.options["wait"],
+        "login": sent.get("command") == "login", "unsigned": _is_unsigned(invocation.client),
+        "projectid": "projectid" in map(str.lower, call.params), "--sync": not call.command,
+        "too-large": code in (400, 404) and size > LONGEST_FORM,
+        "outcome-unknown": error.outcome_unknown, "unsent": error.unsent,
+    }  # fmt: skip
+    hint = next((hint for needed, hint in _HINTS if all(map(facts.get, needed.split()))), "")
+    if hint == "{parameter}":
+        hint = _hint_about_parameter(invocation, call, document)
     return hint.replace("{cs}", _shell_line(invocation, [])).replace("{command}", call.command)
 
 
-def _hint_about_id(invocation, call, document):
-    """Return what can be tried after the server has found nothing of an id, or an empty text."""
+def _hint_about_parameter(invocation, call, document):
+    """Return what can be tried after the server has refused a parameter: most often an id."""
     text = str(document.get("errortext"))[:2000]
     found = re.search(r"Invalid parameter (\w{1,50}) value=(.{1,255}?)(?: due to |$)", text)
     if not found:
-        return ""
+        return "Run {cs} {command} --help to list its parameters."
     name, value = found.groups()
     if not re.match(r"[0-9]+\Z|[0-9a-fA-F-]{36}\Z", value):
         return f"{name}=name:{value}, if that is a name."
@@ -4065,9 +4039,9 @@ def _shell_word(word):
     return f"$'{escape_unprintable(word)}'"
 
 
-def _how_to_go_on(invocation, error):
-    """Return how to wait for a job that may still run, and for those that were to come after it."""
-    line = _shell_line(invocation, ["--wait", error.jobid, *invocation.left])
+def _how_to_go_on(invocation, error, others=()):
+    """Return how to wait for a job that may still run, and for others that were begun."""
+    line = _shell_line(invocation, ["--wait", error.jobid, *others])
     call = invocation.under_way
     if getattr(error, "outcome_unknown", False) and call:
         # The answer was lost. Without the list of commands, any command is given an id.
@@ -4854,7 +4828,7 @@ def _candidates(line):
     option = line.option
     words: Any = ()
     if option is None and line.current.startswith("-"):
-        words = [flag for flag in sorted(_FLAGS) if flag[1] == "-" and flag != "--complete"]
+        words = [flag for flag in sorted(_FLAGS) if flag[1] == "-"]
     elif option is None or option.name in ("columns", "sort", "where"):
         return _known_words(line)
     elif option.name in ("region", "profile"):
@@ -5338,24 +5312,10 @@ _ERROR_LINE = r'\s*(?:\{.*"error(?:code|text)"|<(?:!doctype|html)\b|CloudStack e
 _TABLE_HEADER = r"(?:id|name|[a-z][\w.]*(?:(?:,|  +)[a-z][\w.]*)+)\Z"
 
 
-def _check_each(options):
-    """Raise _Usage for options that do not go with --each, or not without it."""
-    word = "with" if options["each"] else "without"
-    others = {"with": "columns sort wait list sync shell", "without": "parallel stop-on-error"}
-    for name in others[word].split():
-        if options[name]:
-            raise _Usage(f"--{name} does not go {word} --each")
-    count = options["parallel"]
-    if count and not re.match(r"0*[1-9][0-9]{0,5}\Z", count, re.ASCII):
-        raise _Usage(f"--parallel {count!a}: it should be a number from 1 up")
-
-
 def _carry_out_each(invocation, words):
     """Make the call once for each row of standard input. Returns whether all succeeded."""
     if any(word.partition("=")[2].strip() == "@-" for word in words):
         raise _Usage("@- does not go with --each, whose rows are standard input")
-    if len(words) > 1 and "=" not in words[1]:
-        words = _join_command(invocation, words)
     template = _parse_parameters(words[1:])
     if _is_terminal(sys.stdin):
         invocation.say("Type the rows, then Ctrl-D")
@@ -5590,8 +5550,8 @@ _SHELL_WORDS = {
 }  # fmt: skip
 # What a line does cannot be set for all lines.
 _NOT_SET = (
-    "each parallel stop-on-error profile wait list sync shell configure completion version help"
-    " complete".split()
+    "each parallel stop-on-error profile wait list sync shell configure completion version"
+    " help".split()
 )
 
 

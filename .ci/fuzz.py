@@ -113,7 +113,7 @@ option = st.one_of(
     st.tuples(st.sampled_from(valued.split()), argument | st.sampled_from("1 json table csv -name".split())),
     st.tuples(st.just("--endpoint"), endpoints),
     st.tuples(st.just("--config"), st.sampled_from(["here.ini", "no/such.ini", ".", ""])),
-    st.builds(lambda *parts: ["--complete", "cs " + " ".join(parts)], commands | argument, argument | words),
+    st.builds(lambda *parts: ["--complete=cs " + " ".join(parts)], commands | argument, argument | words),
     st.builds(lambda name, text: [name + "=" + text], words | argument, argument),
     (commands | argument).map(lambda word: [word]),
 ).map(list)
