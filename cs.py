@@ -93,30 +93,11 @@ __all__ = [
 
 __version__ = "6.0.0"
 
-# Public names are annotated; setup.py generates the wheel's type stubs from them.
+# The types of public names stand in setup.py, which writes the wheel's stub.
 TYPE_CHECKING = False  # type checkers take it for true; importing typing costs milliseconds
 if TYPE_CHECKING:
-    import datetime
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
-    from os import PathLike
-    from typing import Any, Protocol
-
-    from typing_extensions import Self  # type checkers bring it along
-
-    # What settings may be given as: the string of an ini file, too, and None for the default.
-    _Text = str | bytes | None
-    _Number = float | str | None
-    _Flag = bool | str | None
-    _Path = str | bytes | PathLike[str] | PathLike[bytes]
-    _CaPath = _Path | bool | None
-    _PemPath = _Path | tuple[_Path, _Path] | None
-
-    class _Method(Protocol):
-        def __call__(self, **params: Any) -> Any: ...
-
-    class _AsyncMethod(Protocol):
-        def __call__(self, **params: Any) -> Coroutine[Any, Any, Any]: ...
-
+    from collections.abc import Iterable, Mapping
+    from typing import Any
 
 # Tests replace these two: the clock that measures every duration, and the sleep between two steps.
 _clock = time.monotonic
@@ -159,7 +140,7 @@ class CloudStackException(Exception):
     jobinstancetype: "str | None" = None
     outcome_unknown = unsent = stale = job_failed = False
 
-    def __init__(self, *args: object, response: "Any" = None) -> None:
+    def __init__(self, *args, response=None):
         super().__init__(*args)
         self.response = response
 
@@ -171,9 +152,7 @@ class CloudStackException(Exception):
 class CloudStackApiException(CloudStackException):
     """The server refused a command, or a job failed: `error` holds its own words."""
 
-    def __init__(
-        self, *args: object, error: "Any" = None, response: "Any" = None
-    ) -> None:
+    def __init__(self, *args, error=None, response=None):
         super().__init__(*args, response=response)
         self.error = error
 
@@ -209,7 +188,7 @@ _LISTS = (list, tuple, set, frozenset)
 _UNSENDABLE = "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]"
 
 
-def flatten(params: "Mapping[str, Any]") -> "dict[str, str]":
+def flatten(params):
     """Turn keyword arguments into {name: text} as CloudStack wants them.
 
     Dicts and lists of dicts become `name[0].field`, other lists are joined by commas, booleans are
@@ -277,7 +256,7 @@ def _encode_scalar(name, value):
     raise ValueError(f"parameter {name!r}: a value of type {type(value).__name__} cannot be sent")
 
 
-def cs_encode(value: "str | bytes") -> str:
+def cs_encode(value):
     """Percent-encode as the server does before it verifies a signature.
 
     That is Java's URLEncoder, then %20 for +: everything but A-Z a-z 0-9 . - _ * is encoded, `~`
@@ -287,7 +266,7 @@ def cs_encode(value: "str | bytes") -> str:
     return quote(value, safe="*").replace("~", "%7E")
 
 
-def sign(params: "Mapping[str, str]", secret: str) -> str:
+def sign(params, secret):
     """Return the signature of {name: text}: base64, not yet percent-encoded.
 
     As ApiServer.verifyRequest computes it: sorted by the raw name, values encoded but names not,
@@ -317,6 +296,20 @@ Rows = collections.namedtuple("Rows", "command seen total")  # total: None if it
 Waiting = collections.namedtuple("Waiting", "command jobid seconds")
 
 
+def _run(coroutine):
+    """Run a coroutine of the protocol whose every step is done at once; returns its result."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+    except RuntimeError as error:
+        if isinstance(error.__cause__, StopIteration):  # of a mock; no coroutine lets it pass
+            raise error.__cause__ from None
+        raise
+    finally:
+        coroutine.close()
+
+
 class CloudStack:
     """A client: any API command is a method, `cs.listZones(name="x")`, and returns plain JSON.
 
@@ -338,39 +331,15 @@ class CloudStack:
     Raises ValueError, before anything is sent, for what cannot be sent; else CloudStackException.
     """
 
-    on_event: "Callable[[Any], object] | None" = None
-
-    # The settings that are attributes, as they read; verify and cert are properties.
-    endpoint: str
-    key: "str | None"
-    secret: "str | None"
-    timeout: float
-    method: str
-    name: "str | None"
-    retry: int
-    retry_backoff: float
-    job_timeout: "float | None"
-    poll_interval: float
-    expiration: "datetime.timedelta"
-    trace: bool
-    headers: "dict[str, Any]"
-    session: "Any"
-    fetch_result: bool
-    _settings: "dict[str, Any]"
+    on_event: "Any" = None
 
     def __init__(
-        self, endpoint: "str | bytes", key: "_Text" = None, secret: "_Text" = None,
-        timeout: "_Number" = 10, method: "str | None" = "get", verify: "_CaPath" = None,
-        cert: "_PemPath" = None, cert_key: "_Path | None" = None, name: "_Text" = None,
-        retry: "_Number" = 0, retry_backoff: "_Number" = 0.5, job_timeout: "_Number" = None,
-        poll_interval: "_Number" = 2.0, expiration: "_Number | datetime.timedelta" = 600,
-        trace: "_Flag" = False, dangerous_no_tls_verify: "_Flag" = False,
-        headers: "Mapping[str, Any] | None" = None, session: "Any" = None,
-        fetch_result: "_Flag" = False, *, theme: object = None, output: object = None,
-        username: "_Text" = None, password: "_Text" = None, domain: "_Text" = None,
-        concurrency: "_Number" = 128, max_response_size: "_Number" = 256 * 1024 * 1024,
-        recover: "_Flag" = False
-    ) -> None:  # fmt: skip
+        self, endpoint, key=None, secret=None, timeout=10, method="get", verify=None, cert=None,
+        cert_key=None, name=None, retry=0, retry_backoff=0.5, job_timeout=None, poll_interval=2.0,
+        expiration=600, trace=False, dangerous_no_tls_verify=False, headers=None, session=None,
+        fetch_result=False, *, theme=None, output=None, username=None, password=None, domain=None,
+        concurrency=128, max_response_size=256 * 1024 * 1024, recover=False
+    ):  # fmt: skip
         # theme and output are the command line's; read_config() returns them all the same.
         given: Any = locals()
         self._by_process: Any = {}
@@ -379,14 +348,14 @@ class CloudStack:
         for name, setting in _CLIENT_SETTINGS.items():
             self.set_setting(name, setting.default if given[name] is None else given[name])
 
-    def get_setting(self, name: str) -> "Any":
+    def get_setting(self, name):
         """Return the value of a setting, by its name in SETTINGS. Raises KeyError for another.
 
         (Settings for the command line alone are not the client's.)"""
         _CLIENT_SETTINGS[name]
         return getattr(self, name) if name in _ATTRIBUTES else self._settings[name]
 
-    def set_setting(self, name: str, value: "Any") -> None:
+    def set_setting(self, name, value):
         """Set a setting, by its name in SETTINGS.
 
         It is the only way for those that are not attributes, since subclasses use names such as
@@ -401,7 +370,7 @@ class CloudStack:
         else:
             object.__setattr__(self, name, value)
 
-    def __getattr__(self, name: str) -> "_Method":
+    def __getattr__(self, name):
         """Return a command, or a setting: neither is in the instance's dict."""
         if name in _ATTRIBUTES:
             return self._settings[name]
@@ -422,59 +391,46 @@ class CloudStack:
         return dict(self.__dict__, _settings=dict(self._settings), _by_process={})
 
     @property
-    def verify(self) -> "bool | str":
+    def verify(self):
         """True, or the path of the CA certificates, or False.
 
         False only if dangerous_no_tls_verify is set and there is no path."""
         return _tls_files(*[self._settings[name] for name in _TLS_SETTINGS])[0]
 
-    @verify.setter
-    def verify(self, value: "_CaPath") -> None:
-        self.set_setting("verify", value)  # not reached: __setattr__ comes first
-
     @property
-    def cert(self) -> "str | tuple[str, str] | None":
+    def cert(self):
         """The client certificate's path, or a pair with its key's."""
         return _tls_files(*[self._settings[name] for name in _TLS_SETTINGS])[1]
 
-    @cert.setter
-    def cert(self, value: "_PemPath") -> None:
-        self.set_setting("cert", value)
-
     def _request(
         self, command: str, json=True, opcode_name="command", fetch_list=False, headers=None,
-        fetch_result=None, _options=None, **params: "Any"
-    ) -> "Any":  # fmt: skip
+        fetch_result=None, _options=None, **params
+    ):  # fmt: skip
         """Carry out a command: all of them come through here, so that a subclass can step in.
 
         Pages, polls and log-in do not. `_options` holds what call() and pages() add."""
-        controls = {
-            "json": json, "opcode_name": opcode_name, "headers": headers, "fetch_list": fetch_list,
-            "fetch_result": fetch_result, "_options": _options,
-        }  # fmt: skip
-        return self._drive(_run_command(self, command, params, controls))
+        options = dict(
+            _options or {}, json=json, opcode_name=opcode_name, fetch_list=fetch_list,
+            headers=headers, fetch_result=fetch_result
+        )  # fmt: skip
+        return self._drive(_run_command(self, command, params, options))
 
-    def call(
-        self, command: str, params: "Mapping[str, Any] | None" = None, *,
-        pages: "bool | None" = None,
-        wait: "bool | None" = None, **options: "Any"
-    ) -> "Any":  # fmt: skip
+    def call(self, command, params=None, *, pages=None, wait=None, **options):
         """Carry out a command with options of its own, and return what its method would.
 
         pages and wait are fetch_list and fetch_result. The options are json, opcode_name and
         headers as above, and in the place of the client's settings, None meaning these: timeout,
         retry, job_timeout, poll_interval and recover; post=True sends by POST. Raises TypeError
         for another option."""
-        arguments = _call_arguments(params, options, fetch_list=pages, fetch_result=wait)
-        return self._request(command, **arguments)
+        options = _given_options(options, fetch_list=pages, fetch_result=wait)
+        return self._request(command, **_request_arguments(params, options))
 
-    def pages(
-        self, command: str, params: "Mapping[str, Any] | None" = None, **options: "Any"
-    ) -> "Iterator[Any]":
+    def pages(self, command, params=None, **options):
         """Yield the rows of a list command page by page, as lists, with a page or two in memory.
 
         An answer that is not a list comes as a tuple that holds it. Options are those of call()."""
-        pages = self._request(command, **_call_arguments(params, options, as_pages=True))
+        options = _given_options(options, as_pages=True)
+        pages = self._request(command, **_request_arguments(params, options))
         while True:
             try:
                 rows = _run(pages.__anext__())
@@ -482,27 +438,24 @@ class CloudStack:
                 return
             yield rows
 
-    def iter_list(self, command: str, **params: "Any") -> "Iterator[Any]":
+    def iter_list(self, command, **params):
         """Yield the rows of a list command one by one, with a page or two in memory.
 
         An answer that is not a list is one row. Takes what the command itself takes."""
         for rows in self.pages(command, params):
             yield from rows
 
-    def prepare(
-        self, command: str, params: "Mapping[str, Any] | None" = None, **options: "Any"
-    ) -> "Request":
+    def prepare(self, command, params=None, **options):
         """Return the Request that a call would send now, signed: method, url, headers, ...
 
         masked_url() and masked_params() are what a person may see of it. Nothing is sent; of a
         session that would be needed, there is nothing in it."""
-        arguments = _call_arguments(params, options)
-        controls = {name: arguments.pop(name) for name in _CONTROLS if name in arguments}
-        request = _build_request(self, _Call(self, command, arguments, controls))
+        call = _Call(self, command, params or {}, _given_options(options))
+        request = _build_request(self, call)
         request.prepare()
         return request
 
-    def check(self) -> None:
+    def check(self):
         """Raise ValueError, which names them, for settings that do not go together."""
         settings = self._settings
         _check_endpoint(settings["endpoint"])
@@ -518,7 +471,7 @@ class CloudStack:
             )
         self.__dict__["_checked"] = True
 
-    def find_id(self, list_command: str, name: str, **params: "Any") -> str:
+    def find_id(self, list_command, name, **params):
         """Return the id of the one row of a list that has this name; params are the command's own.
 
             zoneid = cs.find_id("listZones", "Zurich-1")
@@ -527,28 +480,22 @@ class CloudStack:
         rows = list(self.iter_list(list_command, **params))
         return str(pick_row(list_command, name, rows)["id"])
 
-    def wait_job(self, jobid: str, **options: "Any") -> "Any":
+    def wait_job(self, jobid, **options):
         """Wait for a job that was submitted earlier, as fetch_result does; returns its result.
 
         The options are those of call()."""
-        return self._drive(_resume_wait(self, jobid, _call_arguments(None, options)))
+        return self._drive(_resume_wait(self, jobid, _given_options(options)))
 
-    def close(self) -> None:
+    def close(self):
         """End the session, if there is one, and close the connections.
 
         The client may be used again."""
-        request = _end_session(self)
-        try:
-            if request:
-                self._exchange(request)
-        except CloudStackException:
-            pass
-        self._forget()
+        _run(_close(self, functools.partial(CloudStack._send, self)))
 
-    def __enter__(self) -> "Self":
+    def __enter__(self):
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, *exc_info):
         self.close()
 
     def _notify(self, event):
@@ -606,9 +553,7 @@ class CloudStack:
         if kept is not None:
             kept.close()
 
-    def _drive(self, coroutine):
-        """Return what a coroutine of the protocol returns; AIOCloudStack returns it as it is."""
-        return _run(coroutine)
+    _drive = staticmethod(_run)  # a coroutine of the protocol; AIOCloudStack's callers await it
 
     # What the protocol awaits. Here it is done at once, so that _run() ends at the first step.
 
@@ -638,47 +583,45 @@ def _submit_work(workers, function, argument):
 
     Context variables are those of the caller. Raises CloudStackConnectionError if the system has no
     thread left to give; what was submitted may then be run all the same."""
+    work = functools.partial(function, argument)
     try:
-        return workers.submit(_with_context(function, argument))
+        from contextvars import copy_context
+    except ImportError:  # before Python 3.7
+        pass
+    else:
+        work = functools.partial(copy_context().run, work)
+    try:
+        return workers.submit(work)
     except RuntimeError as error:
         failure = CloudStackConnectionError("Cannot start a thread", str(error))
         failure.unsent = True
         raise failure from None
 
 
-def _run(coroutine):
-    """Run a coroutine of the protocol whose every step is done at once; returns its result."""
-    try:
-        coroutine.send(None)
-    except StopIteration as end:
-        return end.value
-    except RuntimeError as error:
-        if isinstance(error.__cause__, StopIteration):  # of a mock; no coroutine lets it pass
-            raise error.__cause__ from None
-        raise
-    finally:
-        coroutine.close()
+# The options of one call: control arguments, and settings in place of the client's.
+_CONTROLS = ("json", "opcode_name", "headers", "fetch_list", "fetch_result")
+_SETTINGS_OF_A_CALL = ("timeout", "retry", "job_timeout", "poll_interval", "recover")
 
 
-_CONTROLS = ("json", "opcode_name", "headers", "fetch_list", "fetch_result", "_options")
-_OPTIONS_OF_A_CALL = ("timeout", "retry", "job_timeout", "poll_interval", "recover")
-
-
-def _call_arguments(params, options, as_pages=False, **controls):
-    """Return the keyword arguments for _request(). Raises TypeError for an unknown option."""
-    own: Any = {"as_pages": True} if as_pages else {}
-    for name, value in options.items():
-        if name in _CONTROLS[:3]:
-            controls[name] = value
-        elif name not in _OPTIONS_OF_A_CALL + ("post",):
+def _given_options(options, **more):
+    """Return the options that are not None. Raises TypeError for an unknown one."""
+    for name in options:
+        if name not in _CONTROLS[:3] + _SETTINGS_OF_A_CALL + ("post",):
             raise TypeError(f"a call has no option {name!r}; parameters go in a dict")
-        elif value is not None and name == "post":
-            own["method"] = "post" if value else "get"
-        elif value is not None:
-            own[name] = _convert(name, _CLIENT_SETTINGS[name].convert, value)
-    controls["_options"] = own or None
-    given = {name: value for name, value in controls.items() if value is not None}
-    return {**(params or {}), **given}
+    more.update(options)
+    return {name: value for name, value in more.items() if value is not None}
+
+
+def _request_arguments(params, options):
+    """Return the keyword arguments for _request(), where a subclass sees and may change them.
+
+    Parameters that are named like one of its arguments go beside the options, in `_options`."""
+    params, taken = dict(params or {}), _CONTROLS + ("self", "command", "_options")
+    named = {name: params.pop(name) for name in taken if name in params}
+    controls = {name: options.pop(name) for name in _CONTROLS if name in options}
+    if named:
+        options["params"] = named
+    return {**params, **controls, "_options": options or None}
 
 
 class AIOCloudStack(CloudStack):
@@ -688,52 +631,33 @@ class AIOCloudStack(CloudStack):
     of its own; waiting holds none. It is tied to no event loop. `async with` or `await aclose()`
     end a session and close connections, and may be left out."""
 
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> _AsyncMethod: ...
-
-        async def wait_job(self, jobid: str, **options: Any) -> Any: ...
-
-        async def call(
-            self, command: str, params: Mapping[str, Any] | None = None, *,
-            pages: bool | None = None, wait: bool | None = None, **options: Any
-        ) -> Any: ...  # fmt: skip
-
     # The same constructor, but for one default.
     _code: "Any" = CloudStack.__init__
     __init__: "Any" = type(_code)(_code.__code__, globals(), "__init__")
     __init__.__defaults__ = _code.__defaults__[:-1] + (True,)
     __init__.__kwdefaults__ = _code.__kwdefaults__
 
-    async def _request(  # type: ignore[override]
-        self, command: str, json=True, **params: "Any"
-    ) -> "Any":
-        return await super()._request(command, json, **params)
+    async def _request(self, command, *args, **params):
+        return await super()._request(command, *args, **params)
 
-    async def pages(  # type: ignore[override]  # the price of being a CloudStack
-        self, command: str, params: "Mapping[str, Any] | None" = None, **options: "Any"
-    ) -> "AsyncIterator[Any]":
-        async for rows in await self._request(
-            command, **_call_arguments(params, options, as_pages=True)
-        ):
+    async def pages(self, command, params=None, **options):
+        options = _given_options(options, as_pages=True)
+        async for rows in await self._request(command, **_request_arguments(params, options)):
             yield rows
 
-    async def iter_list(  # type: ignore[override]
-        self, command: str, **params: "Any"
-    ) -> "AsyncIterator[Any]":
+    async def iter_list(self, command, **params):
         async for rows in self.pages(command, params):
             for row in rows:
                 yield row
 
     iter_list.__doc__ = CloudStack.iter_list.__doc__
 
-    async def find_id(  # type: ignore[override]
-        self, list_command: str, name: str, **params: "Any"
-    ) -> str:
+    async def find_id(self, list_command, name, **params):
         rows = [row async for row in self.iter_list(list_command, **params)]
         return str(pick_row(list_command, name, rows)["id"])
 
-    def _drive(self, coroutine):
+    @staticmethod
+    def _drive(coroutine):
         return coroutine
 
     async def _send(self, request):
@@ -766,30 +690,15 @@ class AIOCloudStack(CloudStack):
 
         await asyncio.sleep(seconds)
 
-    async def aclose(self) -> None:
+    async def aclose(self):
         """Do what close() does, without holding up the event loop."""
-        request = _end_session(self)
-        try:
-            if request:
-                await self._send(request)
-        except CloudStackException:
-            pass
-        self._forget()
+        await _close(self, self._send)
 
-    async def __aenter__(self) -> "Self":
+    async def __aenter__(self):
         return self
 
-    async def __aexit__(self, *exc_info: object) -> None:
+    async def __aexit__(self, *exc_info):
         await self.aclose()
-
-
-def _with_context(function, *args):
-    """Return the call, in a copy of the caller's context variables (which 3.6 does not have)."""
-    try:
-        from contextvars import copy_context
-    except ImportError:
-        return functools.partial(function, *args)
-    return functools.partial(copy_context().run, function, *args)
 
 
 # --- 4 protocol -----------------------------------------------------------------------------------
@@ -851,21 +760,24 @@ class _Call:
     request: "Any" = None  # the last one
     response: "Any" = None  # the last answer
 
-    def __init__(self, client, command, params, controls=None):
+    def __init__(self, client, command, params, options=None):
         if not client._checked:
             client.check()
         params = flatten(params)
-        controls = controls or {}
         self.command = command
-        self.json = controls.get("json", True)
-        self.opcode_name = controls.get("opcode_name", "command")
-        self.headers = controls.get("headers")
+        self.options = options = options or {}
+        self.json = options.get("json", True)
+        self.opcode_name = options.get("opcode_name", "command")
+        self.headers = options.get("headers")
         if self.headers:
             self.headers = _convert("headers", _parse_headers, self.headers)
-        options = controls.get("_options")
-        self.settings = client._settings  # at every moment as they are then
-        if options:
-            self.settings = collections.ChainMap(options, self.settings)
+        own = {name: options[name] for name in _SETTINGS_OF_A_CALL if name in options}
+        for name, value in own.items():
+            own[name] = _convert(name, _CLIENT_SETTINGS[name].convert, value)
+        if "post" in options:
+            own["method"] = "post" if options["post"] else "get"
+        # The client's are at every moment as they are then.
+        self.settings = collections.ChainMap(own, client._settings) if own else client._settings
         self.reads = only_reads(command)
         self.is_login = command.lower() == "login"
         self.is_secret = self.is_login or any(_secret_names(params))
@@ -990,7 +902,7 @@ class Request:
         else:
             self.url += ("&" if "?" in self.endpoint else "?") + query
 
-    def masked_url(self) -> str:
+    def masked_url(self):
         """Return the url as a person may see it."""
         url = mask_address(self.endpoint)
         if not urlsplit(self.endpoint).path:
@@ -999,7 +911,7 @@ class Request:
             return url
         return url + "?" + _join_query(self.masked_params())
 
-    def masked_params(self) -> "dict[str, str]":
+    def masked_params(self):
         """Return the parameters as a person may see them."""
         return mask_params(self.params)
 
@@ -1294,7 +1206,7 @@ def _was_rejected(error):
 def _is_transient(error):
     """Return whether the same reading request may well succeed a little later.
 
-    For a command that changes something see _was_rejected, for a poll _poll_may_continue (4.6)."""
+    For a command that changes something see _was_rejected, for a poll _JobWait.may_continue."""
     if error.response is None:
         return isinstance(error, OSError)
     return _status_of(error) in (429, 502, 503, 504)
@@ -1321,7 +1233,7 @@ def _random():
     return random.random()
 
 
-def backoff(attempt: int, first: float) -> float:
+def backoff(attempt, first):
     """Return the seconds before retry number `attempt`, counted from 0.
 
     Exponential, half of it jitter, at most LONGEST_WAIT."""
@@ -1419,8 +1331,8 @@ class _Login(collections.namedtuple("_Login", "key cookies")):
 class _LogInAttempt:
     """One caller's attempt to log in, which others wait for."""
 
-    def __init__(self, seconds):
-        self.until = _clock() + seconds  # when it is given up
+    def __init__(self, until):
+        self.until = until  # when it is over, or given up
         self.error = None
 
 
@@ -1433,7 +1345,7 @@ class _Server:
         self.post_only = False  # commands that change something must be POST
         self.page_limit = PAGE_SIZE
         self.login = None  # a _Login, while there is a session
-        self.attempt = None  # the last _LogInAttempt
+        self.attempt = _LogInAttempt(float("-inf"))  # the last one
         self.lock = threading.Lock()
         self.jobs = _JobList()
 
@@ -1443,16 +1355,6 @@ class _Server:
             if self.login is login:
                 self.login = None
 
-    def join_log_in(self, seconds):
-        """Return (session, attempt, whether the attempt is this caller's): one of the first two."""
-        with self.lock:
-            if self.login is not None:
-                return self.login, None, False
-            is_mine = self.attempt is None or _clock() >= self.attempt.until
-            if is_mine:
-                self.attempt = _LogInAttempt(seconds)
-            return None, self.attempt, is_mine
-
 
 async def _current_login(client):
     """Return the session to send with, made if there is none yet.
@@ -1461,9 +1363,13 @@ async def _current_login(client):
     passwords in a row would lock the account."""
     server = client._server
     while True:
-        login, attempt, is_mine = server.join_log_in(10 * client._settings["timeout"])
-        if login is not None:
-            return login
+        with server.lock:
+            if server.login is not None:
+                return server.login
+            attempt, now = server.attempt, _clock()
+            is_mine = now >= attempt.until
+            if is_mine:
+                attempt = server.attempt = _LogInAttempt(now + 10 * client._settings["timeout"])
         if is_mine:
             try:
                 login = server.login = await _log_in(client)
@@ -1498,12 +1404,18 @@ async def _log_in(client):
     return login
 
 
-def _end_session(client):
-    """Return the request that ends the session, None without one.
+async def _close(client, send):
+    """End the session, if there is one, and close the connections.
 
-    The server ends it by itself after half an hour idle."""
+    A log-out that fails does not matter: the server ends a session after half an hour idle."""
     login, client._server.login = client._server.login, None
-    return login and _build_request(client, _Call(client, "logout", {}), login, post=True)
+    try:
+        if login:
+            request = _build_request(client, _Call(client, "logout", {}), login, post=True)
+            await send(request)
+    except CloudStackException:
+        pass
+    client._forget()
 
 
 # 4.5 Pages: all rows of a list.
@@ -1514,29 +1426,19 @@ def _is_same_page(rows, page):
 
     Rows are the same if they are equal, or go by the same ids and names while figures in them
     have moved. The id alone would not do: listTemplates repeats it for every zone."""
-    if len(rows) != len(page):
-        return False
-    if rows == page:
-        return True
-    if len(rows) < 2:  # a page of one row says too little
-        return False
-    return all(
-        isinstance(row, dict)
-        and isinstance(other, dict)
-        and row.get("id") is not None
-        and _identity(row) == _identity(other)
-        for row, other in zip(rows, page)
-    )
+    if len(rows) != len(page) or rows == page:
+        return rows == page
+    pairs = zip(map(_identity, rows), map(_identity, page))
+    # A page of one row says too little.
+    return len(rows) > 1 and all(one and one == other for one, other in pairs)
 
 
 def _identity(row):
-    """Return the part of a row that stays while its figures move."""
-    return {name: value for name, value in row.items() if name.endswith(("id", "name"))}
-
-
-def _identity_key(row):
-    """Return the same part as a text, which can be looked up among many."""
-    return jsonlib.dumps([row.get("id"), _identity(row)], sort_keys=True)
+    """Return the part of a row that stays while its figures move, as a text; None without an id."""
+    if not isinstance(row, dict) or row.get("id") is None:
+        return None
+    stays = {name: value for name, value in row.items() if name.endswith(("id", "name"))}
+    return jsonlib.dumps(stays, sort_keys=True)
 
 
 async def _fetch_pages(client, call, ahead=1, most=None):
@@ -1643,8 +1545,8 @@ async def _collect_rows(client, call):
         if rows is None:
             rows = first = found
         else:
-            known = set(map(_identity_key, dicts(rows)))
-            new = [row for row in dicts(unique) if _identity_key(row) not in known]
+            known = set(map(_identity, rows))
+            new = [row for row in unique if _identity(row) not in known]
             rows = _without_repeats(rows) + new if new else rows
         if len(unique) == len(found) or (rows is not first and len(rows) >= len(first)):
             return rows
@@ -1659,33 +1561,25 @@ def _without_repeats(rows):
             return rows
     except (KeyError, TypeError):  # rows without an id are not compared
         return rows
-    seen: dict = {}  # {id: rows}
-    unique = []
-    for row in rows:
-        others = seen.setdefault(row["id"], [])
-        if row not in others:
-            others.append(row)
-            unique.append(row)
-    return unique
+    return list({jsonlib.dumps(row, sort_keys=True): row for row in rows}.values())
 
 
 # 4.6 Jobs: submit, poll, wait.
 
 
-async def _run_command(client, command, params, controls):
+async def _run_command(client, command, params, options):
     """Carry out a whole call: returns the answer, all rows of a list, or the result of a job.
 
-    `_options` among the controls are settings of this call, and as_pages: to return the pages."""
-    fetch_list, fetch_result = controls["fetch_list"], controls["fetch_result"]
-    as_pages = (controls["_options"] or {}).get("as_pages")
+    The option as_pages asks for the pages of a list, params holds more parameters."""
+    fetch_list, fetch_result = options["fetch_list"], options["fetch_result"]
     if fetch_result is None:
         fetch_result = client._settings["fetch_result"]
     elif type(fetch_result) is not bool:
         fetch_result = _convert("fetch_result", _parse_flag, fetch_result)
     if type(fetch_list) is not bool:
         fetch_list = _convert("fetch_list", _parse_flag, fetch_list)
-    call = _Call(client, command, params, controls)
-    if as_pages:
+    call = _Call(client, command, {**params, **options.get("params", {})}, options)
+    if "as_pages" in options:
         if not call.reads:  # a second page would carry it out a second time
             raise ValueError(f"{command} changes something; it cannot be read page by page")
         return _fetch_pages(client, call)
@@ -1760,7 +1654,7 @@ class _JobList:
 
     async def _read(self, client, call):
         """Return the ids of the pending jobs, in as many pages as are worth it."""
-        listing = _Call(client, "listAsyncJobs", {}, _controls_of_poll(call))
+        listing = _Call(client, "listAsyncJobs", {}, dict(call.options, retry=0))
         listing.total = max(1.0, call.settings["poll_interval"])  # a slower one is no use
         most = len(self.waiting) // 4
         pages = [rows async for rows in _fetch_pages(client, listing, most=most)]
@@ -1793,9 +1687,11 @@ class _JobWait:
     def may_continue(self, error):
         """Set the next poll after one that failed; False if that ends the wait.
 
-        It does if the server says something about the job, or if polls have failed for too long."""
+        It does if polls have failed for too long, or if CloudStack states an error in JSON: that is
+        about the job, but for a 429 or 503. (_is_transient would be too wide.)"""
         has_limit = self.settings["job_timeout"] is not None
-        if not _poll_may_continue(error):
+        is_stated = isinstance(error.error, dict) and _status_of(error) not in (429, 503)
+        if error.job_failed or is_stated:
             return False
         if not has_limit and self.failures + 1 >= MOST_FAILED_POLLS:
             return False
@@ -1837,27 +1733,10 @@ class _JobWait:
                 await self.client._pause(min(self.seconds_left(), jobs.step()))
 
 
-def _poll_may_continue(error):
-    """Return whether to poll again after a poll that failed.
-
-    So it is without an answer, after a page that is not CloudStack's, and after a 429 or 503. Any
-    other error that CloudStack states in JSON is about the job: _is_transient would be too wide."""
-    if not isinstance(error, CloudStackApiException):
-        return True
-    if error.job_failed:
-        return False
-    return _status_of(error) in (429, 503) or not isinstance(error.error, dict)
-
-
-def _controls_of_poll(call):
-    """Return the controls of a poll: it is sent like the call that started the job."""
-    controls = {"opcode_name": call.opcode_name, "headers": call.headers}
-    return dict(controls, _options=collections.ChainMap({"retry": 0}, call.settings))
-
-
 def _make_poll(client, call, jobid):
-    """Return the call that polls a job. Raises ValueError."""
-    return _Call(client, "queryAsyncJobResult", {"jobid": str(jobid)}, _controls_of_poll(call))
+    """Return the call that polls a job, as the call that started it was sent. Raises ValueError."""
+    options = dict(call.options, json=True, retry=0)
+    return _Call(client, "queryAsyncJobResult", {"jobid": str(jobid)}, options)
 
 
 async def _await_job(client, call, jobid):
@@ -1940,9 +1819,9 @@ def _read_job(answer, poll, call):
     raise failure
 
 
-async def _resume_wait(client, jobid, controls):
+async def _resume_wait(client, jobid, options):
     """Wait for a job that was submitted earlier."""
-    call = _Call(client, "queryAsyncJobResult", {"jobid": str(jobid)}, controls)
+    call = _Call(client, "queryAsyncJobResult", {"jobid": str(jobid)}, options)
     return await _await_job(client, call, jobid)
 
 
@@ -2035,7 +1914,9 @@ async def _find_job(client, call, lost):
         try:
             answer = await _send_with_retries(client, poll)
             _read_job_status(answer, poll.response)
-            return _make_submission(answer, call.job_id)
+            entity = answer.get("jobinstanceid")
+            found = {"jobid": call.job_id}  # as the submission's answer was
+            return found if entity is None else dict(found, id=entity)
         except CloudStackException as error:
             if isinstance(error, CloudStackApiException) and _status_of(error) == 431:
                 unknown_since = asked_at if unknown_since is None else unknown_since
@@ -2054,14 +1935,6 @@ async def _find_job(client, call, lost):
     later = f"wait_job() or `cs --wait {call.job_id}` asks again later"
     _add_hint(lost, f"{verb} {call.job_id}; {later}")
     raise lost
-
-
-def _make_submission(job, job_id):
-    """Return the answer that a submission had, made of its job as the server knows it."""
-    answer = {"jobid": job_id}
-    if job.get("jobinstanceid") is not None:
-        answer["id"] = job["jobinstanceid"]
-    return answer
 
 
 # --- 5 transport ----------------------------------------------------------------------------------
