@@ -1610,7 +1610,7 @@ class _JobList:
         self.waiting = []  # the ids of the jobs
         self.pending: frozenset = frozenset()
         self.asked_at = self.listed_at = self.off_until = float("-inf")
-        self.misses = 0  # lists in a row that did not help
+        self.rest = 0.0  # seconds after lists in a row that did not help
 
     def is_useful(self):
         """Return whether there are enough waiters, and a list that helps."""
@@ -1620,48 +1620,37 @@ class _JobList:
         """Return the least number of seconds between two lists, and between a waiter's looks."""
         return max(SHORTEST_POLL, len(self.waiting) / 2000)
 
-    def is_old(self, poll_interval):
-        """Return whether the list is to be refreshed although nobody is due to poll.
+    def lifetime(self, poll_interval):
+        """Return the age at which the list is refreshed although nobody is due to poll.
 
         All waiters together then send a quarter of the requests of one poll for each, or fewer."""
-        part = max(0.25, 4 / max(1, len(self.waiting)))
-        return _clock() - self.asked_at >= max(self.step(), part * poll_interval)
+        return max(self.step(), poll_interval * max(0.25, 4 / len(self.waiting)))
 
-    async def shows(self, client, call, wait):
-        """Return whether the job is pending by a list asked for after the wait's last news."""
-        if self.asked_at <= wait.news and _clock() - self.asked_at >= self.step():
-            await self.refresh(client, call)
-        return wait.jobid in self.pending
-
-    async def refresh(self, client, call):
-        """Ask for the list; who comes meanwhile goes by the old one."""
-        now = self.asked_at = _clock()
+    async def refresh(self, client, call, age):
+        """Ask for the list if it is of this age; who comes meanwhile goes by the old one."""
+        now = _clock()
+        if now - self.asked_at < age:
+            return
+        self.asked_at = now
+        listing = _Call(client, "listAsyncJobs", {}, dict(call.options, retry=0))
+        listing.total = max(1.0, call.settings["poll_interval"])  # a slower one is no use
+        most = len(self.waiting) // 4  # pages that are worth it
         seconds = self.USELESS
         try:
-            pending = await self._read(client, call)
+            pages = [dicts(rows) async for rows in _fetch_pages(client, listing, most=most)]
         except CloudStackException as error:
             if _is_transient(error):
                 seconds = call.settings["poll_interval"]
         else:
-            helps = len((pending | self.pending).intersection(self.waiting)) >= self.FEWEST
-            self.misses = 0 if helps else self.misses + 1
-            if pending:  # more pages of it will be read for more waiters
-                seconds = min(seconds, SHORTEST_POLL * (4.0**self.misses - 1))
-            elif helps:
-                seconds = 0.0
-            self.pending, self.listed_at = pending, now
+            # Servers up to 4.19 list finished jobs, too.
+            rows = [row for page in pages for row in page if str(row.get("jobstatus", 0)) == "0"]
+            before, self.pending = self.pending, frozenset(str(row.get("jobid")) for row in rows)
+            self.listed_at = now
+            helps = len((before | self.pending).intersection(self.waiting)) >= self.FEWEST
+            self.rest = 0.0 if helps else min(self.USELESS, 4 * self.rest + 0.3)
+            if helps or self.pending:  # more pages of it will be read for more waiters
+                seconds = self.rest
         self.off_until = _clock() + seconds
-
-    async def _read(self, client, call):
-        """Return the ids of the pending jobs, in as many pages as are worth it."""
-        listing = _Call(client, "listAsyncJobs", {}, dict(call.options, retry=0))
-        listing.total = max(1.0, call.settings["poll_interval"])  # a slower one is no use
-        most = len(self.waiting) // 4
-        pages = [rows async for rows in _fetch_pages(client, listing, most=most)]
-        rows = [row for rows in pages for row in dicts(rows)]
-        # Servers up to 4.19 list finished jobs, too.
-        pending = [row for row in rows if str(row.get("jobstatus", 0)) == "0"]
-        return frozenset(str(row.get("jobid")) for row in pending)
 
 
 class _JobWait:
@@ -1720,17 +1709,18 @@ class _JobWait:
             direct = min(self.deadline(), self.polled + DIRECT_POLL * max(SHORTEST_POLL, interval))
             may_list = jobs.is_useful() and not self.failures and _clock() < direct
             if self.seconds_left() <= 0:
-                if not may_list or not await jobs.shows(self.client, call, self):
+                if may_list:
+                    await jobs.refresh(self.client, call, jobs.step())
+                if not may_list or self.jobid not in jobs.pending:
                     return
                 self.news, self.is_listed = jobs.listed_at, True
                 self.set_due(_clock())
                 self.notify(call)
-            elif not (may_list and self.is_listed):
-                await self.client._pause(self.seconds_left())
-            elif jobs.is_old(interval):
-                await jobs.refresh(self.client, call)
-            else:
+            elif may_list and self.is_listed:
+                await jobs.refresh(self.client, call, jobs.lifetime(interval))
                 await self.client._pause(min(self.seconds_left(), jobs.step()))
+            else:
+                await self.client._pause(self.seconds_left())
 
 
 def _make_poll(client, call, jobid):
