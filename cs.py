@@ -194,45 +194,38 @@ def flatten(params):
     Dicts and lists of dicts become `name[0].field`, other lists are joined by commas, booleans are
     true and false. None and empty lists are left out, an empty text is not. Raises ValueError that
     names the parameter and the type that cannot be sent, never the value."""
-    flat = {}
+    flat: dict = {}
     for name, value in params.items():
-        if type(value) is str:
-            flat[name] = value
-        elif isinstance(value, (dict,) + _LISTS):
-            flat.update(_flatten_container(name, value))
-        elif value is not None:
-            flat[name] = _encode_scalar(name, value)
+        pairs = [(name, value)] if type(value) is str else _flatten_value(name, value)
+        flat.update([pair for pair in pairs if pair[1] is not None])
     return flat
 
 
-def _flatten_container(name, value):
-    """Yield the (name, text) pairs of a dict, a list of dicts, or a list; none for an empty one."""
-    items = [value] if isinstance(value, dict) else [item for item in value if item is not None]
-    if any(isinstance(item, dict) for item in items):
-        for index, item in enumerate(items):
-            yield from _flatten_map(name, index, item)
-    elif items:
-        yield name, _join_list(name, value)
+def _flatten_value(name, value):
+    """Yield the (name, text) pairs of a parameter; text is None where there is nothing to send."""
+    entries = [value] if isinstance(value, dict) else value if isinstance(value, _LISTS) else []
+    entries = [entry for entry in entries if entry is not None]
+    if not any(isinstance(entry, dict) for entry in entries):
+        yield name, _encode_value(name, value)
+        return
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise ValueError(f"parameter {name!r}: {type(entry).__name__} among dicts")
+        for field, item in entry.items():
+            full = f"{name}[{index}].{field}"
+            yield full, _encode_value(full, item)
 
 
-def _flatten_map(name, index, entry):
-    """Yield (`name[index].field`, text) for each field of a dict that has a value."""
-    if not isinstance(entry, dict):
-        raise ValueError(f"parameter {name!r}: {type(entry).__name__} among dicts")
-    for field, value in entry.items():
-        full = f"{name}[{index}].{field}"
-        if not isinstance(value, _LISTS):
-            if value is not None:
-                yield full, _encode_scalar(full, value)
-        elif any(item is not None for item in value):
-            yield full, _join_list(full, value)
+def _encode_value(name, value):
+    """Return the text of a value or a list, None for nothing.
 
-
-def _join_list(name, values):
-    """Join a list with commas, which the server splits at without escaping or trimming."""
-    texts = [_encode_scalar(name, value) for value in values if value is not None]
-    # Sets have no order of their own: the same call must give the same bytes.
-    return ",".join(sorted(texts) if isinstance(values, (set, frozenset)) else texts)
+    The server splits lists at commas, without escaping or trimming."""
+    if not isinstance(value, _LISTS):
+        return None if value is None else _encode_scalar(name, value)
+    texts = [_encode_scalar(name, item) for item in value if item is not None]
+    if isinstance(value, (set, frozenset)):  # which have no order: the same call, the same bytes
+        texts.sort()
+    return ",".join(texts) if texts else None
 
 
 def _encode_scalar(name, value):
@@ -242,12 +235,9 @@ def _encode_scalar(name, value):
     makes of str(). The server takes nothing but "true", in any case, for true."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, int):
-        return int.__repr__(value)
-    if isinstance(value, float):
-        return float.__repr__(value)
+    for kind, convert in ((str, str.__str__), (int, int.__repr__), (float, float.__repr__)):
+        if isinstance(value, kind):
+            return convert(value)
     if isinstance(value, bytes):
         try:
             return bytes.decode(value, "utf-8")
@@ -302,10 +292,6 @@ def _run(coroutine):
         coroutine.send(None)
     except StopIteration as end:
         return end.value
-    except RuntimeError as error:
-        if isinstance(error.__cause__, StopIteration):  # of a mock; no coroutine lets it pass
-            raise error.__cause__ from None
-        raise
     finally:
         coroutine.close()
 
@@ -352,7 +338,6 @@ class CloudStack:
         """Return the value of a setting, by its name in SETTINGS. Raises KeyError for another.
 
         (Settings for the command line alone are not the client's.)"""
-        _CLIENT_SETTINGS[name]
         return getattr(self, name) if name in _ATTRIBUTES else self._settings[name]
 
     def set_setting(self, name, value):
@@ -466,9 +451,8 @@ class CloudStack:
         if settings["cert_key"] is not None and settings["cert"] is None:
             raise ValueError("cert: missing, although cert_key is given; they go together")
         if settings["key"] is not None and settings["username"] is not None:
-            raise ValueError(
-                "username: given together with key; use key and secret, or username and password"
-            )
+            advice = "use key and secret, or username and password"
+            raise ValueError(f"username: given together with key; {advice}")
         self.__dict__["_checked"] = True
 
     def find_id(self, list_command, name, **params):
@@ -650,15 +634,11 @@ class AIOCloudStack(CloudStack):
             for row in rows:
                 yield row
 
-    iter_list.__doc__ = CloudStack.iter_list.__doc__
-
     async def find_id(self, list_command, name, **params):
         rows = [row async for row in self.iter_list(list_command, **params)]
         return str(pick_row(list_command, name, rows)["id"])
 
-    @staticmethod
-    def _drive(coroutine):
-        return coroutine
+    _drive = staticmethod(lambda coroutine: coroutine)
 
     async def _send(self, request):
         """Send one request as asyncio.to_thread would, but in this client's own threads.
@@ -753,10 +733,9 @@ class _Call:
 
     Raises ValueError for what the server would refuse: control characters."""
 
-    has_page = cancelled = False
-    expires = None
+    cancelled = False
     job_id = None  # the id its job gets, if the caller chooses it
-    total = None  # seconds for one exchange, if less than ten times the timeout
+    total = float("inf")  # seconds for one exchange, if less than ten times the timeout
     request: "Any" = None  # the last one
     response: "Any" = None  # the last answer
 
@@ -787,13 +766,10 @@ class _Call:
             if not (name.isprintable() and text.isprintable()):  # which is faster than to search
                 _check_sendable(name, text)
             lower = name.lower()
-            if lower == "expires":
-                self.expires = text
-            elif lower not in dropped:
-                self.params[name] = text
-                self.has_page = self.has_page or lower == "page"
-        if self.has_page and self.get_param("pagesize") is None:
-            # The server refuses one without the other (431).
+            if lower not in dropped:
+                self.params["expires" if lower == "expires" else name] = text
+        names = set(map(str.lower, self.params))
+        if "page" in names and "pagesize" not in names:  # the server refuses it alone (431)
             self.set_params(pagesize=client._server.page_limit)
         if self.settings["recover"]:
             self.choose_job_id()
@@ -853,12 +829,10 @@ class Request:
     params are those of the query or form; masked_url() and masked_params() may be shown."""
 
     cancelled = anonymous = False
-    method: str = "GET"
-    url: "str | None" = None
-    body: "bytes | None" = None
-    params: "dict[str, str]"
-    headers: "dict[str, str]"
-    signing: "Any" = None  # (secret, expiration, expires), if it is to be signed
+    method = "GET"
+    url: "Any" = None
+    body: "Any" = None
+    signing: "Any" = None  # (secret, expiration), if it is to be signed
     deadline = 0.0  # when the exchange must be over
 
     def __init__(self, settings, call, params, secrets):
@@ -867,9 +841,7 @@ class Request:
         self.secrets = secrets  # values that must not be shown, beside those of secret parameters
         self.headers = {}
         self.timeout = settings["timeout"]
-        self.total = 10 * self.timeout
-        if call.total is not None:
-            self.total = min(call.total, self.total)
+        self.total = min(call.total, 10 * self.timeout)
         self.tls = tuple([settings[name] for name in _TLS_SETTINGS])
         self.limit = settings["max_response_size"]
         self._lock = threading.Lock()
@@ -881,8 +853,8 @@ class Request:
         This comes when the request is about to be sent, by which time a call of AIOCloudStack has
         its thread: one that waited for it longer than a signature is valid would be refused."""
         if self.signing is not None:
-            secret, expiration, expires = self.signing
-            seconds = expiration.total_seconds()
+            secret, expiration = self.signing
+            expires, seconds = self.params.get("expires"), expiration.total_seconds()
             if expires is None and seconds >= 0:
                 # The year 9999 is as far as the format goes.
                 moment = time.gmtime(min(time.time() + seconds, 253402300799))
@@ -971,18 +943,16 @@ def _build_request(client, call, login=None, post=False):
             del params[name]
         params["apiKey"] = settings["key"]
         request.secrets.append(settings["secret"])
-        request.signing = (settings["secret"], settings["expiration"], call.expires)
+        request.signing = (settings["secret"], settings["expiration"])
     else:
         # With a user name it is to get a session; prepare() shows it before there is one.
         request.anonymous = not call.is_login and settings["username"] is None
-    if call.expires is not None:
-        params["expires"] = call.expires
 
     # On the management host itself packing takes longer than the bytes it saves.
     packing = "identity" if server.is_loopback else "gzip"
     request.headers = {"User-Agent": "cs/" + __version__, "Accept-Encoding": packing}
     if login is not None and login.cookies:  # an empty header would hide those of a `session`
-        request.headers["Cookie"] = login.cookie_header()
+        request.headers["Cookie"] = login.header
     if settings["headers"] or call.headers:
         request.headers = _merge_headers(request.headers, settings["headers"], call.headers or {})
 
@@ -1009,9 +979,8 @@ def _merge_headers(*maps):
 def _check_endpoint(endpoint):
     """Raise ValueError for an endpoint that cannot be used, without its secret parts."""
     if not endpoint:
-        raise ValueError(
-            "endpoint: missing; it is the URL of the API, such as https://host/client/api"
-        )
+        example = "https://host/client/api"
+        raise ValueError(f"endpoint: missing; it is the URL of the API, such as {example}")
     try:
         parts = urlsplit(endpoint)
         proper = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -1244,9 +1213,8 @@ def _retry_delay(call, error, attempt):
     """Return the seconds until a call may be sent again, or None if it may not.
 
     A command that changes something is sent again only if the server did not run it."""
-    if attempt >= call.settings["retry"] or call.cancelled:
-        return None
-    if not (error.unsent or _was_rejected(error) or (call.reads and _is_transient(error))):
+    may_run_again = error.unsent or _was_rejected(error) or (call.reads and _is_transient(error))
+    if attempt >= call.settings["retry"] or call.cancelled or not may_run_again:
         return None
     asked = _asked_delay(error)
     delay = max(asked, backoff(attempt, call.settings["retry_backoff"]))
@@ -1304,7 +1272,8 @@ async def _send_with_retries(client, call):
                 continue
             if login is not None and _status_of(error) == 401 and not renewed:
                 renewed = True
-                client._server.drop_login(login)
+                if client._server.login is login:  # nobody else has renewed it
+                    client._server.login = None
                 continue
             if call.reads and error.stale and not replayed:
                 replayed = True
@@ -1321,11 +1290,8 @@ async def _send_with_retries(client, call):
 # 4.4 Session: user name and password instead of key and secret; and what callers share.
 
 
-class _Login(collections.namedtuple("_Login", "key cookies")):
-    """A session: its key, and the cookies {name: value} that go beside it."""
-
-    def cookie_header(self):
-        return "; ".join(name + "=" + value for name, value in self.cookies.items())
+# A session: its key, and the cookies {name: value} that go beside it, in one header.
+_Login = collections.namedtuple("_Login", "key cookies header")
 
 
 class _LogInAttempt:
@@ -1348,12 +1314,6 @@ class _Server:
         self.attempt = _LogInAttempt(float("-inf"))  # the last one
         self.lock = threading.Lock()
         self.jobs = _JobList()
-
-    def drop_login(self, login):
-        """Forget a session that the server refused, unless another caller has renewed it."""
-        with self.lock:
-            if self.login is login:
-                self.login = None
 
 
 async def _current_login(client):
@@ -1389,19 +1349,19 @@ async def _current_login(client):
 async def _log_in(client):
     """Log in and return the _Login. Raises CloudStackException for one that cannot be used."""
     params = {name: client._settings[name] for name in ("username", "password", "domain")}
-    params["domain"] = params["domain"] or "/"
-    call = _Call(client, "login", params)
+    call = _Call(client, "login", dict(params, domain=params["domain"] or "/"))
     answer = await _send_with_retries(client, call)
     key = answer.get("sessionkey") if isinstance(answer, dict) else None
     if not isinstance(key, str) or not key:
         raise _unexpected("login gave no session key", call.response)
-    login = _Login(key, call.response.cookies())
+    cookies = call.response.cookies()
+    header = "; ".join([name + "=" + value for name, value in cookies.items()])
     try:  # what comes from the server and goes out again is checked like a program's own
         _check_sendable("sessionkey", key)
-        _check_header("Cookie", login.cookie_header())
+        _check_header("Cookie", header)
     except ValueError:
         raise _unexpected("login gave a session that cannot be sent", call.response) from None
-    return login
+    return _Login(key, cookies, header)
 
 
 async def _close(client, send):
@@ -1453,11 +1413,10 @@ async def _fetch_pages(client, call, ahead=1, most=None):
     size = _read_number(call, "pagesize", client._server.page_limit)
     first = previous = None
     seen = total = skip = pages = 0
-    failed = False  # whether the next page was one of a batch, and is to be asked for again
     while True:
         # Only a full page and a count above it promise more; the last page may be full, too.
         is_sure = previous is not None and len(previous) >= size and total > seen
-        sure = min(ahead, (total - seen) // size + 1) if is_sure and not failed else 1
+        sure = min(ahead, (total - seen) // size + 1) if is_sure else 1
         try:
             answers = await _fetch_batch(client, call, range(page, page + sure), size)
         except CloudStackApiException as error:
@@ -1469,11 +1428,6 @@ async def _fetch_pages(client, call, ahead=1, most=None):
             continue
 
         for answer in answers:
-            failed = isinstance(answer, CloudStackException)
-            if failed:
-                if _retry_delay(call, answer, 0) is None:
-                    raise answer
-                break
             rows = find_rows(answer)
             if rows is None and first is None:
                 yield (answer,)
@@ -1493,9 +1447,9 @@ async def _fetch_pages(client, call, ahead=1, most=None):
 
 
 async def _fetch_batch(client, call, pages, size):
-    """Return the answers for these pages; instead of the first that failed, its exception.
+    """Return the answers for these pages, which are asked for at once, and without retries.
 
-    Several are asked for at once, without retries."""
+    The first that failed is then asked for again by itself, if that may be, and is the last."""
     if len(pages) == 1 or client._settings["session"] is not None:  # not safe in threads, perhaps
         return [await _send_with_retries(client, call.with_page(pages[0], size))]
     calls = [call.with_page(page, size, retry=0) for page in pages]
@@ -1505,8 +1459,9 @@ async def _fetch_batch(client, call, pages, size):
         for one in calls:
             one.cancel()
     for number, outcome in enumerate(outcomes):
-        if isinstance(outcome, CloudStackException):
-            return outcomes[: number + 1]
+        if isinstance(outcome, CloudStackException) and _retry_delay(call, outcome, 0) is not None:
+            again = call.with_page(pages[number], size)
+            return outcomes[:number] + [await _send_with_retries(client, again)]
         if isinstance(outcome, BaseException):
             raise outcome
     return outcomes
@@ -1658,7 +1613,7 @@ class _JobWait:
 
     def __init__(self, client, call, jobid):
         self.client, self.settings, self.jobid = client, call.settings, jobid
-        self.started = self.due = self.polled = self.news = _clock()
+        self.started = self.due = self.polled = _clock()
         self.is_listed = False  # whether a list has shown the job, so that one without it tells
         self.failures = 0  # in a row
 
@@ -1701,10 +1656,8 @@ class _JobWait:
         """Sleep until the job is to be polled by itself; a list of jobs may put that off."""
         self.notify(call)
         while True:
-            if self.is_listed and jobs.listed_at > self.news:
-                self.news = jobs.listed_at
-                if self.jobid not in jobs.pending:
-                    return
+            if self.is_listed and jobs.listed_at > self.polled and self.jobid not in jobs.pending:
+                return
             interval = self.settings["poll_interval"]
             direct = min(self.deadline(), self.polled + DIRECT_POLL * max(SHORTEST_POLL, interval))
             may_list = jobs.is_useful() and not self.failures and _clock() < direct
@@ -1713,7 +1666,7 @@ class _JobWait:
                     await jobs.refresh(self.client, call, jobs.step())
                 if not may_list or self.jobid not in jobs.pending:
                     return
-                self.news, self.is_listed = jobs.listed_at, True
+                self.is_listed = True
                 self.set_due(_clock())
                 self.notify(call)
             elif may_list and self.is_listed:
@@ -1731,23 +1684,22 @@ def _make_poll(client, call, jobid):
 
 async def _await_job(client, call, jobid):
     """Wait for a job; returns its jobresult. Anything raised meanwhile carries the job's id."""
-    jobs = client._server.jobs
+    waiting = client._server.jobs.waiting
+    waiting.append(str(jobid))
     try:
         try:
             poll = _make_poll(client, call, jobid)
         except ValueError as error:
             raise _unexpected(str(error)) from None
-        jobs.waiting.append(str(jobid))
-        try:
-            return await _poll_until_done(client, call, poll)
-        finally:
-            jobs.waiting.remove(str(jobid))
+        return await _poll_until_done(client, call, poll)
     except BaseException as error:  # KeyboardInterrupt and CancelledError, too
         error.jobid = str(jobid)  # type: ignore[attr-defined]
         is_refused = isinstance(error, CloudStackApiException) and not error.job_failed
         if is_refused and _status_of(error) != 431:  # which says that there is no such job
             _add_hint(error, f"job {jobid} may still run")
         raise
+    finally:
+        waiting.remove(str(jobid))
 
 
 async def _poll_until_done(client, call, poll):
@@ -1760,7 +1712,7 @@ async def _poll_until_done(client, call, poll):
     answered = None
     while True:
         await wait.until_due(call, jobs)
-        wait.polled = wait.news = _clock()
+        wait.polled = _clock()
         is_last = wait.polled >= wait.deadline()
         poll.total = max(0.0, wait.deadline() - wait.polled) + wait.settings["timeout"]
         try:
