@@ -292,6 +292,10 @@ def _run(coroutine):
         coroutine.send(None)
     except StopIteration as end:
         return end.value
+    except RuntimeError as error:
+        if isinstance(error.__cause__, StopIteration):  # of a mock; no coroutine lets it pass
+            raise error.__cause__ from None
+        raise
     finally:
         coroutine.close()
 
@@ -435,8 +439,7 @@ class CloudStack:
 
         masked_url() and masked_params() are what a person may see of it. Nothing is sent; of a
         session that would be needed, there is nothing in it."""
-        call = _Call(self, command, params or {}, _given_options(options))
-        request = _build_request(self, call)
+        request = _build_request(self, _Call(self, command, params or {}, _given_options(options)))
         request.prepare()
         return request
 
@@ -526,9 +529,8 @@ class CloudStack:
     def _server(self):
         """What was learned about the present endpoint, as the present user."""
         servers = self._kept.servers
-        settings = self._settings
         names = ("endpoint", "key", "username", "password", "domain")
-        user = tuple(settings[name] for name in names)
+        user = tuple([self._settings[name] for name in names])
         return servers.get(user) or servers.setdefault(user, _Server(user[0]))
 
     def _forget(self):
@@ -584,15 +586,17 @@ def _submit_work(workers, function, argument):
 
 # The options of one call: control arguments, and settings in place of the client's.
 _CONTROLS = ("json", "opcode_name", "headers", "fetch_list", "fetch_result")
-_SETTINGS_OF_A_CALL = ("timeout", "retry", "job_timeout", "poll_interval", "recover")
+_OWN_SETTINGS = ("timeout", "retry", "job_timeout", "poll_interval", "recover")
 
 
 def _given_options(options, **more):
     """Return the options that are not None. Raises TypeError for an unknown one."""
     for name in options:
-        if name not in _CONTROLS[:3] + _SETTINGS_OF_A_CALL + ("post",):
+        if name not in _CONTROLS[:3] + _OWN_SETTINGS + ("post",):
             raise TypeError(f"a call has no option {name!r}; parameters go in a dict")
     more.update(options)
+    if more.pop("post", None) is not None:
+        more["method"] = "post" if options["post"] else "get"
     return {name: value for name, value in more.items() if value is not None}
 
 
@@ -750,11 +754,10 @@ class _Call:
         self.headers = options.get("headers")
         if self.headers:
             self.headers = _convert("headers", _parse_headers, self.headers)
-        own = {name: options[name] for name in _SETTINGS_OF_A_CALL if name in options}
-        for name, value in own.items():
-            own[name] = _convert(name, _CLIENT_SETTINGS[name].convert, value)
-        if "post" in options:
-            own["method"] = "post" if options["post"] else "get"
+        own = {}
+        for name in _OWN_SETTINGS + ("fetch_result", "method"):
+            if options.get(name) is not None:
+                own[name] = _convert(name, _CLIENT_SETTINGS[name].convert, options[name])
         # The client's are at every moment as they are then.
         self.settings = collections.ChainMap(own, client._settings) if own else client._settings
         self.reads = only_reads(command)
@@ -1294,14 +1297,6 @@ async def _send_with_retries(client, call):
 _Login = collections.namedtuple("_Login", "key cookies header")
 
 
-class _LogInAttempt:
-    """One caller's attempt to log in, which others wait for."""
-
-    def __init__(self, until):
-        self.until = until  # when it is over, or given up
-        self.error = None
-
-
 class _Server:
     """Keeps what was learned about the server behind one endpoint, as one user."""
 
@@ -1311,7 +1306,7 @@ class _Server:
         self.post_only = False  # commands that change something must be POST
         self.page_limit = PAGE_SIZE
         self.login = None  # a _Login, while there is a session
-        self.attempt = _LogInAttempt(float("-inf"))  # the last one
+        self.attempt = {"until": float("-inf")}  # the last one to log in: its end, its error
         self.lock = threading.Lock()
         self.jobs = _JobList()
 
@@ -1327,23 +1322,23 @@ async def _current_login(client):
             if server.login is not None:
                 return server.login
             attempt, now = server.attempt, _clock()
-            is_mine = now >= attempt.until
+            is_mine = now >= attempt["until"]
             if is_mine:
-                attempt = server.attempt = _LogInAttempt(now + 10 * client._settings["timeout"])
+                attempt = server.attempt = {"until": now + 10 * client._settings["timeout"]}
         if is_mine:
             try:
                 login = server.login = await _log_in(client)
                 return login
             except CloudStackException as error:
-                attempt.error = error
+                attempt["error"] = error
                 raise
             finally:
-                attempt.until = 0.0
+                attempt["until"] = float("-inf")
         await client._pause(SHORTEST_POLL)
-        if attempt.error is not None:
+        if "error" in attempt:
             import copy
 
-            raise copy.copy(attempt.error)  # each caller writes its own job's id on it
+            raise copy.copy(attempt["error"])  # each caller writes its own job's id on it
 
 
 async def _log_in(client):
@@ -1526,11 +1521,7 @@ async def _run_command(client, command, params, options):
     """Carry out a whole call: returns the answer, all rows of a list, or the result of a job.
 
     The option as_pages asks for the pages of a list, params holds more parameters."""
-    fetch_list, fetch_result = options["fetch_list"], options["fetch_result"]
-    if fetch_result is None:
-        fetch_result = client._settings["fetch_result"]
-    elif type(fetch_result) is not bool:
-        fetch_result = _convert("fetch_result", _parse_flag, fetch_result)
+    fetch_list = options["fetch_list"]
     if type(fetch_list) is not bool:
         fetch_list = _convert("fetch_list", _parse_flag, fetch_list)
     call = _Call(client, command, {**params, **options.get("params", {})}, options)
@@ -1546,7 +1537,7 @@ async def _run_command(client, command, params, options):
     else:
         answer = await _send_with_retries(client, call)
     # A submission's answer has a jobid and no status, which queryAsyncJobResult's own has.
-    if fetch_result and isinstance(answer, dict) and "jobid" in answer:
+    if call.settings["fetch_result"] and isinstance(answer, dict) and "jobid" in answer:
         if "jobstatus" not in answer:
             answer = await _await_job(client, call, answer["jobid"])
     return answer
