@@ -3251,8 +3251,7 @@ class DecodingTest(ProtocolCase):
         if says is not None:
             self.assertIs(cs.CloudStackException, type(played.error))
             self.assertRegex(str(played.error), rf"\AHTTP {status} Found: .*{says}")
-        for part in ("c4nary", "\x1b"):
-            self.assertNotIn(part, str(played.error))
+        self.assertNotRegex(str(played.error), "c4nary|\x1b")
 
     @each("response, expected", (answer("<listzonesresponse/>"), "<listzonesresponse/>"), (answer(""), ""),
           (answer("<errorresponse/>", 431), (cs.CloudStackApiException, "<errorresponse/>")))
@@ -3605,7 +3604,8 @@ class PagesTest(ProtocolCase):
             for total, requests in ((7, 1), (1148, 3), (1000, 3))],
           *[(3, {"key": key}, {}, 1) for key in ("asyncjobs", "api", "dataStoreProvider", "LdapConfiguration")],
           # Rows are never compared by their ids alone.
-          (1200, {"rows": THREE_ZONES}, {}, 3), (40, {"rows": TEN_IDS, "count": None}, {"pagesize": 10}, 5),
+          (1200, {"rows": THREE_ZONES}, {}, 3), (3, {"rows": THREE_ZONES[:3]}, {"pagesize": 1}, 4),
+          (40, {"rows": TEN_IDS, "count": None}, {"pagesize": 10}, 5),
           (25, {}, {"pagesize": 10}, 3), (25, {}, {"pageSize": "10"}, 3),
           # A lower limit than was asked for: 5.2.0 fails with the 431.
           (450, {"limit": 200}, {}, 4), (450, {"limit": 100}, {"pagesize": 250}, 6),
@@ -3682,8 +3682,7 @@ class PagesTest(ProtocolCase):
 
         with mock.patch.object(cs, "MOST_PAGES", 50):
             error = self.play(endless, how(pagesize=2)).error
-        self.assertIs(cs.CloudStackException, type(error))
-        self.assertIn("more than 50 pages", str(error))
+        self.assertRegex(repr(error), r"\ACloudStackException\(.*more than 50 pages")
 
     @each_way
     def test_a_short_page_ends_no_list_whose_count_promises_more(self, how):
@@ -3744,8 +3743,6 @@ class PagesTest(ProtocolCase):
         for number, sent in ((0, 0), (1, 1), (499, 1), (1, 2)):
             self.assertEqual(number, len(list(itertools.islice(rows, number))))
             self.assertEqual(sent, len(requests))
-        rows.close()
-        self.assertEqual(2, len(requests))
 
     @each("command", "deployVirtualMachine", "resetThings", "getUploadParamsForVolume")
     def test_a_changing_command_is_sent_once_whatever_its_answer_looks_like(self, command):
@@ -3878,10 +3875,9 @@ class JobsTest(ProtocolCase):
         self.assertEqual(["startVirtualMachine"] + ["queryAsyncJobResult"] * 2, played.commands)
         whole = dict({"jobid": "job-1", "jobstatus": status}, **more)
         expected = whole if more.get("jobresult") is None else more["jobresult"]
-        told = (type(error), error.args, error.error, error.jobid, error.job_failed, error.jobinstanceid)
-        self.assertEqual((cs.CloudStackApiException, ("Job failure",), expected, "job-1", True,
-                          more.get("jobinstanceid")), told)
-        self.assertIs(False, error.outcome_unknown)
+        told = (type(error), error.args, error.error, error.jobid, error.job_failed, error.outcome_unknown)
+        self.assertEqual((cs.CloudStackApiException, ("Job failure",), expected, "job-1", True, False), told)
+        self.assertEqual(more.get("jobinstanceid"), error.jobinstanceid)
         self.assertEqual((f"Job failure, error: {expected}", response.json()), (str(error), error.response.json()))
 
     @each("script, params, value", *[(one(document), {}, document) for document in (
@@ -3959,8 +3955,7 @@ class JobsTest(ProtocolCase):
     def test_everything_raised_after_the_submission_carries_the_job_s_id(self, script, jobid):
         for kind in KINDS:
             with self.assertRaises(BaseException) as caught:
-                error = self._play_one(kind(ENDPOINT, "k", "s", job_timeout=0), script, started()).error
-                raise error
+                raise self._play_one(kind(ENDPOINT, "k", "s", job_timeout=0), script, started()).error
             self.assertEqual(jobid, getattr(caught.exception, "jobid", None), kind)
 
     @each("jobid, sent", (5, "5"), ("a b/\xfc~", "a b/\xfc~"), ("", ""), (None, "None"), (True, "True"), ([], "[]"),
@@ -3991,7 +3986,7 @@ class JobsTest(ProtocolCase):
                            lambda client: clients.append(client) or started()(client))
         self.assertEqual([0.1, 0.05, 0.05], played.pauses)
 
-    @each("script, options, settings, expected", ([PENDING, DONE], {}, {}, MACHINE),
+    @each("script, options, settings, expected", *[([PENDING, DONE], {"json": json}, {}, MACHINE) for json in (1, 0)],
           ([looked(2)], {}, {}, cs.CloudStackApiException), ([api_error(431, "Unable to find")], {},
           {}, cs.CloudStackApiException), ([PENDING], {}, {"job_timeout": 5}, cs.CloudStackJobTimeout),
           ([PENDING], {"job_timeout": 5}, {}, cs.CloudStackJobTimeout))
