@@ -260,7 +260,7 @@ def sign(params, secret):
     """Return the signature of {name: text}: base64, not yet percent-encoded.
 
     As ApiServer.verifyRequest computes it: sorted by the raw name, values encoded but names not,
-    the whole lower-cased, HMAC-SHA1. _Request.prepare() calls it, after it has added the expiry."""
+    the whole lower-cased, HMAC-SHA1. Request.prepare() calls it, after it has added the expiry."""
     names = sorted(params)
     if max("".join(params), default="") > "\uffff":
         # Java compares UTF-16 code units, which is Python's order but for such characters.
@@ -392,7 +392,7 @@ class CloudStack:
         return _tls_files(*[self._settings[name] for name in _TLS_SETTINGS])[1]
 
     def _request(
-        self, command: str, json=True, opcode_name="command", fetch_list=False, headers=None,
+        self, command, json=True, opcode_name="command", fetch_list=False, headers=None,
         fetch_result=None, _options=None, **params
     ):  # fmt: skip
         """Carry out a command: all of them come through here, so that a subclass can step in.
