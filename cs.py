@@ -718,13 +718,9 @@ _CHANGING = ("getuploadparamsfor", "getdiagnosticsdata", "listandswitchsamlaccou
 @functools.lru_cache(maxsize=1024)
 def only_reads(command):
     """Return whether a command may be repeated: it is known to read and changes nothing."""
-    return _may_get(command) and not command.lower().startswith(_CHANGING)
-
-
-def _may_get(command):
-    """Return whether the server takes a command by GET, whatever its settings are."""
     lower = command.lower()
-    return lower in _READING_TOO or (lower.startswith(_READING) and lower not in _READING)
+    is_get = lower in _READING_TOO or (lower.startswith(_READING) and lower not in _READING)
+    return is_get and not lower.startswith(_CHANGING)
 
 
 class _Call:
@@ -959,7 +955,7 @@ def _build_request(client, call, login=None, post=False):
         request.headers = _merge_headers(request.headers, settings["headers"], call.headers or {})
 
     # The integration port does not read bodies: an anonymous request keeps its secrets in the URL.
-    required = call.is_secret or (server.post_only and not _may_get(call.command))
+    required = call.is_secret or (server.post_only and not call.reads)
     if not request.anonymous and (post or required or settings["method"] == "post"):
         request.method = "POST"
     return request
@@ -1406,7 +1402,7 @@ async def _fetch_pages(client, call, ahead=1, most=None):
     page = _read_number(call, "page", 1)
     size = _read_number(call, "pagesize", client._server.page_limit)
     first = previous = None
-    seen = total = skip = pages = 0
+    seen, total, skip, pages = (page - 1) * size, 0, 0, 0  # seen: the rows before are, too
     while True:
         # Only a full page and a count above it promise more; the last page may be full, too.
         is_sure = previous is not None and len(previous) >= size and total > seen
@@ -1419,6 +1415,7 @@ async def _fetch_pages(client, call, ahead=1, most=None):
                 raise
             page, skip = 1 + (page - 1) * size // limit, (page - 1) * size % limit
             client._server.page_limit = size = limit  # for the client's other lists, too
+            seen -= skip
             continue
 
         for answer in answers:

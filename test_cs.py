@@ -2473,7 +2473,10 @@ class SeamTest(ProtocolCase):
            [("Sent",), ("Answered", 200, 0), ("Rows", "listThings", 500, 700),
             ("Sent",), ("Answered", 200, 0), ("Rows", "listThings", 700, 700)]),
           (list_server(700, count=None), lambda client: client.pages("listThings", {"page": 2}),
-           [("Sent",), ("Answered", 200, 0), ("Rows", "listThings", 200, None)]),
+           [("Sent",), ("Answered", 200, 0), ("Rows", "listThings", 700, None)]),
+          (list_server(700, limit=300), lambda client: client.pages("listThings", {"page": 2, "pagesize": 500}),
+           [("Sent",), ("Answered", 431, 0), ("Sent",), ("Answered", 200, 0), ("Rows", "listThings", 600, 700),
+            ("Sent",), ("Answered", 200, 0), ("Rows", "listThings", 700, 700)]),
           ([SUBMITTED, PENDING, a_while_later(0.25, api_error(503)), DONE], asking("startThing", fetch_result=True),
            [("Sent",), ("Answered", 200, 0), ("Waiting", "startThing", "job-1", 0),
             ("Sent",), ("Answered", 200, 0), ("Waiting", "startThing", "job-1", 0),
@@ -3191,9 +3194,9 @@ class PagesTest(ProtocolCase):
         played = self.rows(list_server(total, **habits), how(**params), expected, requests)
         self.assertEqual(requests, len(played.requests), played.column("page"))
 
-    @each("params, limit, first, most", ({"page": 2, "pagesize": 100}, 500, 100, 10), ({"page": 2}, 500, 500, 2),
-          ({"Page": "2", "pageSize": "400"}, 500, 400, 3), ({"page": 2, "pagesize": 200}, 100, 200, 10),
-          ({"page": 2, "pagesize": 500}, 300, 500, 5))
+    @each("params, limit, first, most", ({"page": 2, "pagesize": 100}, 500, 100, 9), ({"page": 2}, 500, 500, 1),
+          ({"Page": "2", "pageSize": "400"}, 500, 400, 2), ({"page": 2, "pagesize": 200}, 100, 200, 9),
+          ({"page": 2, "pagesize": 500}, 300, 500, 4))
     @each_way
     def test_a_given_page_is_where_the_rows_begin_under_a_lower_limit_too(self, how, params, limit, first, most):
         self.rows(list_server(930, limit=limit), how(**params), rows_of(first, 930), most)
