@@ -472,7 +472,9 @@ class CloudStack:
         """Wait for a job that was submitted earlier, as fetch_result does; returns its result.
 
         The options are those of call()."""
-        return self._drive(_resume_wait(self, jobid, _given_options(options)))
+        options = _given_options(options)
+        call = _Call(self, "queryAsyncJobResult", {"jobid": str(jobid)}, options)
+        return self._drive(_await_job(self, call, jobid))
 
     def close(self):
         """End the session, if there is one, and close the connections.
@@ -571,12 +573,9 @@ def _submit_work(workers, function, argument):
     Context variables are those of the caller. Raises CloudStackConnectionError if the system has no
     thread left to give; what was submitted may then be run all the same."""
     work = functools.partial(function, argument)
-    try:
-        from contextvars import copy_context
-    except ImportError:  # before Python 3.7
-        pass
-    else:
-        work = functools.partial(copy_context().run, work)
+    contextvars = sys.modules.get("contextvars")  # whoever has such variables has imported it
+    if contextvars is not None:
+        work = functools.partial(contextvars.copy_context().run, work)
     try:
         return workers.submit(work)
     except RuntimeError as error:
@@ -1143,12 +1142,6 @@ def find_rows(answer):
     return None if set(answer) - {"count"} else []  # nothing but a count is an empty list
 
 
-def _count_of(answer):
-    """Return the number of rows that an answer says there are; 0 if it says none."""
-    count = answer.get("count")
-    return count if isinstance(count, int) else 0
-
-
 def dicts(value):
     """Return the dicts in a list; none for anything else."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
@@ -1428,8 +1421,9 @@ async def _fetch_pages(client, call, ahead=1, most=None):
             if pages > MOST_PAGES:
                 raise _unexpected(f"a list of more than {MOST_PAGES} pages")
             seen += len(rows)
-            if _count_of(answer) > len(rows):
-                total = _count_of(answer)
+            count = answer.get("count")
+            if isinstance(count, int) and count > len(rows):
+                total = count
             client._notify(Rows(call.command, seen, total or None))
             yield rows[skip:] if skip else rows
             if len(rows) > size or (len(rows) < size and seen >= total) or pages == most:
@@ -1746,12 +1740,6 @@ def _read_job(answer, poll, call):
     failure.jobinstancetype = answer.get("jobinstancetype")
     _set_shown(call, failure)
     raise failure
-
-
-async def _resume_wait(client, jobid, options):
-    """Wait for a job that was submitted earlier."""
-    call = _Call(client, "queryAsyncJobResult", {"jobid": str(jobid)}, options)
-    return await _await_job(client, call, jobid)
 
 
 _TELLING_APART = (  # fields that show which of several rows of one name is meant

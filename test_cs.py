@@ -3746,6 +3746,14 @@ class JobsAtOnceTest(JumpingCase):
         self.assertLess(self.count("listAsyncJobs"), (self.loop.time() - 1000) / 0.1)
         self.assertLess(self.count("queryAsyncJobResult"), 200 * 2)
 
+    def test_the_shared_list_is_tied_to_no_event_loop(self):
+        client = self.client()
+        for _ in range(2):
+            old, self.loop = self.loop, JumpingLoop()
+            self.loop.clock.now = old.time()
+            old.close()
+            self.check(6, client)
+
 
 # === [4.7] protocol: recovery =========================================================================================
 
