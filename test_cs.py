@@ -5106,11 +5106,11 @@ class SessionTest(TransportCase):
         self.assertNotIn("signature=", "".join(all_texts(ours)))
 
     @each("kind, raised, seen", (cs.CloudStack, KeyboardInterrupt, KeyboardInterrupt),
-          (cs.CloudStack, StopIteration, StopIteration), (cs.AIOCloudStack, StopIteration, RuntimeError),
+          *[(kind, StopIteration, RuntimeError) for kind in KINDS],
           *[(kind, error, error) for error in (AssertionError, ValueError, RuntimeError) for kind in KINDS])
     def test_what_it_raises_of_its_own_is_passed_on_as_it_is(self, kind, raised, seen):
         """A mock's AssertionError, and what may be a mistake in the session. (A mock's end is a StopIteration, which no
-        future lets through: a RuntimeError says so.)"""
+        coroutine lets through: a RuntimeError says so.)"""
         client = self.through(raised("its own"), kind=kind, retry=2, retry_backoff=0)
         error = self.raised(seen, self.call, client, "deployVirtualMachine")
         self.assertEqual(seen is raised, str(error) == "its own")
