@@ -1353,7 +1353,7 @@ async def _close(client, send):
     client._forget()
 
 
-# 4.5 Pages: all rows of a list.
+# 4.5 Pages: all rows of a list, and the one that has a name.
 
 
 def _is_same_page(rows, page):
@@ -1494,6 +1494,61 @@ def _without_repeats(rows):
     except (KeyError, TypeError):  # rows without an id are not compared
         return rows
     return list({jsonlib.dumps(row, sort_keys=True): row for row in rows}.values())
+
+
+_TELLING_APART = (  # fields that show which of several rows of one name is meant
+    "path zonename domain project account vpcname vmname volumename state created".split()
+)
+
+
+def row_names(row):
+    """Return the names of a row; a domain's path is one, a user has but the one to log in with."""
+    names = [row.get("name"), row.get("displayname")]
+    if re.match(r"ROOT(/|\Z)", str(row.get("path"))):
+        names += [row["path"], row["path"][4:] or "/"]
+    names = [name for name in names if name] or [row.get("username"), row.get("ipaddress")]
+    return list(dict.fromkeys(name for name in names if isinstance(name, str)))
+
+
+def rows_named(rows, name):
+    """Return the rows of a name, one for each id; if none has it as it is spelled, in any case."""
+    for to in (str, str.lower):
+        found = [row for row in rows if to(name) in map(to, row_names(row))]
+        if found:
+            break
+    return list({str(row["id"]): row for row in found}.values())
+
+
+def pick_row(list_command, name, rows, found=None):
+    """Return the one row that has a name; found: the rows that do, if that is known better.
+
+    Raises LookupError, which lists the candidates: these, or those of names like it."""
+    rows = [row for row in dicts(rows) if "id" in row]
+    found = rows_named(rows, name) if found is None else found
+    if len(found) == 1:
+        return found[0]
+    text = f"{list_command} has {len(found) or 'nothing'} of this name"
+    near = found or _rows_like(rows, name)
+    if not near:
+        raise LookupError(text)
+    fields = [key for key in _TELLING_APART if len({str(row.get(key)) for row in near}) > 1]
+    lines = [text + "; did you mean one of these? Give its id:"]
+    for row in near[:10]:
+        facts = ", ".join(f"{key} {row[key]}" for key in fields if key in row)
+        lines.append(f"  {row['id']}  {' / '.join(row_names(row))}  {facts}".rstrip())
+    lines += [f"  and {len(near) - 10} more"] if len(near) > 10 else []
+    raise LookupError("\n    ".join(escape_unprintable(line.replace("\n", " ")) for line in lines))
+
+
+def _rows_like(rows, name):
+    """Return the rows whose names are like a name, or hold it."""
+    import difflib
+
+    names = {other.lower() for row in rows for other in row_names(row)}
+    near = difflib.get_close_matches(name.lower(), names)
+    near += [other for other in names if name.lower() in other]
+    found = [row for row in rows if set(near) & set(map(str.lower, row_names(row)))]
+    return list({str(row["id"]): row for row in found}.values())
 
 
 # 4.6 Jobs: submit, poll, wait.
@@ -1738,61 +1793,6 @@ async def _resume_wait(client, jobid, options):
     """Wait for a job that was submitted earlier."""
     call = _Call(client, "queryAsyncJobResult", {"jobid": str(jobid)}, options)
     return await _await_job(client, call, jobid)
-
-
-_TELLING_APART = (  # fields that show which of several rows of one name is meant
-    "path zonename domain project account vpcname vmname volumename state created".split()
-)
-
-
-def row_names(row):
-    """Return the names of a row; a domain's path is one, a user has but the one to log in with."""
-    names = [row.get("name"), row.get("displayname")]
-    if re.match(r"ROOT(/|\Z)", str(row.get("path"))):
-        names += [row["path"], row["path"][4:] or "/"]
-    names = [name for name in names if name] or [row.get("username"), row.get("ipaddress")]
-    return list(dict.fromkeys(name for name in names if isinstance(name, str)))
-
-
-def rows_named(rows, name):
-    """Return the rows of a name, one for each id; if none has it as it is spelled, in any case."""
-    for to in (str, str.lower):
-        found = [row for row in rows if to(name) in map(to, row_names(row))]
-        if found:
-            break
-    return list({str(row["id"]): row for row in found}.values())
-
-
-def pick_row(list_command, name, rows, found=None):
-    """Return the one row that has a name; found: the rows that do, if that is known better.
-
-    Raises LookupError, which lists the candidates: these, or those of names like it."""
-    rows = [row for row in dicts(rows) if "id" in row]
-    found = rows_named(rows, name) if found is None else found
-    if len(found) == 1:
-        return found[0]
-    text = f"{list_command} has {len(found) or 'nothing'} of this name"
-    near = found or _rows_like(rows, name)
-    if not near:
-        raise LookupError(text)
-    fields = [key for key in _TELLING_APART if len({str(row.get(key)) for row in near}) > 1]
-    lines = [text + "; did you mean one of these? Give its id:"]
-    for row in near[:10]:
-        facts = ", ".join(f"{key} {row[key]}" for key in fields if key in row)
-        lines.append(f"  {row['id']}  {' / '.join(row_names(row))}  {facts}".rstrip())
-    lines += [f"  and {len(near) - 10} more"] if len(near) > 10 else []
-    raise LookupError("\n    ".join(escape_unprintable(line.replace("\n", " ")) for line in lines))
-
-
-def _rows_like(rows, name):
-    """Return the rows whose names are like a name, or hold it."""
-    import difflib
-
-    names = {other.lower() for row in rows for other in row_names(row)}
-    near = difflib.get_close_matches(name.lower(), names)
-    near += [other for other in names if name.lower() in other]
-    found = [row for row in rows if set(near) & set(map(str.lower, row_names(row)))]
-    return list({str(row["id"]): row for row in found}.values())
 
 
 # 4.7 Recovery: the job of a command whose answer was lost is found by the id that the command gave
