@@ -1640,7 +1640,6 @@ class _JobWait:
     def __init__(self, client, call, jobid):
         self.client, self.settings, self.jobid = client, call.settings, jobid
         self.started = self.due = self.polled = _clock()
-        self.is_listed = False  # whether a list has shown the job, so that one without it tells
         self.failures = 0  # in a row
 
     def deadline(self):
@@ -1682,7 +1681,7 @@ class _JobWait:
         """Sleep until the job is to be polled by itself; a list of jobs may put that off."""
         self.notify(call)
         while True:
-            if self.is_listed and jobs.listed_at > self.polled and self.jobid not in jobs.pending:
+            if jobs.listed_at > self.polled and self.jobid not in jobs.pending:
                 return
             interval = self.settings["poll_interval"]
             direct = min(self.deadline(), self.polled + DIRECT_POLL * max(SHORTEST_POLL, interval))
@@ -1692,10 +1691,9 @@ class _JobWait:
                     await jobs.refresh(self.client, call, jobs.step())
                 if not may_list or self.jobid not in jobs.pending:
                     return
-                self.is_listed = True
                 self.set_due(_clock())
                 self.notify(call)
-            elif may_list and self.is_listed:
+            elif may_list and self.jobid in jobs.pending:
                 await jobs.refresh(self.client, call, jobs.lifetime(interval))
                 await self.client._pause(min(self.seconds_left(), jobs.step()))
             else:

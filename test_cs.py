@@ -3160,7 +3160,7 @@ def iterated(**params):
 each_way = each("how", fetched, iterated)
 THREE_ZONES = [{"id": f"t{number // 3}", "zone": number % 3} for number in range(1200)]  # as listTemplates has them
 LIMIT = "Page size can't exceed max allowed page size value: "
-TEN_IDS = [{"id": str(number % 10), "zoneid": number // 10, "isready": True} for number in range(40)]
+TEN_IDS = [{"id": str(number % 10), "zonename": str(number // 10), "isready": True} for number in range(40)]
 
 
 class PagesTest(ProtocolCase):
@@ -3524,6 +3524,7 @@ class JobsTest(ProtocolCase):
         error = played.error
         self.assertEqual((code, "job-1", False, False), (error.error["errorcode"], error.jobid, error.job_failed,
                                                          error.outcome_unknown))
+        self.assertIs(code != 431, "job job-1 may still run" in str(error))  # which knows no such job
 
     @each("script, jobid", ([silent()], None), ([api_error(533)], None), ([answer("<html>")], None),
           *[([SUBMITTED, afresh(error)], "job-1") for error in (
@@ -3676,6 +3677,12 @@ class JobsAtOnceTest(JumpingCase):
         self.listing = lambda params: listed
         self.check(6, retry=3)
         self.assertLessEqual(self.count("listAsyncJobs"), most)
+
+    def test_a_list_that_never_helped_is_asked_for_twice_a_minute_all_the_same(self):
+        self.strangers, self.hidden = ["stranger"], {f"job-{number:04}" for number in range(5)}
+        self.lasts = lambda number: 300
+        self.check(5)
+        self.assertTrue(8 < self.count("listAsyncJobs") < 16, self.count("listAsyncJobs"))
 
     def test_passing_trouble_with_the_list_is_no_trouble_for_the_jobs(self):
         troubles = [silent(), lost(), answer("<html>", 502), api_error(503), api_error(429), unsent()]
