@@ -1613,7 +1613,7 @@ class _JobList:
         if now - self.asked_at < age:
             return
         self.asked_at = now
-        listing = _Call(client, "listAsyncJobs", {}, dict(call.options, retry=0))
+        listing = _make_poll(client, call, "listAsyncJobs")
         listing.total = max(1.0, call.settings["poll_interval"])  # a slower one is no use
         most = len(self.waiting) // 4  # pages that are worth it
         seconds = self.USELESS
@@ -1700,10 +1700,9 @@ class _JobWait:
                 await self.client._pause(self.seconds_left())
 
 
-def _make_poll(client, call, jobid):
-    """Return the call that polls a job, as the call that started it was sent. Raises ValueError."""
-    options = dict(call.options, json=True, retry=0)
-    return _Call(client, "queryAsyncJobResult", {"jobid": str(jobid)}, options)
+def _make_poll(client, call, command="queryAsyncJobResult", **params):
+    """Return a call that polls, sent as the call that started the job was. Raises ValueError."""
+    return _Call(client, command, params, dict(call.options, json=True, retry=0))
 
 
 async def _await_job(client, call, jobid):
@@ -1712,7 +1711,7 @@ async def _await_job(client, call, jobid):
     waiting.append(str(jobid))
     try:
         try:
-            poll = _make_poll(client, call, jobid)
+            poll = _make_poll(client, call, jobid=str(jobid))
         except ValueError as error:
             raise _unexpected(str(error)) from None
         return await _poll_until_done(client, call, poll)
@@ -1817,7 +1816,7 @@ async def _find_job(client, call, lost):
 
     Raises the error by which the answer was lost, once the server has not known the job for
     `timeout` seconds in a row."""
-    poll = _make_poll(client, call, call.job_id)
+    poll = _make_poll(client, call, jobid=call.job_id)
     wait = _JobWait(client, call, call.job_id)
     unknown_since = None
     while True:
