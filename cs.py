@@ -280,10 +280,11 @@ def _join_query(params):
 # --- 3 clients ------------------------------------------------------------------------------------
 
 # What CloudStack.on_event is called with. A request is a Request (prepare() describes it).
+# Of Rows, seen counts those before a given first page, too; total is None if it is not known.
 Sent = collections.namedtuple("Sent", "request")
 Answered = collections.namedtuple("Answered", "request response seconds")
 Failed = collections.namedtuple("Failed", "request error seconds")
-Rows = collections.namedtuple("Rows", "command seen total")  # total: None if it is not known
+Rows = collections.namedtuple("Rows", "command seen total")
 Waiting = collections.namedtuple("Waiting", "command jobid seconds")
 
 
