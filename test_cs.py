@@ -2196,11 +2196,12 @@ class ErrorsTest(ProtocolCase):
 
     def test_the_server_s_words_are_shown_without_the_secrets_of_the_request(self):
         text = "the password c4nary-1 of c4nary-secret and c4nary-key is wrong"
-        error = self.play([api_error(431, text)], asking("createUser", password="c4nary-1"), key="c4nary-key",
-                          secret="c4nary-secret").error
-        self.assertRegex(str(error), r"the password \S+ of \S+ and \S+ is wrong")
-        self.assertNotIn("c4nary", str(error))
-        self.assertEqual(text, error.error["errortext"])
+        for script in ([api_error(431, text)], [SUBMITTED, looked(2, jobresult={"errortext": text})]):
+            error = self.play(script, asking("createUser", password="c4nary-1", fetch_result=True), key="c4nary-key",
+                              secret="c4nary-secret").error
+            self.assertRegex(str(error), r"the password \S+ of \S+ and \S+ is wrong")
+            self.assertNotIn("c4nary", str(error))
+            self.assertEqual(text, error.error["errortext"])
 
 
 # === [2] parameters and signature =====================================================================================
