@@ -3180,7 +3180,8 @@ class PagesTest(ProtocolCase):
           *[(3, {"key": key}, {}, 1) for key in ("asyncjobs", "api", "dataStoreProvider", "LdapConfiguration")],
           # Rows are never compared by their ids alone.
           (1200, {"rows": THREE_ZONES}, {}, 3), (3, {"rows": THREE_ZONES[:3]}, {"pagesize": 1}, 4),
-          (40, {"rows": TEN_IDS, "count": None}, {"pagesize": 10}, 5), (12, {"rows": list("abcdefghijkl")}, {"pagesize": 5}, 3),
+          (40, {"rows": TEN_IDS, "count": None}, {"pagesize": 10}, 5),
+          (12, {"rows": list("abcdefghijkl")}, {"pagesize": 5}, 3),
           (25, {}, {"pagesize": 10}, 3), (25, {}, {"pageSize": "10"}, 3),
           # A lower limit than was asked for: 5.2.0 fails with the 431.
           (450, {"limit": 200}, {}, 4), (450, {"limit": 100}, {"pagesize": 250}, 6),
