@@ -93,13 +93,11 @@ __all__ = [
 
 __version__ = "6.0.0"
 
-# Public functions are annotated; setup.py makes the wheel's type stub of them, which says more.
+# The types of public names stand in setup.py, which writes the wheel's stub.
 TYPE_CHECKING = False  # type checkers take it for true; importing typing costs milliseconds
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
     from typing import Any
-
-    from typing_extensions import Self  # type checkers bring it along
 
 # Tests replace these two: the clock that measures every duration, and the sleep between two steps.
 _clock = time.monotonic
@@ -142,7 +140,7 @@ class CloudStackException(Exception):
     jobinstancetype: "str | None" = None
     outcome_unknown = unsent = stale = job_failed = False
 
-    def __init__(self, *args: object, response: "Any" = None) -> None:
+    def __init__(self, *args, response=None):
         super().__init__(*args)
         self.response = response
 
@@ -154,9 +152,7 @@ class CloudStackException(Exception):
 class CloudStackApiException(CloudStackException):
     """The server refused a command, or a job failed: `error` holds its own words."""
 
-    def __init__(
-        self, *args: object, error: "Any" = None, response: "Any" = None
-    ) -> None:
+    def __init__(self, *args, error=None, response=None):
         super().__init__(*args, response=response)
         self.error = error
 
@@ -192,51 +188,44 @@ _LISTS = (list, tuple, set, frozenset)
 _UNSENDABLE = "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]"
 
 
-def flatten(params: "Mapping[str, Any]") -> "dict[str, str]":
+def flatten(params):
     """Turn keyword arguments into {name: text} as CloudStack wants them.
 
     Dicts and lists of dicts become `name[0].field`, other lists are joined by commas, booleans are
     true and false. None and empty lists are left out, an empty text is not. Raises ValueError that
     names the parameter and the type that cannot be sent, never the value."""
-    flat = {}
+    flat: dict = {}
     for name, value in params.items():
-        if type(value) is str:
-            flat[name] = value
-        elif isinstance(value, (dict,) + _LISTS):
-            flat.update(_flatten_container(name, value))
-        elif value is not None:
-            flat[name] = _encode_scalar(name, value)
+        pairs = [(name, value)] if type(value) is str else _flatten_value(name, value)
+        flat.update([pair for pair in pairs if pair[1] is not None])
     return flat
 
 
-def _flatten_container(name, value):
-    """Yield the (name, text) pairs of a dict, a list of dicts, or a list; none for an empty one."""
-    items = [value] if isinstance(value, dict) else [item for item in value if item is not None]
-    if any(isinstance(item, dict) for item in items):
-        for index, item in enumerate(items):
-            yield from _flatten_map(name, index, item)
-    elif items:
-        yield name, _join_list(name, value)
+def _flatten_value(name, value):
+    """Yield the (name, text) pairs of a parameter; text is None where there is nothing to send."""
+    entries = [value] if isinstance(value, dict) else value if isinstance(value, _LISTS) else []
+    entries = [entry for entry in entries if entry is not None]
+    if not any(isinstance(entry, dict) for entry in entries):
+        yield name, _encode_value(name, value)
+        return
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise ValueError(f"parameter {name!r}: {type(entry).__name__} among dicts")
+        for field, item in entry.items():
+            full = f"{name}[{index}].{field}"
+            yield full, _encode_value(full, item)
 
 
-def _flatten_map(name, index, entry):
-    """Yield (`name[index].field`, text) for each field of a dict that has a value."""
-    if not isinstance(entry, dict):
-        raise ValueError(f"parameter {name!r}: {type(entry).__name__} among dicts")
-    for field, value in entry.items():
-        full = f"{name}[{index}].{field}"
-        if not isinstance(value, _LISTS):
-            if value is not None:
-                yield full, _encode_scalar(full, value)
-        elif any(item is not None for item in value):
-            yield full, _join_list(full, value)
+def _encode_value(name, value):
+    """Return the text of a value or a list, None for nothing.
 
-
-def _join_list(name, values):
-    """Join a list with commas, which the server splits at without escaping or trimming."""
-    texts = [_encode_scalar(name, value) for value in values if value is not None]
-    # Sets have no order of their own: the same call must give the same bytes.
-    return ",".join(sorted(texts) if isinstance(values, (set, frozenset)) else texts)
+    The server splits lists at commas, without escaping or trimming."""
+    if not isinstance(value, _LISTS):
+        return None if value is None else _encode_scalar(name, value)
+    texts = [_encode_scalar(name, item) for item in value if item is not None]
+    if isinstance(value, (set, frozenset)):  # which have no order: the same call, the same bytes
+        texts.sort()
+    return ",".join(texts) if texts else None
 
 
 def _encode_scalar(name, value):
@@ -246,12 +235,9 @@ def _encode_scalar(name, value):
     makes of str(). The server takes nothing but "true", in any case, for true."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, int):
-        return int.__repr__(value)
-    if isinstance(value, float):
-        return float.__repr__(value)
+    for kind, convert in ((str, str.__str__), (int, int.__repr__), (float, float.__repr__)):
+        if isinstance(value, kind):
+            return convert(value)
     if isinstance(value, bytes):
         try:
             return bytes.decode(value, "utf-8")
@@ -260,7 +246,7 @@ def _encode_scalar(name, value):
     raise ValueError(f"parameter {name!r}: a value of type {type(value).__name__} cannot be sent")
 
 
-def cs_encode(value: "str | bytes") -> str:
+def cs_encode(value):
     """Percent-encode as the server does before it verifies a signature.
 
     That is Java's URLEncoder, then %20 for +: everything but A-Z a-z 0-9 . - _ * is encoded, `~`
@@ -270,7 +256,7 @@ def cs_encode(value: "str | bytes") -> str:
     return quote(value, safe="*").replace("~", "%7E")
 
 
-def sign(params: "Mapping[str, str]", secret: str) -> str:
+def sign(params, secret):
     """Return the signature of {name: text}: base64, not yet percent-encoded.
 
     As ApiServer.verifyRequest computes it: sorted by the raw name, values encoded but names not,
@@ -295,11 +281,22 @@ def _join_query(params):
 # --- 3 clients ------------------------------------------------------------------------------------
 
 # What CloudStack.on_event is called with. A request is a Request (prepare() describes it).
+# Of Rows, seen counts those before a given first page, too; total is None if it is not known.
 Sent = collections.namedtuple("Sent", "request")
 Answered = collections.namedtuple("Answered", "request response seconds")
 Failed = collections.namedtuple("Failed", "request error seconds")
-Rows = collections.namedtuple("Rows", "command seen total")  # total: None if it is not known
+Rows = collections.namedtuple("Rows", "command seen total")
 Waiting = collections.namedtuple("Waiting", "command jobid seconds")
+
+
+def _run(coroutine):
+    """Run a coroutine of the protocol whose every step is done at once; returns its result."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+    finally:
+        coroutine.close()
 
 
 class CloudStack:
@@ -340,14 +337,13 @@ class CloudStack:
         for name, setting in _CLIENT_SETTINGS.items():
             self.set_setting(name, setting.default if given[name] is None else given[name])
 
-    def get_setting(self, name: str) -> "Any":
+    def get_setting(self, name):
         """Return the value of a setting, by its name in SETTINGS. Raises KeyError for another.
 
         (Settings for the command line alone are not the client's.)"""
-        _CLIENT_SETTINGS[name]
         return getattr(self, name) if name in _ATTRIBUTES else self._settings[name]
 
-    def set_setting(self, name: str, value: "Any") -> None:
+    def set_setting(self, name, value):
         """Set a setting, by its name in SETTINGS.
 
         It is the only way for those that are not attributes, since subclasses use names such as
@@ -395,39 +391,34 @@ class CloudStack:
         return _tls_files(*[self._settings[name] for name in _TLS_SETTINGS])[1]
 
     def _request(
-        self, command: str, json=True, opcode_name="command", fetch_list=False, headers=None,
-        fetch_result=None, _options=None, **params: "Any"
-    ) -> "Any":  # fmt: skip
+        self, command, json=True, opcode_name="command", fetch_list=False, headers=None,
+        fetch_result=None, _options=None, **params
+    ):  # fmt: skip
         """Carry out a command: all of them come through here, so that a subclass can step in.
 
         Pages, polls and log-in do not. `_options` holds what call() and pages() add."""
-        controls = {
-            "json": json, "opcode_name": opcode_name, "headers": headers, "fetch_list": fetch_list,
-            "fetch_result": fetch_result, "_options": _options,
-        }  # fmt: skip
-        return self._drive(_run_command(self, command, params, controls))
+        options = dict(
+            _options or {}, json=json, opcode_name=opcode_name, fetch_list=fetch_list,
+            headers=headers, fetch_result=fetch_result
+        )  # fmt: skip
+        return self._drive(_run_command(self, command, params, options))
 
-    def call(
-        self, command: str, params: "Mapping[str, Any] | None" = None, *,
-        pages: "bool | None" = None,
-        wait: "bool | None" = None, **options: "Any"
-    ) -> "Any":  # fmt: skip
+    def call(self, command, params=None, *, pages=None, wait=None, **options):
         """Carry out a command with options of its own, and return what its method would.
 
         pages and wait are fetch_list and fetch_result. The options are json, opcode_name and
         headers as above, and in the place of the client's settings, None meaning these: timeout,
         retry, job_timeout, poll_interval and recover; post=True sends by POST. Raises TypeError
         for another option."""
-        arguments = _call_arguments(params, options, fetch_list=pages, fetch_result=wait)
-        return self._request(command, **arguments)
+        options = _given_options(options, fetch_list=pages, fetch_result=wait)
+        return self._request(command, **_request_arguments(params, options))
 
-    def pages(
-        self, command: str, params: "Mapping[str, Any] | None" = None, **options: "Any"
-    ) -> "Iterator[Any]":
+    def pages(self, command, params=None, **options):
         """Yield the rows of a list command page by page, as lists, with a page or two in memory.
 
         An answer that is not a list comes as a tuple that holds it. Options are those of call()."""
-        pages = self._request(command, **_call_arguments(params, options, as_pages=True))
+        options = _given_options(options, as_pages=True)
+        pages = self._request(command, **_request_arguments(params, options))
         while True:
             try:
                 rows = _run(pages.__anext__())
@@ -435,27 +426,23 @@ class CloudStack:
                 return
             yield rows
 
-    def iter_list(self, command: str, **params: "Any") -> "Iterator[Any]":
+    def iter_list(self, command, **params):
         """Yield the rows of a list command one by one, with a page or two in memory.
 
         An answer that is not a list is one row. Takes what the command itself takes."""
         for rows in self.pages(command, params):
             yield from rows
 
-    def prepare(
-        self, command: str, params: "Mapping[str, Any] | None" = None, **options: "Any"
-    ) -> "Request":
+    def prepare(self, command, params=None, **options):
         """Return the Request that a call would send now, signed: method, url, headers, ...
 
         masked_url() and masked_params() are what a person may see of it. Nothing is sent; of a
         session that would be needed, there is nothing in it."""
-        arguments = _call_arguments(params, options)
-        controls = {name: arguments.pop(name) for name in _CONTROLS if name in arguments}
-        request = _build_request(self, _Call(self, command, arguments, controls))
+        request = _build_request(self, _Call(self, command, params or {}, _given_options(options)))
         request.prepare()
         return request
 
-    def check(self) -> None:
+    def check(self):
         """Raise ValueError, which names them, for settings that do not go together."""
         settings = self._settings
         _check_endpoint(settings["endpoint"])
@@ -466,12 +453,11 @@ class CloudStack:
         if settings["cert_key"] is not None and settings["cert"] is None:
             raise ValueError("cert: missing, although cert_key is given; they go together")
         if settings["key"] is not None and settings["username"] is not None:
-            raise ValueError(
-                "username: given together with key; use key and secret, or username and password"
-            )
+            advice = "use key and secret, or username and password"
+            raise ValueError(f"username: given together with key; {advice}")
         self.__dict__["_checked"] = True
 
-    def find_id(self, list_command: str, name: str, **params: "Any") -> str:
+    def find_id(self, list_command, name, **params):
         """Return the id of the one row of a list that has this name; params are the command's own.
 
             zoneid = cs.find_id("listZones", "Zurich-1")
@@ -480,28 +466,22 @@ class CloudStack:
         rows = list(self.iter_list(list_command, **params))
         return str(pick_row(list_command, name, rows)["id"])
 
-    def wait_job(self, jobid: str, **options: "Any") -> "Any":
+    def wait_job(self, jobid, **options):
         """Wait for a job that was submitted earlier, as fetch_result does; returns its result.
 
         The options are those of call()."""
-        return self._drive(_resume_wait(self, jobid, _call_arguments(None, options)))
+        return self._drive(_resume_wait(self, jobid, _given_options(options)))
 
-    def close(self) -> None:
+    def close(self):
         """End the session, if there is one, and close the connections.
 
         The client may be used again."""
-        request = _end_session(self)
-        try:
-            if request:
-                self._exchange(request)
-        except CloudStackException:
-            pass
-        self._forget()
+        _run(_close(self, functools.partial(CloudStack._send, self)))
 
-    def __enter__(self) -> "Self":
+    def __enter__(self):
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, *exc_info):
         self.close()
 
     def _notify(self, event):
@@ -548,9 +528,8 @@ class CloudStack:
     def _server(self):
         """What was learned about the present endpoint, as the present user."""
         servers = self._kept.servers
-        settings = self._settings
         names = ("endpoint", "key", "username", "password", "domain")
-        user = tuple(settings[name] for name in names)
+        user = tuple([self._settings[name] for name in names])
         return servers.get(user) or servers.setdefault(user, _Server(user[0]))
 
     def _forget(self):
@@ -559,9 +538,7 @@ class CloudStack:
         if kept is not None:
             kept.close()
 
-    def _drive(self, coroutine):
-        """Return what a coroutine of the protocol returns; AIOCloudStack returns it as it is."""
-        return _run(coroutine)
+    _drive = staticmethod(_run)  # a coroutine of the protocol; AIOCloudStack's callers await it
 
     # What the protocol awaits. Here it is done at once, so that _run() ends at the first step.
 
@@ -591,47 +568,44 @@ def _submit_work(workers, function, argument):
 
     Context variables are those of the caller. Raises CloudStackConnectionError if the system has no
     thread left to give; what was submitted may then be run all the same."""
+    work = functools.partial(function, argument)
+    contextvars = sys.modules.get("contextvars")  # whoever has such variables has imported it
+    if contextvars is not None:
+        work = functools.partial(contextvars.copy_context().run, work)
     try:
-        return workers.submit(_with_context(function, argument))
+        return workers.submit(work)
     except RuntimeError as error:
         failure = CloudStackConnectionError("Cannot start a thread", str(error))
         failure.unsent = True
         raise failure from None
 
 
-def _run(coroutine):
-    """Run a coroutine of the protocol whose every step is done at once; returns its result."""
-    try:
-        coroutine.send(None)
-    except StopIteration as end:
-        return end.value
-    except RuntimeError as error:
-        if isinstance(error.__cause__, StopIteration):  # of a mock; no coroutine lets it pass
-            raise error.__cause__ from None
-        raise
-    finally:
-        coroutine.close()
+# The options of one call: control arguments, and settings in place of the client's.
+_CONTROLS = ("json", "opcode_name", "headers", "fetch_list", "fetch_result")
+_OWN_SETTINGS = ("timeout", "retry", "job_timeout", "poll_interval", "recover")
 
 
-_CONTROLS = ("json", "opcode_name", "headers", "fetch_list", "fetch_result", "_options")
-_OPTIONS_OF_A_CALL = ("timeout", "retry", "job_timeout", "poll_interval", "recover")
-
-
-def _call_arguments(params, options, as_pages=False, **controls):
-    """Return the keyword arguments for _request(). Raises TypeError for an unknown option."""
-    own: Any = {"as_pages": True} if as_pages else {}
-    for name, value in options.items():
-        if name in _CONTROLS[:3]:
-            controls[name] = value
-        elif name not in _OPTIONS_OF_A_CALL + ("post",):
+def _given_options(options, **more):
+    """Return the options that are not None. Raises TypeError for an unknown one."""
+    for name in options:
+        if name not in _CONTROLS[:3] + _OWN_SETTINGS + ("post",):
             raise TypeError(f"a call has no option {name!r}; parameters go in a dict")
-        elif value is not None and name == "post":
-            own["method"] = "post" if value else "get"
-        elif value is not None:
-            own[name] = _convert(name, _CLIENT_SETTINGS[name].convert, value)
-    controls["_options"] = own or None
-    given = {name: value for name, value in controls.items() if value is not None}
-    return {**(params or {}), **given}
+    more.update(options)
+    if more.pop("post", None) is not None:
+        more["method"] = "post" if options["post"] else "get"
+    return {name: value for name, value in more.items() if value is not None}
+
+
+def _request_arguments(params, options):
+    """Return the keyword arguments for _request(), where a subclass sees and may change them.
+
+    Parameters that are named like one of its arguments go beside the options, in `_options`."""
+    params, taken = dict(params or {}), _CONTROLS + ("self", "command", "_options")
+    named = {name: params.pop(name) for name in taken if name in params}
+    controls = {name: options.pop(name) for name in _CONTROLS if name in options}
+    if named:
+        options["params"] = named
+    return {**params, **controls, "_options": options or None}
 
 
 class AIOCloudStack(CloudStack):
@@ -641,36 +615,24 @@ class AIOCloudStack(CloudStack):
     of its own; waiting holds none. It is tied to no event loop. `async with` or `await aclose()`
     end a session and close connections, and may be left out."""
 
-    async def _request(  # type: ignore[override]
-        self, command: str, json=True, **params: "Any"
-    ) -> "Any":
-        return await super()._request(command, json, **params)
+    async def _request(self, command, *args, **params):
+        return await super()._request(command, *args, **params)
 
-    async def pages(  # type: ignore[override]  # the price of being a CloudStack
-        self, command: str, params: "Mapping[str, Any] | None" = None, **options: "Any"
-    ) -> "AsyncIterator[Any]":
-        async for rows in await self._request(
-            command, **_call_arguments(params, options, as_pages=True)
-        ):
+    async def pages(self, command, params=None, **options):
+        options = _given_options(options, as_pages=True)
+        async for rows in await self._request(command, **_request_arguments(params, options)):
             yield rows
 
-    async def iter_list(  # type: ignore[override]
-        self, command: str, **params: "Any"
-    ) -> "AsyncIterator[Any]":
+    async def iter_list(self, command, **params):
         async for rows in self.pages(command, params):
             for row in rows:
                 yield row
 
-    iter_list.__doc__ = CloudStack.iter_list.__doc__
-
-    async def find_id(  # type: ignore[override]
-        self, list_command: str, name: str, **params: "Any"
-    ) -> str:
+    async def find_id(self, list_command, name, **params):
         rows = [row async for row in self.iter_list(list_command, **params)]
         return str(pick_row(list_command, name, rows)["id"])
 
-    def _drive(self, coroutine):
-        return coroutine
+    _drive = staticmethod(lambda coroutine: coroutine)
 
     async def _send(self, request):
         """Send one request as asyncio.to_thread would, but in this client's own threads.
@@ -686,10 +648,8 @@ class AIOCloudStack(CloudStack):
             raise
 
     def _exchange_in_thread(self, request):
-        try:
-            return self._exchange(request)
-        except StopIteration as error:  # of a mock, or of on_event: no future takes it
-            raise RuntimeError("StopIteration was raised in an exchange") from error
+        # No future takes a StopIteration (of a mock, or of on_event), but no coroutine lets it out.
+        return _run(super()._send(request))
 
     async def _together(self, coroutines):
         import asyncio
@@ -702,30 +662,15 @@ class AIOCloudStack(CloudStack):
 
         await asyncio.sleep(seconds)
 
-    async def aclose(self) -> None:
+    async def aclose(self):
         """Do what close() does, without holding up the event loop."""
-        request = _end_session(self)
-        try:
-            if request:
-                await self._send(request)
-        except CloudStackException:
-            pass
-        self._forget()
+        await _close(self, self._send)
 
-    async def __aenter__(self) -> "Self":
+    async def __aenter__(self):
         return self
 
-    async def __aexit__(self, *exc_info: object) -> None:
+    async def __aexit__(self, *exc_info):
         await self.aclose()
-
-
-def _with_context(function, *args):
-    """Return the call, in a copy of the caller's context variables (which 3.6 does not have)."""
-    try:
-        from contextvars import copy_context
-    except ImportError:
-        return functools.partial(function, *args)
-    return functools.partial(copy_context().run, function, *args)
 
 
 # --- 4 protocol -----------------------------------------------------------------------------------
@@ -766,13 +711,9 @@ _CHANGING = ("getuploadparamsfor", "getdiagnosticsdata", "listandswitchsamlaccou
 @functools.lru_cache(maxsize=1024)
 def only_reads(command):
     """Return whether a command may be repeated: it is known to read and changes nothing."""
-    return _may_get(command) and not command.lower().startswith(_CHANGING)
-
-
-def _may_get(command):
-    """Return whether the server takes a command by GET, whatever its settings are."""
     lower = command.lower()
-    return lower in _READING_TOO or (lower.startswith(_READING) and lower not in _READING)
+    is_get = lower in _READING_TOO or (lower.startswith(_READING) and lower not in _READING)
+    return is_get and not lower.startswith(_CHANGING)
 
 
 class _Call:
@@ -780,28 +721,29 @@ class _Call:
 
     Raises ValueError for what the server would refuse: control characters."""
 
-    has_page = cancelled = False
-    expires = None
+    cancelled = False
     job_id = None  # the id its job gets, if the caller chooses it
-    total = None  # seconds for one exchange, if less than ten times the timeout
+    total = float("inf")  # seconds for one exchange, if less than ten times the timeout
     request: "Any" = None  # the last one
     response: "Any" = None  # the last answer
 
-    def __init__(self, client, command, params, controls=None):
+    def __init__(self, client, command, params, options=None):
         if not client._checked:
             client.check()
         params = flatten(params)
-        controls = controls or {}
         self.command = command
-        self.json = controls.get("json", True)
-        self.opcode_name = controls.get("opcode_name", "command")
-        self.headers = controls.get("headers")
+        self.options = options = options or {}
+        self.json = options.get("json", True)
+        self.opcode_name = options.get("opcode_name", "command")
+        self.headers = options.get("headers")
         if self.headers:
             self.headers = _convert("headers", _parse_headers, self.headers)
-        options = controls.get("_options")
-        self.settings = client._settings  # at every moment as they are then
-        if options:
-            self.settings = collections.ChainMap(options, self.settings)
+        own = {}
+        for name in _OWN_SETTINGS + ("fetch_result", "method"):
+            if options.get(name) is not None:
+                own[name] = _convert(name, _CLIENT_SETTINGS[name].convert, options[name])
+        # The client's are at every moment as they are then.
+        self.settings = collections.ChainMap(own, client._settings) if own else client._settings
         self.reads = only_reads(command)
         self.is_login = command.lower() == "login"
         self.is_secret = self.is_login or any(_secret_names(params))
@@ -811,13 +753,10 @@ class _Call:
             if not (name.isprintable() and text.isprintable()):  # which is faster than to search
                 _check_sendable(name, text)
             lower = name.lower()
-            if lower == "expires":
-                self.expires = text
-            elif lower not in dropped:
-                self.params[name] = text
-                self.has_page = self.has_page or lower == "page"
-        if self.has_page and self.get_param("pagesize") is None:
-            # The server refuses one without the other (431).
+            if lower not in dropped:
+                self.params["expires" if lower == "expires" else name] = text
+        names = set(map(str.lower, self.params))
+        if "page" in names and "pagesize" not in names:  # the server refuses it alone (431)
             self.set_params(pagesize=client._server.page_limit)
         if self.settings["recover"]:
             self.choose_job_id()
@@ -877,12 +816,10 @@ class Request:
     params are those of the query or form; masked_url() and masked_params() may be shown."""
 
     cancelled = anonymous = False
-    method: str = "GET"
-    url: "str | None" = None
-    body: "bytes | None" = None
-    params: "dict[str, str]"
-    headers: "dict[str, str]"
-    signing: "Any" = None  # (secret, expiration, expires), if it is to be signed
+    method = "GET"
+    url: "Any" = None
+    body: "Any" = None
+    signing: "Any" = None  # (secret, expiration), if it is to be signed
     deadline = 0.0  # when the exchange must be over
 
     def __init__(self, settings, call, params, secrets):
@@ -891,9 +828,7 @@ class Request:
         self.secrets = secrets  # values that must not be shown, beside those of secret parameters
         self.headers = {}
         self.timeout = settings["timeout"]
-        self.total = 10 * self.timeout
-        if call.total is not None:
-            self.total = min(call.total, self.total)
+        self.total = min(call.total, 10 * self.timeout)
         self.tls = tuple([settings[name] for name in _TLS_SETTINGS])
         self.limit = settings["max_response_size"]
         self._lock = threading.Lock()
@@ -905,8 +840,8 @@ class Request:
         This comes when the request is about to be sent, by which time a call of AIOCloudStack has
         its thread: one that waited for it longer than a signature is valid would be refused."""
         if self.signing is not None:
-            secret, expiration, expires = self.signing
-            seconds = expiration.total_seconds()
+            secret, expiration = self.signing
+            expires, seconds = self.params.get("expires"), expiration.total_seconds()
             if expires is None and seconds >= 0:
                 # The year 9999 is as far as the format goes.
                 moment = time.gmtime(min(time.time() + seconds, 253402300799))
@@ -930,7 +865,7 @@ class Request:
         address = mask_address(self.endpoint)
         return f"<Request {self.method} {address}?{_join_query(self.masked_params())}>"
 
-    def masked_url(self) -> str:
+    def masked_url(self):
         """Return the url as a person may see it."""
         url = mask_address(self.endpoint)
         if not urlsplit(self.endpoint).path:
@@ -939,7 +874,7 @@ class Request:
             return url
         return url + "?" + _join_query(self.masked_params())
 
-    def masked_params(self) -> "dict[str, str]":
+    def masked_params(self):
         """Return the parameters as a person may see them."""
         return mask_params(self.params)
 
@@ -999,23 +934,21 @@ def _build_request(client, call, login=None, post=False):
             del params[name]
         params["apiKey"] = settings["key"]
         request.secrets.append(settings["secret"])
-        request.signing = (settings["secret"], settings["expiration"], call.expires)
+        request.signing = (settings["secret"], settings["expiration"])
     else:
         # With a user name it is to get a session; prepare() shows it before there is one.
         request.anonymous = not call.is_login and settings["username"] is None
-    if call.expires is not None:
-        params["expires"] = call.expires
 
     # On the management host itself packing takes longer than the bytes it saves.
     packing = "identity" if server.is_loopback else "gzip"
     request.headers = {"User-Agent": "cs/" + __version__, "Accept-Encoding": packing}
     if login is not None and login.cookies:  # an empty header would hide those of a `session`
-        request.headers["Cookie"] = login.cookie_header()
+        request.headers["Cookie"] = login.header
     if settings["headers"] or call.headers:
         request.headers = _merge_headers(request.headers, settings["headers"], call.headers or {})
 
     # The integration port does not read bodies: an anonymous request keeps its secrets in the URL.
-    required = call.is_secret or (server.post_only and not _may_get(call.command))
+    required = call.is_secret or (server.post_only and not call.reads)
     if not request.anonymous and (post or required or settings["method"] == "post"):
         request.method = "POST"
     return request
@@ -1037,9 +970,8 @@ def _merge_headers(*maps):
 def _check_endpoint(endpoint):
     """Raise ValueError for an endpoint that cannot be used, without its secret parts."""
     if not endpoint:
-        raise ValueError(
-            "endpoint: missing; it is the URL of the API, such as https://host/client/api"
-        )
+        example = "https://host/client/api"
+        raise ValueError(f"endpoint: missing; it is the URL of the API, such as {example}")
     try:
         parts = urlsplit(endpoint)
         proper = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -1204,12 +1136,6 @@ def find_rows(answer):
     return None if set(answer) - {"count"} else []  # nothing but a count is an empty list
 
 
-def _count_of(answer):
-    """Return the number of rows that an answer says there are; 0 if it says none."""
-    count = answer.get("count")
-    return count if isinstance(count, int) else 0
-
-
 def dicts(value):
     """Return the dicts in a list; none for anything else."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
@@ -1234,7 +1160,7 @@ def _was_rejected(error):
 def _is_transient(error):
     """Return whether the same reading request may well succeed a little later.
 
-    For a command that changes something see _was_rejected, for a poll _poll_may_continue (4.6)."""
+    For a command that changes something see _was_rejected, for a poll _JobWait.may_continue."""
     if error.response is None:
         return isinstance(error, OSError)
     return _status_of(error) in (429, 502, 503, 504)
@@ -1261,7 +1187,7 @@ def _random():
     return random.random()
 
 
-def backoff(attempt: int, first: float) -> float:
+def backoff(attempt, first):
     """Return the seconds before retry number `attempt`, counted from 0.
 
     Exponential, half of it jitter, at most LONGEST_WAIT."""
@@ -1272,9 +1198,8 @@ def _retry_delay(call, error, attempt):
     """Return the seconds until a call may be sent again, or None if it may not.
 
     A command that changes something is sent again only if the server did not run it."""
-    if attempt >= call.settings["retry"] or call.cancelled:
-        return None
-    if not (error.unsent or _was_rejected(error) or (call.reads and _is_transient(error))):
+    may_run_again = error.unsent or _was_rejected(error) or (call.reads and _is_transient(error))
+    if attempt >= call.settings["retry"] or call.cancelled or not may_run_again:
         return None
     asked = _asked_delay(error)
     delay = max(asked, backoff(attempt, call.settings["retry_backoff"]))
@@ -1291,8 +1216,6 @@ def _wants_post(request, error):
 
 def _mark_outcome(call, error):
     """Set on the exception whether the command may have run."""
-    if error.outcome_unknown:
-        return
     answered = isinstance(error.error, dict) or 300 <= (_status_of(error) or 0) < 500
     error.outcome_unknown = not (call.reads or error.unsent or answered)
     status = _status_of(error)
@@ -1332,7 +1255,8 @@ async def _send_with_retries(client, call):
                 continue
             if login is not None and _status_of(error) == 401 and not renewed:
                 renewed = True
-                client._server.drop_login(login)
+                if client._server.login is login:  # nobody else has renewed it
+                    client._server.login = None
                 continue
             if call.reads and error.stale and not replayed:
                 replayed = True
@@ -1349,19 +1273,8 @@ async def _send_with_retries(client, call):
 # 4.4 Session: user name and password instead of key and secret; and what callers share.
 
 
-class _Login(collections.namedtuple("_Login", "key cookies")):
-    """A session: its key, and the cookies {name: value} that go beside it."""
-
-    def cookie_header(self):
-        return "; ".join(name + "=" + value for name, value in self.cookies.items())
-
-
-class _LogInAttempt:
-    """One caller's attempt to log in, which others wait for."""
-
-    def __init__(self, seconds):
-        self.until = _clock() + seconds  # when it is given up
-        self.error = None
+# A session: its key, and the cookies {name: value} that go beside it, in one header.
+_Login = collections.namedtuple("_Login", "key cookies header")
 
 
 class _Server:
@@ -1373,25 +1286,9 @@ class _Server:
         self.post_only = False  # commands that change something must be POST
         self.page_limit = PAGE_SIZE
         self.login = None  # a _Login, while there is a session
-        self.attempt = None  # the last _LogInAttempt
+        self.attempt = {"until": float("-inf")}  # the last one to log in: its end, its error
         self.lock = threading.Lock()
         self.jobs = _JobList()
-
-    def drop_login(self, login):
-        """Forget a session that the server refused, unless another caller has renewed it."""
-        with self.lock:
-            if self.login is login:
-                self.login = None
-
-    def join_log_in(self, seconds):
-        """Return (session, attempt, whether the attempt is this caller's): one of the first two."""
-        with self.lock:
-            if self.login is not None:
-                return self.login, None, False
-            is_mine = self.attempt is None or _clock() >= self.attempt.until
-            if is_mine:
-                self.attempt = _LogInAttempt(seconds)
-            return None, self.attempt, is_mine
 
 
 async def _current_login(client):
@@ -1401,52 +1298,62 @@ async def _current_login(client):
     passwords in a row would lock the account."""
     server = client._server
     while True:
-        login, attempt, is_mine = server.join_log_in(10 * client._settings["timeout"])
-        if login is not None:
-            return login
+        with server.lock:
+            if server.login is not None:
+                return server.login
+            attempt, now = server.attempt, _clock()
+            is_mine = now >= attempt["until"]
+            if is_mine:
+                attempt = server.attempt = {"until": now + 10 * client._settings["timeout"]}
         if is_mine:
             try:
                 login = server.login = await _log_in(client)
                 return login
             except CloudStackException as error:
-                attempt.error = error
+                attempt["error"] = error
                 raise
             finally:
-                attempt.until = 0.0
+                attempt["until"] = float("-inf")
         await client._pause(SHORTEST_POLL)
-        if attempt.error is not None:
+        if "error" in attempt:
             import copy
 
-            raise copy.copy(attempt.error)  # each caller writes its own job's id on it
+            raise copy.copy(attempt["error"])  # each caller writes its own job's id on it
 
 
 async def _log_in(client):
     """Log in and return the _Login. Raises CloudStackException for one that cannot be used."""
     params = {name: client._settings[name] for name in ("username", "password", "domain")}
-    params["domain"] = params["domain"] or "/"
-    call = _Call(client, "login", params)
+    call = _Call(client, "login", dict(params, domain=params["domain"] or "/"))
     answer = await _send_with_retries(client, call)
     key = answer.get("sessionkey") if isinstance(answer, dict) else None
     if not isinstance(key, str) or not key:
         raise _unexpected("login gave no session key", call.response)
-    login = _Login(key, call.response.cookies())
+    cookies = call.response.cookies()
+    header = "; ".join([name + "=" + value for name, value in cookies.items()])
     try:  # what comes from the server and goes out again is checked like a program's own
         _check_sendable("sessionkey", key)
-        _check_header("Cookie", login.cookie_header())
+        _check_header("Cookie", header)
     except ValueError:
         raise _unexpected("login gave a session that cannot be sent", call.response) from None
-    return login
+    return _Login(key, cookies, header)
 
 
-def _end_session(client):
-    """Return the request that ends the session, None without one.
+async def _close(client, send):
+    """End the session, if there is one, and close the connections.
 
-    The server ends it by itself after half an hour idle."""
+    A log-out that fails does not matter: the server ends a session after half an hour idle."""
     login, client._server.login = client._server.login, None
-    return login and _build_request(client, _Call(client, "logout", {}), login, post=True)
+    try:
+        if login:
+            request = _build_request(client, _Call(client, "logout", {}), login, post=True)
+            await send(request)
+    except CloudStackException:
+        pass
+    client._forget()
 
 
-# 4.5 Pages: all rows of a list.
+# 4.5 Pages: all rows of a list, and the one that has a name.
 
 
 def _is_same_page(rows, page):
@@ -1454,29 +1361,19 @@ def _is_same_page(rows, page):
 
     Rows are the same if they are equal, or go by the same ids and names while figures in them
     have moved. The id alone would not do: listTemplates repeats it for every zone."""
-    if len(rows) != len(page):
-        return False
-    if rows == page:
-        return True
-    if len(rows) < 2:  # a page of one row says too little
-        return False
-    return all(
-        isinstance(row, dict)
-        and isinstance(other, dict)
-        and row.get("id") is not None
-        and _identity(row) == _identity(other)
-        for row, other in zip(rows, page)
-    )
+    if len(rows) != len(page) or rows == page:
+        return rows == page
+    pairs = zip(map(_identity, rows), map(_identity, page))
+    # A page of one row says too little.
+    return len(rows) > 1 and all(one and one == other for one, other in pairs)
 
 
 def _identity(row):
-    """Return the part of a row that stays while its figures move."""
-    return {name: value for name, value in row.items() if name.endswith(("id", "name"))}
-
-
-def _identity_key(row):
-    """Return the same part as a text, which can be looked up among many."""
-    return jsonlib.dumps([row.get("id"), _identity(row)], sort_keys=True)
+    """Return the part of a row that stays while its figures move, as a text; None without an id."""
+    if not isinstance(row, dict) or row.get("id") is None:
+        return None
+    stays = {name: value for name, value in row.items() if name.endswith(("id", "name"))}
+    return jsonlib.dumps(stays, sort_keys=True)
 
 
 async def _fetch_pages(client, call, ahead=1, most=None):
@@ -1490,12 +1387,11 @@ async def _fetch_pages(client, call, ahead=1, most=None):
     page = _read_number(call, "page", 1)
     size = _read_number(call, "pagesize", client._server.page_limit)
     first = previous = None
-    seen = total = skip = pages = 0
-    failed = False  # whether the next page was one of a batch, and is to be asked for again
+    seen, total, skip, pages = (page - 1) * size, 0, 0, 0  # seen: the rows before are, too
     while True:
         # Only a full page and a count above it promise more; the last page may be full, too.
         is_sure = previous is not None and len(previous) >= size and total > seen
-        sure = min(ahead, (total - seen) // size + 1) if is_sure and not failed else 1
+        sure = min(ahead, (total - seen) // size + 1) if is_sure else 1
         try:
             answers = await _fetch_batch(client, call, range(page, page + sure), size)
         except CloudStackApiException as error:
@@ -1504,14 +1400,10 @@ async def _fetch_pages(client, call, ahead=1, most=None):
                 raise
             page, skip = 1 + (page - 1) * size // limit, (page - 1) * size % limit
             client._server.page_limit = size = limit  # for the client's other lists, too
+            seen -= skip
             continue
 
         for answer in answers:
-            failed = isinstance(answer, CloudStackException)
-            if failed:
-                if _retry_delay(call, answer, 0) is None:
-                    raise answer
-                break
             rows = find_rows(answer)
             if rows is None and first is None:
                 yield (answer,)
@@ -1521,8 +1413,9 @@ async def _fetch_pages(client, call, ahead=1, most=None):
             if pages > MOST_PAGES:
                 raise _unexpected(f"a list of more than {MOST_PAGES} pages")
             seen += len(rows)
-            if _count_of(answer) > len(rows):
-                total = _count_of(answer)
+            count = answer.get("count")
+            if isinstance(count, int) and count > len(rows):
+                total = count
             client._notify(Rows(call.command, seen, total or None))
             yield rows[skip:] if skip else rows
             if len(rows) > size or (len(rows) < size and seen >= total) or pages == most:
@@ -1531,9 +1424,9 @@ async def _fetch_pages(client, call, ahead=1, most=None):
 
 
 async def _fetch_batch(client, call, pages, size):
-    """Return the answers for these pages; instead of the first that failed, its exception.
+    """Return the answers for these pages, which are asked for at once, and without retries.
 
-    Several are asked for at once, without retries."""
+    The first that failed is then asked for again by itself, if that may be, and is the last."""
     if len(pages) == 1 or client._settings["session"] is not None:  # not safe in threads, perhaps
         return [await _send_with_retries(client, call.with_page(pages[0], size))]
     calls = [call.with_page(page, size, retry=0) for page in pages]
@@ -1543,8 +1436,9 @@ async def _fetch_batch(client, call, pages, size):
         for one in calls:
             one.cancel()
     for number, outcome in enumerate(outcomes):
-        if isinstance(outcome, CloudStackException):
-            return outcomes[: number + 1]
+        if isinstance(outcome, CloudStackException) and _retry_delay(call, outcome, 0) is not None:
+            again = call.with_page(pages[number], size)
+            return outcomes[:number] + [await _send_with_retries(client, again)]
         if isinstance(outcome, BaseException):
             raise outcome
     return outcomes
@@ -1583,8 +1477,8 @@ async def _collect_rows(client, call):
         if rows is None:
             rows = first = found
         else:
-            known = set(map(_identity_key, dicts(rows)))
-            new = [row for row in dicts(unique) if _identity_key(row) not in known]
+            known = set(map(_identity, rows))
+            new = [row for row in unique if _identity(row) not in known]
             rows = _without_repeats(rows) + new if new else rows
         if len(unique) == len(found) or (rows is not first and len(rows) >= len(first)):
             return rows
@@ -1599,291 +1493,7 @@ def _without_repeats(rows):
             return rows
     except (KeyError, TypeError):  # rows without an id are not compared
         return rows
-    seen: dict = {}  # {id: rows}
-    unique = []
-    for row in rows:
-        others = seen.setdefault(row["id"], [])
-        if row not in others:
-            others.append(row)
-            unique.append(row)
-    return unique
-
-
-# 4.6 Jobs: submit, poll, wait.
-
-
-async def _run_command(client, command, params, controls):
-    """Carry out a whole call: returns the answer, all rows of a list, or the result of a job.
-
-    `_options` among the controls are settings of this call, and as_pages: to return the pages."""
-    fetch_list, fetch_result = controls["fetch_list"], controls["fetch_result"]
-    as_pages = (controls["_options"] or {}).get("as_pages")
-    if fetch_result is None:
-        fetch_result = client._settings["fetch_result"]
-    elif type(fetch_result) is not bool:
-        fetch_result = _convert("fetch_result", _parse_flag, fetch_result)
-    if type(fetch_list) is not bool:
-        fetch_list = _convert("fetch_list", _parse_flag, fetch_list)
-    call = _Call(client, command, params, controls)
-    if as_pages:
-        if not call.reads:  # a second page would carry it out a second time
-            raise ValueError(f"{command} changes something; it cannot be read page by page")
-        return _fetch_pages(client, call)
-
-    if call.job_id is not None:
-        answer = await _submit(client, call)
-    elif fetch_list and call.reads:
-        answer = await _collect_rows(client, call)
-    else:
-        answer = await _send_with_retries(client, call)
-    # A submission's answer has a jobid and no status, which queryAsyncJobResult's own has.
-    if fetch_result and isinstance(answer, dict) and "jobid" in answer:
-        if "jobstatus" not in answer:
-            answer = await _await_job(client, call, answer["jobid"])
-    return answer
-
-
-class _JobList:
-    """The pending jobs, asked for once for all callers that wait for one.
-
-    A job that is not in the list is polled by itself, so that whatever the list leaves out (another
-    account's jobs, rows of further pages) costs a request and nothing else."""
-
-    FEWEST = 4  # waiters; for fewer, a poll for each is as cheap
-    USELESS = 30.0  # seconds to do without a list that does not help
-
-    def __init__(self):
-        self.waiting = []  # the ids of the jobs
-        self.pending: frozenset = frozenset()
-        self.asked_at = self.listed_at = self.off_until = float("-inf")
-        self.misses = 0  # lists in a row that did not help
-
-    def is_useful(self):
-        """Return whether there are enough waiters, and a list that helps."""
-        return len(self.waiting) >= self.FEWEST and _clock() >= self.off_until
-
-    def step(self):
-        """Return the least number of seconds between two lists, and between a waiter's looks."""
-        return max(SHORTEST_POLL, len(self.waiting) / 2000)
-
-    def is_old(self, poll_interval):
-        """Return whether the list is to be refreshed although nobody is due to poll.
-
-        All waiters together then send a quarter of the requests of one poll for each, or fewer."""
-        part = max(0.25, 4 / max(1, len(self.waiting)))
-        return _clock() - self.asked_at >= max(self.step(), part * poll_interval)
-
-    async def shows(self, client, call, wait):
-        """Return whether the job is pending by a list asked for after the wait's last news."""
-        if self.asked_at <= wait.news and _clock() - self.asked_at >= self.step():
-            await self.refresh(client, call)
-        return wait.jobid in self.pending
-
-    async def refresh(self, client, call):
-        """Ask for the list; who comes meanwhile goes by the old one."""
-        now = self.asked_at = _clock()
-        seconds = self.USELESS
-        try:
-            pending = await self._read(client, call)
-        except CloudStackException as error:
-            if _is_transient(error):
-                seconds = call.settings["poll_interval"]
-        else:
-            helps = len((pending | self.pending).intersection(self.waiting)) >= self.FEWEST
-            self.misses = 0 if helps else self.misses + 1
-            if pending:  # more pages of it will be read for more waiters
-                seconds = min(seconds, SHORTEST_POLL * (4.0**self.misses - 1))
-            elif helps:
-                seconds = 0.0
-            self.pending, self.listed_at = pending, now
-        self.off_until = _clock() + seconds
-
-    async def _read(self, client, call):
-        """Return the ids of the pending jobs, in as many pages as are worth it."""
-        listing = _Call(client, "listAsyncJobs", {}, _controls_of_poll(call))
-        listing.total = max(1.0, call.settings["poll_interval"])  # a slower one is no use
-        most = len(self.waiting) // 4
-        pages = [rows async for rows in _fetch_pages(client, listing, most=most)]
-        rows = [row for rows in pages for row in dicts(rows)]
-        # Servers up to 4.19 list finished jobs, too.
-        pending = [row for row in rows if str(row.get("jobstatus", 0)) == "0"]
-        return frozenset(str(row.get("jobid")) for row in pending)
-
-
-class _JobWait:
-    """One caller's wait for a job: when to poll next, the first time at once."""
-
-    def __init__(self, client, call, jobid):
-        self.client, self.settings, self.jobid = client, call.settings, jobid
-        self.started = self.due = self.polled = self.news = _clock()
-        self.is_listed = False  # whether a list has shown the job, so that one without it tells
-        self.failures = 0  # in a row
-
-    def deadline(self):
-        limit = self.settings["job_timeout"]
-        return float("inf") if limit is None else self.started + limit
-
-    def set_due(self, at):
-        """Set the next poll, at growing intervals.
-
-        So a short job is seen early, and a long one costs few polls."""
-        growing = max(SHORTEST_POLL, POLL_GROWTH * (at - self.started))
-        self.due = _clock() + min(self.settings["poll_interval"], growing)
-
-    def may_continue(self, error):
-        """Set the next poll after one that failed; False if that ends the wait.
-
-        It does if the server says something about the job, or if polls have failed for too long."""
-        has_limit = self.settings["job_timeout"] is not None
-        if not _poll_may_continue(error):
-            return False
-        if not has_limit and self.failures + 1 >= MOST_FAILED_POLLS:
-            return False
-        # Growing also where poll_interval is 0, and not beyond what a float holds.
-        growing = max(0.001, self.settings["poll_interval"]) * 2.0 ** min(self.failures, 32)
-        self.due = _clock() + min(LONGEST_WAIT, max(_asked_delay(error), growing))
-        self.failures += 1
-        return True
-
-    def seconds_left(self):
-        """Return the seconds until the next poll."""
-        return max(0.0, min(self.due, self.deadline()) - _clock())
-
-    def notify(self, call):
-        self.client._notify(Waiting(call.command, self.jobid, _clock() - self.started))
-
-    async def until_due(self, call, jobs):
-        """Sleep until the job is to be polled by itself; a list of jobs may put that off."""
-        self.notify(call)
-        while True:
-            if self.is_listed and jobs.listed_at > self.news:
-                self.news = jobs.listed_at
-                if self.jobid not in jobs.pending:
-                    return
-            interval = self.settings["poll_interval"]
-            direct = min(self.deadline(), self.polled + DIRECT_POLL * max(SHORTEST_POLL, interval))
-            may_list = jobs.is_useful() and not self.failures and _clock() < direct
-            if self.seconds_left() <= 0:
-                if not may_list or not await jobs.shows(self.client, call, self):
-                    return
-                self.news, self.is_listed = jobs.listed_at, True
-                self.set_due(_clock())
-                self.notify(call)
-            elif not (may_list and self.is_listed):
-                await self.client._pause(self.seconds_left())
-            elif jobs.is_old(interval):
-                await jobs.refresh(self.client, call)
-            else:
-                await self.client._pause(min(self.seconds_left(), jobs.step()))
-
-
-def _poll_may_continue(error):
-    """Return whether to poll again after a poll that failed.
-
-    So it is without an answer, after a page that is not CloudStack's, and after a 429 or 503. Any
-    other error that CloudStack states in JSON is about the job: _is_transient would be too wide."""
-    if not isinstance(error, CloudStackApiException):
-        return True
-    if error.job_failed:
-        return False
-    return _status_of(error) in (429, 503) or not isinstance(error.error, dict)
-
-
-def _controls_of_poll(call):
-    """Return the controls of a poll: it is sent like the call that started the job."""
-    controls = {"opcode_name": call.opcode_name, "headers": call.headers}
-    return dict(controls, _options=collections.ChainMap({"retry": 0}, call.settings))
-
-
-def _make_poll(client, call, jobid):
-    """Return the call that polls a job. Raises ValueError."""
-    return _Call(client, "queryAsyncJobResult", {"jobid": str(jobid)}, _controls_of_poll(call))
-
-
-async def _await_job(client, call, jobid):
-    """Wait for a job; returns its jobresult. Anything raised meanwhile carries the job's id."""
-    jobs = client._server.jobs
-    try:
-        try:
-            poll = _make_poll(client, call, jobid)
-        except ValueError as error:
-            raise _unexpected(str(error)) from None
-        jobs.waiting.append(str(jobid))
-        try:
-            return await _poll_until_done(client, call, poll)
-        finally:
-            jobs.waiting.remove(str(jobid))
-    except BaseException as error:  # KeyboardInterrupt and CancelledError, too
-        error.jobid = str(jobid)  # type: ignore[attr-defined]
-        is_refused = isinstance(error, CloudStackApiException) and not error.job_failed
-        if is_refused and _status_of(error) != 431:  # which says that there is no such job
-            _add_hint(error, f"job {jobid} may still run")
-        raise
-
-
-async def _poll_until_done(client, call, poll):
-    """Poll a job at once, then at growing intervals, and once more at the deadline.
-
-    Failed polls (no answer, one that is not CloudStack's, 429, 503) are ridden out for as long as
-    the deadline allows, or MOST_FAILED_POLLS times in a row if there is none."""
-    jobs = client._server.jobs
-    wait = _JobWait(client, call, poll.params["jobid"])
-    answered = None
-    while True:
-        await wait.until_due(call, jobs)
-        wait.polled = wait.news = _clock()
-        is_last = wait.polled >= wait.deadline()
-        poll.total = max(0.0, wait.deadline() - wait.polled) + wait.settings["timeout"]
-        try:
-            answer = await _send_with_retries(client, poll)
-            answered = poll.response
-            finished, result = _read_job(answer, poll, call)
-            if finished:
-                return result
-            wait.failures = 0
-            wait.set_due(wait.polled)
-        except CloudStackException as error:
-            answered = error.response or answered
-            if not wait.may_continue(error):
-                raise
-        if is_last:
-            response = answered and answered.with_status(408, "Request Timeout")
-            message = "Timeout waiting for async job result"
-            raise CloudStackJobTimeout(message, wait.jobid, response=response)
-
-
-def _read_job_status(answer, response):
-    """Return jobstatus out of queryAsyncJobResult's answer. Raises CloudStackException without."""
-    try:
-        return int(answer["jobstatus"])
-    except (KeyError, OverflowError, TypeError, ValueError):
-        raise _unexpected("queryAsyncJobResult gave no jobstatus", response) from None
-
-
-def _read_job(answer, poll, call):
-    """Return (finished, result) out of queryAsyncJobResult's answer.
-
-    Raises CloudStackApiException for a failed job. That may come without jobresult: the server was
-    restarted, or its queue cancelled."""
-    status = _read_job_status(answer, poll.response)
-    result = answer.get("jobresult")
-    if status == 0:
-        return False, None
-    if status == 1:
-        return True, {} if result is None else result
-    error = answer if result is None else result
-    failure = CloudStackApiException("Job failure", error=error, response=poll.response)
-    failure.job_failed = True
-    failure.jobinstanceid = answer.get("jobinstanceid")
-    failure.jobinstancetype = answer.get("jobinstancetype")
-    _set_shown(call, failure)
-    raise failure
-
-
-async def _resume_wait(client, jobid, controls):
-    """Wait for a job that was submitted earlier."""
-    call = _Call(client, "queryAsyncJobResult", {"jobid": str(jobid)}, controls)
-    return await _await_job(client, call, jobid)
+    return list({jsonlib.dumps(row, sort_keys=True): row for row in rows}.values())
 
 
 _TELLING_APART = (  # fields that show which of several rows of one name is meant
@@ -1941,6 +1551,247 @@ def _rows_like(rows, name):
     return list({str(row["id"]): row for row in found}.values())
 
 
+# 4.6 Jobs: submit, poll, wait.
+
+
+async def _run_command(client, command, params, options):
+    """Carry out a whole call: returns the answer, all rows of a list, or the result of a job.
+
+    The option as_pages asks for the pages of a list, params holds more parameters."""
+    fetch_list = options["fetch_list"]
+    if type(fetch_list) is not bool:
+        fetch_list = _convert("fetch_list", _parse_flag, fetch_list)
+    call = _Call(client, command, {**params, **options.get("params", {})}, options)
+    if "as_pages" in options:
+        if not call.reads:  # a second page would carry it out a second time
+            raise ValueError(f"{command} changes something; it cannot be read page by page")
+        return _fetch_pages(client, call)
+
+    if call.job_id is not None:
+        answer = await _submit(client, call)
+    elif fetch_list and call.reads:
+        answer = await _collect_rows(client, call)
+    else:
+        answer = await _send_with_retries(client, call)
+    # A submission's answer has a jobid and no status, which queryAsyncJobResult's own has.
+    if call.settings["fetch_result"] and isinstance(answer, dict) and "jobid" in answer:
+        if "jobstatus" not in answer:
+            answer = await _await_job(client, call, answer["jobid"])
+    return answer
+
+
+class _JobList:
+    """The pending jobs, asked for once for all callers that wait for one.
+
+    A job that is not in the list is polled by itself, so that whatever the list leaves out (another
+    account's jobs, rows of further pages) costs a request and nothing else."""
+
+    FEWEST = 4  # waiters; for fewer, a poll for each is as cheap
+    USELESS = 30.0  # seconds to do without a list that does not help
+
+    def __init__(self):
+        self.waiting = []  # the ids of the jobs
+        self.pending: frozenset = frozenset()
+        self.asked_at = self.listed_at = self.off_until = float("-inf")
+        self.rest = 0.0  # seconds after lists in a row that did not help
+
+    def is_useful(self):
+        """Return whether there are enough waiters, and a list that helps."""
+        return len(self.waiting) >= self.FEWEST and _clock() >= self.off_until
+
+    def step(self):
+        """Return the least number of seconds between two lists, and between a waiter's looks."""
+        return max(SHORTEST_POLL, len(self.waiting) / 2000)
+
+    def lifetime(self, poll_interval):
+        """Return the age at which the list is refreshed although nobody is due to poll.
+
+        All waiters together then send a quarter of the requests of one poll for each, or fewer."""
+        return max(self.step(), poll_interval * max(0.25, 4 / len(self.waiting)))
+
+    async def refresh(self, client, call, age):
+        """Ask for the list if it is of this age; who comes meanwhile goes by the old one."""
+        now = _clock()
+        if now - self.asked_at < age:
+            return
+        self.asked_at = now
+        listing = _make_poll(client, call, "listAsyncJobs")
+        listing.total = max(1.0, call.settings["poll_interval"])  # a slower one is no use
+        most = len(self.waiting) // 4  # pages that are worth it
+        seconds = self.USELESS
+        try:
+            pages = [dicts(rows) async for rows in _fetch_pages(client, listing, most=most)]
+        except CloudStackException as error:
+            if _is_transient(error):
+                seconds = call.settings["poll_interval"]
+        else:
+            # Servers up to 4.19 list finished jobs, too.
+            rows = [row for page in pages for row in page if str(row.get("jobstatus", 0)) == "0"]
+            before, self.pending = self.pending, frozenset(str(row.get("jobid")) for row in rows)
+            self.listed_at = now
+            helps = len((before | self.pending).intersection(self.waiting)) >= self.FEWEST
+            self.rest = 0.0 if helps else min(self.USELESS, 4 * self.rest + 0.3)
+            if helps or self.pending:  # more pages of it will be read for more waiters
+                seconds = self.rest
+        self.off_until = _clock() + seconds
+
+
+class _JobWait:
+    """One caller's wait for a job: when to poll next, the first time at once."""
+
+    def __init__(self, client, call, jobid):
+        self.client, self.settings, self.jobid = client, call.settings, jobid
+        self.started = self.due = self.polled = _clock()
+        self.failures = 0  # in a row
+
+    def deadline(self):
+        limit = self.settings["job_timeout"]
+        return float("inf") if limit is None else self.started + limit
+
+    def set_due(self, at):
+        """Set the next poll, at growing intervals.
+
+        So a short job is seen early, and a long one costs few polls."""
+        growing = max(SHORTEST_POLL, POLL_GROWTH * (at - self.started))
+        self.due = _clock() + min(self.settings["poll_interval"], growing)
+
+    def may_continue(self, error):
+        """Set the next poll after one that failed; False if that ends the wait.
+
+        It does if polls have failed for too long, or if CloudStack states an error in JSON: that is
+        about the job, but for a 429 or 503. (_is_transient would be too wide.)"""
+        has_limit = self.settings["job_timeout"] is not None
+        is_stated = isinstance(error.error, dict) and _status_of(error) not in (429, 503)
+        if error.job_failed or is_stated:
+            return False
+        if not has_limit and self.failures + 1 >= MOST_FAILED_POLLS:
+            return False
+        # Growing also where poll_interval is 0, and not beyond what a float holds.
+        growing = max(0.001, self.settings["poll_interval"]) * 2.0 ** min(self.failures, 32)
+        self.due = _clock() + min(LONGEST_WAIT, max(_asked_delay(error), growing))
+        self.failures += 1
+        return True
+
+    def seconds_left(self):
+        """Return the seconds until the next poll."""
+        return max(0.0, min(self.due, self.deadline()) - _clock())
+
+    def notify(self, call):
+        self.client._notify(Waiting(call.command, self.jobid, _clock() - self.started))
+
+    async def until_due(self, call, jobs):
+        """Sleep until the job is to be polled by itself; a list of jobs may put that off."""
+        self.notify(call)
+        while True:
+            if jobs.listed_at > self.polled and self.jobid not in jobs.pending:
+                return
+            interval = self.settings["poll_interval"]
+            direct = min(self.deadline(), self.polled + DIRECT_POLL * max(SHORTEST_POLL, interval))
+            may_list = jobs.is_useful() and not self.failures and _clock() < direct
+            if self.seconds_left() <= 0:
+                if may_list:
+                    await jobs.refresh(self.client, call, jobs.step())
+                if not may_list or self.jobid not in jobs.pending:
+                    return
+                self.set_due(_clock())
+                self.notify(call)
+            elif may_list and self.jobid in jobs.pending:
+                await jobs.refresh(self.client, call, jobs.lifetime(interval))
+                await self.client._pause(min(self.seconds_left(), jobs.step()))
+            else:
+                await self.client._pause(self.seconds_left())
+
+
+def _make_poll(client, call, command="queryAsyncJobResult", **params):
+    """Return a call that polls, sent as the call that started the job was. Raises ValueError."""
+    return _Call(client, command, params, dict(call.options, json=True, retry=0))
+
+
+async def _await_job(client, call, jobid):
+    """Wait for a job; returns its jobresult. Anything raised meanwhile carries the job's id."""
+    waiting = client._server.jobs.waiting
+    waiting.append(str(jobid))
+    try:
+        try:
+            poll = _make_poll(client, call, jobid=str(jobid))
+        except ValueError as error:
+            raise _unexpected(str(error)) from None
+        return await _poll_until_done(client, call, poll)
+    except BaseException as error:  # KeyboardInterrupt and CancelledError, too
+        error.jobid = str(jobid)  # type: ignore[attr-defined]
+        is_refused = isinstance(error, CloudStackApiException) and not error.job_failed
+        if is_refused and _status_of(error) != 431:  # which says that there is no such job
+            _add_hint(error, f"job {jobid} may still run")
+        raise
+    finally:
+        waiting.remove(str(jobid))
+
+
+async def _poll_until_done(client, call, poll):
+    """Poll a job at once, then at growing intervals, and once more at the deadline.
+
+    Failed polls (no answer, one that is not CloudStack's, 429, 503) are ridden out for as long as
+    the deadline allows, or MOST_FAILED_POLLS times in a row if there is none."""
+    jobs = client._server.jobs
+    wait = _JobWait(client, call, poll.params["jobid"])
+    answered = None
+    while True:
+        await wait.until_due(call, jobs)
+        wait.polled = _clock()
+        is_last = wait.polled >= wait.deadline()
+        poll.total = max(0.0, wait.deadline() - wait.polled) + wait.settings["timeout"]
+        try:
+            answer = await _send_with_retries(client, poll)
+            answered = poll.response
+            finished, result = _read_job(answer, poll, call)
+            if finished:
+                return result
+            wait.failures = 0
+            wait.set_due(wait.polled)
+        except CloudStackException as error:
+            answered = error.response or answered
+            if not wait.may_continue(error):
+                raise
+        if is_last:
+            response = answered and answered.with_status(408, "Request Timeout")
+            message = "Timeout waiting for async job result"
+            raise CloudStackJobTimeout(message, wait.jobid, response=response)
+
+
+def _read_job_status(answer, response):
+    """Return jobstatus out of queryAsyncJobResult's answer. Raises CloudStackException without."""
+    try:
+        return int(answer["jobstatus"])
+    except (KeyError, OverflowError, TypeError, ValueError):
+        raise _unexpected("queryAsyncJobResult gave no jobstatus", response) from None
+
+
+def _read_job(answer, poll, call):
+    """Return (finished, result) out of queryAsyncJobResult's answer.
+
+    Raises CloudStackApiException for a failed job. That may come without jobresult: the server was
+    restarted, or its queue cancelled."""
+    status = _read_job_status(answer, poll.response)
+    result = answer.get("jobresult")
+    if status == 0:
+        return False, None
+    if status == 1:
+        return True, {} if result is None else result
+    error = answer if result is None else result
+    failure = CloudStackApiException("Job failure", error=error, response=poll.response)
+    failure.job_failed = True
+    failure.jobinstanceid = answer.get("jobinstanceid")
+    failure.jobinstancetype = answer.get("jobinstancetype")
+    _set_shown(call, failure)
+    raise failure
+
+
+async def _resume_wait(client, jobid, options):
+    """Wait for a job that was submitted earlier."""
+    call = _Call(client, "queryAsyncJobResult", {"jobid": str(jobid)}, options)
+    return await _await_job(client, call, jobid)
+
+
 # 4.7 Recovery: the job of a command whose answer was lost is found by the id that the command gave
 # it. It is only asked for: sent again, even under the same id, the command would be refused and yet
 # leave a second machine behind (seen on 4.23).
@@ -1967,7 +1818,7 @@ async def _find_job(client, call, lost):
 
     Raises the error by which the answer was lost, once the server has not known the job for
     `timeout` seconds in a row."""
-    poll = _make_poll(client, call, call.job_id)
+    poll = _make_poll(client, call, jobid=call.job_id)
     wait = _JobWait(client, call, call.job_id)
     unknown_since = None
     while True:
@@ -1975,7 +1826,9 @@ async def _find_job(client, call, lost):
         try:
             answer = await _send_with_retries(client, poll)
             _read_job_status(answer, poll.response)
-            return _make_submission(answer, call.job_id)
+            entity = answer.get("jobinstanceid")
+            found = {"jobid": call.job_id}  # as the submission's answer was
+            return found if entity is None else dict(found, id=entity)
         except CloudStackException as error:
             if isinstance(error, CloudStackApiException) and _status_of(error) == 431:
                 unknown_since = asked_at if unknown_since is None else unknown_since
@@ -1994,14 +1847,6 @@ async def _find_job(client, call, lost):
     later = f"wait_job() or `cs --wait {call.job_id}` asks again later"
     _add_hint(lost, f"{verb} {call.job_id}; {later}")
     raise lost
-
-
-def _make_submission(job, job_id):
-    """Return the answer that a submission had, made of its job as the server knows it."""
-    answer = {"jobid": job_id}
-    if job.get("jobinstanceid") is not None:
-        answer["id"] = job["jobinstanceid"]
-    return answer
 
 
 # --- 5 transport ----------------------------------------------------------------------------------

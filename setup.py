@@ -1,4 +1,3 @@
-import ast
 import os
 import re
 
@@ -20,12 +19,30 @@ def version():
     return re.search(r'^__version__ = "([^"]+)"', read("cs.py"), re.MULTILINE).group(1)
 
 
-# What the stub says beside the annotated functions of cs.py: at its head, and at the beginning of classes.
-STUB_HEAD = """\
+# The wheel's stub: the types of what programs use. stubtest, which .ci/typed/check runs, holds it against cs.py.
+STUB = """\
 import datetime
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from os import PathLike
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+from typing_extensions import Self  # type checkers bring it along
+
+__all__ = [
+    "AIOCloudStack",
+    "CloudStack",
+    "CloudStackApiException",
+    "CloudStackConnectionError",
+    "CloudStackException",
+    "CloudStackJobTimeout",
+    "CloudStackTimeoutError",
+    "load_config",
+    "read_config",
+    "read_config_from_ini",
+]
+__all__ += ["main"]
+
+__version__: str
 
 # What settings may be given as: the string of an ini file, too, and None for the default.
 _Text = str | bytes | None
@@ -40,6 +57,26 @@ class _Method(Protocol):
 
 class _AsyncMethod(Protocol):
     def __call__(self, **params: Any) -> Coroutine[Any, Any, Any]: ...
+
+class CloudStackException(Exception):
+    response: Any
+    error: Any
+    shown: Any
+    jobid: str | None
+    jobinstanceid: str | None
+    jobinstancetype: str | None
+    outcome_unknown: bool
+    unsent: bool
+    stale: bool
+    job_failed: bool
+    def __init__(self, *args: object, response: Any = None) -> None: ...
+
+class CloudStackApiException(CloudStackException):
+    def __init__(self, *args: object, error: Any = None, response: Any = None) -> None: ...
+
+class CloudStackConnectionError(CloudStackException, ConnectionError): ...
+class CloudStackTimeoutError(CloudStackException, TimeoutError): ...
+class CloudStackJobTimeout(CloudStackTimeoutError): ...
 
 class Sent(NamedTuple):
     request: Request
@@ -63,35 +100,14 @@ class Waiting(NamedTuple):
     command: str
     jobid: str
     seconds: float
-"""
-CONSTRUCTOR = """\
-    def __init__(
-        self, endpoint: str | bytes, key: _Text = None, secret: _Text = None, timeout: _Number = 10,
-        method: str | None = "get", verify: _CaPath = None, cert: _PemPath = None, cert_key: _Path | None = None,
-        name: _Text = None, retry: _Number = 0, retry_backoff: _Number = 0.5, job_timeout: _Number = None,
-        poll_interval: _Number = 2.0, expiration: _Number | datetime.timedelta = 600, trace: _Flag = False,
-        dangerous_no_tls_verify: _Flag = False, headers: Mapping[str, Any] | None = None, session: Any = None,
-        fetch_result: _Flag = ..., *, theme: object = None, output: object = None, username: _Text = None,
-        password: _Text = None, domain: _Text = None, concurrency: _Number = 128,
-        max_response_size: _Number = 256 * 1024 * 1024, recover: _Flag = False
-    ) -> None: ...
-"""
-STUB_CLASSES = {
-    "CloudStack": CONSTRUCTOR + """\
+
+class CloudStack:
     on_event: Callable[[Any], object] | None
     endpoint: str
     key: str | None
     secret: str | None
     timeout: float
     method: str
-    @property
-    def verify(self) -> bool | str: ...
-    @verify.setter
-    def verify(self, value: _CaPath) -> None: ...
-    @property
-    def cert(self) -> str | tuple[str, str] | None: ...
-    @cert.setter
-    def cert(self, value: _PemPath) -> None: ...
     name: str | None
     retry: int
     retry_backoff: float
@@ -102,77 +118,113 @@ STUB_CLASSES = {
     headers: dict[str, Any]
     session: Any
     fetch_result: bool
+    @property
+    def verify(self) -> bool | str: ...
+    @verify.setter
+    def verify(self, value: _CaPath) -> None: ...
+    @property
+    def cert(self) -> str | tuple[str, str] | None: ...
+    @cert.setter
+    def cert(self, value: _PemPath) -> None: ...
+    def __init__(
+        self, endpoint: str | bytes, key: _Text = None, secret: _Text = None,
+        timeout: _Number = 10, method: str | None = "get", verify: _CaPath = None,
+        cert: _PemPath = None, cert_key: _Path | None = None, name: _Text = None,
+        retry: _Number = 0, retry_backoff: _Number = 0.5, job_timeout: _Number = None,
+        poll_interval: _Number = 2.0, expiration: _Number | datetime.timedelta = 600,
+        trace: _Flag = False, dangerous_no_tls_verify: _Flag = False,
+        headers: Mapping[str, Any] | None = None, session: Any = None,
+        fetch_result: _Flag = None, *, theme: object = None, output: object = None,
+        username: _Text = None, password: _Text = None, domain: _Text = None,
+        concurrency: _Number = 128, max_response_size: _Number = 256 * 1024 * 1024,
+        recover: _Flag = False
+    ) -> None: ...
     def __getattr__(self, name: str) -> _Method: ...
-""",
-    "AIOCloudStack": CONSTRUCTOR + """\
+    def _request(self, command: str, **params: Any) -> Any: ...
+    def get_setting(self, name: str) -> Any: ...
+    def set_setting(self, name: str, value: Any) -> None: ...
+    def check(self) -> None: ...
+    def call(
+        self, command: str, params: Mapping[str, Any] | None = None, *, pages: bool | None = None,
+        wait: bool | None = None, **options: Any
+    ) -> Any: ...
+    def pages(
+        self, command: str, params: Mapping[str, Any] | None = None, **options: Any
+    ) -> Iterator[Any]: ...
+    def iter_list(self, command: str, **params: Any) -> Iterator[Any]: ...
+    def prepare(
+        self, command: str, params: Mapping[str, Any] | None = None, **options: Any
+    ) -> Request: ...
+    def find_id(self, list_command: str, name: str, **params: Any) -> str: ...
+    def wait_job(self, jobid: str, **options: Any) -> Any: ...
+    def close(self) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exc_info: object) -> None: ...
+
+class AIOCloudStack(CloudStack):
     def __getattr__(self, name: str) -> _AsyncMethod: ...
-    async def wait_job(self, jobid: str, **options: Any) -> Any: ...
+    async def _request(self, command: str, **params: Any) -> Any: ...
     async def call(
         self, command: str, params: Mapping[str, Any] | None = None, *, pages: bool | None = None,
         wait: bool | None = None, **options: Any
     ) -> Any: ...
-""",
-}
+    def pages(  # type: ignore[override]  # the price of being a CloudStack
+        self, command: str, params: Mapping[str, Any] | None = None, **options: Any
+    ) -> AsyncIterator[Any]: ...
+    def iter_list(  # type: ignore[override]
+        self, command: str, **params: Any
+    ) -> AsyncIterator[Any]: ...
+    async def find_id(  # type: ignore[override]
+        self, list_command: str, name: str, **params: Any
+    ) -> str: ...
+    async def wait_job(self, jobid: str, **options: Any) -> Any: ...
+    async def aclose(self) -> None: ...
+    async def __aenter__(self) -> Self: ...
+    async def __aexit__(self, *exc_info: object) -> None: ...
 
-# A definition's text up to the line that ends its signature, and that line's comment.
-HEAD = re.compile(r"(.*?:)(  #[^\n]*)?\n", re.DOTALL)
+class Request:
+    method: str
+    url: str | None
+    body: bytes | None
+    params: dict[str, str]
+    headers: dict[str, str]
+    cancelled: bool
+    anonymous: bool
+    signing: Any
+    deadline: float
+    def masked_url(self) -> str: ...
+    def masked_params(self) -> dict[str, str]: ...
 
+class Config: ...
 
-def declarations(lines, body, in_class=False):
-    """Yield the lines of a stub: the public names of a module or a class, without what they do.
+PAGE_SIZE: int
+PAGES_AHEAD: int
+MOST_PAGES: int
+LONGEST_WAIT: float
+LONGEST_HEAD: int
+POLL_GROWTH: float
+SHORTEST_POLL: float
+DIRECT_POLL: int
+MOST_FAILED_POLLS: int
+IDLE: float
+MASK: str
+SETTINGS: tuple[Any, ...]
+FORMATS: tuple[str, ...]
 
-    Only annotated functions count; in a class a subclass inherits the others. The imports for type checkers stand in
-    the stub as they are. The text is the source's own: Python 3.6 cannot write one from a syntax tree."""
-    for node in body:
-        text = lines[node.lineno - 1]
-        if isinstance(node, ast.If) and text.strip() == "if TYPE_CHECKING:":
-            yield from ("".join(lines[node.lineno : last_line(node)]).replace("\n    ", "\n").lstrip(), STUB_HEAD)
-        elif isinstance(node, ast.Assign):
-            yield from constant(node)
-        elif isinstance(node, ast.AugAssign):
-            if node.target.id == "__all__":
-                yield text
-        elif isinstance(node, ast.AnnAssign):
-            if node.target.id != "on_event" and not node.target.id.startswith("_"):
-                yield text.rstrip().partition(" = ")[0] + "\n"
-        elif isinstance(node, ast.ClassDef):
-            if not node.name.startswith("_"):
-                yield "\n" + head(lines, node) + "\n" + STUB_CLASSES.get(node.name, "")
-                yield from list(declarations(lines, node.body, in_class=True)) or ["    ...\n"]
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            if node.returns is not None and (in_class or not node.name.startswith("_")):
-                yield head(lines, node, " ...") + "\n"
-
-
-def last_line(node):
-    """Return the number of the last line of an `if` whose body has simple statements only."""
-    return max(part.lineno for part in node.body)
-
-
-def constant(node):
-    """Yield a line for public names, or a dunder, that stand for something literal."""
-    names = [getattr(target, "id", "_") for target in node.targets]
-    try:
-        value = ast.literal_eval(node.value)
-    except ValueError:
-        return
-    if value is not None and re.match("__|[^_]", names[0]):
-        yield "{}{} = {!r}\n".format(" " * node.col_offset, " = ".join(names), value)
-
-
-def head(lines, node, body=""):
-    """Return a definition, decorators and all, with another body."""
-    first = min([node.lineno] + [decorator.lineno for decorator in node.decorator_list])
-    signature, comment = HEAD.match("".join(lines[first - 1 :])).groups()
-    if any(isinstance(part, ast.Yield) for part in ast.walk(node)):
-        # An asynchronous generator: without its body it would read as a coroutine.
-        signature = signature.replace("async def", "def", 1)
-    if "json=True" in signature:  # what is left out below makes the override a proper one
-        signature = signature.replace("  # type: ignore[override]", "")
-    # A checker would hold every entry of a call's **dict against their types, and a subclass to naming them all.
-    signature = re.sub(r", json=True.*(?=\*\*params)", ", ", signature, flags=re.DOTALL)
-    return signature + body + (comment or "")
-
+def flatten(params: Mapping[str, Any]) -> dict[str, str]: ...
+def cs_encode(value: str | bytes) -> str: ...
+def sign(params: Mapping[str, str], secret: str) -> str: ...
+def strtobool(value: str) -> bool: ...
+def backoff(attempt: int, first: float) -> float: ...
+def load_config(
+    region: str | None = None, overrides: Mapping[str, str] | None = None, path: str | None = None
+) -> Config: ...
+def parse_section(path: str, text: str, region: str) -> dict[str, Any]: ...
+def list_regions(path: str | None = None) -> list[str]: ...
+def read_config(ini_group: str | None = None) -> dict[str, Any]: ...
+def read_config_from_ini(ini_group: str | None = None) -> dict[str, Any]: ...
+def main(args: Iterable[str] | None = None) -> int: ...
+"""
 
 class SdistWithTests(sdist):
     """Put the tests into the source distribution, too."""
@@ -187,10 +239,9 @@ class BuildWithStub(build_py):
     def run(self):
         super().run()
         if not getattr(self, "editable_mode", False):
-            source = read("cs.py")
             self.mkpath(os.path.dirname(self.stub_path()))
             with open(self.stub_path(), "w", encoding="utf-8", newline="\n") as file:
-                file.writelines(declarations(source.splitlines(True), ast.parse(source).body))
+                file.write(STUB)
 
     def get_outputs(self, *args, **options):
         return super().get_outputs(*args, **options) + [self.stub_path()]

@@ -2079,65 +2079,33 @@ class ErrorsTest(ProtocolCase):
         self.assertEqual(refusal(431, "b\xe4d"), response.json())
         self.assertEqual(response.json(), json.loads(response.text))
 
-    @each("item", api_error(401, "unable to verify"), answer("<html>", 504), answer("<html>"), answer(b""), answer([1]),
-          unsent(), lost(), silent(), answer("", 302, headers={"Location": "http://h/?apiKey=c4nary-key"}))
-    @each("command", "listZones", "deployVirtualMachine")
-    def test_no_error_quotes_key_secret_or_signature(self, item, command):
-        played = self.play([item], asking(command), key="c4nary-key", secret="c4nary-secret")
-        shown = str(played.error) + repr(played.error) + repr(played.error.args)
-        for secret in ("c4nary", played.params()["signature"][:8]):
-            self.assertNotIn(secret, shown)
-
     def test_the_server_s_words_are_shown_without_the_secrets_of_the_request(self):
         text = "the password c4nary-1 of c4nary-secret and c4nary-key is wrong"
-        error = self.play([api_error(431, text)], asking("createUser", password="c4nary-1"), key="c4nary-key",
-                          secret="c4nary-secret").error
-        self.assertRegex(str(error), r"the password \S+ of \S+ and \S+ is wrong")
-        self.assertNotIn("c4nary", str(error))
-        self.assertEqual(text, error.error["errortext"])
+        for script in ([api_error(431, text)], [SUBMITTED, looked(2, jobresult={"errortext": text})]):
+            error = self.play(script, asking("createUser", password="c4nary-1", fetch_result=True), key="c4nary-key",
+                              secret="c4nary-secret").error
+            self.assertRegex(str(error), r"the password \S+ of \S+ and \S+ is wrong")
+            self.assertNotIn("c4nary", str(error))
+            self.assertEqual(text, error.error["errortext"])
 
 
 # === [2] parameters and signature =====================================================================================
 
 
-class Tagged(str):
-    """As Ansible tags its strings: a subclass whose own str() is not to be trusted."""
-
-    def __str__(self):
-        return "Tagged!"
-
-
-class Number(int):
-    def __repr__(self):
-        return "Number!"
-
-    __str__ = __repr__
-
-
-class Fraction(float):
-    __repr__ = __str__ = Number.__repr__
-
-
-class Octets(bytes):
-    pass
-
-
-class State(str, enum.Enum):
-    RUNNING = "Running"
-
-
-class Size(enum.IntEnum):
-    BIG = 3
+def lying(kind, value):
+    """A value of a subclass (as Ansible tags its strings) whose own str() and repr() are not to be trusted."""
+    return type("Lying", (kind,), {"__str__": lambda self: "lies!", "__repr__": lambda self: "lies!"})(value)
 
 
 class FlattenTest(ProtocolCase):
     """What becomes of `p=value`. 5.2.0 sends Python's own True, None and [1, 2] within dicts."""
 
     @each("value, sent", ("text", "text"), ("", ""), (0, "0"), (-7, "-7"), (2**70, str(2**70)), (1.5, "1.5"),
-          (b"bytes \xc3\xbc", "bytes \xfc"), (b"", ""), (True, "true"), (False, "false"), (Tagged("v"), "v"),
-          (Number(5), "5"), (Fraction(0.5), "0.5"), (Octets(b"o"), "o"), (State.RUNNING, "Running"), (Size.BIG, "3"),
+          (b"bytes \xc3\xbc", "bytes \xfc"), (b"", ""), (True, "true"), (False, "false"), (lying(str, "v"), "v"),
+          (lying(int, 5), "5"), (lying(float, 0.5), "0.5"), (lying(bytes, b"o"), "o"),
+          (enum.Enum("State", {"ON": "Running"}, type=str).ON, "Running"), (enum.IntEnum("Size", "ONE TWO").TWO, "2"),
           (["b", "a", "b"], "b,a,b"), (("b", "a"), "b,a"), ([1, 2.5, b"x"], "1,2.5,x"),
-          ([True, None, False], "true,false"), ([0], "0"), ([Tagged("a"), Number(2)], "a,2"),
+          ([True, None, False], "true,false"), ([0], "0"), ([lying(str, "a"), lying(int, 2)], "a,2"),
           ({"b", "c", "a"}, "a,b,c"), (frozenset("cab"), "a,b,c"), ({10, 9}, "10,9"))
     def test_values_and_lists_and_sets(self, value, sent):
         self.assertEqual({"p": sent}, cs.flatten({"p": value}))
@@ -2149,18 +2117,14 @@ class FlattenTest(ProtocolCase):
           (({"k": 1}, {"k": 2}), {"p[0].k": "1", "p[1].k": "2"}), ([None, {"k": 1}], {"p[0].k": "1"}),
           ({"k": True, "l": False, "n": None, "m": []}, {"p[0].k": "true", "p[0].l": "false"}),
           ({"k": [1, True, None, "x"], "l": {"b", "a"}}, {"p[0].k": "1,true,x", "p[0].l": "a,b"}),
-          ([{"k": (1, 2), "l": b"\xc3\xbc"}], {"p[0].k": "1,2", "p[0].l": "\xfc"}), ({"k": Tagged("v")},
-          {"p[0].k": "v"}))
+          ([{"k": (1, 2), "l": b"\xc3\xbc"}], {"p[0].k": "1,2", "p[0].l": "\xfc"}),
+          ({"k": lying(str, "v")}, {"p[0].k": "v"}))
     def test_maps(self, value, sent):
         self.assertEqual(sent, cs.flatten({"p": value}))
 
     @each("value", None, [], (), set(), frozenset(), {}, [None], [{}], [None, {}], {"k": None})
     def test_nothing_is_left_out(self, value):
         self.assertEqual({}, cs.flatten({"p": value}))
-
-    def test_ready_made_names_pass_through(self):
-        params = {"tags[0].key": "a", "tags[0].value": True, "tags[1].key": ["x", "y"]}
-        self.assertEqual({"tags[0].key": "a", "tags[0].value": "true", "tags[1].key": "x,y"}, cs.flatten(params))
 
     @each("value, kind", (object(), "object"), (decimal.Decimal("1.5"), "Decimal"), (datetime.date(2026, 1, 1), "date"),
           (1j, "complex"), (iter("ab"), "iterator"), (bytearray(b"s3cret"), "bytearray"), ([object()], "object"),
@@ -2177,9 +2141,8 @@ class FlattenTest(ProtocolCase):
         for number in [*range(32), 127]:
             for params in ({"p": "a" + chr(number)}, {"p" + chr(number): "a"}):
                 error = self.play(one(), asking("listZones", **params)).error
-                expected = "" if chr(number) in "\t\n\r" else f"U+00{number:02X}"
-                self.assertIn(expected, str(error) if expected else repr(error or ""), params)
-                self.assertEqual(type(error), ValueError if expected else type(None), params)
+                expected = (type(None), "") if chr(number) in "\t\n\r" else (ValueError, f"U+00{number:02X}")
+                self.assertEqual(expected, (type(error), str(error or "")[-6:]), params)
 
 
 class HelpersTest(unittest.TestCase):
@@ -2274,13 +2237,9 @@ def list_server(total, count="total", limit=500, ignores=False, key="thing", row
         if size > limit:
             return api_error(431, f"Page size can't exceed max allowed page size value: {limit}")
         found = everything if ignores else everything[(page - 1) * size : page * size]
-        number = {"total": len(everything), "page": len(found)}.get(count, count)
-        document = {} if number is None else {"count": number}
-        if not everything:
-            document = {}
-        elif found:
-            document[key] = found
-        return answer({"listthingsresponse": document})
+        document = {"count": {"total": len(everything), "page": len(found)}.get(count, count), key: found}
+        given = {name: value for name, value in document.items() if everything and value not in (None, [])}
+        return answer({"listthingsresponse": given})
 
     return serve
 
@@ -2327,11 +2286,8 @@ class SeamTest(ProtocolCase):
     def test_call_takes_options_of_its_own(self, command, options, settings, script, found, expected):
         clients = []
 
-        def call(client):
-            clients.append((client, settings_of(client)))
-            return client.call(command, {"name": "x"}, **options)
-
-        played = self.play(script, call, **settings)
+        played = self.play(script, lambda client: clients.append((client, settings_of(client))) or client.call(
+            command, {"name": "x"}, **options), **settings)
         self.assertEqual(expected, found(played), (played.error, played.commands))
         for client, before in clients:
             self.assertEqual(before, settings_of(client), "the client's own settings were changed")
@@ -2341,13 +2297,15 @@ class SeamTest(ProtocolCase):
           ({"verify": "/ca"}, TypeError, "'verify'"))
     @each("method", "call", "pages", "prepare", "wait_job")
     def test_options_that_are_refused(self, method, options, kind, says):
-        def call(client):
-            outcome = getattr(client, method)("listThings", **options)
-            return list(outcome) if hasattr(outcome, "__next__") else outcome
-
-        played = self.play([AssertionError("sent")], call)
+        played = self.play([AssertionError("sent")], lambda client: getattr(client, method)("listThings", **options))
         self.assertEqual((kind, []), (type(played.error), played.commands))
         self.assertRegex(str(played.error), says)
+
+    @each("method", "call", "pages")
+    def test_parameters_in_a_dict_may_have_the_names_of_arguments(self, method):
+        given = dict.fromkeys("json opcode_name headers fetch_list fetch_result self _options timeout".split(), "1")
+        played = self.play(one(), lambda client: getattr(client, method)("listThings", given))
+        self.assertEqual(given, {name: played.params().get(name) for name in given}, played.error)
 
     @each("script, expected", (list_server(1148), [500, 500, 148]), (list_server(0), []), (one({"a": {"b": 1}}), [1]))
     def test_pages_gives_lists_of_rows_as_they_come(self, script, expected):
@@ -2357,8 +2315,7 @@ class SeamTest(ProtocolCase):
         self.assertEqual("1", played.requests[-1].headers["X-A"])
         self.assertEqual(expected == [1], {"a": {"b": 1}} in [rows[0] for rows in played.value])
 
-    @each("command, params, options, settings, expected",
-          ("listThings", {"name": "a b"}, {}, {},
+    @each("command, params, options, settings, expected", ("listThings", {"name": "a b"}, {}, {},
            ("GET", ENDPOINT + "?apiKey=***&command=listThings&name=a%20b&response=json&signature=***")),
           ("listThings", {"page": 2}, {}, {},
            ("GET", ENDPOINT + "?apiKey=***&command=listThings&page=2&pagesize=500&response=json&signature=***")),
@@ -2378,11 +2335,7 @@ class SeamTest(ProtocolCase):
         played = self.play([AssertionError("sent")], call, **dict(NEVER, **settings))
         self.assertEqual((None, expected, []), (played.error, played.value, played.commands))
 
-    def test_prepare_shows_the_id_that_recover_gives_a_job(self):
-        request = cs.CloudStack(ENDPOINT, recover=True).prepare("startThing", {"id": 1})
-        self.assertEqual(["command", "customjobid", "id", "response"], sorted(request.params))
-
-    def watched(self, script, call, **settings):
+    def watched(self, script, call):
         """What on_event is called with while a call is played: names, and what stands beside requests and answers."""
         seen = {}
 
@@ -2395,7 +2348,7 @@ class SeamTest(ProtocolCase):
                 if not isinstance(value, cs.Request)]))
             return call(client)
 
-        self.play(script, watch, **settings)
+        self.play(script, watch)
         self.assertEqual(seen[cs.CloudStack], seen[cs.AIOCloudStack])
         return seen[cs.CloudStack]
 
@@ -2406,7 +2359,10 @@ class SeamTest(ProtocolCase):
            [("Sent",), ("Answered", 200, 0), ("Rows", "listThings", 500, 700),
             ("Sent",), ("Answered", 200, 0), ("Rows", "listThings", 700, 700)]),
           (list_server(700, count=None), lambda client: client.pages("listThings", {"page": 2}),
-           [("Sent",), ("Answered", 200, 0), ("Rows", "listThings", 200, None)]),
+           [("Sent",), ("Answered", 200, 0), ("Rows", "listThings", 700, None)]),
+          (list_server(700, limit=300), lambda client: client.pages("listThings", {"page": 2, "pagesize": 500}),
+           [("Sent",), ("Answered", 431, 0), ("Sent",), ("Answered", 200, 0), ("Rows", "listThings", 600, 700),
+            ("Sent",), ("Answered", 200, 0), ("Rows", "listThings", 700, 700)]),
           ([SUBMITTED, PENDING, a_while_later(0.25, api_error(503)), DONE], asking("startThing", fetch_result=True),
            [("Sent",), ("Answered", 200, 0), ("Waiting", "startThing", "job-1", 0),
             ("Sent",), ("Answered", 200, 0), ("Waiting", "startThing", "job-1", 0),
@@ -2449,12 +2405,9 @@ class ClientObjectTest(ProtocolCase):
         self.assertEqual(3, original.timeout)
 
     @both
-    @each("name", "_private", "__len__", "__wrapped__", "_repr_html_", "_ipython_display_")
-    def test_names_that_begin_with_an_underscore_are_no_commands(self, kind, name):
-        self.assertRaises(AttributeError, getattr, kind(ENDPOINT), name)
-
-    @both
-    def test_positional_arguments_to_a_command_are_type_errors(self, kind):
+    def test_names_with_an_underscore_are_no_commands_and_commands_take_no_positional_arguments(self, kind):
+        for name in ("_private", "__len__", "__wrapped__", "_repr_html_", "_ipython_display_"):
+            self.assertRaises(AttributeError, getattr, kind(ENDPOINT), name)
         self.assertRaises(TypeError, kind(ENDPOINT).listZones, "name")
 
     def test_the_async_client_s_commands_are_coroutines_up_to_request(self):
@@ -2513,12 +2466,9 @@ class ClientObjectTest(ProtocolCase):
         calls = [asking("listThings"), asking("listThings", fetch_list=True, pagesize=2),
                  lambda client: client.call("listThings", {"pagesize": 2}, pages=True),
                  asking("startThing", fetch_result=True)]
-        if kind is Auditing:
-            calls += [lambda client: list(client.iter_list("listThings", pagesize=2)),
-                      lambda client: list(client.pages("listThings", {"pagesize": 2}))]
-        else:
-            calls += [lambda client: client.iter_list("listThings", pagesize=2),
-                      lambda client: client.pages("listThings", {"pagesize": 2})]
+        whole = list if kind is Auditing else lambda rows: rows
+        calls += [lambda client: whole(client.iter_list("listThings", pagesize=2)),
+                  lambda client: whole(client.pages("listThings", {"pagesize": 2}))]
         client = kind(ENDPOINT, **LOGIN)
         played = self._play_one(client, serve, one_after_another(*calls))
         rows = rows_of(0, 3)
@@ -2543,10 +2493,9 @@ class ClientObjectTest(ProtocolCase):
 # === [4.1] protocol: call and request =================================================================================
 
 GIVEN = "2030-01-01T00:00:00+0000"
-AS_SETTINGS = {"timeout": "1", "mode": "2", "port": "3", "path": "4", "interval": "5", "method": "6", "retry": "7",
-               "key": "8", "name": "9", "endpoint": "10", "params": "11", "call": "12", "client": "13", "value": "14",
-               "verify": "15", "page_size": "16", "url": "17", "domain": "18", "username": "19", "session": "20",
-               "trace": "21", "data": "22", "options": "23", "pages": "24", "wait": "25"}
+AS_SETTINGS = dict.fromkeys((
+    "timeout mode port path interval method retry key name endpoint params call client value verify page_size url"
+    " domain username session trace data options pages wait").split(), "1")
 UNSIGNED = {"key": None, "secret": None}
 WANTS_POST = api_error(400, "State changing command createTags needs to be sent using POST request")
 
@@ -2582,17 +2531,13 @@ class RequestTest(ProtocolCase):
           ({"json": True, "opcode_name": "command", "fetch_list": False, "headers": {"X-A": "1"}, "fetch_result": False,
             "id": 1}, {"id": "1"}),
           ({"opcode_name": "action"}, {"command": None, "action": "listZones"}), ({"json": False}, {"response": None}),
-          ({"json": False, "response": "xml"}, {"response": "xml"}), ({"response": "xml"}, {}), ({"Response": "xml"},
-          {}),
+          ({"json": False, "response": "xml"}, {"response": "xml"}), ({"response": "xml"}, {}),
+          ({"Response": "xml"}, {}),
           # The server wants page and pagesize together, in any case.
           ({"page": 2}, {"page": "2", "pagesize": "500"}), ({"PAGE": 2}, {"PAGE": "2", "pagesize": "500"}),
           ({"page": 1, "pageSize": 20}, {"page": "1", "pageSize": "20"}), ({"page": None}, {}))
     def test_names_that_mean_something(self, params, expected):
         self.sent(params, NEVER, expected)
-
-    @each("params", {"name": "x"}, {"apikey": "x"})
-    def test_without_credentials_nothing_is_signed(self, params):
-        self.sent(params, UNSIGNED, dict(params, apiKey=None, signature=False))
 
     @each("endpoint, expected", (ENDPOINT, "gzip"), ("http://127.0.0.1:8080/client/api", "identity"),
           ("https://localhost/client/api", "identity"), ("http://[::1]:8080/client/api", "identity"))
@@ -2617,12 +2562,10 @@ class VerbTest(ProtocolCase):
           ("POST", "createUser", {"details": {"password": "x"}}, {}),
           ("GET", "listUsers", {"username": "x", "passwordenabled": True}, {}),
           ("POST", "login", {"username": "u"}, {}), ("POST", "login", {"username": "u"}, UNSIGNED),
-          *[("POST", "updateUser", {name: "x"}, {}) for name in (
-              "password", "Password", "userdata", "userData", "privatekey", "privateKey", "secretkey", "usersecretkey",
-              "passphrase", "cmkpassword", "sharedsecret", "ipsecpresharedsecret", "oauthtoken", "a[0].password")],
+          *[("POST", "updateUser", {name: "x"}, {}) for name in ("Password", "userdata", "a[0].password")],
           ("GET", "listZones", {"name": "x" * 7000}, {}), ("POST", "listZones", {"name": "x" * 8200}, {}),
-          ("GET", "listZones", {"name": "\U0001f600" * 500}, {}), ("POST", "listZones", {"name": "\U0001f600" * 700},
-          {}),
+          ("GET", "listZones", {"name": "\U0001f600" * 500}, {}),
+          ("POST", "listZones", {"name": "\U0001f600" * 700}, {}),
           # An unsigned call may go to the integration port, which reads the query string only.
           ("GET", "createUser", {"password": "x"}, UNSIGNED), ("GET", "listZones", {"name": "x" * 9000}, UNSIGNED),
           ("GET", "createTags", {}, dict(UNSIGNED, method="post")))
@@ -2642,8 +2585,7 @@ class VerbTest(ProtocolCase):
         for length in range(7300, 8300, 60):
             for headers in (None, {"X-Long": "h" * 500}):
                 request = self.play(one(), asking("listZones", name="x" * length), headers=headers).requests[0]
-                lines = [f"GET {request.url} HTTP/1.1", "Host: cloud.invalid"]
-                lines += [f"{name}: {value}" for name, value in request.headers.items()]
+                lines = [f"GET {request.url} HTTP/1.1", "Host: cloud.invalid", *map(": ".join, request.headers.items())]
                 seen.add(request.method)
                 self.assertTrue(request.method == "POST" or len("\r\n".join(lines) + "\r\n\r\n") <= 8192, length)
         self.assertEqual({"GET", "POST"}, seen)
@@ -2769,18 +2711,14 @@ class DecodingTest(ProtocolCase):
         if says is not None:
             self.assertIs(cs.CloudStackException, type(played.error))
             self.assertRegex(str(played.error), rf"\AHTTP {status} Found: .*{says}")
-        for part in ("c4nary", "\x1b"):
-            self.assertNotIn(part, str(played.error))
+        self.assertNotRegex(str(played.error), "c4nary|\x1b")
 
     @each("response, expected", (answer("<listzonesresponse/>"), "<listzonesresponse/>"), (answer(""), ""),
-          (answer("<errorresponse/>", 431), cs.CloudStackApiException))
+          (answer("<errorresponse/>", 431), (cs.CloudStackApiException, "<errorresponse/>")))
     def test_without_json_the_text_is_returned_or_raised_as_it_is(self, response, expected):
         played = self.play([response], asking("listZones", json=False))
-        if played.error is None:
-            self.assertEqual(expected, played.value)
-        else:
-            told = (type(played.error), played.error.args, played.error.error)
-            self.assertEqual((expected, ("HTTP 431 response from CloudStack",), "<errorresponse/>"), told)
+        error = played.error
+        self.assertEqual(expected, played.value if error is None else (type(error), error.error))
 
 
 class CollectorTest(unittest.TestCase):
@@ -2805,10 +2743,6 @@ class CollectorTest(unittest.TestCase):
             gc.disable()
         self.assertEqual({"r": "x" * size}, answer({"r": "x" * size}).json())
         self.assertEqual(([during], before), (self.seen, gc.isenabled()))
-
-    def test_an_answer_that_cannot_be_decoded_leaves_it_as_it_was(self):
-        self.assertRaises(ValueError, answer("{" * 100000).json)
-        self.assertTrue(gc.isenabled())
 
     def test_an_interrupt_just_as_it_is_stopped_leaves_it_on(self):
         really = gc.disable
@@ -2836,16 +2770,15 @@ def told_to_wait(text, status=503):
 
 class RetryTest(ProtocolCase):
     # what happens; whether a reading command and whether a changing one is sent again; whether the latter may have run
-    @each("item, reading, changing, unknown",
-          (unsent(), True, True, False), (unsent(cs.CloudStackTimeoutError), True, True, False),
-          (lost(), True, False, True), (silent(), True, False, True),
-          (api_error(429, "please retry after [100] ms."), True, True, False),
+    @each("item, reading, changing, unknown", (unsent(), True, True, False),
+          (unsent(cs.CloudStackTimeoutError), True, True, False), (lost(), True, False, True),
+          (silent(), True, False, True), (api_error(429, "please retry after [100] ms."), True, True, False),
           (answer("<html>", 429), True, True, False), (api_error(503, "maintenance"), True, True, False),
           (answer("<html>", 503), True, False, True), (answer({"error": "from a proxy"}, 503), True, False, True),
-          (answer({"a": 1, "b": 2}, 503), True, False, True),
-          (answer("<html>", 502), True, False, True), (answer("<html>", 504), True, False, True),
-          (answer("<html>", 500), False, False, True), (answer("<html>", 200), False, False, True),
-          (answer(b"", 200), False, False, True), (answer([1]), False, False, True), (raw("{"), False, False, True),
+          (answer({"a": 1, "b": 2}, 503), True, False, True), (answer("<html>", 502), True, False, True),
+          (answer("<html>", 504), True, False, True), (answer("<html>", 500), False, False, True),
+          (answer("<html>", 200), False, False, True), (answer(b"", 200), False, False, True),
+          (answer([1]), False, False, True), (raw("{"), False, False, True),
           (answer("<html>", 404), False, False, False), (answer("<html>", 414), False, False, False),
           (answer("", 302, headers={"Location": "/"}), False, False, False),
           *[(api_error(code), False, False, False) for code in (400, 401, 405, 430, 431, 432, 511, 530, 531, 533, 537)])
@@ -2854,8 +2787,7 @@ class RetryTest(ProtocolCase):
             for retry, attempts in ((0, 1), (1, 1 + again), ("3", 1 + 3 * again)):
                 played = self.play([afresh(item)], asking(command), retry=retry)
                 self.assertEqual([command] * attempts, played.commands, (item, retry))
-                self.assertEqual((told, attempts - 1), (played.error.outcome_unknown, len(played.pauses)),
-                (item, retry))
+                self.assertEqual((told, attempts - 1), (played.error.outcome_unknown, len(played.pauses)), item)
             played = self.play([item, one({"a": 1})[0]], asking(command), retry=1)
             self.assertEqual({"a": 1} if again else None, played.value, played.commands)
 
@@ -2931,16 +2863,6 @@ class RetryTest(ProtocolCase):
         self.assertEqual(expected, played.column("expires"))
         self.assertEqual(len(set(expected)), len(set(played.column("signature"))))
 
-    @each("error", ValueError("verify: no such file"), RuntimeError("x"))
-    def test_other_exceptions_pass_untouched(self, error):
-        played = self.play([error, one()[0]], asking("listZones"), retry=3)
-        self.assertEqual((type(error), error.args, ["listZones"]),
-        (type(played.error), played.error.args, played.commands))
-
-    def test_the_time_allowed_for_an_exchange(self):
-        request = self.play(one(), asking("listZones"), timeout="0.5").requests[0]
-        self.assertEqual((0.5, 5.0), (request.timeout, request.total))
-
 
 # === [4.4] protocol: session ==========================================================================================
 
@@ -2982,10 +2904,6 @@ class LoginTest(ProtocolCase):
         played = self.play([login_answer(), one()[0]], asking("listZones"), **dict(USER, domain=domain))
         self.assertEqual(sent, played.params(0)["domain"])
 
-    def test_a_given_expires_is_kept_without_a_signature_too(self):
-        played = self.play([login_answer(), one()[0]], asking("createThing", expires=GIVEN), **USER)
-        self.assertEqual([None, GIVEN], played.column("expires"))
-
     @each("settings", USER, {})
     def test_close_without_a_session_sends_nothing(self, settings):
         played = self.play([AssertionError("sent")], end, **settings)
@@ -3014,9 +2932,6 @@ class LoginTest(ProtocolCase):
             self.assertEqual((cs.CloudStackApiException, False), (type(played.error), played.error.outcome_unknown))
             self.assertRegex(str(played.error), error)
 
-    def test_a_401_without_a_session_is_not_tried_again(self):
-        self.assertEqual(["listZones"], self.play([api_error(401)], asking("listZones"), retry=5).commands)
-
     @each("item, again", (unsent(), True), (api_error(429), True), (api_error(503), True), (lost(), False),
           (silent(), False), (lost(stale=True), False), (answer("<html>", 502), False))
     def test_login_is_sent_again_only_where_the_server_did_not_run_it(self, item, again):
@@ -3031,31 +2946,15 @@ class LoginTest(ProtocolCase):
     @each("name, value", ("username", "v"), ("password", "other"), ("domain", "/b"),
           ("endpoint", "http://other.invalid/"))
     def test_another_user_is_another_session(self, name, value):
-        def change(client):
-            client.set_setting(name, value)
-            return client.listZones()
-
+        calls = [asking("listZones"), lambda client: client.set_setting(name, value) or client.listZones()]
         played = self.play([login_answer(), one()[0], login_answer("SK2"), one()[0]],
-                           one_after_another(asking("listZones"), change), **USER)
+                           one_after_another(*calls), **USER)
         self.assertEqual(["login", "listZones"] * 2, played.commands)
         self.assertEqual([None, "SK/1+", None, "SK2"], played.column("sessionkey"))
 
     def test_a_login_by_hand_in_another_case_logs_in_once(self):
         played = self.play([login_answer()], asking("Login", username="u", password="p"), **USER)
         self.assertEqual(["Login"], played.commands)
-
-    def test_many_threads_log_in_once(self):
-        commands, values = [], []  # to append is atomic
-
-        def exchange(request):
-            commands.append(wire(request)["command"])
-            if commands[-1] == "login":
-                time.sleep(0.03)
-            return login_answer() if wire(request)["command"] == "login" else one({"a": 1})[0]
-
-        client = answered_by(exchange, **LOGIN)
-        in_threads(8, lambda number: values.append(client.listZones()))
-        self.assertEqual(([{"a": 1}] * 8, ["login"] + ["listZones"] * 8), (values, commands))
 
 
 class SessionsAtOnceTest(JumpingCase):
@@ -3086,6 +2985,7 @@ class SessionsAtOnceTest(JumpingCase):
         client = self.client()
         errors = self.all_of(client.listZones() for _ in range(50))
         self.assertEqual((["wrong"] * 50, 1), ([error.error["errortext"] for error in errors], len(self.requests)))
+        self.assertEqual(50, len(set(map(id, errors))), "each is to carry the id of its own caller's job")
         self.all_of([client.listZones()])
         self.assertEqual(2, self.count("login"), "a later call tries anew")
 
@@ -3129,20 +3029,6 @@ class SessionsAtOnceTest(JumpingCase):
         stopped.run_until_complete(asyncio.gather(task, return_exceptions=True))
         stopped.close()
 
-    def test_a_failure_shared_by_several_jobs_tells_each_its_own_id(self):
-        def server(params):
-            if params["command"] == "login":
-                return 0.3, login_answer() if self.count("login") == 1 else api_error(531, "locked")
-            if params["command"] == "queryAsyncJobResult":
-                return 1, api_error(401)
-            return one({"jobid": "job-" + params["id"]})[0]
-
-        self.server = server
-        client = self.client()
-        errors = self.all_of(client.startVirtualMachine(id=number) for number in range(3))
-        told = [(error.error["errortext"], error.jobid) for error in errors]
-        self.assertEqual(([("locked", f"job-{number}") for number in range(3)], 2), (told, self.count("login")))
-
 
 # === [4.5] protocol: pages ============================================================================================
 
@@ -3152,17 +3038,13 @@ def fetched(**params):
 
 
 def iterated(**params):
-    def call(client):
-        rows = client.iter_list("listThings", **params)
-        return rows if hasattr(rows, "__aiter__") else list(rows)
-
-    return call
+    return lambda client: client.iter_list("listThings", **params)
 
 
 each_way = each("how", fetched, iterated)
 THREE_ZONES = [{"id": f"t{number // 3}", "zone": number % 3} for number in range(1200)]  # as listTemplates has them
 LIMIT = "Page size can't exceed max allowed page size value: "
-TEN_IDS = [{"id": str(number % 10), "zoneid": number // 10, "isready": True} for number in range(40)]
+TEN_IDS = [{"id": str(number % 10), "zonename": str(number // 10), "isready": True} for number in range(40)]
 
 
 class PagesTest(ProtocolCase):
@@ -3182,7 +3064,9 @@ class PagesTest(ProtocolCase):
             for total, requests in ((7, 1), (1148, 3), (1000, 3))],
           *[(3, {"key": key}, {}, 1) for key in ("asyncjobs", "api", "dataStoreProvider", "LdapConfiguration")],
           # Rows are never compared by their ids alone.
-          (1200, {"rows": THREE_ZONES}, {}, 3), (40, {"rows": TEN_IDS, "count": None}, {"pagesize": 10}, 5),
+          (1200, {"rows": THREE_ZONES}, {}, 3), (3, {"rows": THREE_ZONES[:3]}, {"pagesize": 1}, 4),
+          (40, {"rows": TEN_IDS, "count": None}, {"pagesize": 10}, 5),
+          (12, {"rows": list("abcdefghijkl")}, {"pagesize": 5}, 3),
           (25, {}, {"pagesize": 10}, 3), (25, {}, {"pageSize": "10"}, 3),
           # A lower limit than was asked for: 5.2.0 fails with the 431.
           (450, {"limit": 200}, {}, 4), (450, {"limit": 100}, {"pagesize": 250}, 6),
@@ -3195,9 +3079,9 @@ class PagesTest(ProtocolCase):
         played = self.rows(list_server(total, **habits), how(**params), expected, requests)
         self.assertEqual(requests, len(played.requests), played.column("page"))
 
-    @each("params, limit, first, most", ({"page": 2, "pagesize": 100}, 500, 100, 10), ({"page": 2}, 500, 500, 2),
-          ({"Page": "2", "pageSize": "400"}, 500, 400, 3), ({"page": 2, "pagesize": 200}, 100, 200, 10),
-          ({"page": 2, "pagesize": 500}, 300, 500, 5))
+    @each("params, limit, first, most", ({"page": 2, "pagesize": 100}, 500, 100, 9), ({"page": 2}, 500, 500, 1),
+          ({"Page": "2", "pageSize": "400"}, 500, 400, 2), ({"page": 2, "pagesize": 200}, 100, 200, 9),
+          ({"page": 2, "pagesize": 500}, 300, 500, 4))
     @each_way
     def test_a_given_page_is_where_the_rows_begin_under_a_lower_limit_too(self, how, params, limit, first, most):
         self.rows(list_server(930, limit=limit), how(**params), rows_of(first, 930), most)
@@ -3209,17 +3093,6 @@ class PagesTest(ProtocolCase):
     def test_counts_that_are_wrong_cost_neither_rows_nor_many_requests(self, how, total, habits, most):
         params = {"pagesize": 10} if habits else {}
         self.rows(list_server(total, **habits), how(**params), rows_of(0, total), most)
-
-    def test_random_servers_give_all_rows_in_finite_requests(self):
-        draw = random.Random(7)
-        for _ in range(25):
-            total, size = draw.choice([0, 1, 5, 9, 10, 11, 20, 39, 40, 41, 95]), draw.choice([1, 2, 5, 10, 40])
-            habits = {"count": draw.choice(["total", "page", None]), "ignores": draw.random() < 0.3,
-                      "limit": draw.choice([7, 50])}
-            how = draw.choice([fetched, iterated])
-            with self.subTest(total=total, size=size, how=how.__name__, **habits):
-                most = 6 + total // min(size, habits["limit"])
-                self.rows(list_server(total, **habits), how(pagesize=size), rows_of(0, total), most)
 
     def test_what_the_requests_of_a_list_say(self):
         call = iterated(keyword="a b", tags={"key": "x"}, pageSize=400)
@@ -3270,8 +3143,7 @@ class PagesTest(ProtocolCase):
 
         with mock.patch.object(cs, "MOST_PAGES", 50):
             error = self.play(endless, how(pagesize=2)).error
-        self.assertIs(cs.CloudStackException, type(error))
-        self.assertIn("more than 50 pages", str(error))
+        self.assertRegex(repr(error), r"\ACloudStackException\(.*more than 50 pages")
 
     @each_way
     def test_a_short_page_ends_no_list_whose_count_promises_more(self, how):
@@ -3294,10 +3166,9 @@ class PagesTest(ProtocolCase):
         self.rows([answer({"r": document})], iterated(), [document], 1)
 
     def test_a_lower_limit_is_remembered(self):
-        calls = [fetched(), iterated(), asking("listThings", page=2)]
+        calls = [fetched(), fetched(), asking("listThings", page=2)]
         played = self.play(list_server(450, limit=200), one_after_another(*calls))
-        self.assertEqual([rows_of(0, 450), rows_of(0, 450), rows_of(200, 400)],
-                         played.value[:2] + [(played.value[2] or {}).get("thing")])
+        self.assertEqual([rows_of(0, 450)] * 2 + [{"count": 450, "thing": rows_of(200, 400)}], played.value)
         self.assertEqual(["500"] + ["200"] * 7, played.column("pagesize"))
 
     @each("text, more, requests", ("Unable to find zone 500", "", 1), ("", "pagesize", 1), (LIMIT + "3", "", 2),
@@ -3333,8 +3204,6 @@ class PagesTest(ProtocolCase):
         for number, sent in ((0, 0), (1, 1), (499, 1), (1, 2)):
             self.assertEqual(number, len(list(itertools.islice(rows, number))))
             self.assertEqual(sent, len(requests))
-        rows.close()
-        self.assertEqual(2, len(requests))
 
     @each("command", "deployVirtualMachine", "resetThings", "getUploadParamsForVolume")
     def test_a_changing_command_is_sent_once_whatever_its_answer_looks_like(self, command):
@@ -3343,9 +3212,6 @@ class PagesTest(ProtocolCase):
         for call in (lambda client: client.iter_list(command), lambda client: client.pages(command)):
             played = self.play([AssertionError("sent")], call)
             self.assertEqual((ValueError, []), (type(played.error), played.commands))
-
-    def test_reading_commands_of_other_names_are_lists_too(self):
-        self.rows(list_server(1200), asking("quotaSummary", fetch_list=True), rows_of(0, 1200), 3)
 
 
 class PagesAheadTest(JumpingCase):
@@ -3433,12 +3299,6 @@ GROWING = [0.1, 0.1, 0.1, 0.15, 0.225, 0.3375, 0.50625, 0.759375, 1.139063, 1.70
 
 
 class JobsTest(ProtocolCase):
-    def test_a_job_is_waited_for_and_its_result_returned(self):
-        played = self.play([SUBMITTED, PENDING, PENDING, DONE], started(id="vm"))
-        self.assertEqual((MACHINE, [0.1, 0.1]), (played.value, played.pauses))
-        self.assertEqual(["startVirtualMachine"] + ["queryAsyncJobResult"] * 3, played.commands)
-        self.assertEqual([None] + ["job-1"] * 3, played.column("jobid"))
-
     @each("interval, pauses", (2, GROWING + [2, 2]), ("5", GROWING + [2.562891, 3.844336]),
           (0.2, GROWING[:4] + [0.2] * 8), (0.05, [0.05] * 12), (0, []))
     def test_the_first_poll_is_at_once_and_the_next_are_ever_farther_apart(self, interval, pauses):
@@ -3476,9 +3336,8 @@ class JobsTest(ProtocolCase):
         self.assertEqual(["startVirtualMachine"] + ["queryAsyncJobResult"] * 2, played.commands)
         whole = dict({"jobid": "job-1", "jobstatus": status}, **more)
         expected = whole if more.get("jobresult") is None else more["jobresult"]
-        self.assertEqual((cs.CloudStackApiException, ("Job failure",), expected),
-        (type(error), error.args, error.error))
-        self.assertEqual(("job-1", True, False), (error.jobid, error.job_failed, error.outcome_unknown))
+        told = (type(error), error.args, error.error, error.jobid, error.job_failed, error.outcome_unknown)
+        self.assertEqual((cs.CloudStackApiException, ("Job failure",), expected, "job-1", True, False), told)
         self.assertEqual(more.get("jobinstanceid"), error.jobinstanceid)
         self.assertEqual((f"Job failure, error: {expected}", response.json()), (str(error), error.response.json()))
 
@@ -3499,16 +3358,14 @@ class JobsTest(ProtocolCase):
         self.assertEqual((value, requests, slept), (played.value, len(played.requests), played.slept))
         self.assertEqual(cs.CloudStackJobTimeout if value is None else type(None), type(played.error))
 
-    @each("script, response", ([PENDING], (408, PENDING.json())), ([afresh(silent())], None),
-          ([answer("<html>", 502)], (408, None)))
-    def test_a_job_that_still_runs_at_the_deadline(self, script, response):
-        played = self.play([SUBMITTED] + script, started(), job_timeout=600)
-        error, found = played.error, None
+    @each("item, status", (PENDING, 408), (afresh(silent()), None), (answer("<html>", 502), 408))
+    def test_a_job_that_still_runs_at_the_deadline(self, item, status):
+        played = self.play([SUBMITTED, item], started(), job_timeout=600)
+        error = played.error
         self.assertEqual((cs.CloudStackJobTimeout, 600), (type(error), round(played.slept, 3)))
         self.assertEqual((("Timeout waiting for async job result", "job-1"), "job-1"), (error.args, error.jobid))
-        if error.response is not None:
-            found = (error.response.status_code, PENDING.json() if error.response.ok or response[1] else None)
-        self.assertEqual((response, 200), (found, PENDING.status_code))
+        self.assertEqual((status, 200), (error.response and error.response.status_code, PENDING.status_code))
+        self.assertEqual(getattr(item, "text", None), error.response and error.response.text)
 
     @each("settings, totals", ({"timeout": 3, "job_timeout": 1000}, [30] * 4), ({"timeout": 3}, [30] * 4),
           ({"timeout": 3, "job_timeout": 0.25}, [30, 3.25, 3.15, 3.05, 3]))
@@ -3539,8 +3396,7 @@ class JobsTest(ProtocolCase):
         self.assertEqual((None, MACHINE, 30), (played.error, played.value, max(played.pauses)))
 
     @each("item, pause", (api_error(429, "please retry after [7000] ms."), 7), (told_to_wait("20"), 20),
-          (api_error(429, f"please retry after [{'9' * 400}] ms."), 30), (told_to_wait("86400"), 30),
-          (told_to_wait("9" * 30), 30), (told_to_wait("\xb2"), 2), (told_to_wait("Mon, 01 Jan 2099 00:00:00 GMT"), 2))
+          (api_error(429, f"please retry after [{'9' * 400}] ms."), 30), (told_to_wait("86400"), 30))
     @each("deadline", None, 3)
     def test_a_wait_the_server_asks_for_is_kept_within_bounds(self, item, pause, deadline):
         played = self.play([SUBMITTED, item, DONE], started(), job_timeout=deadline)
@@ -3553,6 +3409,7 @@ class JobsTest(ProtocolCase):
         error = played.error
         self.assertEqual((code, "job-1", False, False), (error.error["errorcode"], error.jobid, error.job_failed,
                                                          error.outcome_unknown))
+        self.assertIs(code != 431, "job job-1 may still run" in str(error))  # which knows no such job
 
     @each("script, jobid", ([silent()], None), ([api_error(533)], None), ([answer("<html>")], None),
           *[([SUBMITTED, afresh(error)], "job-1") for error in (
@@ -3560,16 +3417,8 @@ class JobsTest(ProtocolCase):
     def test_everything_raised_after_the_submission_carries_the_job_s_id(self, script, jobid):
         for kind in KINDS:
             with self.assertRaises(BaseException) as caught:
-                error = self._play_one(kind(ENDPOINT, "k", "s", job_timeout=0), script, started()).error
-                raise error
+                raise self._play_one(kind(ENDPOINT, "k", "s", job_timeout=0), script, started()).error
             self.assertEqual(jobid, getattr(caught.exception, "jobid", None), kind)
-
-    def test_ctrl_c_between_two_polls_carries_it_too(self):
-        client = answered_by(mock.Mock(side_effect=[SUBMITTED, PENDING]))
-        with mock.patch.object(cs, "_sleep", side_effect=KeyboardInterrupt):
-            with self.assertRaises(KeyboardInterrupt) as caught:
-                started()(client)
-        self.assertEqual("job-1", caught.exception.jobid)
 
     @each("jobid, sent", (5, "5"), ("a b/\xfc~", "a b/\xfc~"), ("", ""), (None, "None"), (True, "True"), ([], "[]"),
           ("\x00", None), ("\ud800", None))
@@ -3588,26 +3437,18 @@ class JobsTest(ProtocolCase):
         self.assertEqual([("1", "2")] * 3, [(each.headers["X-A"], each.headers["X-B"]) for each in played.requests])
         self.assertEqual([GIVEN, "2026-01-01T00:10:00+0000", "2026-01-01T00:11:00+0000"], played.column("expires"))
 
-    def test_a_session_that_expires_during_the_wait_is_renewed(self):
-        script = [login_answer(), SUBMITTED, PENDING, api_error(401), login_answer("SK2"), PENDING, api_error(401),
-                  login_answer("SK3"), DONE]
-        played = self.play(script, started(), **USER)
-        self.assertEqual((MACHINE, 3), (played.value, played.commands.count("login")))
-
     def test_poll_interval_may_change_during_the_wait(self):
         clients = []
-
-        def call(client):
-            clients.append(client)
-            return started()(client)
 
         def faster(played, request):
             clients[-1].poll_interval = 0.05
             return PENDING
 
-        self.assertEqual([0.1, 0.05, 0.05], self.play([SUBMITTED, PENDING, faster, PENDING, DONE], call).pauses)
+        played = self.play([SUBMITTED, PENDING, faster, PENDING, DONE],
+                           lambda client: clients.append(client) or started()(client))
+        self.assertEqual([0.1, 0.05, 0.05], played.pauses)
 
-    @each("script, options, settings, expected", ([PENDING, DONE], {}, {}, MACHINE),
+    @each("script, options, settings, expected", *[([PENDING, DONE], {"json": json}, {}, MACHINE) for json in (1, 0)],
           ([looked(2)], {}, {}, cs.CloudStackApiException), ([api_error(431, "Unable to find")], {},
           {}, cs.CloudStackApiException), ([PENDING], {}, {"job_timeout": 5}, cs.CloudStackJobTimeout),
           ([PENDING], {"job_timeout": 5}, {}, cs.CloudStackJobTimeout))
@@ -3722,6 +3563,12 @@ class JobsAtOnceTest(JumpingCase):
         self.check(6, retry=3)
         self.assertLessEqual(self.count("listAsyncJobs"), most)
 
+    def test_a_list_that_never_helped_is_asked_for_twice_a_minute_all_the_same(self):
+        self.strangers, self.hidden = ["stranger"], {f"job-{number:04}" for number in range(5)}
+        self.lasts = lambda number: 300
+        self.check(5)
+        self.assertTrue(8 < self.count("listAsyncJobs") < 16, self.count("listAsyncJobs"))
+
     def test_passing_trouble_with_the_list_is_no_trouble_for_the_jobs(self):
         troubles = [silent(), lost(), answer("<html>", 502), api_error(503), api_error(429), unsent()]
         self.lasts = lambda number: 300
@@ -3730,50 +3577,24 @@ class JobsAtOnceTest(JumpingCase):
         self.assertEqual([], troubles)
         self.assertGreater(self.count("listAsyncJobs"), 12)
 
-    def test_failures_tell_each_waiter_its_own(self):
-        self.fails = {"job-0002", "job-0005"}
-        outcomes = self.start(8)
-        told = [(getattr(outcome, "error", outcome)["job"], getattr(outcome, "jobid", None)) for outcome in outcomes]
-        jobs = [f"job-{index:04}" for index in range(8)]
-        self.assertEqual([(job, job if job in self.fails else None) for job in jobs], told)
-
-    def test_whoever_reads_the_list_may_be_cancelled_without_hurting_the_others(self):
-        current = getattr(asyncio, "current_task", None) or asyncio.Task.current_task
-        cancelled = []
-
-        def listing(params):
-            if len(cancelled) < 3:
-                cancelled.append(current())
-                self.loop.call_later(0.005, cancelled[-1].cancel)
-            return self.list_pending(params)
-
-        self.listing = listing
-        kinds = collections.Counter(type(outcome) for outcome in self.start(10))
-        self.assertEqual({asyncio.CancelledError: 3, dict: 7}, kinds)
-
     @each("recover, seconds", (False, 5), (True, 5), (True, 0.005))
     def test_a_cancelled_call_carries_the_id_and_starts_no_further_request(self, recover, seconds):
-        client, caught = self.client(recover=recover), []
-
         async def one_job():
             try:
-                await client.startVirtualMachine(id=1)
+                await self.client(recover=recover).startVirtualMachine(id=1)
             except asyncio.CancelledError as error:
-                caught.append(error.jobid)
-                raise
+                return error.jobid
 
         async def use():
             task = asyncio.ensure_future(one_job())
             await asyncio.sleep(seconds)
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            before = len(self.requests)
+            jobid, before = await task, len(self.requests)
             await asyncio.sleep(60)
-            return len(self.requests) - before
+            return jobid, len(self.requests) - before
 
-        sent = self.loop.run_until_complete(use())
-        jobid = "job-0001" if seconds == 5 else self.requests[0][1]["customjobid"]
-        self.assertEqual((0, [jobid]), (sent, caught))
+        told = self.loop.run_until_complete(use())
+        self.assertEqual(("job-0001" if seconds == 5 else self.requests[0][1]["customjobid"], 0), told)
 
     @each("slow", 0, 90)
     def test_the_deadline_s_last_poll_is_at_the_job_itself(self, slow):
@@ -3784,8 +3605,7 @@ class JobsAtOnceTest(JumpingCase):
         told = [(type(outcome), outcome.jobid, outcome.response.status_code) for outcome in outcomes]
         self.assertEqual([(cs.CloudStackJobTimeout, f"job-{index:04}", 408) for index in range(10)], told)
         last = {jobid: round(at - 1000) for at, jobid in self.asked()}
-        self.assertEqual(dict.fromkeys(self.ends, True),
-        {job: 7 <= at <= 7 + slow / 9 for job, at in last.items()}, last)
+        self.assertEqual(set(self.ends), {job for job, at in last.items() if 7 <= at <= 7 + slow / 9}, last)
 
     @each("status, late", (lambda over: int(over), 4.5), (lambda over: 0, 32.5))
     def test_finished_jobs_in_the_list(self, status, late):
@@ -5100,11 +4920,11 @@ class SessionTest(TransportCase):
         self.assertNotIn("signature=", "".join(all_texts(ours)))
 
     @each("kind, raised, seen", (cs.CloudStack, KeyboardInterrupt, KeyboardInterrupt),
-          (cs.CloudStack, StopIteration, StopIteration), (cs.AIOCloudStack, StopIteration, RuntimeError),
+          *[(kind, StopIteration, RuntimeError) for kind in KINDS],
           *[(kind, error, error) for error in (AssertionError, ValueError, RuntimeError) for kind in KINDS])
     def test_what_it_raises_of_its_own_is_passed_on_as_it_is(self, kind, raised, seen):
         """A mock's AssertionError, and what may be a mistake in the session. (A mock's end is a StopIteration, which no
-        future lets through: a RuntimeError says so.)"""
+        coroutine lets through: a RuntimeError says so.)"""
         client = self.through(raised("its own"), kind=kind, retry=2, retry_backoff=0)
         error = self.raised(seen, self.call, client, "deployVirtualMachine")
         self.assertEqual(seen is raised, str(error) == "its own")
@@ -5854,7 +5674,7 @@ class ConstructorTest(ProtocolCase):
           ("trace", 1, True), ("fetch_result", "", False), ("fetch_result", "true", True), ("recover", "on", True),
           ("recover", "", False), ("cert", "/c.pem", "/c.pem"), ("cert", ["/c", b"/k"], ("/c", "/k")),
           ("cert_key", "/k.pem", "/k.pem"), ("cert", "", None), ("name", "region", "region"), ("key", "", None),
-          ("secret", b"\xc3\xbc", "\xfc"), ("username", Tagged("u"), "u"), ("domain", "/a/b", "/a/b"),
+          ("secret", b"\xc3\xbc", "\xfc"), ("username", lying(str, "u"), "u"), ("domain", "/a/b", "/a/b"),
           ("domain", "ROOT/b", "/b"), ("concurrency", "4", 4), ("max_response_size", "1024", 1024),
           ("headers", None, {}))
     def test_what_values_mean(self, name, given, value):
