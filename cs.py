@@ -1255,8 +1255,9 @@ async def _send_with_retries(client, call):
                 continue
             if login is not None and _status_of(error) == 401 and not renewed:
                 renewed = True
-                if client._server.login is login:  # nobody else has renewed it
-                    client._server.login = None
+                with client._server.lock:
+                    if client._server.login is login:  # nobody else has renewed it
+                        client._server.login = None
                 continue
             if call.reads and error.stale and not replayed:
                 replayed = True
