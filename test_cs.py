@@ -6070,6 +6070,10 @@ class LoadConfigTest(ConfigCase):
         self.assertEqual(["cloudstack", "eu", "us"], cs.list_regions())
         self.assertEqual(["cloudstack", "eu", "x"], cs.list_regions(self.write("other.ini", "[x]\n")))
 
+
+class ReadableFilesTest(ConfigCase):
+    """A file with a secret is for its owner alone."""
+
     @each("mode, text, env, warned", (0o644, GOOD_INI, {}, True), (0o640, GOOD_INI, {}, True),
           (0o600, GOOD_INI, {}, False),
           (0o644, "[cloudstack]\nendpoint = http://e/\nusername = u\npassword = p\n", {}, True),
