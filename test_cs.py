@@ -8685,11 +8685,10 @@ class CompletionTest(CompletionCase):
         self.assertEqual(sorted(COMMANDS), sorted(self.words("cs -q --all ")))
         words = self.words("cs deployVirtualMachine ")
         self.assertEqual((["serviceofferingid=", "zoneid="], sorted(words[2:])), (words[:2], words[2:]))
-        expected = [["available=", "true for zones that take new machines"]]
-        self.assertEqual(expected, self.completed("cs listZones avail"))
+        self.assertEqual([["available=", "true for zones that take new machines"]],
+                         self.completed("cs listZones avail"))
         words = self.words("cs deployVirtualMachine zoneid=1 NAME='x y' ")
-        self.assertLacks(words, "zoneid=", "name=")
-        self.assertIn("templateid=", words)
+        self.assertEqual({"templateid="}, {"zoneid=", "name=", "templateid="}.intersection(words))
         self.path = self.sync_as(dict(api_entry(("listLong",)), description="word " * 1000))
         self.assertLessEqual(len(self.completed("cs listL")[0][1]), 80)
 
@@ -8717,13 +8716,11 @@ class CompletionTest(CompletionCase):
         stop = "cs stopVirtualMachine id="
         for line, expected in (
             (stop + "WEB-01", [["id=name:web-01", web]]), (stop + "name:web-01", [["id=name:web-01", web]]),
-            (stop + "Datab", [["id=name:Database:1", db]]), (stop + "name:dat", [["id=name:Database:1", db]]),
-            (stop + web[:9], [["id=" + web, "web-01"]]), (stop + "name:" + web[:9], []), (stop + "nothing", []),
+            (stop + "name:dat", [["id=name:Database:1", db]]), (stop + "nothing", []),
+            (stop + web[:9], [["id=" + web, "web-01"]]), (stop + "name:" + web[:9], []),
             (stop + "fr", [["id=name:'front end (2)'", cache]]), (stop + "'fr", [["id='name:front end (2)'", cache]]),
             (stop + "name:'front e", [["id=name:'front end (2)'", cache]]),
-            (stop + "'name:front e", [["id='name:front end (2)'", cache]]),
             (stop + "front\\ e", [["id=name:'front end (2)'", cache]]),
-            (f"cs listVirtualMachines ids={db},web-01", [[f"ids={db},name:web-01", web]]),
             (f"cs listVirtualMachines ids={db},{web[:9]}", [[f"ids={db},{web}", "web-01"]]),
             ("cs listVirtualMachines ids=name:'a b',fr", [["ids=name:'a b',name:'front end (2)'", cache]]),
             ("cs listVolumes name='x y' virtualmachineid=web-01", [["virtualmachineid=name:web-01", web]]),
@@ -8740,6 +8737,8 @@ class CompletionTest(CompletionCase):
         self.rows("listVirtualMachines", rows)
         self.assertEqual([["id=1", "web"], ["id=2", "web"], ["id=name:x", "3"], ["id=name:db", "4"], ["id=5", ""],
                           ["id=name:y", "6"]], self.completed("cs stopVirtualMachine id="))
+        for typed in ("We", "name:web"):
+            self.assertEqual(["id=1", "id=2"], self.words("cs stopVirtualMachine id=" + typed))
         self.cloud._scripts.clear()
         self.rows("listVirtualMachines", [{"id": "1", "name": "web 1"}, {"id": "2", "name": "web-2"}])
         self.assertEqual(["id=name:'web 1'", "id=name:'web-2'"], self.words("cs stopVirtualMachine id=we"))
@@ -8772,13 +8771,15 @@ class CompletionTest(CompletionCase):
     def test_without_a_list_options_and_regions_are_completed_all_the_same(self):
         os.unlink(self.path)
         self.ini("[lab]\n")
-        for line in ("cs listZo", "cs stopVirtualMachine id=", "cs listZones -c na"):  # no word, but what to type
-            self.assertEqual(self.completed(line), [["", "to have commands completed, type: cs --sync"]])
-        for line, told in (("cs --nosuch l", "no option '--nosuch'"), ("cs --quiet=l", "--quiet takes no value")):
-            self.assertIn(told, "".join(sum(self.completed(line), [])))
-        self.assertEqual(self.words("cs --endpoint http://cloud.invalid/$(x) listZo"), [""])
-        self.assertEqual(self.words("cs -r la"), ["lab"])
-        self.assertEqual(self.words("cs --outp"), ["--output"])
+        for told, *lines in (  # no word, but what to type
+            ("type: cs --sync", "cs listZo", "cs stopVirtualMachine id=", "cs listZones -c na"),
+            ("no option '--nosuch'", "cs --nosuch l"), ("--quiet takes no value", "cs --quiet=l"),
+            ("", "cs --endpoint http://cloud.invalid/$(x) listZo"),
+        ):
+            for line in lines:
+                ((word, message),) = self.completed(line)
+                self.assertEqual(("", True), (word, told in message), message)
+        self.assertEqual(["--output"], self.words("cs --outp"))
         self.unset("endpoint", "key", "secret")
         self.assertEqual((["lab"], []), (self.words("cs -r la"), self.asked))
 
@@ -8786,9 +8787,8 @@ class CompletionTest(CompletionCase):
           ({"secret": ""}, "secret: missing; key and secret go together"), ({"endpoint": ""}, "`cs --configure` makes"))
     def test_a_configuration_that_cannot_be_used_is_told(self, settings, told):
         self.configure(**settings)
-        for line in ("cs listZo", "cs stopVirtualMachine id=", "cs listZones -c na"):
-            ((word, message),) = self.completed(line)
-            self.assertEqual(("", True), (word, told in message), message)
+        ((word, message),) = self.completed("cs listZo")
+        self.assertEqual(("", True), (word, told in message), message)
 
     def test_a_server_that_fails_or_hangs_gives_nothing_soon(self):
         self.assertLessEqual(cs._KEY_TIMEOUT, 1)
@@ -8837,9 +8837,8 @@ class CompletionTest(CompletionCase):
                "\x1b[2J", "\x9b2J", "\u202eabc", "ü", "\ud800", "", " ", "a ", " a", "x" + EVIL_TITLE)
 
     def test_no_word_is_offered_that_a_shell_could_evaluate(self):
-        safe = re.compile(r"(?:[A-Za-z0-9_.,:/@%+=\[\]-]|'[A-Za-z0-9_.:/@%+() -]+')+\Z")
-        params = ["id!"] + [name + "id" for name in self.HOSTILE]
-        entry = api_entry(["stopVirtualMachine"] + params)
+        safe = r"(?:[A-Za-z0-9_.,:/@%+=\[\]-]|'[A-Za-z0-9_.:/@%+() -]+')+(?:\t[^\0-\x1f\x7f-\x9f\u202e]*)?\Z"
+        entry = api_entry(["stopVirtualMachine", "id!"] + [name + "id" for name in self.HOSTILE])
         entry["response"] = [{"name": name} for name in self.HOSTILE]
         entries = [dict(api_entry((name, "id")), description=name) for name in self.HOSTILE if name]
         self.path = self.sync_as(entry, ("listVirtualMachines",), *entries)
@@ -8849,12 +8848,8 @@ class CompletionTest(CompletionCase):
         self.rows("listVirtualMachines", rows)
         stop = "cs stopVirtualMachine "
         for line in ("cs ", stop, stop + "id=", stop + "-c ", stop + "--where ", "cs -r "):
-            with self.subTest(line):
-                out = self.good("--complete=" + line)
-                for row in out.splitlines():
-                    self.assertRegex(row.split("\t")[0], safe)
-                    self.assertLess(row.count("\t"), 2)
-                self.assertEqual([], re.findall("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", out))
+            for row in self.good("--complete=" + line).split("\n")[:-1]:
+                self.assertRegex(row, safe, line)
         words = self.words("cs stopVirtualMachine id=")
         self.assertEqual(len(self.HOSTILE), len(words))  # the good ones, by name or by id
         self.assertEqual(["id=name:@/etc/x"], [word for word in words if ":" in word])
@@ -8901,15 +8896,13 @@ class Typed:
             pass
         return self.output.decode("utf-8", "replace").replace("\r\n", "\n")
 
-    def wait_for(self, *words):
-        """Wait until one of these was written after what was waited for before."""
-        deadline, found = time.monotonic() + 20, None
-        while not found:
-            found = re.compile(b"|".join(map(re.escape, words))).search(self.output, self.at)
-            if not found and not self.read(deadline - time.monotonic()):
-                raise AssertionError(f"{words} was not written: {self.output}")
-        self.at = found.end()
-        return found.group()
+    def wait_for(self, word):
+        """Wait until this was written after what was waited for before."""
+        deadline = time.monotonic() + 20
+        while word not in self.output[self.at :]:
+            if not self.read(deadline - time.monotonic()):
+                raise AssertionError(f"{word} was not written: {self.output}")
+        self.at = self.output.index(word, self.at) + len(word)
 
     at = 0
 
@@ -8952,27 +8945,23 @@ class ShellCompletionTest(CompletionCase):
         self.ini("[lab]\nendpoint = http://cloud.invalid/\n[lagoon]\n[$(touch pwned)]\n")
         self.rename("db-01", name="front end (2)", displayname="front end (2)")
 
+    # What each is started with, and what is typed there first, as README says.
+    SHELLS = {
+        "bash": ("--norc --noprofile", "bind 'set enable-bracketed-paste off' 'set show-all-if-ambiguous on'",
+                 'eval "$(cs --completion bash)"'),
+        # compinit reads the head of every function it finds; those of other programs are of no interest here.
+        "zsh": ("-f", "PS1='$ '; setopt extendedglob; unsetopt prompt_sp",
+                "fpath=(${fpath:#*/Completion/(^(Base|Zsh|Unix))})",
+                'autoload -Uz compinit; compinit -u -d "$HOME/dump"; eval "$(cs --completion zsh)"'),
+        "fish": ("", "cs --completion fish | source"),
+    }
+
     def start(self, name):
-        """A shell on a terminal, set up as README says."""
-        found = shutil.which(name)
-        if found is None:
-            self.skipTest(f"{name} is not installed")
-        argv, setup = [found, "-i"], []
-        if name == "bash":
-            argv = [found, "--norc", "--noprofile", "-i"]
-            setup = ["bind 'set enable-bracketed-paste off' 'set show-all-if-ambiguous on'",
-                     'eval "$(cs --completion bash)"']
-        elif name == "zsh":
-            argv = [found, "-f", "-i"]
-            # compinit reads the head of every function it finds; those of other programs are of no interest here.
-            setup = ["PS1='$ '; setopt extendedglob; unsetopt prompt_sp",
-                     "fpath=(${fpath:#*/Completion/(^(Base|Zsh|Unix))})",
-                     'autoload -Uz compinit; compinit -u -d "$HOME/dump"; eval "$(cs --completion zsh)"']
-        else:
-            os.makedirs(os.path.join(self.home, ".config", "fish"), exist_ok=True)
-            self.write(".config/fish/config.fish", "cs --completion fish | source\n")
-        shell = self.on_pty(argv, self.env)
-        for line in setup + ['printf "REA%s\\n" DY']:
+        """A shell on a terminal."""
+        found = shutil.which(name) or self.skipTest(f"{name} is not installed")
+        options, *setup = self.SHELLS[name]
+        shell = self.on_pty([found, *options.split(), "-i"], self.env)
+        for line in [*setup, 'printf "REA%s\\n" DY']:
             shell.type(line + "\n")
         shell.wait_for(b"READY")
         return shell
@@ -8989,8 +8978,6 @@ class ShellCompletionTest(CompletionCase):
         os.unlink(path)
         return words
 
-    SHELLS = ("bash", "zsh", "fish")
-
     @each("name", *SHELLS)
     def test_it_completes(self, name):
         machine = self.machine()
@@ -9001,18 +8988,16 @@ class ShellCompletionTest(CompletionCase):
                                  "stopVirtualMachine", "forced=false", "id=" + machine),
                                 ("cs listZones -r lag\t --output=ta\t", "listZones", "-r", "lagoon", "--output=table"),
                                 ("true; A=1 cs listZones -c internald\t", "listZones", "-c", "internaldns1"),
-                                ("cs stopVirtualMachine id=web-01\t", "stopVirtualMachine", "id=name:web-01"),
-                                ("cs stopVirtualMachine id=fr\t", "stopVirtualMachine", "id=name:front end (2)"),
-                                ("cs stopVirtualMachine id=name:fr\t", "stopVirtualMachine", "id=name:front end (2)"),
-                                ("cs stopVirtualMachine id=name:web-01\t", "stopVirtualMachine", "id=name:web-01"),
                                 ("cs listVirtualMachines ids=name:x,web-01\t", "listVirtualMachines",
                                  "ids=name:x,name:web-01"),
                                 (f"cs deployVirtualMachine userdata=@{self.home}/cloud-in\t", "deployVirtualMachine",
                                  f"userdata=@{self.home}/cloud-init.yaml")):
             self.assertEqual(expected, self.typed(shell, line))
-        for word in ("id=name:'front e", "id=name:'fr", "id='name:front e", "id='fr") if name != "fish" else ():
-            self.assertEqual(["stopVirtualMachine", "id=name:front end (2)"],
-                             self.typed(shell, f"cs stopVirtualMachine {word}\t"), word)
+        begun = ["fr", "name:fr"] + (["name:'front e", "name:'fr", "'name:front e", "'fr"] if name != "fish" else [])
+        for name, words in (("web-01", ["web-01", "name:web-01"]), ("front end (2)", begun)):
+            for word in words:
+                self.assertEqual(["stopVirtualMachine", "id=name:" + name],
+                                 self.typed(shell, f"cs stopVirtualMachine id={word}\t"), word)
 
     @each("name", *SHELLS)
     def test_nothing_is_evaluated(self, name):
@@ -9024,8 +9009,7 @@ class ShellCompletionTest(CompletionCase):
         self.rows("listVirtualMachines", rows)
         shell = self.start(name)
         if name == "fish":
-            out = Child([name, "-c", 'complete -C "cs stopVirtualMachine id="'], env=self.env).finish()[1]
-            self.assertIn("id=good-a-a\t$(touch pwned)\n", out.decode("utf-8"))
+            self.assertIn("id=good-a-a\t$(touch pwned)\n", self.fish_offers("cs stopVirtualMachine id="))
         else:
             shell.type("cs \t\t")
             shell.wait_for(b"stopVirtualMachine")
@@ -9035,6 +9019,11 @@ class ShellCompletionTest(CompletionCase):
         self.assertEqual(["stopVirtualMachine", "id=good-c-c"], self.typed(shell, "cs stopVirtualMachine id=good-c\t"))
         self.assertEqual([], [path for path in os.listdir(self.cwd) + os.listdir(self.home) if "pwned" in path])
         self.assertNotIn(EVIL_TITLE, shell.text)
+
+    def fish_offers(self, line):
+        """What fish would show, whose pager writes more than words."""
+        words = ["fish", "-c", f"cs --completion fish | source; complete -C '{line}'"]
+        return Child(words, env=self.env).finish()[1].decode("utf-8")
 
     @each("name", *SHELLS)
     def test_what_to_type_without_a_list_is_shown_and_not_put_on_the_line(self, name):
@@ -9050,8 +9039,7 @@ class ShellCompletionTest(CompletionCase):
         if name == "fish":
             for line, first in (("cs deployVirtualMachine ", "serviceofferingid="),
                                 ("cs stopVirtualMachine id=web-01", "id=name:web-01\t" + self.machine())):
-                shown = Child(["fish", "-c", f'complete -C "{line}"'], env=self.env).finish()[1].decode()
-                self.assertEqual(first, shown[: len(first)])
+                self.assertTrue(self.fish_offers(line).startswith(first), line)
             return
         shell.type("cs deployVirtualMachine \t")
         for word in (b"serviceofferingid=", b"zoneid=", b"account="):
