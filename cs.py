@@ -4288,7 +4288,7 @@ _ALWAYS_KNOWN = frozenset(  # the last four are arguments of call()
 )
 _REFUSALS = (431, 432, 531)  # statuses of what an account may not ask for
 
-_Param = collections.namedtuple("_Param", "name type required description length since related")
+_Param = collections.namedtuple("_Param", "name type required description related")
 
 
 class _CommandSpec:
@@ -4298,7 +4298,7 @@ class _CommandSpec:
         def texts(row, names):
             return [str(row.get(name) or "") for name in names]
 
-        self.name, self.description, self.since = texts(api, ("name", "description", "since"))
+        self.name, self.description = texts(api, ("name", "description"))
         self.is_async = api.get("isasync") is True
         made = [_Param(*texts(param, _Param._fields)) for param in dicts(api.get("params"))]
         self.params = sorted(made, key=lambda param: (not param.required, param.name))
@@ -4339,7 +4339,12 @@ class _Catalog(dict):
 
 def _bare(name):
     """Return what is left of a name without case and plural, vm written out."""
-    return name.lower().replace("vm", "virtualmachine").rstrip("iesy")
+    return _written_out(name).rstrip("iesy")
+
+
+def _written_out(text):
+    """Return a text in lower case, with the usual abbreviation written out."""
+    return text.lower().replace("vm", "virtualmachine")
 
 
 def _make_catalog(rows):
@@ -4355,9 +4360,8 @@ def _cache_path(client):
     Its name is a hash, so that it says nothing about them."""
     import hashlib
 
-    user = client.key or client.get_setting("username") or ""
-    account = "\0".join([client.endpoint, user, client.get_setting("domain") or "", "listApis"])
-    digest = hashlib.sha256(account.encode("utf-8")).hexdigest()
+    account = [client.endpoint, client.key, *map(client.get_setting, ("username", "domain"))]
+    digest = hashlib.sha256(repr(account).encode("utf-8")).hexdigest()
     return _own_path("XDG_CACHE_HOME", ".cache", digest[:32])
 
 
@@ -4499,10 +4503,9 @@ def _list_commands(invocation, words):
 
     Returns whether there are any."""
     catalog = _cached_catalog(invocation) or _fetch_catalog(invocation)
-    wanted = [{word, word.replace("vm", "virtualmachine")} for word in map(str.lower, words)]
     found = [
         pair for pair in catalog.summaries()
-        if all(any(form in " ".join(pair).lower() for form in forms) for forms in wanted)
+        if all(_written_out(word) in _written_out(" ".join(pair)) for word in words)
     ]  # fmt: skip
     if not found:
         quoted = " and ".join(map(ascii, words))
@@ -4522,42 +4525,33 @@ def _describe_command(invocation, name):
     spec = catalog.find(name)
     if spec is None:
         raise _Usage(_unknown_command(catalog, name) + "\n    `cs --list WORD` looks for one.")
-    since = f" (since {spec.since})" if spec.since else ""
-    lines = [spec.name + since, "  " + spec.description]
+    lines = [spec.name, "  " + spec.description]
     lines += ["  It starts a job, which is waited for unless --async."] if spec.is_async else []
     for required, group in itertools.groupby(spec.params, lambda param: param.required):
         lines += ["", "Required:" if required else "Optional:"]
-        for param in group:
-            is_long = param.type == "string" and param.length not in ("", "255")
-            facts = [param.type, is_long and f"at most {param.length}"]
-            facts += [param.since and f"since {param.since}"]
-            lines.append(f"  {param.name} ({', '.join(filter(None, facts))})  {param.description}")
+        lines += [f"  {param.name} ({param.type})  {param.description}" for param in group]
     top = ", ".join(field for field in spec.fields if "." not in field)
     lines += ["", "Returns: " + top] if top else []
     wrapper = textwrap.TextWrapper(min(_terminal_width(100), 100), subsequent_indent="    ")
     lines = [part for line in lines for part in wrapper.wrap(line[:5000]) or [""]]
-    lines += ["", "Example: cs " + " ".join([spec.name, *_example(catalog, spec)])]
+    others = [x for x in spec.params if _takes_ids(x.name) and x.name not in _PLACES]
+    # Without a template, deployVirtualMachine makes nothing.
+    shown = [x for x in spec.params if x.required or x.name == "templateid"] or others[:1]
+    lines += ["", " ".join(["Example: cs", spec.name, *map(_example, shown)])]
     _write(escape_unprintable("\n".join(lines)) + "\n")
     return True
 
 
-_EXAMPLE_VALUES = {"boolean": "true", "integer": "1", "long": "1", "uuid": "ID", "list": "A,B"}
+def _example(param):
+    """Return how a parameter can be given."""
+    if param.type == "map":
+        return f"{param.name}[0].key=... {param.name}[0].value=..."
+    return f"{param.name}={'name:...' if _takes_ids(param.name) else '...'}"
 
 
-def _example(catalog, spec):
-    """Return the parameters of a call: what it needs, or else an id and two others."""
-
-    def word(param):
-        name, value = param.name, _EXAMPLE_VALUES.get(param.type, "...")
-        if name.endswith(("id", "ids")) and _lister(catalog, spec.name, name):
-            value = "name:..."
-        is_map = param.type == "map"
-        return f"{name}[0].key=... {name}[0].value=..." if is_map else f"{name}={value}"
-
-    also = {"deployVirtualMachine": "templateid"}.get(spec.name)  # of little use without it
-    needed = [word(param) for param in spec.params if param.required or param.name == also]
-    others = [word(param) for param in spec.params if param.name not in _PLACES]
-    return needed or sorted(others, key=lambda text: "name:" not in text)[:3]
+def _takes_ids(name):
+    """Return whether a parameter takes an id, or several."""
+    return name.lower().endswith(("id", "ids"))
 
 
 # 8.5 Completion.
@@ -4704,7 +4698,7 @@ def _known_words(line):
     elif not equals:
         unused = [param for param in spec.params if param.name.lower() not in given]
         pairs = [(param.name + "=", param.description) for param in unused]
-    elif name.lower().endswith(("id", "ids")):
+    elif _takes_ids(name):
         return _id_words(invocation, spec, line.current, given)
     elif getattr(spec.find_param(name), "type", "") == "boolean":
         pairs = [(name + "=true", ""), (name + "=false", "")]
@@ -4723,16 +4717,19 @@ def _id_words(invocation, spec, current, given):
     begun = typed[5:] if typed.startswith("name:") else typed
     rows = _rows_at_a_key(invocation, spec, name, given)
     owners = collections.Counter(other for row in rows for other in row_names(row))
-    choices = []  # (what begins as it is typed, what stands before it, description)
+    choices = []  # (what begins as it is typed, what stands before the text, the text, description)
     for row in rows:
-        safe = [x for x in row_names(row) if owners[x] == 1 and re.match(_SAFE_WORD, f"'{x}'")]
-        choices += [(x, "name:", str(row["id"])) for x in safe]
+        ident, names = str(row["id"]), row_names(row)
+        safe = [x for x in names if owners[x] == 1 and re.match(_SAFE_WORD, f"'{x}'")]
+        choices += [(x, "name:", x, ident) for x in safe]
+        begins = [] if safe else names
         if begun == typed and (typed or not safe):
-            choices.append((str(row["id"]), "", " / ".join(row_names(row))))
+            begins = [*begins, ident]
+        choices += [(x, "", ident, " / ".join(names)) for x in begins]
     choices = _starting(choices, begun)
     # All in quotes if one is: a shell replaces what was typed by what all words have in common.
-    quote = "'" if any(re.search("[ ()]", text) for text, _, _ in choices) else ""
-    for text, kind, about in choices:
+    quote = "'" if any(re.search("[ ()]", text) for _, _, text, _ in choices) else ""
+    for _, kind, text, about in choices:
         is_open = raw[:1] in ("'", '"')
         word = f"'{kind}{text}'" if is_open else f"{kind}{quote}{text}{quote}"
         yield front + word, about
@@ -4894,7 +4891,7 @@ def _split_names(param, value):
     """Return the parts of a value, each marked as a "name" to look up or as another literal.
 
     In a list a comma ends a name only before another name or an id: others are the name's own."""
-    if value.literal or not param.lower().endswith(("id", "ids")):
+    if value.literal or not _takes_ids(param):
         return [value._replace(literal=value.literal or "quoted")]
     end = r",(?=name:|[0-9a-fA-F-]{36}(?:,|\Z))"
     texts = re.split(end, value.text) if param.lower().endswith("s") else [value.text]
@@ -4935,11 +4932,11 @@ def _catalog_for_names(invocation):
     catalog = _cached_catalog(invocation)
     if catalog is None:
         catalog = _fetch_catalog(invocation, is_needed=False)
-    usual = []
-    for thing in _USUAL_LISTS.split():
-        names = ("keyword", "listall", "projectid", thing[:-1].lower() + "filter")
-        usual.append({"name": "list" + thing, "params": [{"name": name} for name in names]})
-    return catalog or _make_catalog(usual)
+    params = [{"name": "keyword"}, {"name": "listall"}, {"name": "projectid"}]
+    return catalog or _make_catalog(
+        {"name": "list" + thing, "params": [*params, {"name": thing[:-1].lower() + "filter"}]}
+        for thing in _USUAL_LISTS.split()
+    )
 
 
 def _lister(catalog, command, name, given=()):
@@ -4986,26 +4983,24 @@ def _lacking(lister, given):
 
 def _look_up(invocation, lister, typed, name, given):
     """Return the one row of a list command that has a name. Raises _Usage."""
-    rows: list = []
     keyword = name.rpartition("/")[2]  # of a domain's path
     # To the server it may be a pattern, and what is not ASCII is compared in the server's own ways.
     can_search = lister.find_param("keyword") and re.match(r"[\w .()/-]+\Z", keyword, re.ASCII)
     for word in [keyword, ""] if can_search else [""]:
-        for question in _questions(lister, given, word):
-            rows += _ask_list(invocation, lister, typed, question)
+        questions = list(_questions(lister, given, word))
+        rows = [row for x in questions for row in _ask_list(invocation, lister, typed, x)]
         if rows_named(rows, name):
             break
 
     found = rows_named(_in_place(rows, given), name)
     if len(found) > 1 and not any("project" in row for row in found):
-        question = next(_questions(lister, given))
-        question.pop("listall", None)
-        own = [row["id"] for row in _ask_list(invocation, lister, typed, question)]
+        questions[0].pop("listall", None)
+        own = [row["id"] for row in _ask_list(invocation, lister, typed, questions[0])]
         own = [row for row in found if row["id"] in own]
         if len(own) == 1:
             account = f"{len(found)} have this name; your account's own is {own[0]['id']}"
             invocation.say(f"{typed}: {account}")
-            return own[0]
+            found = own
     try:
         return pick_row(lister.name, name, rows, found)
     except LookupError as error:

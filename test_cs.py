@@ -7670,17 +7670,13 @@ class TableTest(RowsCase):
 class CatalogFileTest(CloudCase):
     """listApis is read once for an endpoint and account, and kept."""
 
-    def test_it_is_below_XDG_CACHE_HOME_or_else_the_home_directory(self):
-        home = os.path.join(self.home, ".cache", "cs")
-        for variable, folder in ((None, home), ("", home), ("relative", home),  # as the specification says
-                                 (self.home + "/elsewhere", self.home + "/elsewhere/cs")):
-            with self.subTest(variable):
-                if variable is not None:
-                    os.environ["XDG_CACHE_HOME"] = variable
-                self.good("--sync", "-q")
-                self.assertEqual(1, len(os.listdir(folder)))
-                shutil.rmtree(folder)
-        self.assertEqual([], os.listdir(self.cwd))
+    @each("value, folder", (None, ".cache"), ("", ".cache"), ("relative", ".cache"), ("/elsewhere", "elsewhere"))
+    def test_it_is_below_XDG_CACHE_HOME_or_else_the_home_directory(self, value, folder):
+        """A relative one is ignored, as the specification says."""
+        if value is not None:
+            os.environ["XDG_CACHE_HOME"] = value.replace("/", self.home + "/")
+        self.good("--sync", "-q")
+        self.assertEqual((1, []), (len(os.listdir(os.path.join(self.home, folder, "cs"))), os.listdir(self.cwd)))
 
     @unittest.skipUnless(os.name == "posix", "needs file modes")
     def test_nobody_else_can_read_it(self):
@@ -7701,12 +7697,11 @@ class CatalogFileTest(CloudCase):
             self.assertRegex(name, r"\A[0-9a-f]{32}\Z")
 
     def test_it_holds_the_server_s_own_rows_and_nothing_secret(self):
-        text = open_bytes(self.sync()).decode("utf-8")
-        self.reply("listApis", *[{"count": 1, "api": [{"name": "a", "x": {"y": [1, "ü"]}, "description": None}]}] * 2)
-        self.good("--sync", "-q")
-        name, _, row = open_bytes(self.cache_file()).decode("utf-8").partition(" ")
-        self.assertEqual(("a", {"name": "a", "description": None, "x": {"y": [1, "ü"]}}), (name, json.loads(row)))
-        self.assertLacks(text, self.cloud.users["admin"].key, self.cloud.users["admin"].secret)
+        row = {"name": "a", "x": {"y": [1, "ü"]}, "description": None}
+        name, _, text = open_bytes(self.sync_as(row)).decode("utf-8").partition(" ")
+        self.assertEqual(("a", row), (name, json.loads(text)))
+        admin = self.cloud.users["admin"]
+        self.assertLacks(open_bytes(self.sync()).decode("utf-8"), admin.key, admin.secret)
 
     def test_it_is_replaced_in_one_step_or_stays(self):
         path = self.sync()
@@ -7732,11 +7727,10 @@ class CatalogFileTest(CloudCase):
 
     def test_an_ordinary_call_never_fetches_it(self):
         for args in (["listZones"], ["listVirtualMachines", "-o", "table", "-c", "nosuch,name"],
-                     ["listvirtualmachines"], ["listZones", "--dry-run"], ["--complete=cs listZ"], ["list", "zones"],
+                     ["listvirtualmachines"], ["listZones", "--dry-run"], ["--complete=cs listZ"],
                      ["--complete=cs stopVirtualMachine id="], ["startVirtualMachine", 'id="name:x"']):
             self.main(*args)
-        self.assertNotIn("listApis", self.asked)
-        self.assertFalse(os.path.exists(os.path.join(self.home, ".cache")))
+        self.assertEqual((False, False), ("listApis" in self.asked, os.path.exists(os.path.join(self.home, ".cache"))))
         self.assertIn("'zones' has no '='", self.usage("list", "zones"))
         path = self.sync()
         with later(400 * 86400):
@@ -7753,14 +7747,14 @@ class CatalogFileTest(CloudCase):
             self.assertIn("listApis", self.says(1, *args))
         del self.cloud.requests[:]
         self.option(role_lacks=frozenset(["listApis"]))
+        ids = [f"{table}id=" + self.cloud.cloud.named(table, name)["id"]
+               for table, name in (("zone", "north"), ("template", "Debian 12"))]
         for told in ("Your role may not ask for the list of commands; names work without it\n", ""):
             words = ["listVirtualMachines", "zoneid=name:north", "templateid=name:Debian 12", "--dry-run"]
             code, out, err = self.main(*words)
             self.assertEqual((0, told), (code, err))
-            self.assertHolds(out, *(f"{table}id=" + self.cloud.cloud.named(table, name)["id"]
-                                    for table, name in (("zone", "north"), ("template", "Debian 12"))))
-        self.assertEqual(1, self.asked.count("listApis"))
-        self.assertEqual("", self.good("--complete=cs listZ"))
+            self.assertHolds(out, *ids)
+        self.assertEqual(("", 1), (self.good("--complete=cs listZ"), self.asked.count("listApis")))
         self.good("listZones", "nonsense=1")
         self.option(role_lacks=frozenset())
         self.assertIn("listZones", self.good("--list", "zones", "-q"))  # asks again
@@ -7775,9 +7769,8 @@ class CatalogFileTest(CloudCase):
         """The first listApis of a fresh, busy server took 19.5 s."""
         self.assertGreaterEqual(cs._SYNC_TIMEOUT, 60)
         self.configure(timeout="0.05")
-        document = {"listapisresponse": {"count": 1, "api": [api_entry(("listZones",))]}}
         for limit, code in ((60, 0), (0, 3)):
-            self.cloud.script("listApis", lambda _: time.sleep(0.3) or Answer(200, document))
+            self.cloud.script("listApis", lambda _: time.sleep(0.3))
             with mock.patch.object(cs, "_SYNC_TIMEOUT", limit):
                 self.assertEqual(code, self.main("--sync", "-q")[0])
 
@@ -7786,13 +7779,14 @@ class CatalogFileTest(CloudCase):
             {"name": "listOdd", "params": None, "response": None, "description": None, "isasync": None},
             {"name": "listOdder", "params": [{}, None, 7, {"name": "x"}],
              "response": [{}, None, {"name": "a", "response": [{}, 7]}]},
-            {"name": "listOddest", "params": [{"name": 7, "type": [], "length": "x", "description": {}}]}, {"name": 7},
+            {"name": "listOddest", "params": [{"name": 7, "type": [], "description": {}}]}, {"name": 7},
             {"name": None}, {"name": ["listX"]}, "text", None, {"name": 'a"b'}, {"name": "l" * 101}]})
         self.sync()
-        for name in ("listOdd", "listOdder", "listOddest"):
+        names = self.good("--list").split()
+        for name in names:
             self.assertTrue(self.good(name, "--help").startswith(name + "\n"))
-        self.assertEqual(3, len(self.good("--list").splitlines()))
-        self.assertIn("listOddest", self.good("--complete=cs listO"))
+        self.assertEqual((["listOdd", "listOdder", "listOddest"], "\n".join(names) + "\n"),
+                         (names, self.good("--complete=cs listO")))
         self.assertIn("ok", self.printed({"ok": True}, "listOdd"))
 
     def test_a_hundred_thousand_characters_of_a_hostile_server_take_no_time(self):
@@ -7874,17 +7868,14 @@ listZones s -> 's' has no '='
                 self.assertEqual("", self.main("listZones", "nam=x", "-q")[2])
                 self.good("listZones")  # nothing wrong, no warning
 
-    def test_only_what_may_start_a_job_is_given_an_id_for_it(self):
+    @each("command, words, given", ("createSecurityGroup", "name=x", False), ("startVirtualMachine", "id=1", True),
+          ("inventThings", "--force", True), ("createSecurityGroup", "", True))
+    def test_only_what_may_start_a_job_is_given_an_id_for_it(self, command, words, given):
         """By it a lost answer is found again; where the list says that there is no job, nothing is added."""
-        cases = [("createSecurityGroup", "name=x", False), ("startVirtualMachine", "id=1", True)]
-        for command, word, given in cases + [("inventThings", "--force", True)]:
-            with self.subTest(command=command):
-                self.reply(command, {"ok": True})
-                self.assertEqual(0, self.main(command, word, "-q")[0])
-                self.assertEqual(given, "customjobid" in self.cloud.requests[-1].params)
-        os.unlink(self.path)
-        self.printed({"ok": True}, "createSecurityGroup", "name=x")
-        self.assertIn("customjobid", self.cloud.requests[-1].params)
+        if not words:
+            os.unlink(self.path)
+        self.printed({"ok": True}, command, *words.split())
+        self.assertEqual(given, "customjobid" in self.cloud.requests[-1].params)
 
 
 
@@ -7907,36 +7898,20 @@ class CommandHelpTest(CloudCase):
         self.assertEqual(["listApis"] * 2, self.asked)
 
     def test_what_a_command_takes_and_returns(self):
-        self.sync_as({"name": "growThing", "description": "Makes a thing grow.", "isasync": True, "since": "4.2",
-             "params": [{"name": "zeal", "type": "string", "length": 255, "required": False, "description": "how much"},
-                        {"name": "id", "type": "uuid", "length": 255, "required": True, "description": "the thing"},
-                        {"name": "note", "type": "string", "length": 4096, "required": False, "since": "4.9",
-                         "description": "why"},
-                        {"name": "by", "type": "integer", "length": 255, "required": True, "description": "how far"},
-                        {"name": "safe", "type": "boolean", "required": True, "description": "slowly"}],
-             "response": [{"name": "id"}, {"name": "nic", "response": [{"name": "ip"}]}, {}]})
-        lines = ["growThing (since 4.2)", "  Makes a thing grow.",
-                 "  It starts a job, which is waited for unless --async.", "", "Required:", "  by (integer)  how far",
-                 "  id (uuid)  the thing", "  safe (boolean)  slowly", "", "Optional:",
-                 "  note (string, at most 4096, since 4.9)  why", "  zeal (string)  how much", "",
-                 "Returns: id, nic", "", "Example: cs growThing by=1 id=ID safe=true", ""]
+        entry = api_entry(("growThing", "zeal", "id!", "by:integer!", "tags:map!"))
+        entry.update(isasync=True, response=[{"name": "id"}, {"name": "nic", "response": [{"name": "ip"}]}, {}])
+        self.sync_as(entry)
+        lines = ["growThing", "  Does growThing.", "  It starts a job, which is waited for unless --async.", "",
+                 "Required:", "  by (integer)  the by", "  id (string)  the id", "  tags (map)  the tags", "",
+                 "Optional:", "  zeal (string)  the zeal", "", "Returns: id, nic", "",
+                 "Example: cs growThing by=... id=name:... tags[0].key=... tags[0].value=...", ""]
         self.assertEqual("\n".join(lines), self.good("growthing", "--help", "-q"))
 
     @each("command, example",
-        ("deployVirtualMachine", "serviceofferingid=name:... zoneid=name:... templateid=name:..."),
-        ("stopVirtualMachine", "id=name:..."), ("createTags",
-        "resourceids=A,B resourcetype=... tags[0].key=... tags[0].value=..."),
-        ("authorizeSecurityGroupIngress",
-         "securitygroupid=name:... cidrlist=A,B endport=1"), ("listZones", "id=name:... available=true keyword=..."))
+          ("deployVirtualMachine", " serviceofferingid=name:... zoneid=name:... templateid=name:..."),
+          ("authorizeSecurityGroupIngress", " securitygroupid=name:..."), ("listCapabilities", ""))
     def test_the_example(self, command, example):
-        line = self.good(command, "--help").rstrip("\n").splitlines()[-1]
-        self.assertEqual(f"Example: cs {command} {example}".rstrip(), line)
-
-    def test_the_example_of_every_command_passes_the_checks(self):
-        for name in COMMANDS:
-            line = self.good(name, "--help").rstrip("\n").splitlines()[-1]
-            words = line.replace("name:...", "1").split()[3:]
-            self.assertTrue(self.good("--dry-run", name, *words), line)
+        self.assertTrue(self.good(command, "--help").endswith(f"\n\nExample: cs {command}{example}\n"))
 
     @each("columns, most", (60, 60), (200, 100))
     def test_help_fits_the_terminal(self, columns, most):
@@ -7951,14 +7926,12 @@ class CommandHelpTest(CloudCase):
         self.assertEqual(1, len({re.match(r"\S+ +", line).end() for line in lines}))  # aligned
         self.assertEqual("No command has 'zzz' and 'name=x' in its name or description\n",
                          self.fails(1, "--list", "zzz", "name=x"))
-        self.assertEqual((1, "", ""), self.main("--list", "zzz", "-q"))
 
     @each("words, names", ("VOLUME attach", ["attachVolume"]), ("vm snapshots", ["listVMSnapshot"]),
-          ("VM reboots", ["rebootVirtualMachine"]), ("ip public", ["listPublicIpAddresses"]))
+          ("VM reboots", ["rebootVirtualMachine"]))
     def test_list_with_words_gives_what_has_all_of_them_in_name_or_description(self, words, names):
         self.sync_as(*[dict(api_entry((name,)), description=text) for name, text in (
-            ("attachVolume", "Attaches"), ("listVMSnapshot", "Lists snapshots"), ("rebootVirtualMachine", "Reboots"),
-            ("listPublicIpAddresses", "Lists"))])
+            ("attachVolume", "Attaches"), ("listVMSnapshot", "Lists snapshots"), ("rebootVirtualMachine", "Reboots"))])
         self.assertEqual(names, [line.split()[0] for line in self.good("--list", *words.split()).splitlines()])
 
     def test_list_on_a_terminal_is_a_line_each(self):
@@ -8046,11 +8019,10 @@ class CompletionTest(CompletionCase):
         self.assertEqual(sorted(COMMANDS), sorted(self.words("cs -q --all ")))
         words = self.words("cs deployVirtualMachine ")
         self.assertEqual((["serviceofferingid=", "zoneid="], sorted(words[2:])), (words[:2], words[2:]))
-        expected = [["available=", "true for zones that take new machines"]]
-        self.assertEqual(expected, self.completed("cs listZones avail"))
+        self.assertEqual([["available=", "true for zones that take new machines"]],
+                         self.completed("cs listZones avail"))
         words = self.words("cs deployVirtualMachine zoneid=1 NAME='x y' ")
-        self.assertLacks(words, "zoneid=", "name=")
-        self.assertIn("templateid=", words)
+        self.assertEqual({"templateid="}, {"zoneid=", "name=", "templateid="}.intersection(words))
         self.path = self.sync_as(dict(api_entry(("listLong",)), description="word " * 1000))
         self.assertLessEqual(len(self.completed("cs listL")[0][1]), 80)
 
@@ -8078,13 +8050,11 @@ class CompletionTest(CompletionCase):
         stop = "cs stopVirtualMachine id="
         for line, expected in (
             (stop + "WEB-01", [["id=name:web-01", web]]), (stop + "name:web-01", [["id=name:web-01", web]]),
-            (stop + "Datab", [["id=name:Database:1", db]]), (stop + "name:dat", [["id=name:Database:1", db]]),
-            (stop + web[:9], [["id=" + web, "web-01"]]), (stop + "name:" + web[:9], []), (stop + "nothing", []),
+            (stop + "name:dat", [["id=name:Database:1", db]]), (stop + "nothing", []),
+            (stop + web[:9], [["id=" + web, "web-01"]]), (stop + "name:" + web[:9], []),
             (stop + "fr", [["id=name:'front end (2)'", cache]]), (stop + "'fr", [["id='name:front end (2)'", cache]]),
             (stop + "name:'front e", [["id=name:'front end (2)'", cache]]),
-            (stop + "'name:front e", [["id='name:front end (2)'", cache]]),
             (stop + "front\\ e", [["id=name:'front end (2)'", cache]]),
-            (f"cs listVirtualMachines ids={db},web-01", [[f"ids={db},name:web-01", web]]),
             (f"cs listVirtualMachines ids={db},{web[:9]}", [[f"ids={db},{web}", "web-01"]]),
             ("cs listVirtualMachines ids=name:'a b',fr", [["ids=name:'a b',name:'front end (2)'", cache]]),
             ("cs listVolumes name='x y' virtualmachineid=web-01", [["virtualmachineid=name:web-01", web]]),
@@ -8101,6 +8071,8 @@ class CompletionTest(CompletionCase):
         self.rows("listVirtualMachines", rows)
         self.assertEqual([["id=1", "web"], ["id=2", "web"], ["id=name:x", "3"], ["id=name:db", "4"], ["id=5", ""],
                           ["id=name:y", "6"]], self.completed("cs stopVirtualMachine id="))
+        for typed in ("We", "name:web"):
+            self.assertEqual(["id=1", "id=2"], self.words("cs stopVirtualMachine id=" + typed))
         self.cloud._scripts.clear()
         self.rows("listVirtualMachines", [{"id": "1", "name": "web 1"}, {"id": "2", "name": "web-2"}])
         self.assertEqual(["id=name:'web 1'", "id=name:'web-2'"], self.words("cs stopVirtualMachine id=we"))
@@ -8133,13 +8105,15 @@ class CompletionTest(CompletionCase):
     def test_without_a_list_options_and_regions_are_completed_all_the_same(self):
         os.unlink(self.path)
         self.ini("[lab]\n")
-        for line in ("cs listZo", "cs stopVirtualMachine id=", "cs listZones -c na"):  # no word, but what to type
-            self.assertEqual(self.completed(line), [["", "to have commands completed, type: cs --sync"]])
-        for line, told in (("cs --nosuch l", "no option '--nosuch'"), ("cs --quiet=l", "--quiet takes no value")):
-            self.assertIn(told, "".join(sum(self.completed(line), [])))
-        self.assertEqual(self.words("cs --endpoint http://cloud.invalid/$(x) listZo"), [""])
-        self.assertEqual(self.words("cs -r la"), ["lab"])
-        self.assertEqual(self.words("cs --outp"), ["--output"])
+        for told, *lines in (  # no word, but what to type
+            ("type: cs --sync", "cs listZo", "cs stopVirtualMachine id=", "cs listZones -c na"),
+            ("no option '--nosuch'", "cs --nosuch l"), ("--quiet takes no value", "cs --quiet=l"),
+            ("", "cs --endpoint http://cloud.invalid/$(x) listZo"),
+        ):
+            for line in lines:
+                ((word, message),) = self.completed(line)
+                self.assertEqual(("", True), (word, told in message), message)
+        self.assertEqual(["--output"], self.words("cs --outp"))
         self.unset("endpoint", "key", "secret")
         self.assertEqual((["lab"], []), (self.words("cs -r la"), self.asked))
 
@@ -8147,9 +8121,8 @@ class CompletionTest(CompletionCase):
           ({"secret": ""}, "secret: missing; key and secret go together"), ({"endpoint": ""}, "`cs --configure` makes"))
     def test_a_configuration_that_cannot_be_used_is_told(self, settings, told):
         self.configure(**settings)
-        for line in ("cs listZo", "cs stopVirtualMachine id=", "cs listZones -c na"):
-            ((word, message),) = self.completed(line)
-            self.assertEqual(("", True), (word, told in message), message)
+        ((word, message),) = self.completed("cs listZo")
+        self.assertEqual(("", True), (word, told in message), message)
 
     def test_a_server_that_fails_or_hangs_gives_nothing_soon(self):
         self.assertLessEqual(cs._KEY_TIMEOUT, 1)
@@ -8198,9 +8171,8 @@ class CompletionTest(CompletionCase):
                "\x1b[2J", "\x9b2J", "\u202eabc", "ü", "\ud800", "", " ", "a ", " a", "x" + EVIL_TITLE)
 
     def test_no_word_is_offered_that_a_shell_could_evaluate(self):
-        safe = re.compile(r"(?:[A-Za-z0-9_.,:/@%+=\[\]-]|'[A-Za-z0-9_.:/@%+() -]+')+\Z")
-        params = ["id!"] + [name + "id" for name in self.HOSTILE]
-        entry = api_entry(["stopVirtualMachine"] + params)
+        safe = r"(?:[A-Za-z0-9_.,:/@%+=\[\]-]|'[A-Za-z0-9_.:/@%+() -]+')+(?:\t[^\0-\x1f\x7f-\x9f\u202e]*)?\Z"
+        entry = api_entry(["stopVirtualMachine", "id!"] + [name + "id" for name in self.HOSTILE])
         entry["response"] = [{"name": name} for name in self.HOSTILE]
         entries = [dict(api_entry((name, "id")), description=name) for name in self.HOSTILE if name]
         self.path = self.sync_as(entry, ("listVirtualMachines",), *entries)
@@ -8210,12 +8182,8 @@ class CompletionTest(CompletionCase):
         self.rows("listVirtualMachines", rows)
         stop = "cs stopVirtualMachine "
         for line in ("cs ", stop, stop + "id=", stop + "-c ", stop + "--where ", "cs -r "):
-            with self.subTest(line):
-                out = self.good("--complete=" + line)
-                for row in out.splitlines():
-                    self.assertRegex(row.split("\t")[0], safe)
-                    self.assertLess(row.count("\t"), 2)
-                self.assertEqual([], re.findall("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", out))
+            for row in self.good("--complete=" + line).split("\n")[:-1]:
+                self.assertRegex(row, safe, line)
         words = self.words("cs stopVirtualMachine id=")
         self.assertEqual(len(self.HOSTILE), len(words))  # the good ones, by name or by id
         self.assertEqual(["id=name:@/etc/x"], [word for word in words if ":" in word])
@@ -8262,15 +8230,13 @@ class Typed:
             pass
         return self.output.decode("utf-8", "replace").replace("\r\n", "\n")
 
-    def wait_for(self, *words):
-        """Wait until one of these was written after what was waited for before."""
-        deadline, found = time.monotonic() + 20, None
-        while not found:
-            found = re.compile(b"|".join(map(re.escape, words))).search(self.output, self.at)
-            if not found and not self.read(deadline - time.monotonic()):
-                raise AssertionError(f"{words} was not written: {self.output}")
-        self.at = found.end()
-        return found.group()
+    def wait_for(self, word):
+        """Wait until this was written after what was waited for before."""
+        deadline = time.monotonic() + 20
+        while word not in self.output[self.at :]:
+            if not self.read(deadline - time.monotonic()):
+                raise AssertionError(f"{word} was not written: {self.output}")
+        self.at = self.output.index(word, self.at) + len(word)
 
     at = 0
 
@@ -8313,27 +8279,23 @@ class ShellCompletionTest(CompletionCase):
         self.ini("[lab]\nendpoint = http://cloud.invalid/\n[lagoon]\n[$(touch pwned)]\n")
         self.rename("db-01", name="front end (2)", displayname="front end (2)")
 
+    # What each is started with, and what is typed there first, as README says.
+    SHELLS = {
+        "bash": ("--norc --noprofile", "bind 'set enable-bracketed-paste off' 'set show-all-if-ambiguous on'",
+                 'eval "$(cs --completion bash)"'),
+        # compinit reads the head of every function it finds; those of other programs are of no interest here.
+        "zsh": ("-f", "PS1='$ '; setopt extendedglob; unsetopt prompt_sp",
+                "fpath=(${fpath:#*/Completion/(^(Base|Zsh|Unix))})",
+                'autoload -Uz compinit; compinit -u -d "$HOME/dump"; eval "$(cs --completion zsh)"'),
+        "fish": ("", "cs --completion fish | source"),
+    }
+
     def start(self, name):
-        """A shell on a terminal, set up as README says."""
-        found = shutil.which(name)
-        if found is None:
-            self.skipTest(f"{name} is not installed")
-        argv, setup = [found, "-i"], []
-        if name == "bash":
-            argv = [found, "--norc", "--noprofile", "-i"]
-            setup = ["bind 'set enable-bracketed-paste off' 'set show-all-if-ambiguous on'",
-                     'eval "$(cs --completion bash)"']
-        elif name == "zsh":
-            argv = [found, "-f", "-i"]
-            # compinit reads the head of every function it finds; those of other programs are of no interest here.
-            setup = ["PS1='$ '; setopt extendedglob; unsetopt prompt_sp",
-                     "fpath=(${fpath:#*/Completion/(^(Base|Zsh|Unix))})",
-                     'autoload -Uz compinit; compinit -u -d "$HOME/dump"; eval "$(cs --completion zsh)"']
-        else:
-            os.makedirs(os.path.join(self.home, ".config", "fish"), exist_ok=True)
-            self.write(".config/fish/config.fish", "cs --completion fish | source\n")
-        shell = self.on_pty(argv, self.env)
-        for line in setup + ['printf "REA%s\\n" DY']:
+        """A shell on a terminal."""
+        found = shutil.which(name) or self.skipTest(f"{name} is not installed")
+        options, *setup = self.SHELLS[name]
+        shell = self.on_pty([found, *options.split(), "-i"], self.env)
+        for line in [*setup, 'printf "REA%s\\n" DY']:
             shell.type(line + "\n")
         shell.wait_for(b"READY")
         return shell
@@ -8350,8 +8312,6 @@ class ShellCompletionTest(CompletionCase):
         os.unlink(path)
         return words
 
-    SHELLS = ("bash", "zsh", "fish")
-
     @each("name", *SHELLS)
     def test_it_completes(self, name):
         machine = self.machine()
@@ -8362,18 +8322,16 @@ class ShellCompletionTest(CompletionCase):
                                  "stopVirtualMachine", "forced=false", "id=" + machine),
                                 ("cs listZones -r lag\t --output=ta\t", "listZones", "-r", "lagoon", "--output=table"),
                                 ("true; A=1 cs listZones -c internald\t", "listZones", "-c", "internaldns1"),
-                                ("cs stopVirtualMachine id=web-01\t", "stopVirtualMachine", "id=name:web-01"),
-                                ("cs stopVirtualMachine id=fr\t", "stopVirtualMachine", "id=name:front end (2)"),
-                                ("cs stopVirtualMachine id=name:fr\t", "stopVirtualMachine", "id=name:front end (2)"),
-                                ("cs stopVirtualMachine id=name:web-01\t", "stopVirtualMachine", "id=name:web-01"),
                                 ("cs listVirtualMachines ids=name:x,web-01\t", "listVirtualMachines",
                                  "ids=name:x,name:web-01"),
                                 (f"cs deployVirtualMachine userdata=@{self.home}/cloud-in\t", "deployVirtualMachine",
                                  f"userdata=@{self.home}/cloud-init.yaml")):
             self.assertEqual(expected, self.typed(shell, line))
-        for word in ("id=name:'front e", "id=name:'fr", "id='name:front e", "id='fr") if name != "fish" else ():
-            self.assertEqual(["stopVirtualMachine", "id=name:front end (2)"],
-                             self.typed(shell, f"cs stopVirtualMachine {word}\t"), word)
+        begun = ["fr", "name:fr"] + (["name:'front e", "name:'fr", "'name:front e", "'fr"] if name != "fish" else [])
+        for name, words in (("web-01", ["web-01", "name:web-01"]), ("front end (2)", begun)):
+            for word in words:
+                self.assertEqual(["stopVirtualMachine", "id=name:" + name],
+                                 self.typed(shell, f"cs stopVirtualMachine id={word}\t"), word)
 
     @each("name", *SHELLS)
     def test_nothing_is_evaluated(self, name):
@@ -8385,8 +8343,7 @@ class ShellCompletionTest(CompletionCase):
         self.rows("listVirtualMachines", rows)
         shell = self.start(name)
         if name == "fish":
-            out = Child([name, "-c", 'complete -C "cs stopVirtualMachine id="'], env=self.env).finish()[1]
-            self.assertIn("id=good-a-a\t$(touch pwned)\n", out.decode("utf-8"))
+            self.assertIn("id=good-a-a\t$(touch pwned)\n", self.fish_offers("cs stopVirtualMachine id="))
         else:
             shell.type("cs \t\t")
             shell.wait_for(b"stopVirtualMachine")
@@ -8396,6 +8353,11 @@ class ShellCompletionTest(CompletionCase):
         self.assertEqual(["stopVirtualMachine", "id=good-c-c"], self.typed(shell, "cs stopVirtualMachine id=good-c\t"))
         self.assertEqual([], [path for path in os.listdir(self.cwd) + os.listdir(self.home) if "pwned" in path])
         self.assertNotIn(EVIL_TITLE, shell.text)
+
+    def fish_offers(self, line):
+        """What fish would show, whose pager writes more than words."""
+        words = ["fish", "-c", f"cs --completion fish | source; complete -C '{line}'"]
+        return Child(words, env=self.env).finish()[1].decode("utf-8")
 
     @each("name", *SHELLS)
     def test_what_to_type_without_a_list_is_shown_and_not_put_on_the_line(self, name):
@@ -8411,8 +8373,7 @@ class ShellCompletionTest(CompletionCase):
         if name == "fish":
             for line, first in (("cs deployVirtualMachine ", "serviceofferingid="),
                                 ("cs stopVirtualMachine id=web-01", "id=name:web-01\t" + self.machine())):
-                shown = Child(["fish", "-c", f'complete -C "{line}"'], env=self.env).finish()[1].decode()
-                self.assertEqual(first, shown[: len(first)])
+                self.assertTrue(self.fish_offers(line).startswith(first), line)
             return
         shell.type("cs deployVirtualMachine \t")
         for word in (b"serviceofferingid=", b"zoneid=", b"account="):
