@@ -1020,16 +1020,20 @@ _JSON = jsonlib.JSONDecoder(
 )
 
 
+_BESIDE_BRACKETS = bytes(set(range(256)) - set(b'[]{}"'))
+
+
 def _check_depth(content):
     """Refuse lists in lists in lists: what walks through them would recurse too deeply.
 
     Texts are taken out: first the quotes of those without brackets, which are nearly all. Each
     round then takes the innermost pairs of brackets out, of which nothing else is left."""
-    other = bytes(set(range(256)) - set(b'[]{}"'))
     if b"\\" in content:  # a search is nothing beside a replacement
         content = content.replace(rb"\\", b"").replace(rb"\"", b"")
-    left = content.translate(None, other).replace(b'""', b"")
-    left = re.sub(rb'"[^"]*"', b"", left)
+    left = content.translate(None, _BESIDE_BRACKETS)
+    if len(left) <= 2 * _DEEPEST:
+        return
+    left = re.sub(rb'"[^"]*"', b"", left.replace(b'""', b""))
     for _ in range(_DEEPEST):
         shorter = left.replace(b"[]", b"").replace(b"{}", b"")
         if shorter == left:  # all are gone, or some have no other half
@@ -1048,8 +1052,7 @@ def _parse_json(response):
 
     text = response.content.decode("utf-8", "replace")
     text = text[1:] if text[:1] == "\ufeff" else text  # a byte order mark
-    if response.content.count(b"[") + response.content.count(b"{") > _DEEPEST:
-        _check_depth(response.content)
+    _check_depth(response.content)
     if len(text) < _LONG_ANSWER or not gc.isenabled():
         return _JSON.decode(text)
     try:
