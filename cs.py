@@ -1812,7 +1812,7 @@ async def _submit(client, call):
             lost = error
         return await _find_job(client, call, lost)
     except BaseException as error:
-        if not hasattr(error, "unsent"):  # Ctrl-C, a cancelled task
+        if call.request is not None and not hasattr(error, "unsent"):  # Ctrl-C, a cancelled task
             error.jobid, error.outcome_unknown = call.job_id, True  # type: ignore[attr-defined]
         raise
 
@@ -1844,6 +1844,7 @@ async def _find_job(client, call, lost):
 
         if is_over or asked_at >= wait.deadline():
             break
+        wait.notify(call)
         await client._pause(wait.seconds_left())
 
     lost.jobid = call.job_id
@@ -1992,13 +1993,13 @@ def _parse_proxy(address):
     """Return the _Proxy of an address. Raises OSError, which never quotes it, for a wrong one."""
     from urllib.parse import unquote_to_bytes
 
-    parts = urlsplit(address if "://" in address else "http://" + address)
-    if parts.scheme != "http":
-        raise OSError(f"{parts.scheme} proxies cannot be used; http ones can")
     try:
-        host, port = parts.hostname, parts.port or 80
+        parts = urlsplit(address if "://" in address else "http://" + address)
+        scheme, host, port = parts.scheme, parts.hostname, parts.port or 80
     except ValueError:
-        host = None
+        scheme, host = "http", None
+    if scheme != "http":
+        raise OSError(f"{scheme} proxies cannot be used; http ones can")
     if not host or "@" in parts.path + parts.query + parts.fragment:  # a password with a slash
         wanted = "http://[user:password@]host:port"
         raise OSError(f"the address of the proxy cannot be used; it is to be {wanted}")
@@ -2124,7 +2125,9 @@ class _Transport:
 def _round_trip(connection, route, request):
     """Send a request over a connection; returns http.client's response and the whole body."""
     target = request.url[route.start :]
-    if route.start and target[:1] != "/":
+    if not route.start:
+        target = "http" + target[4:]  # spelled otherwise, http.client would name the proxy as host
+    elif target[:1] != "/":
         target = "/" + target
     connection.stream.request = request
     connection.stream.sock.settimeout(request.timeout)
@@ -2154,8 +2157,8 @@ class _TimedStream:
 
 
 class _TimedReader(io.RawIOBase):
-    """The file of one answer. It has no close() of its own: Python drops what is raised there, and
-    so a Ctrl-C at that moment, when it disposes of a file."""
+    """The file of one answer. It has no close() of its own: when Python disposes of a file it drops
+    what is raised there, and so a Ctrl-C at that moment."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -4926,7 +4929,7 @@ def _row_of_name(invocation, command, param, text, params):
         invocation.ids[key] = _look_up(invocation, lister, typed, name, given)
     row = invocation.ids[key]
     if may_choose and only_reads(command) and row.get("projectid"):
-        params["projectid"] = [_Value(row["projectid"], "file")]
+        params["projectid"] = [_Value(str(row["projectid"]), "file")]
     return row
 
 

@@ -3754,6 +3754,25 @@ class RecoveryTest(ProtocolCase):
         ids = self.deploy([item, SUBMITTED], asking("deployVirtualMachine"), retry=1).column("customjobid")
         self.assertEqual([ids[0]] * 2, ids)
 
+    def test_the_search_is_an_event_at_each_step(self):
+        seen = []
+
+        def call(client):
+            client.on_event = seen.append
+            return client.deployVirtualMachine()
+
+        self.deploy([lost(), afresh(answer("<html>", 502)), UNKNOWN_JOB, found_job()], call)
+        self.assertEqual({("deployVirtualMachine", cs.Waiting)}, {(event.command, type(event)) for event in seen})
+        self.assertEqual(2 * len(KINDS), len(seen))
+
+    def test_what_was_never_sent_has_no_job(self):
+        def call(client):
+            client.headers["X"] = "a\nb"
+            return client.deployVirtualMachine()
+
+        played = self.deploy([], call)
+        self.assertEqual((ValueError, False), (type(played.error), hasattr(played.error, "jobid")))
+
     @each("script", [KeyboardInterrupt()], [lost(), KeyboardInterrupt()])
     @both
     def test_whoever_interrupts_it_gets_the_id(self, kind, script):
@@ -4717,9 +4736,10 @@ class ProxyTest(TransportCase):
     @each("login, sent", ("", []), (LOGIN, [BASIC]), *[
         (login + "@", ["Basic " + base64.b64encode(decoded).decode()]) for login, decoded in (
             ("m%40e:p%3Aw%2F", b"m@e:p:w/"), ("me", b"me:"), ("me:p\udce4ss", b"me:p\xe4ss"))])
-    def test_plain_http_goes_through_in_absolute_form(self, login, sent):
+    @each("scheme", "http", "HTTP")
+    def test_plain_http_goes_through_in_absolute_form(self, login, sent, scheme):
         proxy = self.proxy(SERVE, login=login)
-        client = self.client(self.HTTP)
+        client = self.client(self.HTTP.replace("http", scheme))
         client.listZones()
         client.method = "post"
         client.listZones()
@@ -4816,7 +4836,7 @@ class ProxyTest(TransportCase):
     @each("value, says", *[(scheme + "://{login}{place}", scheme.lower()) for scheme in (
               "https", "HTTPS", "socks5", "socks5h", "socks4", "socks", "ftp")],
           ("{login}://", "proxies cannot be used"), *[(wrong, "the address of the proxy") for wrong in (
-              "http://{login}://x@h:1", "http:/{login}h:1", "http://{login}h:1x", "http://me:1/{login}h:1")],
+              "http://{login}://x@h:1", "http:/{login}h:1", "http://{login}h:1x", "http://me:1/{login}h:1", "http://{login}[::1")],
           ("http://{login}{refusing}", "Connection refused (proxy {refusing})"))
     @each("name, endpoint", *WAYS + [("ALL_PROXY", HTTPS)])
     def test_proxies_that_cannot_be_used(self, value, says, name, endpoint):
