@@ -38,7 +38,7 @@ A call, by names
     -> CloudStack._exchange             signs (Request.prepare), reports events, sends
     -> _Transport.send                  5.2: a kept or a new connection, one request, one answer
     -> _decode_answer                   4.2: the value, or the exception that the answer means
-Sections 1 to 4 do no I/O. The protocol is made of coroutines that await _send(), _pause() and
+Sections 1, 2 and 4 do no I/O. The protocol is made of coroutines that await _send(), _pause() and
 _together() of their client; CloudStack's never suspend, so _run() carries one out at once.
 
 Words
@@ -99,7 +99,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from typing import Any
 
-# Tests replace these two: the clock that measures every duration, and the sleep between two steps.
+# Tests replace these two: the clock that measures exchanges and waits, and the sleep between steps.
 _clock = time.monotonic
 _sleep = time.sleep
 
@@ -4287,7 +4287,7 @@ _PRINTERS = {
 
 _CATALOG_LIFE = 30 * 86400  # seconds; an older one only warns
 _SYNC_TIMEOUT = 60.0  # seconds; a server that has just started took 19.5 for its first answer
-_ALWAYS_KNOWN = frozenset(  # the last four are arguments of call()
+_ALWAYS_KNOWN = frozenset(  # the last four are control arguments
     "response customjobid page pagesize expires signature signatureversion apikey sessionkey uuid"
     " ctxuserid ctxaccountid ctxstarteventid ctxdetails"
     " json fetch_list fetch_result opcode_name".split()
