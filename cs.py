@@ -4814,33 +4814,29 @@ def _text_without_section(path, region):
         text = _read_text(path).rstrip("\n")
     except FileNotFoundError:
         return ""
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.startswith(f"[{region}]"):
-            hint = "edit it there, or give another name with --region"
-            raise _Usage(f"[{region}] stands in {path}, line {number}; {hint}")
-    parse_section(path, text, region)
+    if _parse_ini(path, text).has_section(region):
+        hint = "edit it there, or give another name with --region"
+        raise _Usage(f"[{region}] stands in {path}; {hint}")
     return text + "\n\n" if text else ""
 
 
 def _ask(name):
     """Ask a person until the answer makes sense. Raises _Usage if there is none."""
+    from contextlib import redirect_stdout
+    from getpass import getpass
+
     question, pattern, complaint = _QUESTIONS[name]
     while True:
         try:
-            if name == "secret" and sys.stdin.isatty():
-                from getpass import getpass
-
-                answer = getpass(question, sys.stderr) + "\n"
-            else:
-                sys.stderr.write(question)
-                sys.stderr.flush()
-                answer = sys.stdin.readline()
-        except (AttributeError, EOFError):  # no standard input, or Ctrl-D
-            answer = ""
+            with redirect_stdout(sys.stderr):
+                is_hidden = name == "secret" and sys.stdin.isatty()
+                answer = getpass(question) if is_hidden else input(question)
+        except (EOFError, RuntimeError):  # Ctrl-D; no standard input
+            if name == "output":
+                return ""
+            raise _Usage(f"no answer to '{question.strip()}'; nothing was written") from None
         if re.match(pattern, answer.strip()):
             return answer.strip()
-        if not answer:
-            raise _Usage(f"no answer to '{question.strip()}'; nothing was written")
         write_stderr(f"  {complaint}; or press Ctrl-C to end")
 
 

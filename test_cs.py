@@ -8508,9 +8508,9 @@ class ConfigureTest(CloudCase):
     @each("before, args, says",
           ("", ["-r", "a]b"], "a]b"), ("", ["-r", "[a"], "[a"), ("", ["-r", " a"], " a"), ("", ["-r", "a\nb"], "name"),
           ("", ["-r", "DEFAULT"], "DEFAULT"), ("", ["lab"], "does not go with a command"),
-          ("# mine\n[cloudstack]\nkey = old\n", [], "[cloudstack] stands in {}, line 2;"),
-          ("[a]\nx = 1\n[lab] ; the second\nkey = 1\n", ["-r", "lab"], "[lab] stands in {}, line 3;"),
-          ("[a]\nx = [b]\n [lab]\n[lab]\n", ["-r", "lab"], "[lab] stands in {}, line 4;"),
+          ("# mine\n[cloudstack]\nkey = old\n", [], "[cloudstack] stands in {};"),
+          ("[a]\nx = 1\n[lab] ; the second\nkey = 1\n", ["-r", "lab"], "[lab] stands in {};"),
+          ("[a]\nx = [b]\n [lab]\n[lab]\n", ["-r", "lab"], "[lab] stands in {};"),
           ("no section\n", [], "{}"), ("[a]\n[a]\n", [], "{}"), (b"\xff\xfe", [], "{}"), ("[cloudstack\n", [], "{}"))
     def test_what_is_refused_before_anything_is_asked(self, before, args, says):
         """A section that exists is not edited, and a broken file not made worse."""
