@@ -96,7 +96,6 @@ __version__ = "6.0.0"
 # The types of public names stand in setup.py, which writes the wheel's stub.
 TYPE_CHECKING = False  # type checkers take it for true; importing typing costs milliseconds
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
     from typing import Any
 
 # Tests replace these two: the clock that measures every duration, and the sleep between two steps.
@@ -2551,7 +2550,7 @@ _BOOLEANS = {
 }
 
 
-def strtobool(value: str) -> bool:
+def strtobool(value):
     """Parse a boolean word: y yes t true on 1, n no f false off 0, in any case.
 
     Raises ValueError for any other word, AttributeError for what is not text."""
@@ -2951,10 +2950,7 @@ def _merge_layers(*layers):
     return {key: pair for key, pair in merged.items() if pair[0]}
 
 
-def load_config(
-    region: "str | None" = None, overrides: "Mapping[str, str] | None" = None,
-    path: "str | None" = None,
-) -> Config:  # fmt: skip
+def load_config(region=None, overrides=None, path=None):
     """Return the Config of a region: its `settings` are what read_config() returns.
 
     overrides {setting: text} beat all else, as options of the command line do; path stands in for
@@ -3009,14 +3005,14 @@ def _warnings_of(found):
     ]
 
 
-def parse_section(path: str, text: str, region: str) -> "dict[str, Any]":
+def parse_section(path, text, region):
     """Return the settings of a region in the text of one ini file. Raises ValueError."""
     found = Config()
     found.add_file(path, _parse_ini(path, text), region)
     return _to_settings(found.values)
 
 
-def list_regions(path: "str | None" = None) -> "list[str]":
+def list_regions(path=None):
     """Return the sections of all ini files that can be read; path as in load_config."""
     found = set()
     for file in _list_ini_paths(path)[0]:
@@ -3027,7 +3023,7 @@ def list_regions(path: "str | None" = None) -> "list[str]":
     return sorted(found)
 
 
-def read_config(ini_group: "str | None" = None) -> "dict[str, Any]":
+def read_config(ini_group=None):
     """Return the settings for `CloudStack(**read_config())`, from environment and ini files.
 
     ini_group is the region, a section of the ini files; README lists the layers.
@@ -3036,7 +3032,7 @@ def read_config(ini_group: "str | None" = None) -> "dict[str, Any]":
     return load_config(ini_group).settings
 
 
-def read_config_from_ini(ini_group: "str | None" = None) -> "dict[str, Any]":
+def read_config_from_ini(ini_group=None):
     """Return what a region's section holds in the ini files, plus `name` and `headers`.
 
     Without such a section that is {"name": None}."""
@@ -3153,34 +3149,30 @@ def _parse_arguments(args):
 
 def _parse_option(arg, waiting):
     """Return an option's name and value, which may be the next of the waiting arguments."""
-    found: Any = re.match(r"(--[^=]*|-.?)(=?)(.*)\Z", arg, re.DOTALL)
-    flag, equals, value = found.groups()
+    ((flag, equals, value),) = re.findall(r"\A(--[^=]*|-.?)(=?)(.*)\Z", arg, re.DOTALL)
     option = _FLAGS.get(flag)
     if option is None:
-        raise _unknown_option(flag, value, waiting)
+        raise _unknown_option(flag)
     if option.value is None:
         if equals:
             raise _Usage(f"option {flag} takes no value: {value!a}; see cs --help")
-        if value:  # -qt
-            waiting.appendleft("-" + value)
+        waiting.extendleft(["-" + value] if value else [])  # -qt
         return option.name, True
     if not (equals or value):
-        if not waiting or (re.match("-[^0-9]", waiting[0]) and option.name != "sort"):
-            raise _Usage(f"option {flag} needs a value; see cs --help")
-        value = waiting.popleft()
+        is_given = waiting and (option.name == "sort" or not re.match("-[^0-9]", waiting[0]))
+        value = waiting.popleft() if is_given else None
     return option.name, _check_value(option, value)
 
 
-def _unknown_option(flag, value, waiting):
+def _unknown_option(flag):
     """Return the exception for an option that does not exist: what may be meant by it."""
     names = [option.name for option in _OPTIONS]
-    is_letter = len(flag) < 3
-    near = [name for name in names if name[0] == flag[1:].lower()][:3] if is_letter else []
-    near = ["--" + name for name in near or _near(flag, names, most=1)]
-    if not near and not is_letter:  # a parameter, as other tools have it
-        value = value or "".join(itertools.islice(waiting, 1))
-        near = [f"{flag.lstrip('-')}={value}"] if re.match("[^-]", value) else []
-    return _Usage(f"there is no option {flag!a}{_did_you_mean(near) or '; see cs --help'}")
+    if len(flag) > 2:
+        near = _near(flag, names, most=1)
+    else:
+        near = [name for name in names if name[0] == flag[1:].lower()][:3]
+    hint = _did_you_mean(["--" + name for name in near])
+    return _Usage(f"there is no option {flag!a}{hint or '; parameters are name=value'}")
 
 
 def _check_options(options, *others):
@@ -3201,7 +3193,7 @@ def _merge_options(base, options):
 
 def _check_value(option, value):
     """Return the value of an option. Raises _Usage for one that it cannot have."""
-    if value == "" and option.name not in _MAY_BE_EMPTY:
+    if value is None or (value == "" and option.name not in _MAY_BE_EMPTY):
         raise _Usage(f"option --{option.name} needs a value; see cs --help")
     if option.name == "parallel" and not re.match(r"0*[1-9][0-9]{0,5}\Z", value, re.ASCII):
         raise _Usage(f"--parallel {value!a}: it should be a number from 1 up")
@@ -3237,10 +3229,9 @@ def _parse_value(name, text):
     """Return the _Value of a name=value word: quotes taken off, @file and @- read, @@ made one @.
 
     Within quotes neither @ nor name: has a meaning. "a","b" is not one quoted text."""
-    quote = text[:1]
-    if len(text) > 1 and quote in "\"'" and text[-1] == quote:
-        if not re.search(quote + r"\s*,\s*" + quote, text[1:-1]):
-            return _Value(text[1:-1], "quoted")
+    quoted = re.match(r"""(["'])((?!.*\1\s*,\s*\1).*)\1\Z""", text, re.DOTALL)
+    if quoted:
+        return _Value(quoted.group(2), "quoted")
     if text.startswith("@@"):
         return _Value(text[1:], None)
     if text.startswith("@"):
@@ -3250,7 +3241,7 @@ def _parse_value(name, text):
 
 def _read_value(name, path):
     """Return the text of a file, or of standard input for "-"; userdata made base64."""
-    source = "standard input" if path == "-" else f"file {path!a}"
+    source = "standard input" if path == "-" else f"file {path!a} (@@ stands for a plain @)"
     try:
         if path != "-":
             with open(os.path.expanduser(path), "rb") as file:
@@ -3265,8 +3256,7 @@ def _read_value(name, path):
     except UnicodeDecodeError:
         raise _Usage(f"{name}: {source} is not UTF-8 text") from None
     except OSError as error:
-        hint = "" if path == "-" else " (@@ stands for a plain @)"
-        raise _Usage(f"{name}: cannot read {source}: {error_text(error)}{hint}") from None
+        raise _Usage(f"{name}: cannot read {source}: {error_text(error)}") from None
 
 
 def _as_base64(content):
@@ -3284,7 +3274,7 @@ def _joined(values):
 # 8.2 Run, progress and reports.
 
 
-def main(args: "Iterable[str] | None" = None) -> int:
+def main(args=None):
     """Run the command line with these arguments, or those of the process.
 
     Returns the exit code; `cs --help` says what each means."""
@@ -5391,10 +5381,8 @@ _SHELL_WORDS = {
     "use": ("[REGION]", "--region"), "set": ("OPTION VALUE|off", "--"), "exit": ("", None),
 }  # fmt: skip
 # What a line does cannot be set for all lines.
-_NOT_SET = (
-    "each parallel stop-on-error profile wait list sync shell configure completion version"
-    " help".split()
-)
+_NOT_SET = """each parallel stop-on-error profile wait list sync shell configure completion
+    version help""".split()
 
 
 def _is_at_terminal():
@@ -5468,18 +5456,10 @@ class _Shell:
         while True:
             try:
                 line = input(f"cs {_one_line(self.options['region'] or _DEFAULT_REGION)}> ")
+                self._remember(line)
             except (EOFError, KeyboardInterrupt, UnicodeError) as error:
                 write_stderr("")
-                if isinstance(error, EOFError):
-                    return
-                continue
-            secrets = [client.secret for _, client in self.clients.values()]
-            if self.history and line.strip() and not _holds_secret(line, secrets):
-                self.readline.add_history(line)
-                try:
-                    self.readline.write_history_file(self.history)
-                except OSError:
-                    pass
+                line = "exit" if isinstance(error, EOFError) else ""
             yield line
 
     def _prepare(self, say):
@@ -5502,6 +5482,16 @@ class _Shell:
             self.history = path
         except Exception as error:  # PyPy's readline raises errors of its own for some TERMs
             say(f"Warning: no history is kept: {error}")
+
+    def _remember(self, line):
+        """Keep a line for this shell and later ones, unless it holds a secret."""
+        secrets = [client.secret for _, client in self.clients.values()]
+        if self.history and line.strip() and not _holds_secret(line, secrets):
+            self.readline.add_history(line)
+            try:
+                self.readline.write_history_file(self.history)
+            except OSError:
+                pass
 
     def _complete(self, word, number):
         """Return one of the words that may stand in place of the one at the cursor."""
