@@ -2696,7 +2696,7 @@ _Setting = collections.namedtuple("_Setting", "name default convert given_in tra
 # given_in: "both" is read from the environment (CLOUDSTACK_<NAME>) and from ini files under its
 # name; "code" is an argument of the constructor only; "tool" is as "both", but for the command line
 # alone, which finds its text in _Invocation.settings. CloudStack.__init__ has an argument of that
-# name, too, and drops it, since read_config() passes it on; a flag for it stands in _OPTIONS.
+# name, too, and drops it, since read_config() passes it on; a flag for it stands in _USAGE.
 # traits: an "attribute" of a client is what cs 5.2.0 had as one (the names of the others belong to
 # the subclasses written for it, as in `self.domain = {...}`); read_config returns "always" even
 # what nothing gives; "together" come those that say where a request goes, as whom, and whom it
@@ -3096,7 +3096,7 @@ cs [options] COMMAND [name=value ...]  call the CloudStack API, print its answer
 More: README.rst; the API: https://cloudstack.apache.org/api.html
 exit: """ + "  ".join(f"{code} {word}" for code, (word, _) in _EXITS.items()) + "\n"
 
-_Option = collections.namedtuple("_Option", "name letter value")
+_Option = collections.namedtuple("_Option", "name value")
 
 
 def _read_options(text):
@@ -3109,13 +3109,11 @@ def _read_options(text):
         flag, _, value = option.partition(" ")
         if flag.startswith("--"):
             choice = tuple(value.split("|")) if "|" in value else value or None
-            option = _Option(flag[2:], "".join(letter)[1:], choice)
-            flags.update(dict.fromkeys([flag, *letter], option))
+            flags.update(dict.fromkeys([flag, *letter], _Option(flag[2:], choice)))
     return flags
 
 
 _FLAGS = _read_options(_USAGE + "--list  --shell  --configure")  # which are in the help's head
-_OPTIONS = [option for flag, option in _FLAGS.items() if flag == "--" + option.name]
 FORMATS = _FLAGS["--output"].value
 # An empty value of any other is an unset variable of a script: it must not mean the usual region.
 _MAY_BE_EMPTY = frozenset(["columns", "sort", "where", "theme"])
@@ -3133,7 +3131,7 @@ def _parse_arguments(args):
     """Return {option: value} and the words that are not options; they may stand in any order.
 
     Names of options are never completed: a new option would change what an abbreviation means."""
-    options: dict = dict.fromkeys(option.name for option in _OPTIONS)
+    options: dict = dict.fromkeys(option.name for option in _FLAGS.values())
     words = []
     waiting = collections.deque(args)
     while waiting:
@@ -3166,13 +3164,13 @@ def _parse_option(arg, waiting):
 
 def _unknown_option(flag):
     """Return the exception for an option that does not exist: what may be meant by it."""
-    names = [option.name for option in _OPTIONS]
+    names = [other[2:] for other in _FLAGS if other.startswith("--")]
     if len(flag) > 2:
         near = _near(flag, names, most=1)
     else:
         near = [name for name in names if name[0] == flag[1:].lower()][:3]
-    hint = _did_you_mean(["--" + name for name in near])
-    return _Usage(f"there is no option {flag!a}{hint or '; parameters are name=value'}")
+    hint = _did_you_mean(["--" + name for name in near]) or "; parameters are name=value"
+    return _Usage(f"there is no option {flag!a}{hint}")
 
 
 def _check_options(options, *others):

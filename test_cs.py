@@ -6180,6 +6180,7 @@ JSON_HEADERS = {"Content-Type": "application/json"}
 # CommandLineCase asks a server that says what the test wrote (Replies); CloudCase asks a simulated cloud.
 
 README_PATH = os.path.join(os.path.dirname(CS_PATH), "README.rst")
+OPTIONS = list(dict.fromkeys(cs._FLAGS.values()))
 OWN_PARAMETERS = {"command", "response", "apikey", "signature", "signatureversion", "expires", "customjobid"}
 EVIL = "x\x1b]0;x\x07\x9b2J\u202ey"
 EVIL_TITLE = "\x1b]0;pwned\x07"  # would set the title of the window
@@ -7246,11 +7247,10 @@ class FlagSettingsTest(CloudCase):
         self.assertEqual("", self.warned("-q", *line))
         self.good(*line)  # no terminal
 
-    @each("option", *[option for option in cs._OPTIONS if option.value and option.name not in MAY_BE_EMPTY])
+    @each("option", *[option for option in OPTIONS if option.value and option.name not in MAY_BE_EMPTY])
     def test_an_empty_value_is_a_mistake(self, option):
         """`cs -r "$LAB" destroyVirtualMachine ...` where LAB is not set must not go to the usual region."""
-        words = [["--" + option.name, ""], ["--" + option.name + "="]]
-        for args in words + ([["-" + option.letter, ""]] if option.letter else []):
+        for args in [["--" + option.name + "="], *([flag, ""] for flag, other in cs._FLAGS.items() if other == option)]:
             self.assertIn(option.name, self.usage("listZones", *args))
 
     STANDS_ALONE = {"sync", "wait", "list", "shell"}  # takes no command
@@ -7262,7 +7262,7 @@ class FlagSettingsTest(CloudCase):
         values = {"FILE": os.devnull, "URL": self.cloud.endpoint, "NAME": "cloudstack", "COUNT": "1", "SECONDS": "5",
                   "JOBID": "j", "CONDITION": "id~.", "STYLE": "x"}
         self.sync()
-        for pair in itertools.combinations([option for option in cs._OPTIONS if option.name != "configure"], 2):
+        for pair in itertools.combinations([option for option in OPTIONS if option.name != "configure"], 2):
             names = {option.name for option in pair}
             args = [] if names & self.STANDS_ALONE else ["listZones"]
             for option in pair:
@@ -7275,7 +7275,7 @@ class FlagSettingsTest(CloudCase):
                 self.assertEqual(2 if lacks or names in self.REFUSED else 0, self.main(*args)[0])
                 self.assertEqual([] if "dry-run" in names else sorted(set(self.asked)), sorted(self.asked))
 
-    @each("option", *cs._OPTIONS)
+    @each("option", *OPTIONS)
     def test_no_option_takes_a_secret(self, option):
         self.assertNotRegex(option.name, "key|secret|password|token")
 
@@ -9704,8 +9704,7 @@ def first_column(text):
 class HelpAndReadmeTest(CloudCase):
     """README and --help say what the program does."""
 
-    OPTIONS = {"--" + option.name: option for option in cs._OPTIONS}
-    FLAGS = set(OPTIONS) | {"-" + option.letter for option in OPTIONS.values() if option.letter}
+    FLAGS = set(cs._FLAGS)
 
     def help(self):
         self.unset("endpoint", "key", "secret")
@@ -9717,7 +9716,7 @@ class HelpAndReadmeTest(CloudCase):
     def test_readme_documents_every_option_and_no_other(self):
         text = section_of("Options")
         self.assertEqual(self.FLAGS, set(re.findall(r"(?<=``)--?[a-z][a-z-]*", text)))
-        values = {word for option in self.OPTIONS.values() if isinstance(option.value, tuple) for word in option.value}
+        values = {word for option in OPTIONS if isinstance(option.value, tuple) for word in option.value}
         self.assertEqual(set(), {word for word in values if f"``{word}``" not in text})
         used = re.findall(r"(?<![\w-])--[a-z][a-z-]*", "".join(line for line in readme().split("\n") if " cs " in line))
         self.assertEqual(set(), set(used) - self.FLAGS)
