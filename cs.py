@@ -4750,16 +4750,14 @@ def _rows_at_a_key(invocation, spec, name, given):
 
 # 8.6 Configure.
 
-# What is asked, what an answer looks like, and what is said of another one. An answer is never
-# repeated: pasted a line too early, it is the secret.
+# What is asked, and what an answer looks like. An answer is never repeated: pasted a line too
+# early, it is the secret.
 _QUESTIONS = {
-    "endpoint": ("Endpoint (https://host/client/api): ", r"https?://[^\s@]+\Z",
-                 "Please type a full URL, such as https://host/client/api"),
-    "key": ("API key: ", ".", "Nothing was typed"),
-    "secret": ("Secret key (not shown): ", ".", "Nothing was typed"),
-    "output": ("Output format, table or json [json]: ", rf"(?i)(?:{'|'.join(FORMATS)}|)\Z",
-               f"It is one of {', '.join(FORMATS)}"),
-}  # fmt: skip
+    "endpoint": ("Endpoint (a full URL, such as https://host/client/api): ", r"https?://[^\s@]+\Z"),
+    "key": ("API key: ", "."),
+    "secret": ("Secret key (not shown): ", "."),
+    "output": (f"Output format ({'|'.join(FORMATS)}) [json]: ", rf"(?i)(?:{'|'.join(FORMATS)}|)\Z"),
+}
 
 
 def _configure(invocation):
@@ -4813,7 +4811,7 @@ def _ask(name):
     from contextlib import redirect_stdout
     from getpass import getpass
 
-    question, pattern, complaint = _QUESTIONS[name]
+    question, pattern = _QUESTIONS[name]
     while True:
         try:
             with redirect_stdout(sys.stderr):
@@ -4825,7 +4823,7 @@ def _ask(name):
             raise _Usage(f"no answer to '{question.strip()}'; nothing was written") from None
         if re.match(pattern, answer.strip()):
             return answer.strip()
-        write_stderr(f"  {complaint}; or press Ctrl-C to end")
+        write_stderr("  That cannot be used; please type it again, or press Ctrl-C to end")
 
 
 # 8.7 Names for ids.
@@ -5373,11 +5371,8 @@ class _Batch:
 # Lines are carried out as arguments are, but with the same clients: {what leads to one: (its
 # settings, the client)}.
 
-# word: what it takes, and the option that it stands for.
-_SHELL_WORDS = {
-    "help": ("[COMMAND]", "--help"), "list": ("[WORD ...]", "--list"),
-    "use": ("[REGION]", "--region"), "set": ("OPTION VALUE|off", "--"), "exit": ("", None),
-}  # fmt: skip
+# Its own words, and what they stand for.
+_SHELL_WORDS = {"help": "--help", "list": "--list", "use": "--region", "set": "--", "exit": "exit"}
 # What a line does cannot be set for all lines.
 _NOT_SET = """each parallel stop-on-error profile wait list sync shell configure completion
     version help""".split()
@@ -5432,7 +5427,7 @@ class _Shell:
             others = ["region", " ".join(others) or "off"]
         if first in ("use", "set"):
             return self._set(invocation, *others)
-        return _dispatch(invocation, [_SHELL_WORDS.get(first, (None, first))[1], *others])
+        return _dispatch(invocation, [_SHELL_WORDS.get(first, first), *others])
 
     def _set(self, invocation, name="", *values):
         """Have an option hold for every line, if it can be used. Returns True."""
@@ -5449,7 +5444,7 @@ class _Shell:
         """Yield what a person types. Ctrl-C clears a line, Ctrl-D is the end."""
         say = _Invocation(self.options).say
         self._prepare(say)
-        words = ", ".join(f"{word} {takes}".strip() for word, (takes, _) in _SHELL_WORDS.items())
+        words = "help [COMMAND], list [WORD ...], use [REGION], set OPTION VALUE|off, exit"
         say(f"In the shell: {words}. Tab completes.")
         while True:
             try:
@@ -5502,9 +5497,8 @@ class _Shell:
         """Return what may stand at the end of a line."""
         first, space, rest = typed.partition(" ")
         found = [] if space else [word + " " for word in _SHELL_WORDS if word.startswith(first)]
-        option = _SHELL_WORDS.get(first, ("", None))[1]
-        if space and option:
-            typed = option + ("" if first == "set" else " ") + rest
+        if space and first in _SHELL_WORDS:
+            typed = _SHELL_WORDS[first] + ("" if first == "set" else " ") + rest
         try:
             line = _read_line("cs " + typed)
             line = line._replace(options=_merge_options(self.options, line.options))

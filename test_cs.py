@@ -9477,7 +9477,7 @@ class ShellTest(CloudCase):
           (["listZones x", "listNothing -q"], 2, "cs: line 1: 'x' has no "),
           (["listNothing -q", "listZones x"], 1, "cs: line 2: 'x' has no "),
           (["--shell"], 2, "cs: line 1: --shell does not go with a line of the shell\n"),
-          (["-q"], 2, "cs: line 1: no command given; see cs --help\n"),
+          (["-q"], 2, "cs: line 1: no command given; see cs --help\n"), (["exit now"], 2, "cs: line 1: 'now' has no "),
           (["use nowhere"], 2, "region 'nowhere' not in config\n"), (["listZones zoneid=\udcff"], 2, "cs: line 1: "))
     def test_the_exit_code_is_the_first_that_is_not_0_and_a_failure_is_not_the_end(self, lines, code, err):
         _, said = self.shell(*lines, "listZones", code=code)
