@@ -96,7 +96,6 @@ __version__ = "6.0.0"
 # The types of public names stand in setup.py, which writes the wheel's stub.
 TYPE_CHECKING = False  # type checkers take it for true; importing typing costs milliseconds
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
     from typing import Any
 
 # Tests replace these two: the clock that measures exchanges and waits, and the sleep between steps.
@@ -2557,7 +2556,7 @@ _BOOLEANS = {
 }
 
 
-def strtobool(value: str) -> bool:
+def strtobool(value):
     """Parse a boolean word: y yes t true on 1, n no f false off 0, in any case.
 
     Raises ValueError for any other word, AttributeError for what is not text."""
@@ -2703,7 +2702,7 @@ _Setting = collections.namedtuple("_Setting", "name default convert given_in tra
 # given_in: "both" is read from the environment (CLOUDSTACK_<NAME>) and from ini files under its
 # name; "code" is an argument of the constructor only; "tool" is as "both", but for the command line
 # alone, which finds its text in _Invocation.settings. CloudStack.__init__ has an argument of that
-# name, too, and drops it, since read_config() passes it on; a flag for it stands in _OPTIONS.
+# name, too, and drops it, since read_config() passes it on; a flag for it stands in _USAGE.
 # traits: an "attribute" of a client is what cs 5.2.0 had as one (the names of the others belong to
 # the subclasses written for it, as in `self.domain = {...}`); read_config returns "always" even
 # what nothing gives; "together" come those that say where a request goes, as whom, and whom it
@@ -2957,10 +2956,7 @@ def _merge_layers(*layers):
     return {key: pair for key, pair in merged.items() if pair[0]}
 
 
-def load_config(
-    region: "str | None" = None, overrides: "Mapping[str, str] | None" = None,
-    path: "str | None" = None,
-) -> Config:  # fmt: skip
+def load_config(region=None, overrides=None, path=None):
     """Return the Config of a region: its `settings` are what read_config() returns.
 
     overrides {setting: text} beat all else, as options of the command line do; path stands in for
@@ -3015,14 +3011,14 @@ def _warnings_of(found):
     ]
 
 
-def parse_section(path: str, text: str, region: str) -> "dict[str, Any]":
+def parse_section(path, text, region):
     """Return the settings of a region in the text of one ini file. Raises ValueError."""
     found = Config()
     found.add_file(path, _parse_ini(path, text), region)
     return _to_settings(found.values)
 
 
-def list_regions(path: "str | None" = None) -> "list[str]":
+def list_regions(path=None):
     """Return the sections of all ini files that can be read; path as in load_config."""
     found = set()
     for file in _list_ini_paths(path)[0]:
@@ -3033,7 +3029,7 @@ def list_regions(path: "str | None" = None) -> "list[str]":
     return sorted(found)
 
 
-def read_config(ini_group: "str | None" = None) -> "dict[str, Any]":
+def read_config(ini_group=None):
     """Return the settings for `CloudStack(**read_config())`, from environment and ini files.
 
     ini_group is the region, a section of the ini files; README lists the layers.
@@ -3042,7 +3038,7 @@ def read_config(ini_group: "str | None" = None) -> "dict[str, Any]":
     return load_config(ini_group).settings
 
 
-def read_config_from_ini(ini_group: "str | None" = None) -> "dict[str, Any]":
+def read_config_from_ini(ini_group=None):
     """Return what a region's section holds in the ini files, plus `name` and `headers`.
 
     Without such a section that is {"name": None}."""
@@ -3106,7 +3102,7 @@ cs [options] COMMAND [name=value ...]  call the CloudStack API, print its answer
 More: README.rst; the API: https://cloudstack.apache.org/api.html
 exit: """ + "  ".join(f"{code} {word}" for code, (word, _) in _EXITS.items()) + "\n"
 
-_Option = collections.namedtuple("_Option", "name letter value")
+_Option = collections.namedtuple("_Option", "name value")
 
 
 def _read_options(text):
@@ -3119,13 +3115,11 @@ def _read_options(text):
         flag, _, value = option.partition(" ")
         if flag.startswith("--"):
             choice = tuple(value.split("|")) if "|" in value else value or None
-            option = _Option(flag[2:], "".join(letter)[1:], choice)
-            flags.update(dict.fromkeys([flag, *letter], option))
+            flags.update(dict.fromkeys([flag, *letter], _Option(flag[2:], choice)))
     return flags
 
 
 _FLAGS = _read_options(_USAGE + "--list  --shell  --configure")  # which are in the help's head
-_OPTIONS = [option for flag, option in _FLAGS.items() if flag == "--" + option.name]
 FORMATS = _FLAGS["--output"].value
 # An empty value of any other is an unset variable of a script: it must not mean the usual region.
 _MAY_BE_EMPTY = frozenset(["columns", "sort", "where", "theme"])
@@ -3143,7 +3137,7 @@ def _parse_arguments(args):
     """Return {option: value} and the words that are not options; they may stand in any order.
 
     Names of options are never completed: a new option would change what an abbreviation means."""
-    options: dict = dict.fromkeys(option.name for option in _OPTIONS)
+    options: dict = dict.fromkeys(option.name for option in _FLAGS.values())
     words = []
     waiting = collections.deque(args)
     while waiting:
@@ -3159,34 +3153,30 @@ def _parse_arguments(args):
 
 def _parse_option(arg, waiting):
     """Return an option's name and value, which may be the next of the waiting arguments."""
-    found: Any = re.match(r"(--[^=]*|-.?)(=?)(.*)\Z", arg, re.DOTALL)
-    flag, equals, value = found.groups()
+    ((flag, equals, value),) = re.findall(r"\A(--[^=]*|-.?)(=?)(.*)\Z", arg, re.DOTALL)
     option = _FLAGS.get(flag)
     if option is None:
-        raise _unknown_option(flag, value, waiting)
+        raise _unknown_option(flag)
     if option.value is None:
         if equals:
             raise _Usage(f"option {flag} takes no value: {value!a}; see cs --help")
-        if value:  # -qt
-            waiting.appendleft("-" + value)
+        waiting.extendleft(["-" + value] if value else [])  # -qt
         return option.name, True
     if not (equals or value):
-        if not waiting or (re.match("-[^0-9]", waiting[0]) and option.name != "sort"):
-            raise _Usage(f"option {flag} needs a value; see cs --help")
-        value = waiting.popleft()
+        is_given = waiting and (option.name == "sort" or not re.match("-[^0-9]", waiting[0]))
+        value = waiting.popleft() if is_given else None
     return option.name, _check_value(option, value)
 
 
-def _unknown_option(flag, value, waiting):
+def _unknown_option(flag):
     """Return the exception for an option that does not exist: what may be meant by it."""
-    names = [option.name for option in _OPTIONS]
-    is_letter = len(flag) < 3
-    near = [name for name in names if name[0] == flag[1:].lower()][:3] if is_letter else []
-    near = ["--" + name for name in near or _near(flag, names, most=1)]
-    if not near and not is_letter:  # a parameter, as other tools have it
-        value = value or "".join(itertools.islice(waiting, 1))
-        near = [f"{flag.lstrip('-')}={value}"] if re.match("[^-]", value) else []
-    return _Usage(f"there is no option {flag!a}{_did_you_mean(near) or '; see cs --help'}")
+    names = [other[2:] for other in _FLAGS if other.startswith("--")]
+    if len(flag) > 2:
+        near = _near(flag, names, most=1)
+    else:
+        near = [name for name in names if name[0] == flag[1:].lower()][:3]
+    hint = _did_you_mean(["--" + name for name in near]) or "; parameters are name=value"
+    return _Usage(f"there is no option {flag!a}{hint}")
 
 
 def _check_options(options, *others):
@@ -3207,7 +3197,7 @@ def _merge_options(base, options):
 
 def _check_value(option, value):
     """Return the value of an option. Raises _Usage for one that it cannot have."""
-    if value == "" and option.name not in _MAY_BE_EMPTY:
+    if value is None or (value == "" and option.name not in _MAY_BE_EMPTY):
         raise _Usage(f"option --{option.name} needs a value; see cs --help")
     if option.name == "parallel" and not re.match(r"0*[1-9][0-9]{0,5}\Z", value, re.ASCII):
         raise _Usage(f"--parallel {value!a}: it should be a number from 1 up")
@@ -3243,10 +3233,9 @@ def _parse_value(name, text):
     """Return the _Value of a name=value word: quotes taken off, @file and @- read, @@ made one @.
 
     Within quotes neither @ nor name: has a meaning. "a","b" is not one quoted text."""
-    quote = text[:1]
-    if len(text) > 1 and quote in "\"'" and text[-1] == quote:
-        if not re.search(quote + r"\s*,\s*" + quote, text[1:-1]):
-            return _Value(text[1:-1], "quoted")
+    quoted = re.match(r"""(["'])((?!.*\1\s*,\s*\1).*)\1\Z""", text, re.DOTALL)
+    if quoted:
+        return _Value(quoted.group(2), "quoted")
     if text.startswith("@@"):
         return _Value(text[1:], None)
     if text.startswith("@"):
@@ -3256,7 +3245,7 @@ def _parse_value(name, text):
 
 def _read_value(name, path):
     """Return the text of a file, or of standard input for "-"; userdata made base64."""
-    source = "standard input" if path == "-" else f"file {path!a}"
+    source = "standard input" if path == "-" else f"file {path!a} (@@ stands for a plain @)"
     try:
         if path != "-":
             with open(os.path.expanduser(path), "rb") as file:
@@ -3271,8 +3260,7 @@ def _read_value(name, path):
     except UnicodeDecodeError:
         raise _Usage(f"{name}: {source} is not UTF-8 text") from None
     except OSError as error:
-        hint = "" if path == "-" else " (@@ stands for a plain @)"
-        raise _Usage(f"{name}: cannot read {source}: {error_text(error)}{hint}") from None
+        raise _Usage(f"{name}: cannot read {source}: {error_text(error)}") from None
 
 
 def _as_base64(content):
@@ -3290,7 +3278,7 @@ def _joined(values):
 # 8.2 Run, progress and reports.
 
 
-def main(args: "Iterable[str] | None" = None) -> int:
+def main(args=None):
     """Run the command line with these arguments, or those of the process.
 
     Returns the exit code; `cs --help` says what each means."""
@@ -4765,16 +4753,14 @@ def _rows_at_a_key(invocation, spec, name, given):
 
 # 8.6 Configure.
 
-# What is asked, what an answer looks like, and what is said of another one. An answer is never
-# repeated: pasted a line too early, it is the secret.
+# What is asked, and what an answer looks like. An answer is never repeated: pasted a line too
+# early, it is the secret.
 _QUESTIONS = {
-    "endpoint": ("Endpoint (https://host/client/api): ", r"https?://[^\s@]+\Z",
-                 "Please type a full URL, such as https://host/client/api"),
-    "key": ("API key: ", ".", "Nothing was typed"),
-    "secret": ("Secret key (not shown): ", ".", "Nothing was typed"),
-    "output": ("Output format, table or json [json]: ", rf"(?i)(?:{'|'.join(FORMATS)}|)\Z",
-               f"It is one of {', '.join(FORMATS)}"),
-}  # fmt: skip
+    "endpoint": ("Endpoint (a full URL, such as https://host/client/api): ", r"https?://[^\s@]+\Z"),
+    "key": ("API key: ", "."),
+    "secret": ("Secret key (not shown): ", "."),
+    "output": (f"Output format ({'|'.join(FORMATS)}) [json]: ", rf"(?i)(?:{'|'.join(FORMATS)}|)\Z"),
+}
 
 
 def _configure(invocation):
@@ -4817,34 +4803,30 @@ def _text_without_section(path, region):
         text = _read_text(path).rstrip("\n")
     except FileNotFoundError:
         return ""
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.startswith(f"[{region}]"):
-            hint = "edit it there, or give another name with --region"
-            raise _Usage(f"[{region}] stands in {path}, line {number}; {hint}")
-    parse_section(path, text, region)
+    if _parse_ini(path, text).has_section(region):
+        hint = "edit it there, or give another name with --region"
+        raise _Usage(f"[{region}] stands in {path}; {hint}")
     return text + "\n\n" if text else ""
 
 
 def _ask(name):
     """Ask a person until the answer makes sense. Raises _Usage if there is none."""
-    question, pattern, complaint = _QUESTIONS[name]
+    from contextlib import redirect_stdout
+    from getpass import getpass
+
+    question, pattern = _QUESTIONS[name]
     while True:
         try:
-            if name == "secret" and sys.stdin.isatty():
-                from getpass import getpass
-
-                answer = getpass(question, sys.stderr) + "\n"
-            else:
-                sys.stderr.write(question)
-                sys.stderr.flush()
-                answer = sys.stdin.readline()
-        except (AttributeError, EOFError):  # no standard input, or Ctrl-D
-            answer = ""
+            with redirect_stdout(sys.stderr):
+                is_hidden = name == "secret" and sys.stdin.isatty()
+                answer = getpass(question) if is_hidden else input(question)
+        except (EOFError, RuntimeError):  # Ctrl-D; no standard input
+            if name == "output":
+                return ""
+            raise _Usage(f"no answer to '{question.strip()}'; nothing was written") from None
         if re.match(pattern, answer.strip()):
             return answer.strip()
-        if not answer:
-            raise _Usage(f"no answer to '{question.strip()}'; nothing was written")
-        write_stderr(f"  {complaint}; or press Ctrl-C to end")
+        write_stderr("  That cannot be used; please type it again, or press Ctrl-C to end")
 
 
 # 8.7 Names for ids.
@@ -5390,16 +5372,11 @@ class _Batch:
 # Lines are carried out as arguments are, but with the same clients: {what leads to one: (its
 # settings, the client)}.
 
-# word: what it takes, and the option that it stands for.
-_SHELL_WORDS = {
-    "help": ("[COMMAND]", "--help"), "list": ("[WORD ...]", "--list"),
-    "use": ("[REGION]", "--region"), "set": ("OPTION VALUE|off", "--"), "exit": ("", None),
-}  # fmt: skip
+# Its own words, and what they stand for.
+_SHELL_WORDS = {"help": "--help", "list": "--list", "use": "--region", "set": "--", "exit": "exit"}
 # What a line does cannot be set for all lines.
-_NOT_SET = (
-    "each parallel stop-on-error profile wait list sync shell configure completion version"
-    " help".split()
-)
+_NOT_SET = """each parallel stop-on-error profile wait list sync shell configure completion
+    version help""".split()
 
 
 def _is_at_terminal():
@@ -5451,7 +5428,7 @@ class _Shell:
             others = ["region", " ".join(others) or "off"]
         if first in ("use", "set"):
             return self._set(invocation, *others)
-        return _dispatch(invocation, [_SHELL_WORDS.get(first, (None, first))[1], *others])
+        return _dispatch(invocation, [_SHELL_WORDS.get(first, first), *others])
 
     def _set(self, invocation, name="", *values):
         """Have an option hold for every line, if it can be used. Returns True."""
@@ -5468,23 +5445,15 @@ class _Shell:
         """Yield what a person types. Ctrl-C clears a line, Ctrl-D is the end."""
         say = _Invocation(self.options).say
         self._prepare(say)
-        words = ", ".join(f"{word} {takes}".strip() for word, (takes, _) in _SHELL_WORDS.items())
+        words = "help [COMMAND], list [WORD ...], use [REGION], set OPTION VALUE|off, exit"
         say(f"In the shell: {words}. Tab completes.")
         while True:
             try:
                 line = input(f"cs {_one_line(self.options['region'] or _DEFAULT_REGION)}> ")
+                self._remember(line)
             except (EOFError, KeyboardInterrupt, UnicodeError) as error:
                 write_stderr("")
-                if isinstance(error, EOFError):
-                    return
-                continue
-            secrets = [client.secret for _, client in self.clients.values()]
-            if self.history and line.strip() and not _holds_secret(line, secrets):
-                self.readline.add_history(line)
-                try:
-                    self.readline.write_history_file(self.history)
-                except OSError:
-                    pass
+                line = "exit" if isinstance(error, EOFError) else ""
             yield line
 
     def _prepare(self, say):
@@ -5508,6 +5477,16 @@ class _Shell:
         except Exception as error:  # PyPy's readline raises errors of its own for some TERMs
             say(f"Warning: no history is kept: {error}")
 
+    def _remember(self, line):
+        """Keep a line for this shell and later ones, unless it holds a secret."""
+        secrets = [client.secret for _, client in self.clients.values()]
+        if self.history and line.strip() and not _holds_secret(line, secrets):
+            self.readline.add_history(line)
+            try:
+                self.readline.write_history_file(self.history)
+            except OSError:
+                pass
+
     def _complete(self, word, number):
         """Return one of the words that may stand in place of the one at the cursor."""
         if number == 0:
@@ -5519,9 +5498,8 @@ class _Shell:
         """Return what may stand at the end of a line."""
         first, space, rest = typed.partition(" ")
         found = [] if space else [word + " " for word in _SHELL_WORDS if word.startswith(first)]
-        option = _SHELL_WORDS.get(first, ("", None))[1]
-        if space and option:
-            typed = option + ("" if first == "set" else " ") + rest
+        if space and first in _SHELL_WORDS:
+            typed = _SHELL_WORDS[first] + ("" if first == "set" else " ") + rest
         try:
             line = _read_line("cs " + typed)
             line = line._replace(options=_merge_options(self.options, line.options))
