@@ -4759,14 +4759,15 @@ _QUESTIONS = {
     "endpoint": ("Endpoint (a full URL, such as https://host/client/api): ", r"https?://[^\s@]+\Z"),
     "key": ("API key: ", "."),
     "secret": ("Secret key (not shown): ", "."),
+    "save": ("Save them all the same? [y/N] ", ""),
     "output": (f"Output format ({'|'.join(FORMATS)}) [json]: ", rf"(?i)(?:{'|'.join(FORMATS)}|)\Z"),
 }
 
 
 def _configure(invocation):
-    """Ask for a section, try it, add it to ~/.cloudstack.ini (--configure). Returns True.
+    """Ask for a section, try it, add it to ~/.cloudstack.ini (--configure).
 
-    Nothing is written if the server cannot be asked, or refuses the credentials."""
+    Returns whether it was written; of one that does not work, a person decides."""
     options = invocation.options
     region = options["region"] or os.environ.get(_PREFIX + "REGION") or _DEFAULT_REGION
     if not re.match(r"[^\[\]\s][^\[\]\r\n]*\Z", region) or region == "DEFAULT":
@@ -4779,10 +4780,15 @@ def _configure(invocation):
         section += f"{name} = {_ask(name).replace('%', '%%')}\n"
     client = invocation.client = CloudStack(**parse_section(path, text + section, region))
     client.on_event = invocation.observe
-    invocation.say("Trying them; nothing is written if they do not work.")
-    if not _fetch_catalog(invocation, is_needed=False):  # it says what came of it
-        client.listCapabilities()  # a call that every role may make
-    invocation.say("They work.")
+    try:
+        if not _fetch_catalog(invocation, is_needed=False):  # it says what came of it
+            client.listCapabilities()  # a call that every role may make
+        invocation.say("They work.")
+    except CloudStackException as error:
+        _report(invocation, error)
+        if _ask("save").lower() not in ("y", "yes"):
+            invocation.say("Nothing was written.")
+            return False
     section += f"output = {_ask('output') or 'json'}\n"
 
     text = _text_without_section(path, region)  # as it is now: others may have written to it

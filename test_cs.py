@@ -8529,16 +8529,18 @@ class ConfigureTest(CloudCase):
         settings = cs.read_config()
         self.assertEqual(("k" + secret, secret), (settings["key"], settings["secret"]))
 
-    @each("answers, code, says", ([None, None, "CANARY"], 1, "HTTP 401"),
-          (["http://127.0.0.1:1/client/api?site=CANARY", "k", "CANARY"], 3, "refused"))
-    def test_what_does_not_work_is_not_written(self, answers, code, says):
+    @each("answers, says", ([None, None, "CANARY"], "HTTP 401"),
+          (["http://127.0.0.1:1/client/api?site=CANARY", "k", "CANARY"], "refused"))
+    @each("more, code", (["n"], 1), ([""], 1), (["what?"], 1), ([], 2), (["y"], 0), (["YES"], 0))
+    def test_what_does_not_work_is_asked_about(self, answers, says, more, code):
         self.ini(self.LAB)
         self.configure(timeout="1")
         self.say_error("listApis", 401, "CANARY is wrong")
-        err = self.asking(code, answers=[given or usual for given, usual in zip(answers, self.answers)] + ["table"])
-        self.assertHolds(err, "nothing is written", says)
-        self.assertLacks(err, "CANARY", "They work", "Output format")
-        self.assertEqual(self.LAB, self.text())
+        given = [given or usual for given, usual in zip(answers, self.answers)]
+        err = self.asking(code, answers=given + more)
+        self.assertHolds(err, "Save them all the same?", says)
+        self.assertLacks(err, "CANARY", "They work")
+        self.assertEqual((code != 0, code == 0), (self.text() == self.LAB, "secret = CANARY\n" in self.text()))
 
     @each("place, wrong", (0, ["", "HIDDEN", "HIDDEN.example/client/api", "file:///HIDDEN", "http://HIDDEN:b@c/"]),
           (1, ["", "  "]), (2, [""]), (3, ["HIDDEN"]))
