@@ -3047,7 +3047,7 @@ def read_config_from_ini(ini_group: "str | None" = None) -> "dict[str, Any]":
 
 
 # --- 8 command line -------------------------------------------------------------------------------
-# A line of words becomes a checked call (_checked_call), the call is made (_carry_out), its answer
+# A line of words becomes a checked call (_check_call), the call is made (_carry_out), its answer
 # is printed (_print_answers). _Invocation holds what they share, and may serve one line after
 # another with the same client.
 
@@ -3753,15 +3753,15 @@ def _report_failure(invocation, error):
     document = _server_error(error)
     names = [name for name in ("errorcode", "cserrorcode") if name in document]
     is_wait = invocation.options["wait"]
-    left = "It was about" if is_wait else "Left behind"
-    facts = (
-        ("Call", _typed_call(invocation)), ("Server", mask_address(invocation.client.endpoint)),
-        ("Codes", ", ".join(f"{name} {document[name]}" for name in names)),
-        (left, _left_behind(invocation.under_way, error)),
-        ("Hint", _hint(invocation, error, document)),
-    )  # fmt: skip
+    left = _left_behind(invocation.under_way, error)
+    facts = {
+        "Call": _typed_call(invocation), "Server": mask_address(invocation.client.endpoint),
+        "Codes": invocation.masked(", ".join(f"{name} {document[name]}" for name in names)),
+        "It was about" if is_wait else "Left behind": invocation.masked(left),
+        "Hint": _hint(invocation, error, document),
+    }  # fmt: skip
     lines = [f"CloudStack error: {invocation.place}{invocation.masked(_sentence(error))}"]
-    invocation.say("\n".join(lines + [f"  {name}: {text}" for name, text in facts if text]))
+    invocation.say("\n".join(lines + [f"  {name}: {text}" for name, text in facts.items() if text]))
     is_unknown = is_wait and document.get("errorcode") == 431
     if error.jobid and not (error.job_failed or is_unknown):
         write_stderr(_how_to_go_on(invocation, error))  # also with -q: nothing else shows the id
@@ -3816,7 +3816,7 @@ def _hint(invocation, error, document):
 
 def _hint_about_parameter(invocation, call, document):
     """Return what can be tried after the server has refused a parameter: most often an id."""
-    text = str(document.get("errortext"))[:2000]
+    text = invocation.masked(str(document.get("errortext")))
     found = re.search(r"Invalid parameter (\w{1,50}) value=(.{1,255}?)(?: due to |$)", text)
     if not found:
         return "Run {cs} {command} --help to list its parameters."
