@@ -3049,7 +3049,7 @@ def read_config_from_ini(ini_group=None):
 
 
 # --- 8 command line -------------------------------------------------------------------------------
-# A line of words becomes a checked call (_checked_call), the call is made (_carry_out), its answer
+# A line of words becomes a checked call (_check_call), the call is made (_carry_out), its answer
 # is printed (_print_answers). _Invocation holds what they share, and may serve one line after
 # another with the same client.
 
@@ -3308,15 +3308,14 @@ class _Interrupts:
     on_first: called in the place of raising KeyboardInterrupt; is_over: the first has been seen,
     or what it would end is done, so that signals are ignored from now on."""
 
-    def __init__(self):
-        self.on_first: Any = None
-        self.is_over = False
-        self._quiet_until = 0.0
-        self._usual = {}
+    on_first: "Any" = None
+    is_over = False
+    _quiet_until = 0.0
 
     def __enter__(self):
         import signal
 
+        self._usual = {}
         usual = (signal.SIG_DFL, signal.default_int_handler)  # not what nohup has ignored
         is_main = threading.current_thread() is threading.main_thread()
         for number in (1, 2, 15) if is_main else ():  # SIGHUP, SIGINT, SIGTERM
@@ -3352,7 +3351,7 @@ def _attempt(invocation, dispatch, line):
         with invocation.interrupts:
             try:
                 outcome = dispatch(invocation, line)
-                invocation.progress.clear()
+                invocation.show()
                 _flush()
             except _REPORTED as error:
                 invocation.interrupts.is_over = True
@@ -3360,14 +3359,18 @@ def _attempt(invocation, dispatch, line):
                 _report(invocation, error)
                 _flush()
     except _OutputFailed as failed:
+        if sys.stdout is sys.__stdout__:  # what is buffered goes nowhere, also at the exit
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())  # type: ignore[union-attr]
+        if _exit_code(failed):
+            write_stderr(f"cs: cannot write the answer: {error_text(failed.args[0])}")
         outcome = outcome if _exit_code(outcome) else failed  # a failure before this says more
-        _report_unwritten(failed.args[0])
     return outcome
 
 
 def _exit_code(outcome):
     """Return the exit code for what was raised, or for whether everything succeeded."""
-    if isinstance(outcome, _OutputFailed):  # a reader that has seen enough is no failure
+    if isinstance(outcome, _OutputFailed):  # a reader that has seen enough (head) is none
         return 0 if isinstance(outcome.args[0], BrokenPipeError) else 1
     codes = (code for code, (_, kinds) in _EXITS.items() if isinstance(outcome, kinds))
     return max(codes, default=0 if outcome else 1)
@@ -3377,7 +3380,9 @@ def _dispatch(invocation, args):
     """Do what the arguments ask for. Returns whether it succeeded.
 
     For a shell it returns what became of the first line that failed."""
-    args = list(map(_as_utf8, args))
+    # A C locale has left undecoded what is not ASCII (Python 3.6, from cron).
+    raw = [arg.encode("utf-8", "surrogateescape") for arg in args]
+    args = [arg.decode("utf-8", "surrogateescape") for arg in raw]
     if args and args[0].startswith("--complete="):  # what the scripts of completion ask
         _print_completions(args[0].partition("=")[2])
         return True
@@ -3386,8 +3391,7 @@ def _dispatch(invocation, args):
     if words[:1] == ["help"] and not options["list"]:
         options["help"], words = True, words[1:]
     is_inside = invocation.clients is not None  # a shell
-    others = {"a command": words, "a line of the shell": is_inside}
-    _check_options(options, *filter(others.get, others))
+    _check_options(options, *["a command"] * bool(words), *["a line of the shell"] * is_inside)
     is_idle = not (words or options["wait"] or options["list"] or options["sync"])
     if options["version"]:
         _write(f"cs {__version__}\n")
@@ -3409,19 +3413,11 @@ def _dispatch(invocation, args):
     return True
 
 
-def _as_utf8(arg):
-    """Decode an argument that a C locale has left undecoded (Python 3.6, from cron)."""
-    if re.search("[\ud800-\udfff]", arg):
-        return os.fsencode(arg).decode("utf-8", "surrogateescape")
-    return arg
-
-
 def _use_server(invocation, words):
     """Do what needs a client. Returns whether it succeeded."""
     options = invocation.options
     invocation.conditions = [_Condition(text, invocation.say) for text in options["where"] or ()]
     invocation.connect()
-    invocation.format()  # a wrong one is refused before anything is sent
     if options["sync"] and not options["dry-run"]:
         _fetch_catalog(invocation)
     if options["list"]:
@@ -3459,8 +3455,9 @@ class _Invocation:
         self.clients = clients
         self.place = place  # "line 3: " of a script
         self.interrupts = _Interrupts()
-        self.progress = _Progress()
-        self.under_way: Any = None  # the _CheckedCall
+        self.format = "json"
+        self.shown = ""  # of progress
+        self.under_way = _CheckedCall("", {}, [])
         self.left: Any = ()  # ids of more jobs that were begun and not waited for
         self.request: Any = None  # the one that was sent last
         self.fetched: Any = None  # how many rows of how many there are, of all pages
@@ -3468,32 +3465,51 @@ class _Invocation:
     def say(self, text):
         """Write a line on standard error, unless -q."""
         if not self.options["quiet"]:
-            self.progress.clear()
+            self.show()
             write_stderr(text)
+
+    def show(self, text=""):
+        """Show a line of progress on standard error, in place of the last; without one, no line."""
+        if text == self.shown or (text and not self._is_watched()):
+            return
+        self.shown = text
+        try:
+            sys.stderr.write("\r\x1b[K" + text)
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            pass
+
+    def _is_watched(self):
+        """Return whether progress is seen, and by nobody else: a pipe's reader may write to the
+        same terminal."""
+        is_silent = self.options["quiet"] or self.client.trace
+        is_alone = sys.stdout.isatty() or sys.stdout.seekable()
+        return _is_terminal(sys.stderr) and is_alone and not is_silent
 
     def connect(self):
         """Make the client that configuration and options describe. Raises _Usage, ValueError.
 
         In a shell, a client that an earlier line made for them is used again."""
         clients = {} if self.clients is None else self.clients
-        place = tuple(self.options[name] for name in ("region", "config", "endpoint"))
+        options = {name: self.options[name.replace("_", "-")] for name in _OVERRIDES}
+        overrides = {name: str(value) for name, value in options.items() if value is not None}
+        overrides.update({"method": "post"} if self.options["post"] else {})
+        place = (self.options["region"], self.options["config"], *sorted(overrides.items()))
         if place not in clients:
-            clients[place] = self._make_client(*place)
+            clients[place] = self._make_client(place[0], place[1], overrides)
         self.settings, self.client = clients[place]
         self.client.on_event = self.observe
-        is_silent = self.options["quiet"] or self.options["trace"] or self.client.trace
-        # A pipe's reader may write to the same terminal.
-        is_watched = _is_terminal(sys.stderr) and (sys.stdout.isatty() or sys.stdout.seekable())
-        self.progress.is_shown = is_watched and not is_silent
+        name = self.options["output"] or self.settings.get("output") or "json"
+        self.format = _check_value(_FLAGS["--output"], str(name))
 
-    def _make_client(self, region, path, endpoint):
+    def _make_client(self, region, path, overrides):
         """Return settings and the client; warn of what is odd.
 
         It works all the same, so warnings are for terminals: not for cron, nor for programs that
         read standard error as well. But without a key few servers answer."""
         config = Config()
         try:
-            config = load_config(region, {"endpoint": endpoint} if endpoint else {}, path)
+            config = load_config(region, overrides, path)
             settings = {"recover": True, **config.settings}
             client = CloudStack(**settings)
             client.check()
@@ -3516,53 +3532,40 @@ class _Invocation:
             self.say("Warning: " + text)
         return settings, client
 
-    def call_options(self):
-        """Return the options of this line as client.call() takes them."""
-        options = {name: self.options[name.replace("_", "-")] for name in _CALL_OPTIONS}
-        return {name: value for name, value in options.items() if value is not None}
-
     def observe(self, event):
         """Take notice of what happens to a request; the client's on_event."""
-        if self.options["trace"] and not self.client.trace:
-            trace_event(event)
         if isinstance(event, Sent):
             self.request = event.request
         elif isinstance(event, Rows):
             self.fetched = event
-            self.progress.show(f"{event.seen}{f' of {event.total}' if event.total else ''} rows")
+            self.show(f"{event.seen}{f' of {event.total}' if event.total else ''} rows")
         elif isinstance(event, Waiting):
             is_job = event.command == "queryAsyncJobResult"  # --wait knows no command
             what = f"job {event.jobid}" if is_job else event.command
-            self.progress.show(f"{what}: waiting for the job, {int(event.seconds)} s")
+            self.show(f"{what}: waiting for the job, {int(event.seconds)} s")
 
     def masked(self, text):
         """Return the beginning of the server's words without what they repeat of our secrets."""
         secrets = self.request.all_secrets() if self.request else []
         return mask_text(text[:10000], secrets)[:2000]  # masked first: a secret may be cut in two
 
-    def format(self):
-        """Return the output format: option, environment or ini file, json. Raises _Usage."""
-        name = self.options["output"] or self.settings.get("output") or "json"
-        return _check_value(_FLAGS["--output"], str(name))
-
     def is_colored(self):
         """Return whether colours are wanted."""
-        wish = self.options["color"] or "auto"
-        may = wish == "auto" and not os.environ.get("NO_COLOR")
-        return wish == "always" or (may and _is_terminal(sys.stdout))
+        usual = _is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
+        return {"always": True, "never": False}.get(self.options["color"], usual)
 
 
-_CALL_OPTIONS = ("timeout", "retry", "job_timeout", "poll_interval", "post")
+# Settings that are options, too.
+_OVERRIDES = ("endpoint", "timeout", "retry", "job_timeout", "poll_interval", "trace")
 
 
 def _describe_unknown(config):
     """Return a text about keys of the section and variables that no setting has; empty if none."""
-    named = [(key, f" in {path}") for key, path in config.unknown]
-    named += [(name, "") for name in unknown_variables()]
     found = []
-    for key, where in named:
+    for key, path in [*config.unknown, *((name, "") for name in unknown_variables())]:
         bare = re.sub("[^a-z]", "", key.lower().replace("cloudstack_", ""))
         meant = "".join(f" ({name}?)" for name in _near(bare, _CONFIG_KEYS, most=1))
+        where = f" in {path}" if path else ""
         found.append(f"{key!a}{where}{meant}")
     return "not known as settings: " + ", ".join(found) if found else ""
 
@@ -3577,27 +3580,6 @@ def _is_terminal(stream):
     return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-class _Progress:
-    """Shows one line on standard error while pages or a job are awaited; clear() removes it."""
-
-    is_shown = False  # whether anybody would see it
-    _shown = ""
-
-    def show(self, text):
-        """Put a text in place of the line."""
-        if self.is_shown and text != self._shown:
-            self._shown = text
-            try:
-                sys.stderr.write("\r\x1b[K" + text)
-                sys.stderr.flush()
-            except (OSError, ValueError):
-                pass
-
-    def clear(self):
-        """Take the line away."""
-        self.show("")
-
-
 class _CheckedCall:
     """A call that may be made; options are those of client.call().
 
@@ -3610,10 +3592,9 @@ class _CheckedCall:
     def make(self, client):
         """Return what client.call() does; a coroutine for AIOCloudStack."""
         if self.words[:1] == ["--wait"]:
-            return client.wait_job(self.params["jobid"], **self.options)
-        return client.call(
-            self.command, self.params, pages=self.pages, wait=self.wait, **self.options
-        )
+            return client.wait_job(self.params["jobid"])
+        options = {"pages": self.pages, "wait": self.wait, **self.options}
+        return client.call(self.command, self.params, **options)
 
 
 def _check_call(invocation, values, words):
@@ -3633,13 +3614,10 @@ def _check_call(invocation, values, words):
             raise _Usage(f"{name}={own[name]!a} is neither true nor false") from None
     if own.get("json") is False:
         _check_options(line, "json=false")
-    pages = own.pop("fetch_list", False) or line["all"]
+    pages = bool(own.pop("fetch_list", False) or line["all"])
+    pages = pages and only_reads(command)  # in one that changes something there are none
     wait = own.pop("fetch_result", not (line["async"] or "async" in command.lower()))
-    # There is nothing to page through in a command that changes something.
-    return _CheckedCall(
-        command, params, [command] + words[1:], pages=only_reads(command) and bool(pages),
-        wait=wait, recover=recover, **own, **invocation.call_options()
-    )  # fmt: skip
+    return _CheckedCall(command, params, [command] + words[1:], pages, wait, recover=recover, **own)
 
 
 def _carry_out(invocation, call):
@@ -3652,7 +3630,7 @@ def _carry_out(invocation, call):
     text = call.make(invocation.client).rstrip("\n")
     if re.match(r"(?i)\s*<(?:!doctype )?html\b", text):
         raise CloudStackException("Unexpected response from CloudStack", "a page of HTML: " + text)
-    invocation.progress.clear()
+    invocation.show()
     if text:
         _write_line(text)
     return True
@@ -3660,7 +3638,7 @@ def _carry_out(invocation, call):
 
 def _answers(invocation, call):
     """Yield the answer of a call; of a list whose rows are written as they arrive, its pages."""
-    if call.pages and invocation.format() == "jsonl" and not invocation.options["sort"]:
+    if call.pages and invocation.format == "jsonl" and not invocation.options["sort"]:
         for page in invocation.client.pages(call.command, call.params, **call.options):
             yield page[0] if isinstance(page, tuple) else page
             _flush()
@@ -3678,16 +3656,14 @@ def _wait_for_jobs(invocation, words):
     """Wait for the jobs of these ids, `-` for those on standard input, and print their results.
 
     Returns the first failure, or whether all is well."""
-    lists = [_read_value("--wait", "-").split() if word == "-" else [word] for word in words]
-    jobids = list(itertools.chain.from_iterable(lists))
+    jobids = " ".join(_read_value("--wait", "-") if word == "-" else word for word in words).split()
     if not jobids or not all(re.match(r"[\w.-]+\Z", jobid, re.ASCII) for jobid in jobids):
         raise _Usage(f"--wait takes ids of jobs, not {', '.join(map(ascii, jobids)) or 'nothing'}")
     first: Any = True
     for number, jobid in enumerate(jobids, 1):
-        words, options = ["--wait", jobid], invocation.call_options()
+        call = _CheckedCall("queryAsyncJobResult", {"jobid": jobid}, ["--wait", jobid])
         invocation.left = jobids[number:]  # for an interrupt
         try:
-            call = _CheckedCall("queryAsyncJobResult", {"jobid": jobid}, words, **options)
             outcome = _carry_out(invocation, call)
         except CloudStackException as error:
             _report(invocation, error)
@@ -3751,7 +3727,7 @@ _HINTS = (
 def _report(invocation, error):
     """Report on standard error what was raised, and what can be done."""
     call = invocation.under_way
-    invocation.progress.clear()
+    invocation.show()
     if isinstance(error, CloudStackException):
         _report_failure(invocation, error)
     elif not isinstance(error, KeyboardInterrupt):
@@ -3760,7 +3736,7 @@ def _report(invocation, error):
         write_stderr(f"{front}{invocation.place}{text}")
     elif getattr(error, "jobid", None):
         write_stderr("Interrupted. " + _how_to_go_on(invocation, error, invocation.left))
-    elif call and not only_reads(call.command):
+    elif call.command and not only_reads(call.command):
         write_stderr(f"Interrupted. {call.command} may have run; check before you send it again.")
     elif invocation.clients is not None:  # the next line of a shell begins below the ^C
         write_stderr("Interrupted.")
@@ -3771,15 +3747,15 @@ def _report_failure(invocation, error):
     document = _server_error(error)
     names = [name for name in ("errorcode", "cserrorcode") if name in document]
     is_wait = invocation.options["wait"]
-    left = "It was about" if is_wait else "Left behind"
-    facts = (
-        ("Call", _typed_call(invocation)), ("Server", mask_address(invocation.client.endpoint)),
-        ("Codes", ", ".join(f"{name} {document[name]}" for name in names)),
-        (left, _left_behind(invocation.under_way, error)),
-        ("Hint", _hint(invocation, error, document)),
-    )  # fmt: skip
+    left = _left_behind(invocation.under_way, error)
+    facts = {
+        "Call": _typed_call(invocation), "Server": mask_address(invocation.client.endpoint),
+        "Codes": invocation.masked(", ".join(f"{name} {document[name]}" for name in names)),
+        "It was about" if is_wait else "Left behind": invocation.masked(left),
+        "Hint": _hint(invocation, error, document),
+    }  # fmt: skip
     lines = [f"CloudStack error: {invocation.place}{invocation.masked(_sentence(error))}"]
-    invocation.say("\n".join(lines + [f"  {name}: {text}" for name, text in facts if text]))
+    invocation.say("\n".join(lines + [f"  {name}: {text}" for name, text in facts.items() if text]))
     is_unknown = is_wait and document.get("errorcode") == 431
     if error.jobid and not (error.job_failed or is_unknown):
         write_stderr(_how_to_go_on(invocation, error))  # also with -q: nothing else shows the id
@@ -3787,7 +3763,7 @@ def _report_failure(invocation, error):
         return
     if not document:
         invocation.say(invocation.masked(error.response.text))
-    elif invocation.format() == "json" and (invocation.options["quiet"] or not sys.stdout.isatty()):
+    elif invocation.format == "json" and (invocation.options["quiet"] or not sys.stdout.isatty()):
         _write(_json_text(error.response.json()) + "\n")
 
 
@@ -3808,23 +3784,22 @@ def _left_behind(call, error):
     """Return what a failed job was about, such as the machine of a deployment, or an empty text.
 
     What the call itself names was there before."""
-    if call and str(error.jobinstanceid) in ",".join(map(str, call.params.values())).split(","):
+    if str(error.jobinstanceid) in ",".join(map(str, call.params.values())).split(","):
         return ""
     return " ".join(str(part) for part in (error.jobinstancetype, error.jobinstanceid) if part)
 
 
 def _hint(invocation, error, document):
     """Return what can be tried after an error, or an empty text."""
-    call = invocation.under_way or _CheckedCall("", {}, [])
-    code = document.get("errorcode", getattr(error.response, "status_code", None))
+    call = invocation.under_way
+    code = document.get("errorcode", _status_of(error))
     sent = invocation.request.params if invocation.request else {}
-    size = sum(len(str(value)) for value in call.params.values())
     facts = {
         str(code): True, "stated": document, "no-api": code in (200, 404, 405),
         "job": error.jobid, "job-failed": error.job_failed, "--wait": invocation.options["wait"],
         "login": sent.get("command") == "login", "unsigned": _is_unsigned(invocation.client),
         "projectid": "projectid" in map(str.lower, call.params), "--sync": not call.command,
-        "too-large": code in (400, 404) and size > LONGEST_FORM,
+        "too-large": "request.content.size" in _sentence(error),
         "outcome-unknown": error.outcome_unknown, "unsent": error.unsent,
     }  # fmt: skip
     hint = next((hint for needed, hint in _HINTS if all(map(facts.get, needed.split()))), "")
@@ -3835,7 +3810,7 @@ def _hint(invocation, error, document):
 
 def _hint_about_parameter(invocation, call, document):
     """Return what can be tried after the server has refused a parameter: most often an id."""
-    text = str(document.get("errortext"))[:2000]
+    text = invocation.masked(str(document.get("errortext")))
     found = re.search(r"Invalid parameter (\w{1,50}) value=(.{1,255}?)(?: due to |$)", text)
     if not found:
         return "Run {cs} {command} --help to list its parameters."
@@ -3851,12 +3826,11 @@ def _hint_about_parameter(invocation, call, document):
 def _typed_call(invocation):
     """Return the call that failed as it can be typed again, secrets replaced."""
     call = invocation.under_way
-    if call is None or not call.words:
-        return ""
-    hidden = {name for name, text in mask_params(call.params).items() if text == MASK}
-    pairs = [(word, word.partition("=")[0]) for word in call.words]
-    words = [f"{name}={MASK}" if name.strip() in hidden else word for word, name in pairs]
-    return _shell_line(invocation, words)
+    shown, words = mask_params(call.params), []
+    for word in call.words:
+        name = word.partition("=")[0]
+        words.append(f"{name}={MASK}" if shown.get(name.strip()) == MASK else word)
+    return _shell_line(invocation, words) if words else ""
 
 
 def _shell_line(invocation, words):
@@ -3870,38 +3844,20 @@ def _shell_line(invocation, words):
 
 
 def _shell_word(word):
-    """Quote a word for a shell; with line breaks and what cannot be printed as $'...'."""
+    """Quote a word for a shell, what cannot be printed escaped."""
     import shlex
 
-    if not re.search("[\n\t]", word) and word == escape_unprintable(word):
-        return shlex.quote(word)
-    word = re.sub(r"[\\']", r"\\\g<0>", word).replace("\n", "\\n").replace("\t", "\\t")
-    return f"$'{escape_unprintable(word)}'"
+    return shlex.quote(escape_unprintable(word).replace("\n", r"\n").replace("\t", r"\t"))
 
 
 def _how_to_go_on(invocation, error, others=()):
     """Return how to wait for a job that may still run, and for others that were begun."""
     line = _shell_line(invocation, ["--wait", error.jobid, *others])
     call = invocation.under_way
-    if getattr(error, "outcome_unknown", False) and call:
+    if getattr(error, "outcome_unknown", False) and call.command:
         # The answer was lost. Without the list of commands, any command is given an id.
         return f"{call.command} may have run; if it started a job, this waits for it: {line}"
     return f"Job {error.jobid} may still be running; to go on waiting for it: {line}"
-
-
-def _report_unwritten(error):
-    """Say that standard output could not be written.
-
-    A reader that has seen enough (head, a pager) is no failure. What is still buffered goes
-    nowhere; otherwise the interpreter would complain when it exits."""
-    out = sys.__stdout__
-    try:
-        if out is not None and out is sys.stdout:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
-    except (AttributeError, OSError, ValueError):
-        pass
-    if not isinstance(error, BrokenPipeError):
-        write_stderr(f"cs: cannot write the answer: {error_text(error)}")
 
 
 # 8.3 Formats.
@@ -4070,8 +4026,8 @@ def _print_rows(invocation, rows, columns):
     if path:
         rows.rows.sort(key=lambda row: _order_key(_cell(_pick(row, path))), reverse=column != path)
         rows.rows.sort(key=lambda row: _pick(row, path) is None)  # those without it come last
-    invocation.progress.clear()
-    _PRINTERS[invocation.format()](invocation, rows, columns)
+    invocation.show()
+    _PRINTERS[invocation.format](invocation, rows, columns)
     return len(rows.rows)
 
 
@@ -4387,9 +4343,9 @@ def _fetch_catalog(invocation, is_needed=True):
     An account that may not have it gets one that is false, if none is needed; kept, so that this
     is told once. Raises CloudStackException, and ValueError if --sync cannot keep it."""
     client = invocation.client
-    options = {"timeout": max(_SYNC_TIMEOUT, client.timeout), **invocation.call_options()}
+    timeout = None if invocation.options["timeout"] else max(_SYNC_TIMEOUT, client.timeout)
     try:
-        catalog = _make_catalog(dicts(client.call("listApis", pages=True, **options)))
+        catalog = _make_catalog(dicts(client.call("listApis", pages=True, timeout=timeout)))
         if not catalog:
             raise _unexpected("listApis gave no commands")
         told = f"{len(catalog)} commands of {mask_address(client.endpoint)} are now known"
@@ -4778,7 +4734,8 @@ def _configure(invocation):
     section = f"[{region}]\n"
     for name in ("endpoint", "key", "secret"):
         section += f"{name} = {_ask(name).replace('%', '%%')}\n"
-    client = invocation.client = CloudStack(**parse_section(path, text + section, region))
+    settings = {**parse_section(path, text + section, region), "trace": options["trace"]}
+    client = invocation.client = CloudStack(**settings)
     client.on_event = invocation.observe
     try:
         if not _fetch_catalog(invocation, is_needed=False):  # it says what came of it
@@ -4877,8 +4834,7 @@ def _fill_in_ids(invocation, command, params):
                 row = _row_of_name(invocation, command, param, part.text, params)
                 parts[index] = _Value(str(row["id"]), "file")
         params[param] = parts
-    invocation.under_way = None
-    invocation.progress.clear()
+    invocation.show()
 
 
 def _split_names(param, value):
@@ -5027,7 +4983,7 @@ def _questions(lister, given, keyword=""):
 def _ask_list(invocation, lister, typed, question):
     """Return the rows of a list command. Raises _Usage if this account may not ask it at all."""
     words = [lister.name, *(f"{param}={value}" for param, value in question.items())]
-    call = _CheckedCall(lister.name, question, words, pages=True, **invocation.call_options())
+    call = _CheckedCall(lister.name, question, words, pages=True)
     invocation.under_way = call
     try:
         return [row for row in dicts(call.make(invocation.client)) if "id" in row]
@@ -5283,15 +5239,14 @@ class _Batch:
 
         invocation, interrupts = self.invocation, self.invocation.interrupts
         most = min(int(invocation.options["parallel"] or 10), 128, len(self.rows))
-        trace = invocation.options["trace"] or invocation.client.trace
-        client = AIOCloudStack(**{**invocation.settings, "trace": trace})
+        client = AIOCloudStack(**invocation.settings)
         client.on_event = self.observe
         loop = asyncio.new_event_loop()  # asyncio.run does not exist in 3.6
         tasks: list = []
         interrupts.on_first = lambda: [loop.call_soon_threadsafe(task.cancel) for task in tasks]
         invocation.client.close()  # it has looked up names
         invocation.client = client  # to be closed after the account
-        invocation.progress.show(self.counted())
+        invocation.show(self.counted())
         tasks += [asyncio.ensure_future(self.work(client), loop=loop) for _ in range(most)]
         loop.run_until_complete(asyncio.wait(tasks))
         was_interrupted, interrupts.is_over = interrupts.is_over, True
@@ -5345,16 +5300,16 @@ class _Batch:
 
     def note(self, number, state, line):
         """Write a row's line; on standard error no more than its number once output is broken."""
-        row, progress = self.rows[number], self.invocation.progress
+        row = self.rows[number]
         self.counts[state] += 1
-        progress.clear()
+        self.invocation.show()
         try:
             _write(_json_text({**line, "row": row}, None) + "\n", flush=True)
         except _OutputFailed as error:
             self.failure = error
         if self.failure and state != "unsent":
             write_stderr(f"row {number + 1}{_label(row)}: {state}")
-        progress.show(self.counted())
+        self.invocation.show(self.counted())
 
     def counted(self):
         """Return a text such as: 5 done, 1 failed, of 16 rows."""
@@ -5365,7 +5320,7 @@ class _Batch:
         """Write the rows whose calls were never begun, and say how many came to what."""
         while self.todo:
             self.note(self.todo.popleft(), "unsent", {"unsent": True})
-        self.invocation.progress.clear()
+        self.invocation.show()
         if front or self.counts["done"] < len(self.rows):
             say = write_stderr if front or self.failure else self.invocation.say
             say(front + self.counted())
@@ -5443,7 +5398,6 @@ class _Shell:
         options = {} if values == ("off",) else _parse_arguments(["--" + name, *values])[0]
         invocation.options = _merge_options({**self.options, name: None}, options)
         invocation.connect()
-        invocation.format()
         self.options = invocation.options
         return True
 
