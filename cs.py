@@ -3983,24 +3983,23 @@ class _Rows:
     Assign to rows to put others in their place; document() is the answer with them."""
 
     def __init__(self, answer):
-        self.answer, self.count = answer, None
         fields = answer if isinstance(answer, dict) else {}
         found = answer if isinstance(answer, list) else find_rows(answer or {})
-        self.is_list = found is not None
+        self.answer, self.is_list = answer, found is not None
         only = dicts(list(fields.values())) if len(fields) == 1 else []
         self.rows = found if self.is_list else only or [answer]
         inner = found if self.is_list else self.rows[0]
         self._key = next((key for key, value in fields.items() if value is inner), None)
 
-    def document(self):
-        """Return the answer with these rows in the place of its own."""
+    def document(self, is_counted):
+        """Return the answer with these rows in the place of its own, and their count if wanted."""
         if not (self.is_list or self.rows):
             return {}
         inner = self.rows if self.is_list else self.rows[0]
         if self._key is None:
             return inner if self.rows or isinstance(self.answer, list) else self.answer
-        counted = {} if self.count is None or "count" not in self.answer else {"count": self.count}
-        return {**self.answer, **counted, self._key: inner}
+        count = {"count": len(self.rows)} if is_counted and "count" in self.answer else {}
+        return {**self.answer, **count, self._key: inner}
 
 
 def _pick(value, path, unknown=None):
@@ -4057,9 +4056,7 @@ def _print_answers(invocation, call, answers):
 
 def _print_rows(invocation, rows, columns):
     """Print the rows that meet --where, sorted, with these columns; return how many they are."""
-    if invocation.conditions:
-        rows.rows = _filtered(invocation.conditions, rows.rows)
-        rows.count = len(rows.rows)  # else a script would look for the rest
+    rows.rows = _filtered(invocation.conditions, rows.rows)
     column = invocation.options["sort"] or ""
     path = column.lstrip("-")
     if path:
@@ -4076,10 +4073,8 @@ def _cell(value):
     """Return a value as text.
 
     Lists are joined by commas, objects are compact JSON, booleans are as the API spells them."""
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
+    if value is None or isinstance(value, str):
+        return value or ""
     if isinstance(value, list) and not any(isinstance(item, dict) for item in value):
         return ",".join(map(_cell, value))
     return jsonlib.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
@@ -4168,7 +4163,8 @@ def _print_json(invocation, rows, columns):
     """Print the answer as JSON; nothing for one that was empty, unless JSON was asked for."""
     if rows.answer in ({}, [], None, "") and not invocation.options["output"]:
         return
-    text = _json_text(rows.document())
+    is_counted = bool(invocation.conditions)  # else a script would look for the rest
+    text = _json_text(rows.document(is_counted))
     if invocation.is_colored():
         text = _highlighted(text, invocation.options["theme"] or invocation.settings.get("theme"))
     _write(text + "\n")
@@ -5245,8 +5241,7 @@ def _json_rows(text):
             line = text.count("\n", 0, index) + 1
             raise _Usage(f"standard input, line {line}: not valid JSON") from None
         is_answer = isinstance(document, dict) and len(document) == 2 and "count" in document
-        found = find_rows(document) if is_answer else None
-        rows += document if isinstance(document, list) else [document] if found is None else found
+        rows += _Rows(document).rows if is_answer or isinstance(document, list) else [document]
         while text[index : index + 1].isspace():
             index += 1
     return [
