@@ -3933,34 +3933,23 @@ class _Rows:
     Assign to rows to put others in their place; document() is the answer with them."""
 
     def __init__(self, answer):
-        self.answer, self.count = answer, None
         fields = answer if isinstance(answer, dict) else {}
         found = answer if isinstance(answer, list) else find_rows(answer or {})
-        self.is_list = found is not None
-        if not self.is_list:
-            found = dicts(list(fields.values()) if len(fields) == 1 else []) or [answer]
-        self.rows = found
-        inner = found if self.is_list else found[0]
+        self.answer, self.is_list = answer, found is not None
+        only = dicts(list(fields.values())) if len(fields) == 1 else []
+        self.rows = found if self.is_list else only or [answer]
+        inner = found if self.is_list else self.rows[0]
         self._key = next((key for key, value in fields.items() if value is inner), None)
 
-    def picked(self, columns):
-        """Return them with nothing but these columns; all of them where none were chosen."""
-        if not columns:
-            return self.rows
-        return [{name: _pick(row, name) for name in columns} for row in self.rows]
-
-    def document(self, columns):
-        """Return the answer with these rows in the place of its own."""
-        rows = self.picked(columns)
-        if not (self.is_list or rows):
+    def document(self, is_counted):
+        """Return the answer with these rows in the place of its own, and their count if wanted."""
+        if not (self.is_list or self.rows):
             return {}
-        inner = rows if self.is_list else rows[0]
+        inner = self.rows if self.is_list else self.rows[0]
         if self._key is None:
-            return inner if rows or isinstance(self.answer, list) else self.answer
-        document = {**self.answer, self._key: inner}
-        if self.count is not None and "count" in document:
-            document["count"] = self.count
-        return document
+            return inner if self.rows or isinstance(self.answer, list) else self.answer
+        count = {"count": len(self.rows)} if is_counted and "count" in self.answer else {}
+        return {**self.answer, **count, self._key: inner}
 
 
 def _pick(value, path, unknown=None):
@@ -3989,8 +3978,7 @@ def _print_answers(invocation, call, answers):
     """Print what a call gave: one answer, or the pages of a list. Returns whether it succeeded.
 
     Raises _Usage, with nothing printed, if no row has a column of --where."""
-    names = (invocation.options["columns"] or "").split(",")
-    chosen = [name.strip() for name in names if name.strip()]
+    chosen = list(filter(None, map(str.strip, (invocation.options["columns"] or "").split(","))))
     needed = [condition.column for condition in invocation.conditions]
     sorted_by = (invocation.options["sort"] or "").lstrip("-")
     unseen = list(filter(None, dict.fromkeys([*needed, *chosen, sorted_by])))
@@ -4017,15 +4005,15 @@ def _print_answers(invocation, call, answers):
 
 
 def _print_rows(invocation, rows, columns):
-    """Print the rows that meet --where, sorted; return how many they are."""
-    if invocation.conditions:
-        rows.rows = _filtered(invocation.conditions, rows.rows)
-        rows.count = len(rows.rows)  # else a script would look for the rest
+    """Print the rows that meet --where, sorted, with these columns; return how many they are."""
+    rows.rows = _filtered(invocation.conditions, rows.rows)
     column = invocation.options["sort"] or ""
     path = column.lstrip("-")
     if path:
         rows.rows.sort(key=lambda row: _order_key(_cell(_pick(row, path))), reverse=column != path)
         rows.rows.sort(key=lambda row: _pick(row, path) is None)  # those without it come last
+    if columns:
+        rows.rows = [{name: _pick(_fields(row), name) for name in columns} for row in rows.rows]
     invocation.show()
     _PRINTERS[invocation.format](invocation, rows, columns)
     return len(rows.rows)
@@ -4035,16 +4023,19 @@ def _cell(value):
     """Return a value as text.
 
     Lists are joined by commas, objects are compact JSON, booleans are as the API spells them."""
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
+    if value is None or isinstance(value, str):
+        return value or ""
     if isinstance(value, list) and not any(isinstance(item, dict) for item in value):
         return ",".join(map(_cell, value))
     return jsonlib.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
-def _default_columns(invocation, rows, is_complete=False):
+def _fields(row):
+    """Return the fields of a row; what is no object has one, its value."""
+    return row if isinstance(row, dict) else {"value": row}
+
+
+def _default_columns(invocation, rows):
     """Return sensible columns, id, name, state and the like first; for csv all that there are.
 
     They are those of the list of commands, if it is there, so that a list has the same header
@@ -4055,11 +4046,11 @@ def _default_columns(invocation, rows, is_complete=False):
     fields = spec.fields if spec else []
     nested = {name.partition(".")[0] for name in fields if "." in name}
     present = dict.fromkeys(name for name in fields if "." not in name)
+    is_complete = invocation.format == "csv"
     if is_complete or not fields:
         present.update(dict.fromkeys(key for row in objects for key in row))
         nested.update(key for row in objects for key in row if isinstance(row[key], (dict, list)))
-    columns = [name for name in _PREFERRED if name in present]
-    columns += [name for name in present if name not in columns]
+    columns = sorted(present, key=lambda name: (*_PREFERRED, name).index(name))
     if is_complete:
         return columns or ["value"]
 
@@ -4069,6 +4060,16 @@ def _default_columns(invocation, rows, is_complete=False):
     if "jobstatus" in present and "cmd" not in present:  # of the job that made it, no job itself
         nested.update(["jobid", "jobstatus"])
     return [name for name in columns if name not in nested][:_MOST_COLUMNS] or ["value"]
+
+
+def _grid(invocation, rows, columns):
+    """Return a header and the texts of each row, in these columns or sensible ones.
+
+    Without rows there is a header only if columns were chosen."""
+    if rows.rows:
+        columns = columns or _default_columns(invocation, rows)
+    texts = [[_cell(_pick(_fields(row), name)) for name in columns] for row in rows.rows]
+    return [columns, *texts] if columns else []
 
 
 def _near(name, names, most=3):
@@ -4108,18 +4109,12 @@ def _field_names(rows):
     return list(names)
 
 
-def _cells(rows, columns):
-    """Yield the texts of each row in these columns."""
-    for row in rows.rows:
-        is_bare = columns == ["value"] and not isinstance(row, dict)
-        yield [_cell(row if is_bare else _pick(row, name)) for name in columns]
-
-
 def _print_json(invocation, rows, columns):
     """Print the answer as JSON; nothing for one that was empty, unless JSON was asked for."""
     if rows.answer in ({}, [], None, "") and not invocation.options["output"]:
         return
-    text = _json_text(rows.document(columns))
+    is_counted = bool(invocation.conditions)  # else a script would look for the rest
+    text = _json_text(rows.document(is_counted))
     if invocation.is_colored():
         text = _highlighted(text, invocation.options["theme"] or invocation.settings.get("theme"))
     _write(text + "\n")
@@ -4127,7 +4122,7 @@ def _print_json(invocation, rows, columns):
 
 def _print_jsonl(invocation, rows, columns):
     """Print each row as a line of JSON."""
-    _write("".join(_json_text(row, None) + "\n" for row in rows.picked(columns)))
+    _write("".join(_json_text(row, None) + "\n" for row in rows.rows))
 
 
 def _print_csv(invocation, rows, columns):
@@ -4136,9 +4131,7 @@ def _print_csv(invocation, rows, columns):
     By hand, since the csv module of 3.10 refuses NUL characters."""
     # Where lines end with CRLF the stream itself makes it of LF; a terminal needs none.
     end = "" if os.linesep == "\r\n" or sys.stdout.isatty() else "\r"
-    if not columns and rows.rows:
-        columns = _default_columns(invocation, rows, is_complete=True)
-    for cells in [columns, *_cells(rows, columns)] if columns else ():
+    for cells in _grid(invocation, rows, columns):
         _write_line((",".join(map(_csv_field, cells)) or '""') + end)
 
 
@@ -4151,10 +4144,9 @@ def _print_text(invocation, rows, columns):
     """Print the values of each row, separated by tabs; the only one of an object as it is.
 
     (As it is, a value may have several lines: those of a list could be taken for rows.)"""
-    columns = columns or _default_columns(invocation, rows)
     escapes = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
-    is_value = len(columns) == 1 and not rows.is_list
-    for cells in _cells(rows, columns):
+    for cells in _grid(invocation, rows, columns)[1:]:
+        is_value = len(cells) == 1 and not rows.is_list
         line = "\t".join(cell.translate(escapes) for cell in cells)
         _write_line(re.sub(r"\n\Z", "", cells[0]) if is_value else line)
 
@@ -4192,27 +4184,26 @@ def _one_line(text):
     return escape_unprintable(text.replace("\n", " ").replace("\t", " "))
 
 
-def _print_table(invocation, rows, chosen):
+def _print_table(invocation, rows, columns):
     """Print aligned columns under a header.
 
     On a terminal, default columns that do not fit are left out, which is said: an id that leaves
     no 20 characters to others, then those at the end. A line that is still too long is cut."""
-    columns = chosen or (_default_columns(invocation, rows) if rows.rows else [])
-    table = [list(map(_one_line, cells)) for cells in [columns, *_cells(rows, columns)]]
+    table = [list(map(_one_line, cells)) for cells in _grid(invocation, rows, columns)]
     widths = [max(map(_width, cells)) for cells in zip(*table)]
     room = _terminal_width(sys.maxsize)
-    fits = list(range(len(columns)))
-    while len(fits) > 1 and not chosen:
+    fits = list(range(len(widths)))
+    while len(fits) > 1 and not columns:
         *whole, last = [widths[at] for at in fits]
         if sum(whole) + 2 * len(whole) + min(last, 20) <= room:
             break
-        fits.pop(0 if columns[fits[0]] == "id" and widths[0] + 22 > room else -1)
-    for number, line in enumerate(table if columns else ()):
+        fits.pop(0 if table[0][fits[0]] == "id" and widths[0] + 22 > room else -1)
+    for number, line in enumerate(table):
         padded = [line[at] + " " * (widths[at] - _width(line[at])) for at in fits]
         text = _cut("  ".join(padded).rstrip(), room)
         is_bold = number == 0 and invocation.is_colored()
         _write(f"\x1b[1m{text}\x1b[0m\n" if is_bold else text + "\n")
-    left_out = [table[0][at] for at in range(len(columns)) if at not in fits]
+    left_out = [table[0][at] for at in range(len(widths)) if at not in fits]
     if left_out and _is_terminal(sys.stderr):
         invocation.say(f"no room for {', '.join(left_out)}; -c chooses columns")
 
@@ -5158,14 +5149,11 @@ def _row_call(invocation, command, template, row):
             raise _Usage(f"there is no {field!a}{_did_you_mean(near)}")
         return _cell(value)
 
-    def filled(part):
-        is_file = part.literal == "file"
-        return part if is_file else part._replace(text=re.sub(_FIELD, fill, part.text))
-
-    values = {
-        param: [filled(part) for value in given for part in _split_names(param, value)]
-        for param, given in template.items()
-    }
+    values: dict = {param: [] for param in template}
+    for param, value in [(param, value) for param, given in template.items() for value in given]:
+        for part in _split_names(param, value):
+            text = part.text if part.literal == "file" else re.sub(_FIELD, fill, part.text)
+            values[param].append(part._replace(text=text))
     return _check_call(invocation, values, [command])
 
 
@@ -5198,8 +5186,7 @@ def _json_rows(text):
             line = text.count("\n", 0, index) + 1
             raise _Usage(f"standard input, line {line}: not valid JSON") from None
         is_answer = isinstance(document, dict) and len(document) == 2 and "count" in document
-        found = find_rows(document) if is_answer else None
-        rows += document if isinstance(document, list) else [document] if found is None else found
+        rows += _Rows(document).rows if is_answer or isinstance(document, list) else [document]
         while text[index : index + 1].isspace():
             index += 1
     return [
@@ -5269,8 +5256,7 @@ class _Batch:
     async def work(self, client):
         """Make one call after another, until nothing more is to be begun."""
         while self.todo and not (self.failure or self.invocation.interrupts.is_over):
-            has_failed = sum(self.counts.values()) > self.counts["done"]
-            if has_failed and self.invocation.options["stop-on-error"]:
+            if self.invocation.options["stop-on-error"] and self.counts.keys() - {"done"}:
                 break
             number = self.todo.popleft()
             self.note(number, *await self.make(client, self.calls[number]))

@@ -7371,7 +7371,7 @@ class FormatsTest(RowsCase):
             self.assertEqual((0, "", text), (code, err, out), shape)
 
     @each("document, args, expected",
-          ({"count": 1, "thing": [WEB]}, "", {"count": 1, "thing": [WEB]}), ({"thing": WEB}, "", {"thing": WEB}),
+          ({"count": 7, "thing": [WEB]}, "", {"count": 7, "thing": [WEB]}), ({"thing": WEB}, "", {"thing": WEB}),
           ({"count": 2, "thing": [WEB, {"id": "0"}]}, "-c id --sort id",
            {"count": 2, "thing": [{"id": "0"}, {"id": "1"}]}),
           ({"count": 2, "thing": [WEB, {"id": "0"}]}, "-c id --all", [{"id": "1"}, {"id": "0"}]),
@@ -9198,13 +9198,13 @@ class EachTest(EachCase):
     @each("first, state", (Answer(431, {"r": {"errorcode": 431, "errortext": "no"}}), "failed"), (DROP, "unknown"))
     def test_a_failure_stops_what_is_not_started_if_that_is_wanted(self, first, state):
         self.configure(recover="false")
-        for option, done in ("--stop-on-error", "3 unsent"), ("-q", ""):
+        for option, done in ("--stop-on-error", "2 unsent"), ("-q", ""):
             del self.cloud.requests[:]
-            self.cloud.script("doOther", first, *[Answer(200, {"r": {"a": 1}})] * 3)
+            self.cloud.script("doOther", *[first if row == "b" else Answer(200, {"r": {"a": 1}}) for row in "abcd"])
             code, out, err = self.each("a\nb\nc\nd\n", "doOther", "x={}", "--parallel", "1", option)
-            self.assertEqual((1, f"1 {state}, {done}, of 4 rows\n" if done else ""), (code, err))
-            self.assertEqual(1 if done else 4, len(self.asked))
-            unsent = [{"row": row, "unsent": True} for row in ("bcd" if done else "")]
+            self.assertEqual((1, f"1 done, 1 {state}, {done}, of 4 rows\n" if done else ""), (code, err))
+            self.assertEqual(2 if done else 4, len(self.asked))
+            unsent = [{"row": row, "unsent": True} for row in ("cd" if done else "")]
             self.assertEqual(unsent, [line for line in self.lines(out) if "unsent" in line])
 
     def test_the_list_of_commands_is_looked_at_once(self):
