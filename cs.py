@@ -1097,7 +1097,7 @@ def _decode_answer(client, call, response):
         raise _make_api_error(code, value, response)
     count = value.get("count") if isinstance(value, dict) else None
     if isinstance(count, int) and count >= _MOST_COUNT:
-        raise _unexpected("the count is beyond all measure", response)
+        raise _unexpected("the count is out of range", response)
     return value
 
 
@@ -2851,7 +2851,7 @@ def _read_text(path):
         raise ValueError(f"cannot read {path!a}: {error_text(error)}") from None
 
 
-def _parse_ini(path, text):
+def parse_ini(path, text):
     """Return a parser of the file as it stands, `%` and all.
 
     configparser's errors quote lines of the file, which may be secrets: the ValueError says line
@@ -2895,7 +2895,7 @@ def _read_ini_values(region, config=None):
     found.tried, named = _list_ini_paths(config)
     for path in found.tried:
         try:
-            found.add_file(path, _parse_ini(path, _read_text(path)), region)
+            found.add_file(path, parse_ini(path, _read_text(path)), region)
         except FileNotFoundError:
             if path == named:
                 raise SystemExit("Config file not found. Tried " + named) from None
@@ -3014,7 +3014,7 @@ def _warnings_of(found):
 def parse_section(path, text, region):
     """Return the settings of a region in the text of one ini file. Raises ValueError."""
     found = Config()
-    found.add_file(path, _parse_ini(path, text), region)
+    found.add_file(path, parse_ini(path, text), region)
     return _to_settings(found.values)
 
 
@@ -3023,7 +3023,7 @@ def list_regions(path=None):
     found = set()
     for file in _list_ini_paths(path)[0]:
         try:
-            found.update(_parse_ini(file, _read_text(file)).sections())
+            found.update(parse_ini(file, _read_text(file)).sections())
         except (OSError, ValueError):
             pass
     return sorted(found)
@@ -3123,7 +3123,7 @@ _FLAGS = _read_options(_USAGE + "--list  --shell  --configure")  # which are in 
 FORMATS = _FLAGS["--output"].value
 # An empty value of any other is an unset variable of a script: it must not mean the usual region.
 _MAY_BE_EMPTY = frozenset(["columns", "sort", "where", "theme"])
-# What an option does not go with, and what it does not go without.
+# What an option does not go with, and what it needs.
 _CLASHES = {
     "--each": "--columns, --sort, --wait, --list, --sync, --shell, a line of the shell, json=false",
     "--where": "json=false",  # a text, in which there are no rows
@@ -3187,7 +3187,7 @@ def _check_options(options, *others):
             raise _Usage(f"{name} does not go with {other}")
     for name in given.intersection(_NEEDS):
         if _NEEDS[name] not in given:
-            raise _Usage(f"{name} does not go without {_NEEDS[name]}")
+            raise _Usage(f"{name} needs {_NEEDS[name]}")
 
 
 def _merge_options(base, options):
@@ -3429,7 +3429,7 @@ def _use_server(invocation, words):
         return not options["dry-run"] or _show_plan(invocation, call)
     if not re.match(r"[\w.-]+\Z", words[0], re.ASCII):
         usage = "cs [options] COMMAND [name=value ...]"
-        raise _Usage(f"{words[0]!a} stands where the command should be: {usage}")
+        raise _Usage(f"{words[0]!a} is not the name of a command: {usage}")
     words = _join_command(invocation, words)
     if options["help"]:
         return _describe_command(invocation, words[0])
@@ -3547,7 +3547,8 @@ class _Invocation:
     def masked(self, text):
         """Return the beginning of the server's words without what they repeat of our secrets."""
         secrets = self.request.all_secrets() if self.request else []
-        return mask_text(text[:10000], secrets)[:2000]  # masked first: a secret may be cut in two
+        # Masked first: a secret may be long, and be cut in two.
+        return mask_text(mask_secrets(text, secrets)[:10000], secrets)[:2000]
 
     def is_colored(self):
         """Return whether colours are wanted."""
@@ -4395,7 +4396,7 @@ def _check_against_catalog(invocation, command, params):
             text += f"\n    Nothing was sent. {sync}; --force sends the call as it is."
         raise _Usage(text)
     if not invocation.warned:  # of the first of many rows
-        days = f"known from {catalog.age / 86400:.0f} days ago"
+        days = f"the list of commands is {catalog.age / 86400:.0f} days old"
         invocation.say(f"Warning: {text}\n    ({days}; {sync})")
         invocation.warned = True
     return command, recover
@@ -4426,7 +4427,7 @@ def _unknown_command(catalog, name):
     Habits from elsewhere may have spelled it: a noun or a verb alone, in singular or plural."""
     meant = [catalog.meant(form) for form in (name, "list" + name, name + "vm")]
     near = list(filter(None, meant))[:1] or _near(name, catalog)
-    return f"the server has no command {name!a} for you{_did_you_mean(near)}"
+    return f"no command {name!a} is available to you{_did_you_mean(near)}"
 
 
 def _join_command(invocation, words):
@@ -4757,7 +4758,7 @@ def _text_without_section(path, region):
         text = _read_text(path).rstrip("\n")
     except FileNotFoundError:
         return ""
-    if _parse_ini(path, text).has_section(region):
+    if parse_ini(path, text).has_section(region):
         hint = "edit it there, or give another name with --region"
         raise _Usage(f"[{region}] stands in {path}; {hint}")
     return text + "\n\n" if text else ""
@@ -5091,7 +5092,7 @@ def _filtered(conditions, rows):
 
 _FIELD = r"\{\{|\}\}|\{([^{}]*)\}|[{}]"
 _ERROR_LINE = r'\s*(?:\{.*"error(?:code|text)"|<(?:!doctype|html)\b|CloudStack error: )'
-_TABLE_HEADER = r"(?:id|name|[a-z][\w.]*(?:(?:,|  +)[a-z][\w.]*)+)\Z"
+_TABLE_HEADER = r"(?:[a-z][\w.]*(?:,|  +))*(?:id|name)(?:(?:,|  +)[a-z][\w.]*)*\Z"
 
 
 def _carry_out_each(invocation, words):
@@ -5115,7 +5116,7 @@ def _carry_out_each(invocation, words):
             raise _Usage(f"row {number}{_label(row)}: {error}") from None
         calls.append(call)
     if not rows:
-        problem = "None of the rows meets --where" if given else "No rows on standard input"
+        problem = "No row meets --where" if given else "No rows on standard input"
         invocation.say(problem + ": nothing to do")
     if invocation.options["dry-run"]:
         for row, call in zip(rows, calls):
@@ -5379,9 +5380,11 @@ class _Shell:
 
     def _set(self, invocation, name="", *values):
         """Have an option hold for every line, if it can be used. Returns True."""
-        if "--" + name not in _FLAGS or name in _NOT_SET:
+        is_known = "--" + name in _FLAGS and name not in _NOT_SET
+        given = ["--" + name, *values] if is_known and values != ("off",) else []
+        options, words = _parse_arguments(given)
+        if words or not is_known:
             raise _Usage("set takes an option that holds for every line, such as: set output table")
-        options = {} if values == ("off",) else _parse_arguments(["--" + name, *values])[0]
         invocation.options = _merge_options({**self.options, name: None}, options)
         invocation.connect()
         self.options = invocation.options
@@ -5469,15 +5472,16 @@ def _split_line(line):
     quoted = r"""\\(.)|'([^']*)'|"((?:[^"\\]|\\.)*)\""""
     word = rf"""(?:[^ \t\r\n'"\\]+|{quoted})+"""
     if re.sub(word, "", line).strip(" \t\r\n"):
-        raise _Usage("the line cannot be taken apart: nothing closes a quote in it")
+        raise _Usage("the line cannot be taken apart: a quote in it is not closed")
     return [re.sub(quoted, plain, found.group()) for found in re.finditer(word, line)]
 
 
 def _holds_secret(line, secrets):
     """Return whether a line must not be remembered: a secret name stands at or after the first
-    `=` or `:`, or it holds one of these secrets."""
+    `=` or `:`, or as an option, or it holds one of these secrets."""
     front, *rest = re.split("[=:]", line.replace("\\", ""), maxsplit=1)
     names = re.findall(r"[\w.-]+", front)[-1:] + re.findall(r"[\w.-]+", rest[0]) if rest else []
+    names += re.findall(r"--([\w.-]+)", front)
     has_name = MASK in mask_params(dict.fromkeys(names, "")).values()
     return has_name or mask_text(line, secrets) != line
 
