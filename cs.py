@@ -3816,6 +3816,8 @@ def _hint_about_parameter(invocation, call, document):
     if not found:
         return "Run {cs} {command} --help to list its parameters."
     name, value = found.groups()
+    if re.match(r"\{.*\}\Z", value):
+        return f"{value} is filled in from the rows of standard input with --each."
     if not re.match(r"[0-9]+\Z|[0-9a-fA-F-]{36}\Z", value):
         return f"{name}=name:{value}, if that is a name."
     catalog = _cached_catalog(invocation)
@@ -4487,7 +4489,7 @@ def _describe_command(invocation, name):
 def _example(param):
     """Return how a parameter can be given."""
     if param.type == "map":
-        return f"{param.name}[0].key=... {param.name}[0].value=..."
+        return f"'{param.name}[0].key=...' '{param.name}[0].value=...'"  # quoted for zsh
     return f"{param.name}={'name:...' if _takes_ids(param.name) else '...'}"
 
 
@@ -4746,6 +4748,8 @@ def _configure(invocation):
     except OSError as error:
         raise ValueError(f"cannot write {path!a}: {error_text(error)}") from None
     invocation.say(f"Section [{region}] is in {path} now.")
+    if _PREFIX + "ENDPOINT" in os.environ and region == _DEFAULT_REGION:
+        invocation.say("The environment's CLOUDSTACK_ENDPOINT, key and secret go before it.")
     return True
 
 
@@ -5002,7 +5006,7 @@ def _in_place(rows, given):
 # 8.8 Rows that meet conditions: --where.
 
 # Compiled when it is used.
-_CONDITION = r"([^=!<>~]+)(!=|<=|>=|=?~|==?|[<>])(.*)\Z"
+_CONDITION = r"([^=!<>~]+)(!=|<=|>=|=?~|==?(?![<>])|[<>])(.*)\Z"
 _ORDERS = {"<": (-1,), "<=": (-1, 0), ">": (1,), ">=": (0, 1)}  # what comparing may give
 _NUMBER = r"(-?[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?)(?: ?(%|[kmgtp]?i?b|[kmg]?hz|m?s))?\Z"
 _DATE = r"(?m)^[0-9]{4}-[0-9]{2}(?![0-9])"
@@ -5016,7 +5020,7 @@ class _Condition:
         found = re.match(_CONDITION, text, re.DOTALL)
         self.column, self.sign, self.wanted = map(str.strip, found.groups() if found else ("",) * 3)
         if not self.column or (self.sign in _ORDERS and not self.wanted):
-            raise _Usage(f"--where {text!a}: it should be COLUMN=VALUE, or != ~ < <= > >= for =")
+            raise _Usage(f"--where {text!a}: it should be 'COLUMN=VALUE', or != ~ < <= > >= for =")
         self.say: Any = say  # of the first text that has no order beside the value
         try:
             self.pattern = re.compile(self.wanted, re.IGNORECASE) if "~" in self.sign else None

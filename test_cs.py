@@ -1804,8 +1804,9 @@ def stay(simulator, settings):
             print(f"export {name}={value}", flush=True)
         print("A small cloud answers until Ctrl-C. Paste these lines into another shell, then try:\n"
               "  python3 cs.py listZones\n"
+              "and one that fails:\n"
               "  python3 cs.py deployVirtualMachine zoneid=name:north templateid='name:Debian 12' "
-              "serviceofferingid=name:Titan    (which fails)\n"
+              "serviceofferingid=name:Titan\n"
               "or log in by user name instead of the key:\n"
               "  export CLOUDSTACK_KEY=", " ".join(f"CLOUDSTACK_{name}={value}" for name, value in session.items()),
               file=sys.stderr, flush=True)
@@ -2020,15 +2021,15 @@ class SandboxTest(Case):
     def test_without_a_command_it_runs_until_interrupted(self, number, code):
         child = self.start()
         lines = [child.stdout.readline().decode("utf-8") for _ in range(4)]
-        said = [child.stderr.readline().decode("utf-8") for _ in range(5)]
+        said = [child.stderr.readline().decode("utf-8") for _ in range(6)]
         self.assertIn("until Ctrl-C", said[0])
         settings, session = (dict(word.split("=", 1) for line in given for word in shlex.split(line)[1:])
-                             for given in (lines, said[4:]))
+                             for given in (lines, said[5:]))
         for given in (settings, dict(settings, **session)):
             with mock.patch.dict(os.environ, given):
                 self.assertEqual("north\nsouth\n", self.good("listZones", "-o", "text", "-c", "name"))
         with mock.patch.dict(os.environ, settings):
-            failing = shlex.split(said[2].partition("cs.py ")[2].partition(" (")[0])
+            failing = shlex.split(said[3].partition("cs.py ")[2])
             self.assertIn("No destination found", self.says(1, *failing))
         child.send_signal(number)
         self.assertEqual((code, b"", b""), child.finish())
@@ -7105,6 +7106,8 @@ class ErrorTextsTest(CloudCase):
           ("stopThing projectid=1", "stopThing", 432, "no", "You may not be in this project."),
           ("stopThing id=web-01", "stopThing", 431, "Invalid parameter id value=web-01 due to incorrect long value",
            "id=name:web-01, if that is a name."),
+          ("stopThing id={id}", "stopThing", 431, "Invalid parameter id value={id} due to incorrect long value",
+           "{id} is filled in from the rows of standard input with --each."),
           ("stopThing id=" + UUID, "stopThing", 431, f"Invalid parameter id value={UUID} due to incorrect",
            "Nothing has this id, or it is not yours."),
           ("--sync", "listApis", 432, "no", "Your role may not ask for the list of commands; calls work without it."),
@@ -7925,7 +7928,7 @@ class CommandHelpTest(CloudCase):
         lines = ["growThing", "  Does growThing.", "  It starts a job, which is waited for unless --async.", "",
                  "Required:", "  by (integer)  the by", "  id (string)  the id", "  tags (map)  the tags", "",
                  "Optional:", "  zeal (string)  the zeal", "", "Returns: id, nic", "",
-                 "Example: cs growThing by=... id=name:... tags[0].key=... tags[0].value=...", ""]
+                 "Example: cs growThing by=... id=name:... 'tags[0].key=...' 'tags[0].value=...'", ""]
         self.assertEqual("\n".join(lines), self.good("growthing", "--help", "-q"))
 
     @each("command, example",
@@ -8464,6 +8467,10 @@ class ConfigureTest(CloudCase):
         if os.name == "posix":
             self.assertEqual(0o600, os.stat(self.path).st_mode & 0o777)
 
+    def test_an_environment_that_goes_before_it_is_said(self):
+        self.configure(endpoint=self.cloud.endpoint)
+        self.assertIn("CLOUDSTACK_ENDPOINT, key and secret go before it", self.asking(0))
+
     def test_a_role_that_may_not_list_commands(self):
         self.say_error("listApis", 432)
         self.assertRegex(self.asking(0), "Your role may not ask for the list of commands; .*\nThey work.")
@@ -8487,7 +8494,7 @@ class ConfigureTest(CloudCase):
           (["--config", "~/other.ini", "-r", "eu"], {}, "other.ini", "eu"))
     def test_where_it_writes(self, args, env, path, section):
         self.configure(**env)
-        self.asking(0, *args)
+        self.assertNotIn("go before it", self.asking(0, *args))
         self.assertEqual([section], configparser_of(os.path.join(self.home, path)).sections())
         self.good("listZones", *args)
 
@@ -8966,8 +8973,8 @@ class WhereTest(RowsCase):
         told = f"--where: {odd!r} does not compare: '{column} {sign} {wanted}'\n" if odd else ""
         self.assertEqual((ids, told), self.met(condition))
 
-    @each("condition, told", *[(text, f"--where {text!r}: it should be COLUMN=VALUE") for text in (
-        "", "name", "=x", " =x", "name!x", "!=x", "~x", "name>", "name<= ")],
+    @each("condition, told", *[(text, f"--where {text!r}: it should be 'COLUMN=VALUE'") for text in (
+        "", "name", "=x", " =x", "name!x", "!=x", "~x", "name>", "name<= ", "name=>1", "name=<1")],
         *[("name~" + text, "not a regular expression") for text in ("(", "*", "a{99999999999}", "(?<x", "(" * 5000)])
     def test_what_is_no_condition(self, condition, told):
         err = self.usage("listThings", "--where", "name=x", "--where", condition)
