@@ -4779,7 +4779,7 @@ def _ask(name):
             with redirect_stdout(sys.stderr):
                 is_hidden = name == "secret" and sys.stdin.isatty()
                 answer = getpass(question) if is_hidden else input(question)
-        except (EOFError, RuntimeError):  # Ctrl-D; no standard input
+        except (AttributeError, EOFError, RuntimeError):  # no standard input, or Ctrl-D
             if name == "output":
                 return ""
             raise _Usage(f"no answer to '{question.strip()}'; nothing was written") from None
