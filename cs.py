@@ -5458,7 +5458,7 @@ class _Shell:
             line = line._replace(options=_merge_options(self.options, line.options))
             words = [word for word, _ in _completions(line)]
         except (_Usage, ValueError) as error:
-            return [_one_line(str(error)), " "]
+            return found or [_one_line(str(error)), " "]
         if first == "set":
             words = [re.sub("^--", "", word) for word in words]
         return found + [word if word.endswith(("=", ",")) else word + " " for word in words]

@@ -9438,6 +9438,10 @@ class ShellTest(CloudCase):
         self.assertNotIn("Traceback", err)
         return out, err
 
+    def test_its_own_words_are_completed_without_a_list_of_commands(self):
+        shell = cs._Shell(dict.fromkeys(cs._parse_arguments([])[0]))
+        self.assertEqual([["exit "], ["set "]], [shell._candidates(typed) for typed in ("ex", "se")])
+
     def test_lines_are_carried_out_one_after_another_as_a_shell_takes_them_apart(self):
         out, err = self.shell("listZones -o text -c name", "", "  # a comment", "help",
                               "\ufeffcs  listHosts 'name=a b' keyword=c\\ d hypervisor=\"#e\" type=f#g\r",
