@@ -582,12 +582,14 @@ def _submit_work(workers, function, argument):
 # The options of one call: control arguments, and settings in place of the client's.
 _CONTROLS = ("json", "opcode_name", "headers", "fetch_list", "fetch_result")
 _OWN_SETTINGS = ("timeout", "retry", "job_timeout", "poll_interval", "recover")
+_CALL_OPTIONS = _CONTROLS[:3] + _OWN_SETTINGS + ("post",)
+_CONVERTED = _OWN_SETTINGS + ("fetch_result", "method")
 
 
 def _given_options(options, **more):
     """Return the options that are not None. Raises TypeError for an unknown one."""
     for name in options:
-        if name not in _CONTROLS[:3] + _OWN_SETTINGS + ("post",):
+        if name not in _CALL_OPTIONS:
             raise TypeError(f"a call has no option {name!r}; parameters go in a dict")
     more.update(options)
     if more.pop("post", None) is not None:
@@ -738,7 +740,7 @@ class _Call:
         if self.headers:
             self.headers = _convert("headers", _parse_headers, self.headers)
         own = {}
-        for name in _OWN_SETTINGS + ("fetch_result", "method"):
+        for name in _CONVERTED:
             if options.get(name) is not None:
                 own[name] = _convert(name, _CLIENT_SETTINGS[name].convert, options[name])
         # The client's are at every moment as they are then.
@@ -3598,6 +3600,9 @@ class _CheckedCall:
         return client.call(self.command, self.params, **options)
 
 
+_CONTROL_WORDS = ("json", "fetch_list", "fetch_result", "opcode_name")  # no parameters
+
+
 def _check_call(invocation, values, words):
     """Return the call of a command (the first of words) with parameters {name: [_Value, ...]}.
 
@@ -3606,8 +3611,7 @@ def _check_call(invocation, values, words):
     command, recover = _check_against_catalog(invocation, words[0], values)
     _fill_in_ids(invocation, command, values)
     params = {name: _joined(given) for name, given in values.items()}
-    control = ("json", "fetch_list", "fetch_result", "opcode_name")
-    own: dict = {name: params.pop(name) for name in control if name in params}
+    own: dict = {name: params.pop(name) for name in _CONTROL_WORDS if name in params}
     for name in own.keys() - {"opcode_name"}:
         try:
             own[name] = strtobool(own[name])
@@ -3695,6 +3699,7 @@ def _show_plan(invocation, call):
     return True
 
 
+_SEE_HELP = "Run {cs} {command} --help to list its parameters."
 # What can be done about an error: the first whose facts (of _hint) all hold. A number is the
 # errorcode, or the status of an answer that is not CloudStack's. {cs}: the command line up to the
 # command.
@@ -3716,7 +3721,7 @@ _HINTS = (
     ("401", "Check endpoint, key and secret of this region, and this machine's clock. The server "
      "says the same about a command that it does not know: {cs} --list."),
     ("429", "Send fewer requests, or have them sent again: --retry 3."),
-    ("430", "Run {cs} {command} --help to list its parameters."),
+    ("430", _SEE_HELP),
     ("431", "{parameter}"),
     ("432", "No such command, or your role may not use it: {cs} --sync, then {cs} --list."),
     ("503", "The server is in maintenance; nothing was done. Try again later, or with --retry 3."),
@@ -3814,7 +3819,7 @@ def _hint_about_parameter(invocation, call, document):
     text = invocation.masked(str(document.get("errortext")))
     found = re.search(r"Invalid parameter (\w{1,50}) value=(.{1,255}?)(?: due to |$)", text)
     if not found:
-        return "Run {cs} {command} --help to list its parameters."
+        return _SEE_HELP
     name, value = found.groups()
     if re.match(r"\{.*\}\Z", value):
         return f"{value} is filled in from the rows of standard input with --each."
@@ -4225,11 +4230,10 @@ _PRINTERS = {
 
 _CATALOG_LIFE = 30 * 86400  # seconds; an older one only warns
 _SYNC_TIMEOUT = 60.0  # seconds; a server that has just started took 19.5 for its first answer
-_ALWAYS_KNOWN = frozenset(  # the last four are control arguments
+_ALWAYS_KNOWN = frozenset([*_CONTROL_WORDS, *(
     "response customjobid page pagesize expires signature signatureversion apikey sessionkey uuid"
-    " ctxuserid ctxaccountid ctxstarteventid ctxdetails"
-    " json fetch_list fetch_result opcode_name".split()
-)
+    " ctxuserid ctxaccountid ctxstarteventid ctxdetails".split()
+)])  # fmt: skip
 _REFUSALS = (431, 432, 531)  # statuses of what an account may not ask for
 
 _Param = collections.namedtuple("_Param", "name type required description related")
@@ -4455,7 +4459,7 @@ def _list_commands(invocation, words):
         quoted = " and ".join(map(ascii, words))
         invocation.say(f"No command has {quoted} in its name or description")
     longest = max((len(name) for name, _ in found), default=0)
-    width = _terminal_width(None) or sys.maxsize
+    width = _terminal_width(sys.maxsize)
     for name, description in found:
         _write(_cut(_one_line(f"{name:{longest}}  {description.strip()}").rstrip(), width) + "\n")
     return bool(found)

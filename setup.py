@@ -19,6 +19,12 @@ def version():
     return re.search(r'^__version__ = "([^"]+)"', read("cs.py"), re.MULTILINE).group(1)
 
 
+def stub():
+    """The wheel's stub: STUB with the module's own lists of public names."""
+    names = re.findall(r"^__all__ .*?\]$", read("cs.py"), re.MULTILINE | re.DOTALL)
+    return STUB.replace("@NAMES@", "\n".join(names))
+
+
 # The wheel's stub: the types of what programs use. stubtest, which .ci/typed/check runs, holds it against cs.py.
 STUB = """\
 import datetime
@@ -28,19 +34,7 @@ from typing import Any, NamedTuple, Protocol
 
 from typing_extensions import Self  # type checkers bring it along
 
-__all__ = [
-    "AIOCloudStack",
-    "CloudStack",
-    "CloudStackApiException",
-    "CloudStackConnectionError",
-    "CloudStackException",
-    "CloudStackJobTimeout",
-    "CloudStackTimeoutError",
-    "load_config",
-    "read_config",
-    "read_config_from_ini",
-]
-__all__ += ["main"]
+@NAMES@
 
 __version__: str
 
@@ -242,7 +236,7 @@ class BuildWithStub(build_py):
         if not getattr(self, "editable_mode", False):
             self.mkpath(os.path.dirname(self.stub_path()))
             with open(self.stub_path(), "w", encoding="utf-8", newline="\n") as file:
-                file.write(STUB)
+                file.write(stub())
 
     def get_outputs(self, *args, **options):
         return super().get_outputs(*args, **options) + [self.stub_path()]

@@ -482,11 +482,6 @@ def asking(command, **params):
     return lambda client: getattr(client, command)(**params)
 
 
-def afresh(item):
-    """A script's item that gives every request an exception or answer of its own."""
-    return lambda played, request: copy.copy(item)
-
-
 def a_while_later(seconds, item):
     """A script's item that comes so many seconds after it was asked for."""
 
@@ -2786,7 +2781,7 @@ class RetryTest(ProtocolCase):
     def test_what_is_tried_again_and_what_may_have_run(self, item, reading, changing, unknown):
         for command, again, told in (("listZones", reading, False), ("deployVirtualMachine", changing, unknown)):
             for retry, attempts in ((0, 1), (1, 1 + again), ("3", 1 + 3 * again)):
-                played = self.play([afresh(item)], asking(command), retry=retry)
+                played = self.play([item], asking(command), retry=retry)
                 self.assertEqual([command] * attempts, played.commands, (item, retry))
                 self.assertEqual((told, attempts - 1), (played.error.outcome_unknown, len(played.pauses)), item)
             played = self.play([item, one({"a": 1})[0]], asking(command), retry=1)
@@ -3359,7 +3354,7 @@ class JobsTest(ProtocolCase):
         self.assertEqual((value, requests, slept), (played.value, len(played.requests), played.slept))
         self.assertEqual(cs.CloudStackJobTimeout if value is None else type(None), type(played.error))
 
-    @each("item, status", (PENDING, 408), (afresh(silent()), None), (answer("<html>", 502), 408))
+    @each("item, status", (PENDING, 408), (silent(), None), (answer("<html>", 502), 408))
     def test_a_job_that_still_runs_at_the_deadline(self, item, status):
         played = self.play([SUBMITTED, item], started(), job_timeout=600)
         error = played.error
@@ -3383,14 +3378,14 @@ class JobsTest(ProtocolCase):
 
     @each("item", silent(), answer("<html>", 502), api_error(503), answer({"r": {}}))
     def test_without_a_deadline_ten_troubles_in_a_row_end_the_wait(self, item):
-        played = self.play([SUBMITTED, afresh(item)], started(), retry=3)
+        played = self.play([SUBMITTED, item], started(), retry=3)
         self.assertEqual([2, 4, 8, 16, 30, 30, 30, 30, 30], played.pauses)
         self.assertNotIsInstance(played.error, cs.CloudStackJobTimeout)
         self.assertEqual(("job-1", False), (played.error.jobid, played.error.job_failed))
 
     @each("script, settings", (([answer("<html>", 502)] * 9 + [PENDING]) * 3, {}),  # a good poll begins the count anew
-          ([afresh(lost())] * 1100, {"job_timeout": 10**6}),
-          ([afresh(lost())] * 1100, {"job_timeout": 10**6, "poll_interval": 0}))
+          ([lost()] * 1100, {"job_timeout": 10**6}),
+          ([lost()] * 1100, {"job_timeout": 10**6, "poll_interval": 0}))
     def test_trouble_may_last_for_hours(self, script, settings):
         """Long enough for the growing distances to overflow, were they without a bound."""
         played = self.play([SUBMITTED] + script + [DONE], started(), **settings)
@@ -3413,7 +3408,7 @@ class JobsTest(ProtocolCase):
         self.assertIs(code != 431, "job job-1 may still run" in str(error))  # which knows no such job
 
     @each("script, jobid", ([silent()], None), ([api_error(533)], None), ([answer("<html>")], None),
-          *[([SUBMITTED, afresh(error)], "job-1") for error in (
+          *[([SUBMITTED, error], "job-1") for error in (
               ValueError("x"), MemoryError(), cs.CloudStackException("x"), KeyboardInterrupt(), SystemExit(3))])
     def test_everything_raised_after_the_submission_carries_the_job_s_id(self, script, jobid):
         for kind in KINDS:
@@ -3652,7 +3647,7 @@ class JobsAtOnceTest(JumpingCase):
 
 UNKNOWN_JOB = api_error(431, "Unable to execute API command queryasyncjobresult due to invalid value.")
 UUID4 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\Z")
-LOSSES = [afresh(silent()), afresh(lost()), answer("<html>", 502), answer("<html>", 500), answer("<html>"), answer(b""),
+LOSSES = [silent(), lost(), answer("<html>", 502), answer("<html>", 500), answer("<html>"), answer(b""),
           answer([1]), raw("{")]
 
 
@@ -3717,7 +3712,7 @@ class RecoveryTest(ProtocolCase):
         self.assertEqual(expected, played.value or type(played.error))
         self.assertEqual(["deployVirtualMachine"] + ["queryAsyncJobResult"] * 3, played.commands)
 
-    @each("item, kind", (afresh(silent()), cs.CloudStackTimeoutError), (afresh(lost()), cs.CloudStackConnectionError),
+    @each("item, kind", (silent(), cs.CloudStackTimeoutError), (lost(), cs.CloudStackConnectionError),
           (answer("<html>", 502), cs.CloudStackException), (answer("<html>"), cs.CloudStackException))
     def test_a_job_that_stays_unknown_for_a_timeout_is_the_first_error(self, item, kind):
         played = self.deploy([item, UNKNOWN_JOB], timeout=6, retry=5)
@@ -3737,14 +3732,14 @@ class RecoveryTest(ProtocolCase):
 
     @each("settings, requests, slept", ({}, 11, 180), ({"job_timeout": 20}, 6, 20))
     def test_trouble_that_does_not_end_is_the_first_error(self, settings, requests, slept):
-        played = self.deploy([lost(), afresh(answer("<html>", 502))], **settings)
+        played = self.deploy([lost(), answer("<html>", 502)], **settings)
         told = (type(played.error), len(played.requests), round(played.slept))
         self.assertEqual((cs.CloudStackConnectionError, requests, slept), told)
         self.assertIn("could not be asked for job", str(played.error))
 
     @each("script, requests, unknown", *[([lost(), api_error(code)], 2, True) for code in (401, 432, 531)],
           # what surely did not run is not looked for
-          *[([item], 1, False) for item in (afresh(unsent()), api_error(530), api_error(431), api_error(401))])
+          *[([item], 1, False) for item in (unsent(), api_error(530), api_error(431), api_error(401))])
     def test_answers_that_end_it(self, script, requests, unknown):
         played = self.deploy(script)
         self.assertEqual((requests, unknown), (len(played.requests), played.error.outcome_unknown))
@@ -3762,7 +3757,7 @@ class RecoveryTest(ProtocolCase):
             client.on_event = seen.append
             return client.deployVirtualMachine()
 
-        self.deploy([lost(), afresh(answer("<html>", 502)), UNKNOWN_JOB, found_job()], call)
+        self.deploy([lost(), answer("<html>", 502), UNKNOWN_JOB, found_job()], call)
         self.assertEqual({("deployVirtualMachine", cs.Waiting)}, {(event.command, type(event)) for event in seen})
         self.assertEqual(2 * len(KINDS), len(seen))
 
@@ -6202,7 +6197,6 @@ class FilesTogetherTest(ConfigCase):
 
 # === [8] command line: what its classes share =========================================================================
 
-JSON_HEADERS = {"Content-Type": "application/json"}
 # CommandLineCase asks a server that says what the test wrote (Replies); CloudCase asks a simulated cloud.
 
 README_PATH = os.path.join(os.path.dirname(CS_PATH), "README.rst")
@@ -7452,13 +7446,13 @@ class FormatsTest(RowsCase):
         """Whatever can be read can be shown, or is an error; never a traceback."""
         for depth in 50, 900:
             deep = opening * depth + '"leaf"' + closing * depth
-            self.cloud.script("listThings", Answer(200, '{"r":{"thing":[{"name":' + deep + "}]}}", JSON_HEADERS))
+            self.cloud.script("listThings", Answer(200, '{"r":{"thing":[{"name":' + deep + "}]}}", AS_JSON))
             code, out, err = self.main("listThings", "-o", shape, "-c", "name")
             self.assertIn("leaf" if code == 0 or depth == 50 else "CloudStack error", out + err)
 
     def test_what_standard_output_cannot_show(self):
         body = r'{"r":{"count":1,"thing":[{"id":"a\u0000b","name":"x\ud800y"}]}}'
-        self.cloud.script("listThings", *[Answer(200, body, JSON_HEADERS)] * 6)
+        self.cloud.script("listThings", *[Answer(200, body, AS_JSON)] * 6)
         for shape in cs.FORMATS:
             self.shown("-o", shape)
         self.assertEqual((0, b"id,name\r\na\0b,x\\ud800y\r\n", b""), self.cs("listThings", "-o", "csv"))
@@ -7521,7 +7515,7 @@ class StreamTest(CloudCase):
             alive.append(sum(type(thing) is dict and "is-a-row" in thing for thing in gc.get_objects()))
             number = int(record.params["page"])
             rows = [{"is-a-row": [], "id": str(number * 100 + row)} for row in range(100 if number < 12 else 1)]
-            return Answer(200, json.dumps({"r": {"thing": rows}}), JSON_HEADERS)
+            return Answer(200, json.dumps({"r": {"thing": rows}}), AS_JSON)
 
         self.cloud.script("listThings", *[page] * 13)
         self.assertEqual(1101, self.good("listThings", "--all", "-o", "jsonl", "pagesize=100").count("\n"))
