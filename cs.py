@@ -3125,14 +3125,13 @@ _FLAGS = _read_options(_USAGE + "--list  --shell  --configure")  # which are in 
 FORMATS = _FLAGS["--output"].value
 # An empty value of any other is an unset variable of a script: it must not mean the usual region.
 _MAY_BE_EMPTY = frozenset(["columns", "sort", "where", "theme"])
-# What an option does not go with, and what it needs.
+# What an option does not go with.
 _CLASHES = {
     "--each": "--columns, --sort, --wait, --list, --sync, --shell, a line of the shell, json=false",
     "--where": "json=false",  # a text, in which there are no rows
     "--shell": "--wait, --list, --sync, a command, a line of the shell",
     "--configure": "a command",
 }
-_NEEDS = {"--parallel": "--each", "--stop-on-error": "--each"}
 
 
 def _parse_arguments(args):
@@ -3158,7 +3157,11 @@ def _parse_option(arg, waiting):
     ((flag, equals, value),) = re.findall(r"\A(--[^=]*|-.?)(=?)(.*)\Z", arg, re.DOTALL)
     option = _FLAGS.get(flag)
     if option is None:
-        raise _unknown_option(flag)
+        names = [other[2:] for other in _FLAGS if other.startswith("--")]
+        begun = [name for name in names if "-" + name[0] == flag.lower()][:3]
+        near = ["--" + name for name in begun or _near(flag, names, most=1)]
+        hint = _did_you_mean(near) or "; parameters are name=value"
+        raise _Usage(f"there is no option {flag!a}{hint}")
     if option.value is None:
         if equals:
             raise _Usage(f"option {flag} takes no value: {value!a}; see cs --help")
@@ -3170,26 +3173,14 @@ def _parse_option(arg, waiting):
     return option.name, _check_value(option, value)
 
 
-def _unknown_option(flag):
-    """Return the exception for an option that does not exist: what may be meant by it."""
-    names = [other[2:] for other in _FLAGS if other.startswith("--")]
-    if len(flag) > 2:
-        near = _near(flag, names, most=1)
-    else:
-        near = [name for name in names if name[0] == flag[1:].lower()][:3]
-    hint = _did_you_mean(["--" + name for name in near]) or "; parameters are name=value"
-    return _Usage(f"there is no option {flag!a}{hint}")
-
-
 def _check_options(options, *others):
     """Raise _Usage for options that do not go with each other, or with other items of _CLASHES."""
     given = {"--" + name for name, value in options.items() if value}.union(others)
     for name in given.intersection(_CLASHES):
         for other in given.intersection(_CLASHES[name].split(", ")):
             raise _Usage(f"{name} does not go with {other}")
-    for name in given.intersection(_NEEDS):
-        if _NEEDS[name] not in given:
-            raise _Usage(f"{name} needs {_NEEDS[name]}")
+    if given & {"--parallel", "--stop-on-error"} and "--each" not in given:
+        raise _Usage("--parallel or --stop-on-error needs --each")
 
 
 def _merge_options(base, options):
@@ -3246,7 +3237,8 @@ def _parse_value(name, text):
 
 
 def _read_value(name, path):
-    """Return the text of a file, or of standard input for "-"; userdata made base64."""
+    """Return the text of a file, or of standard input for "-"; userdata that is not base64 yet is
+    made so."""
     source = "standard input" if path == "-" else f"file {path!a} (@@ stands for a plain @)"
     try:
         if path != "-":
@@ -3257,19 +3249,14 @@ def _read_value(name, path):
         else:
             content = sys.stdin.buffer.read()
         if name.lower() == "userdata":
-            return _as_base64(content)
+            text = b"".join(content.split())
+            is_base64 = len(text) % 4 == 0 and re.match(rb"[A-Za-z0-9+/]*={0,2}\Z", text)
+            content = text if is_base64 else b2a_base64(content, newline=False)
         return re.sub(r"\r?\n\Z", "", content.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise _Usage(f"{name}: {source} is not UTF-8 text") from None
     except OSError as error:
         raise _Usage(f"{name}: cannot read {source}: {error_text(error)}") from None
-
-
-def _as_base64(content):
-    """Return bytes as base64; what is base64 already without its line breaks."""
-    text = b"".join(content.split())
-    is_base64 = len(text) % 4 == 0 and re.match(rb"[A-Za-z0-9+/]*={0,2}\Z", text)
-    return (text if is_base64 else b2a_base64(content, newline=False)).decode("ascii")
 
 
 def _joined(values):
@@ -3307,12 +3294,15 @@ class _Interrupts:
 
     Wrappers and impatient people send several, and none may cut the account of what was begun.
     After the `with` block, or release(), signals have their usual effect again.
-    on_first: called in the place of raising KeyboardInterrupt; is_over: the first has been seen,
-    or what it would end is done, so that signals are ignored from now on."""
+    is_over: the first has been seen, or what it would end is done, so that signals are ignored from
+    now on."""
 
-    on_first: "Any" = None
     is_over = False
     _quiet_until = 0.0
+
+    def on_first(self):
+        """Do what the first is for; another may be put in its place."""
+        raise KeyboardInterrupt
 
     def __enter__(self):
         import signal
@@ -3334,14 +3324,11 @@ class _Interrupts:
     __exit__ = release
 
     def _handle(self, number, frame):
-        if self.is_over or time.monotonic() < self._quiet_until:
-            return
-        if self.on_first is not None:
-            self.is_over = True
-            self.on_first()
-        else:  # Python may drop it, in the middle of a finalizer; then the next is raised
+        if not self.is_over and time.monotonic() >= self._quiet_until:
+            # Python may drop what is raised in the middle of a finalizer; then the next is raised.
             self._quiet_until = time.monotonic() + 1.0
-            raise KeyboardInterrupt
+            self.on_first()
+            self.is_over = True
 
 
 def _attempt(invocation, dispatch, line):
@@ -3362,8 +3349,7 @@ def _attempt(invocation, dispatch, line):
                 _flush()
     except _OutputFailed as failed:
         if sys.stdout is sys.__stdout__:  # what is buffered goes nowhere, also at the exit
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, sys.stdout.fileno())  # type: ignore[union-attr]
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if _exit_code(failed):
             write_stderr(f"cs: cannot write the answer: {error_text(failed.args[0])}")
         outcome = outcome if _exit_code(outcome) else failed  # a failure before this says more
@@ -3460,7 +3446,6 @@ class _Invocation:
         self.format = "json"
         self.shown = ""  # of progress
         self.under_way = _CheckedCall("", {}, [])
-        self.left: Any = ()  # ids of more jobs that were begun and not waited for
         self.request: Any = None  # the one that was sent last
         self.fetched: Any = None  # how many rows of how many there are, of all pages
 
@@ -3515,36 +3500,30 @@ class _Invocation:
             settings = {"recover": True, **config.settings}
             client = CloudStack(**settings)
             client.check()
-        except (SystemExit, ValueError) as error:
-            texts = [str(error), _describe_unknown(getattr(error, "config", config))]
-            if isinstance(error, SystemExit):
-                variables = "CLOUDSTACK_ENDPOINT, CLOUDSTACK_KEY, CLOUDSTACK_SECRET"
-                texts.insert(1, f"`cs --configure` makes one, or set {variables}")
-            raise _Usage("; ".join(filter(None, texts))) from None
-        except Exception as error:
-            if type(error).__name__ != "NoSectionError":  # to import configparser takes its time
+        except (Exception, SystemExit) as error:
+            text = str(error)
+            if type(error).__name__ == "NoSectionError":  # to import configparser takes its time
+                there = ", ".join(list_regions(path)) or "none"
+                text = f"region {region!a} not in config; there are {there}"
+            elif isinstance(error, SystemExit):
+                text += "; `cs --configure` makes one; so do CLOUDSTACK_ENDPOINT, ..._KEY, ..._SECRET"
+            elif not isinstance(error, ValueError):
                 raise
-            there = ", ".join(list_regions(path))
-            there = there and f"; there are {there}"
-            raise _Usage(f"Error: region {region!a} not in config{there}") from None
-        is_read = _is_terminal(sys.stderr)
-        texts = list(config.warnings) if is_read else []
-        texts += [_describe_unknown(config)] if is_read or _is_unsigned(client) else []
-        for text in filter(None, texts):
-            self.say("Warning: " + text)
+            unknown = _describe_unknown(getattr(error, "config", config))
+            raise _Usage("; ".join(filter(None, [text, unknown]))) from None
+        if _is_terminal(sys.stderr) or _is_unsigned(client):
+            for text in filter(None, [*config.warnings, _describe_unknown(config)]):
+                self.say("Warning: " + text)
         return settings, client
 
     def observe(self, event):
         """Take notice of what happens to a request; the client's on_event."""
-        if isinstance(event, Sent):
-            self.request = event.request
-        elif isinstance(event, Rows):
+        self.request = getattr(event, "request", self.request)
+        if isinstance(event, Rows):
             self.fetched = event
             self.show(f"{event.seen}{f' of {event.total}' if event.total else ''} rows")
         elif isinstance(event, Waiting):
-            is_job = event.command == "queryAsyncJobResult"  # --wait knows no command
-            what = f"job {event.jobid}" if is_job else event.command
-            self.show(f"{what}: waiting for the job, {int(event.seconds)} s")
+            self.show(f"waiting for job {event.jobid}, {int(event.seconds)} s")
 
     def masked(self, text):
         """Return the beginning of the server's words without what they repeat of our secrets."""
@@ -3568,8 +3547,7 @@ def _describe_unknown(config):
     for key, path in [*config.unknown, *((name, "") for name in unknown_variables())]:
         bare = re.sub("[^a-z]", "", key.lower().replace("cloudstack_", ""))
         meant = "".join(f" ({name}?)" for name in _near(bare, _CONFIG_KEYS, most=1))
-        where = f" in {path}" if path else ""
-        found.append(f"{key!a}{where}{meant}")
+        found.append(f"{key!a}{' in ' if path else ''}{path}{meant}")
     return "not known as settings: " + ", ".join(found) if found else ""
 
 
@@ -3596,8 +3574,8 @@ class _CheckedCall:
         """Return what client.call() does; a coroutine for AIOCloudStack."""
         if self.words[:1] == ["--wait"]:
             return client.wait_job(self.params["jobid"])
-        options = {"pages": self.pages, "wait": self.wait, **self.options}
-        return client.call(self.command, self.params, **options)
+        pages, wait, options = self.pages, self.wait, self.options
+        return client.call(self.command, self.params, pages=pages, wait=wait, **options)
 
 
 _CONTROL_WORDS = ("json", "fetch_list", "fetch_result", "opcode_name")  # no parameters
@@ -3665,9 +3643,9 @@ def _wait_for_jobs(invocation, words):
     if not jobids or not all(re.match(r"[\w.-]+\Z", jobid, re.ASCII) for jobid in jobids):
         raise _Usage(f"--wait takes ids of jobs, not {', '.join(map(ascii, jobids)) or 'nothing'}")
     first: Any = True
-    for number, jobid in enumerate(jobids, 1):
-        call = _CheckedCall("queryAsyncJobResult", {"jobid": jobid}, ["--wait", jobid])
-        invocation.left = jobids[number:]  # for an interrupt
+    for number, jobid in enumerate(jobids):
+        words = ["--wait", *jobids[number:]]
+        call = _CheckedCall("queryAsyncJobResult", {"jobid": jobid}, words)
         try:
             outcome = _carry_out(invocation, call)
         except CloudStackException as error:
@@ -3679,15 +3657,14 @@ def _wait_for_jobs(invocation, words):
 
 def _warn_of_missing_rows(invocation, call, rows, seen):
     """Warn if the server cut a list short, or if rows were lost between its pages."""
-    fetched = invocation.fetched
-    if call.pages and fetched and (fetched.total or 0) > fetched.seen:
-        lost = f"{fetched.total - fetched.seen} of {fetched.total} rows"
-        invocation.say(f"Warning: {lost} did not come, since the list changed while it was read")
-    is_page = call.pages or {name.lower() for name in call.params} & {"page", "pagesize"}
-    total = rows.answer.get("count") if rows.is_list and isinstance(rows.answer, dict) else None
-    if isinstance(total, int) and total > seen > 0 and not is_page:
-        verb = "seen by --where" if invocation.conditions else "shown"
-        invocation.say(f"{seen} of {total} {verb}; --all for the rest")
+    total, why = None, "--all for the rest"
+    if call.pages and invocation.fetched:
+        _, seen, total = invocation.fetched
+        why = "the list changed while it was read"
+    elif not {name.lower() for name in call.params} & {"page", "pagesize"}:
+        total = rows.answer.get("count") if isinstance(rows.answer, dict) and rows.is_list else None
+    if isinstance(total, int) and total > seen > 0:
+        invocation.say(f"{seen} of {total} rows came; {why}")
 
 
 def _show_plan(invocation, call):
@@ -3699,10 +3676,9 @@ def _show_plan(invocation, call):
     return True
 
 
-_SEE_HELP = "Run {cs} {command} --help to list its parameters."
 # What can be done about an error: the first whose facts (of _hint) all hold. A number is the
 # errorcode, or the status of an answer that is not CloudStack's. {cs}: the command line up to the
-# command.
+# command; {param}, {value}: what the server says is wrong.
 _HINTS = (
     ("532", "A limit of the account or project is reached: {cs} listResourceLimits."),
     ("533", "There is no room for it now: another zone, host or a smaller offering may do."),
@@ -3721,8 +3697,12 @@ _HINTS = (
     ("401", "Check endpoint, key and secret of this region, and this machine's clock. The server "
      "says the same about a command that it does not know: {cs} --list."),
     ("429", "Send fewer requests, or have them sent again: --retry 3."),
-    ("430", _SEE_HELP),
-    ("431", "{parameter}"),
+    ("431 field", "{value} is filled in from the rows of standard input with --each."),
+    ("431 id lister", "Nothing has this id, or it is not yours: {cs} {lister} --all -c id,name"),
+    ("431 id", "Nothing has this id, or it is not yours."),
+    ("431 param", "{param}=name:{value}, if that is a name."),
+    ("430", "Run {cs} {command} --help to list its parameters."),
+    ("431", "Run {cs} {command} --help to list its parameters."),
     ("432", "No such command, or your role may not use it: {cs} --sync, then {cs} --list."),
     ("503", "The server is in maintenance; nothing was done. Try again later, or with --retry 3."),
     ("530", "The management server's log says more."),
@@ -3732,20 +3712,16 @@ _HINTS = (
 
 def _report(invocation, error):
     """Report on standard error what was raised, and what can be done."""
-    call = invocation.under_way
     invocation.show()
     if isinstance(error, CloudStackException):
         _report_failure(invocation, error)
-    elif not isinstance(error, KeyboardInterrupt):
+    elif isinstance(error, KeyboardInterrupt):
+        told = _how_to_go_on(invocation, error)
+        if told or invocation.clients is not None:  # a shell's prompt begins below the ^C
+            write_stderr(f"Interrupted. {told}".rstrip())
+    else:
         text = error_text(error) if isinstance(error, OSError) else str(error)
-        front = "" if text.startswith("Error: ") else "cs: "
-        write_stderr(f"{front}{invocation.place}{text}")
-    elif getattr(error, "jobid", None):
-        write_stderr("Interrupted. " + _how_to_go_on(invocation, error, invocation.left))
-    elif call.command and not only_reads(call.command):
-        write_stderr(f"Interrupted. {call.command} may have run; check before you send it again.")
-    elif invocation.clients is not None:  # the next line of a shell begins below the ^C
-        write_stderr("Interrupted.")
+        write_stderr(f"cs: {invocation.place}{text}")
 
 
 def _report_failure(invocation, error):
@@ -3765,12 +3741,11 @@ def _report_failure(invocation, error):
     is_unknown = is_wait and document.get("errorcode") == 431
     if error.jobid and not (error.job_failed or is_unknown):
         write_stderr(_how_to_go_on(invocation, error))  # also with -q: nothing else shows the id
-    if error.response is None or isinstance(error, CloudStackJobTimeout):
-        return
-    if not document:
-        invocation.say(invocation.masked(error.response.text))
-    elif invocation.format == "json" and (invocation.options["quiet"] or not sys.stdout.isatty()):
+    is_read = sys.stdout.isatty() and not invocation.options["quiet"]
+    if document and invocation.format == "json" and not is_read:
         _write(_json_text(error.response.json()) + "\n")
+    elif not (document or error.response is None or isinstance(error, CloudStackJobTimeout)):
+        invocation.say(invocation.masked(error.response.text))
 
 
 def _server_error(error):
@@ -3800,6 +3775,11 @@ def _hint(invocation, error, document):
     call = invocation.under_way
     code = document.get("errorcode", _status_of(error))
     sent = invocation.request.params if invocation.request else {}
+    pattern = r"Invalid parameter (\w{1,50}) value=(.{1,255}?)(?: due to |$)"
+    found = re.search(pattern, invocation.masked(str(document.get("errortext"))))
+    param, value = found.groups() if found else ("", "")
+    catalog = _cached_catalog(invocation) if param else None
+    lister = _lister(catalog, call.command, param, {}) if catalog else None
     facts = {
         str(code): True, "stated": document, "no-api": code in (200, 404, 405),
         "job": error.jobid, "job-failed": error.job_failed, "--wait": invocation.options["wait"],
@@ -3807,28 +3787,14 @@ def _hint(invocation, error, document):
         "projectid": "projectid" in map(str.lower, call.params), "--sync": not call.command,
         "too-large": "request.content.size" in _sentence(error),
         "outcome-unknown": error.outcome_unknown, "unsent": error.unsent,
+        "param": param, "field": re.match(r"\{.*\}\Z", value), "lister": lister,
+        "id": re.match(r"[0-9]+\Z|[0-9a-fA-F-]{36}\Z", value),
     }  # fmt: skip
     hint = next((hint for needed, hint in _HINTS if all(map(facts.get, needed.split()))), "")
-    if hint == "{parameter}":
-        hint = _hint_about_parameter(invocation, call, document)
-    return hint.replace("{cs}", _shell_line(invocation, [])).replace("{command}", call.command)
-
-
-def _hint_about_parameter(invocation, call, document):
-    """Return what can be tried after the server has refused a parameter: most often an id."""
-    text = invocation.masked(str(document.get("errortext")))
-    found = re.search(r"Invalid parameter (\w{1,50}) value=(.{1,255}?)(?: due to |$)", text)
-    if not found:
-        return _SEE_HELP
-    name, value = found.groups()
-    if re.match(r"\{.*\}\Z", value):
-        return f"{value} is filled in from the rows of standard input with --each."
-    if not re.match(r"[0-9]+\Z|[0-9a-fA-F-]{36}\Z", value):
-        return f"{name}=name:{value}, if that is a name."
-    catalog = _cached_catalog(invocation)
-    lister = _lister(catalog, call.command, name, {}) if catalog else None
-    show = f": {{cs}} {lister.name} --all -c id,name" if lister else "."
-    return "Nothing has this id, or it is not yours" + show
+    return hint.format(
+        cs=_shell_line(invocation, []), command=call.command, param=param, value=value,
+        lister=lister and lister.name
+    )  # fmt: skip
 
 
 def _typed_call(invocation):
@@ -3858,14 +3824,17 @@ def _shell_word(word):
     return shlex.quote(escape_unprintable(word).replace("\n", r"\n").replace("\t", r"\t"))
 
 
-def _how_to_go_on(invocation, error, others=()):
-    """Return how to wait for a job that may still run, and for others that were begun."""
-    line = _shell_line(invocation, ["--wait", error.jobid, *others])
-    call = invocation.under_way
-    if getattr(error, "outcome_unknown", False) and call.command:
+def _how_to_go_on(invocation, error):
+    """Return what a call that was cut short may have done, and how to wait for its job."""
+    call, jobid = invocation.under_way, getattr(error, "jobid", None)
+    if not jobid:
+        changes = call.command and not only_reads(call.command)
+        return f"{call.command} may have run; check before you send it again." if changes else ""
+    line = _shell_line(invocation, call.words if invocation.options["wait"] else ["--wait", jobid])
+    if getattr(error, "outcome_unknown", False):
         # The answer was lost. Without the list of commands, any command is given an id.
         return f"{call.command} may have run; if it started a job, this waits for it: {line}"
-    return f"Job {error.jobid} may still be running; to go on waiting for it: {line}"
+    return f"Job {jobid} may still be running; to go on waiting for it: {line}"
 
 
 # 8.3 Formats.
