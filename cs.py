@@ -3157,7 +3157,7 @@ def _parse_option(arg, waiting):
     ((flag, equals, value),) = re.findall(r"\A(--[^=]*|-.?)(=?)(.*)\Z", arg, re.DOTALL)
     option = _FLAGS.get(flag)
     if option is None:
-        names = [other[2:] for other in _FLAGS if other.startswith("--")]
+        names = [other[2:] for other in _FLAGS if other.startswith("--")]  # -v may mean --version
         begun = [name for name in names if "-" + name[0] == flag.lower()][:3]
         near = ["--" + name for name in begun or _near(flag, names, most=1)]
         hint = _did_you_mean(near) or "; parameters are name=value"
@@ -3197,8 +3197,7 @@ def _check_value(option, value):
     if not isinstance(option.value, tuple):
         return value
     if value.lower() not in option.value:
-        near = _did_you_mean(_near(value, option.value, most=1))
-        raise _Usage(f"--{option.name}: {value!a} is not one of {', '.join(option.value)}{near}")
+        raise _Usage(f"--{option.name}: {value!a} is not one of {', '.join(option.value)}")
     return value.lower()
 
 
@@ -3216,8 +3215,6 @@ def _parse_parameters(words):
         if not equals or not name:
             example = "parameters are name=value, such as id=name:web-01"
             raise _Usage(f"{word!a} has no {'name' if equals else repr('=')}; {example}")
-        if name in ("self", "command", "headers", "_options"):
-            raise _Usage(f"{name!a} cannot be a parameter here")
         params.setdefault(name, []).append(_parse_value(name, text.strip()))
     return params
 
@@ -3229,11 +3226,9 @@ def _parse_value(name, text):
     quoted = re.match(r"""(["'])((?!.*\1\s*,\s*\1).*)\1\Z""", text, re.DOTALL)
     if quoted:
         return _Value(quoted.group(2), "quoted")
-    if text.startswith("@@"):
-        return _Value(text[1:], None)
-    if text.startswith("@"):
+    if text.startswith("@") and not text.startswith("@@"):
         return _Value(_read_value(name, text[1:]), "file")
-    return _Value(text, None)
+    return _Value(text[1:] if text.startswith("@@") else text, None)
 
 
 def _read_value(name, path):
@@ -3341,12 +3336,12 @@ def _attempt(invocation, dispatch, line):
             try:
                 outcome = dispatch(invocation, line)
                 invocation.show()
-                _flush()
+                _write("", flush=True)
             except _REPORTED as error:
                 invocation.interrupts.is_over = True
                 outcome = error
                 _report(invocation, error)
-                _flush()
+                _write("", flush=True)
     except _OutputFailed as failed:
         if sys.stdout is sys.__stdout__:  # what is buffered goes nowhere, also at the exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -3416,8 +3411,7 @@ def _use_server(invocation, words):
         call = _CheckedCall("listApis", {}, [], pages=True)
         return not options["dry-run"] or _show_plan(invocation, call)
     if not re.match(r"[\w.-]+\Z", words[0], re.ASCII):
-        usage = "cs [options] COMMAND [name=value ...]"
-        raise _Usage(f"{words[0]!a} is not the name of a command: {usage}")
+        raise _Usage(f"{words[0]!a} is not the name of a command; see cs --help")
     words = _join_command(invocation, words)
     if options["help"]:
         return _describe_command(invocation, words[0])
@@ -3457,14 +3451,13 @@ class _Invocation:
 
     def show(self, text=""):
         """Show a line of progress on standard error, in place of the last; without one, no line."""
-        if text == self.shown or (text and not self._is_watched()):
-            return
-        self.shown = text
-        try:
-            sys.stderr.write("\r\x1b[K" + text)
-            sys.stderr.flush()
-        except (OSError, ValueError):
-            pass
+        if text != self.shown and (not text or self._is_watched()):
+            self.shown = text
+            try:
+                sys.stderr.write("\r\x1b[K" + text)
+                sys.stderr.flush()
+            except (OSError, ValueError):
+                pass
 
     def _is_watched(self):
         """Return whether progress is seen, and by nobody else: a pipe's reader may write to the
@@ -3506,7 +3499,7 @@ class _Invocation:
                 there = ", ".join(list_regions(path)) or "none"
                 text = f"region {region!a} not in config; there are {there}"
             elif isinstance(error, SystemExit):
-                text += "; `cs --configure` makes one; so do CLOUDSTACK_ENDPOINT, ..._KEY, ..._SECRET"
+                text += "; `cs --configure` makes one; or set CLOUDSTACK_ENDPOINT, _KEY, _SECRET"
             elif not isinstance(error, ValueError):
                 raise
             unknown = _describe_unknown(getattr(error, "config", config))
@@ -3591,14 +3584,11 @@ def _check_call(invocation, values, words):
     params = {name: _joined(given) for name, given in values.items()}
     own: dict = {name: params.pop(name) for name in _CONTROL_WORDS if name in params}
     for name in own.keys() - {"opcode_name"}:
-        try:
-            own[name] = strtobool(own[name])
-        except ValueError:
-            raise _Usage(f"{name}={own[name]!a} is neither true nor false") from None
+        own[name] = strtobool(own[name])
     if own.get("json") is False:
         _check_options(line, "json=false")
-    pages = bool(own.pop("fetch_list", False) or line["all"])
-    pages = pages and only_reads(command)  # in one that changes something there are none
+    # In a command that changes something there are no pages.
+    pages = (own.pop("fetch_list", False) or line["all"]) and only_reads(command)
     wait = own.pop("fetch_result", not (line["async"] or "async" in command.lower()))
     return _CheckedCall(command, params, [command] + words[1:], pages, wait, recover=recover, **own)
 
@@ -3624,7 +3614,7 @@ def _answers(invocation, call):
     if call.pages and invocation.format == "jsonl" and not invocation.options["sort"]:
         for page in invocation.client.pages(call.command, call.params, **call.options):
             yield page[0] if isinstance(page, tuple) else page
-            _flush()
+            _write("", flush=True)
     else:
         yield call.make(invocation.client)
 
@@ -3644,8 +3634,7 @@ def _wait_for_jobs(invocation, words):
         raise _Usage(f"--wait takes ids of jobs, not {', '.join(map(ascii, jobids)) or 'nothing'}")
     first: Any = True
     for number, jobid in enumerate(jobids):
-        words = ["--wait", *jobids[number:]]
-        call = _CheckedCall("queryAsyncJobResult", {"jobid": jobid}, words)
+        call = _CheckedCall("queryAsyncJobResult", {"jobid": jobid}, ["--wait", *jobids[number:]])
         try:
             outcome = _carry_out(invocation, call)
         except CloudStackException as error:
@@ -3661,9 +3650,9 @@ def _warn_of_missing_rows(invocation, call, rows, seen):
     if call.pages and invocation.fetched:
         _, seen, total = invocation.fetched
         why = "the list changed while it was read"
-    elif not {name.lower() for name in call.params} & {"page", "pagesize"}:
+    elif seen and not {name.lower() for name in call.params} & {"page", "pagesize"}:
         total = rows.answer.get("count") if isinstance(rows.answer, dict) and rows.is_list else None
-    if isinstance(total, int) and total > seen > 0:
+    if isinstance(total, int) and total > seen:
         invocation.say(f"{seen} of {total} rows came; {why}")
 
 
@@ -3677,12 +3666,10 @@ def _show_plan(invocation, call):
 
 
 # What can be done about an error: the first whose facts (of _hint) all hold. A number is the
-# errorcode, or the status of an answer that is not CloudStack's. {cs}: the command line up to the
-# command; {param}, {value}: what the server says is wrong.
+# errorcode, or the status of an answer that is not CloudStack's. In braces stand other facts.
 _HINTS = (
     ("532", "A limit of the account or project is reached: {cs} listResourceLimits."),
     ("533", "There is no room for it now: another zone, host or a smaller offering may do."),
-    ("536", "Something else still uses it."),
     ("job-failed", ""),  # all others are about a request, not about its job
     ("--wait 431", "The server knows no such job."),
     ("job stated", "The command was accepted; only asking for its job failed."),
@@ -3694,14 +3681,12 @@ _HINTS = (
     ("outcome-unknown", "Check whether it was done before you send it again."),
     ("unsent", "Check the endpoint, its name, the network, proxies and --timeout."),
     ("no-api", "Check the endpoint: it usually ends in /client/api."),
-    ("401", "Check endpoint, key and secret of this region, and this machine's clock. The server "
-     "says the same about a command that it does not know: {cs} --list."),
+    ("401", "Check endpoint, key, secret and clock; or there is no such command: {cs} --list."),
     ("429", "Send fewer requests, or have them sent again: --retry 3."),
     ("431 field", "{value} is filled in from the rows of standard input with --each."),
     ("431 id lister", "Nothing has this id, or it is not yours: {cs} {lister} --all -c id,name"),
     ("431 id", "Nothing has this id, or it is not yours."),
     ("431 param", "{param}=name:{value}, if that is a name."),
-    ("430", "Run {cs} {command} --help to list its parameters."),
     ("431", "Run {cs} {command} --help to list its parameters."),
     ("432", "No such command, or your role may not use it: {cs} --sync, then {cs} --list."),
     ("503", "The server is in maintenance; nothing was done. Try again later, or with --retry 3."),
@@ -3720,8 +3705,7 @@ def _report(invocation, error):
         if told or invocation.clients is not None:  # a shell's prompt begins below the ^C
             write_stderr(f"Interrupted. {told}".rstrip())
     else:
-        text = error_text(error) if isinstance(error, OSError) else str(error)
-        write_stderr(f"cs: {invocation.place}{text}")
+        write_stderr(f"cs: {invocation.place}{error_text(error)}")
 
 
 def _report_failure(invocation, error):
@@ -3730,14 +3714,14 @@ def _report_failure(invocation, error):
     names = [name for name in ("errorcode", "cserrorcode") if name in document]
     is_wait = invocation.options["wait"]
     left = _left_behind(invocation.under_way, error)
-    facts = {
-        "Call": _typed_call(invocation), "Server": mask_address(invocation.client.endpoint),
-        "Codes": invocation.masked(", ".join(f"{name} {document[name]}" for name in names)),
-        "It was about" if is_wait else "Left behind": invocation.masked(left),
-        "Hint": _hint(invocation, error, document),
+    told = {
+        "CloudStack error": invocation.place + invocation.masked(_sentence(error)),
+        "  Call": _typed_call(invocation), "  Server": mask_address(invocation.client.endpoint),
+        "  Codes": invocation.masked(", ".join(f"{name} {document[name]}" for name in names)),
+        "  It was about" if is_wait else "  Left behind": invocation.masked(left),
+        "  Hint": _hint(invocation, error, document),
     }  # fmt: skip
-    lines = [f"CloudStack error: {invocation.place}{invocation.masked(_sentence(error))}"]
-    invocation.say("\n".join(lines + [f"  {name}: {text}" for name, text in facts.items() if text]))
+    invocation.say("\n".join(f"{name}: {text}" for name, text in told.items() if text))
     is_unknown = is_wait and document.get("errorcode") == 431
     if error.jobid and not (error.job_failed or is_unknown):
         write_stderr(_how_to_go_on(invocation, error))  # also with -q: nothing else shows the id
@@ -3787,23 +3771,19 @@ def _hint(invocation, error, document):
         "projectid": "projectid" in map(str.lower, call.params), "--sync": not call.command,
         "too-large": "request.content.size" in _sentence(error),
         "outcome-unknown": error.outcome_unknown, "unsent": error.unsent,
-        "param": param, "field": re.match(r"\{.*\}\Z", value), "lister": lister,
-        "id": re.match(r"[0-9]+\Z|[0-9a-fA-F-]{36}\Z", value),
+        "param": param, "value": value, "field": re.match(r"\{.*\}\Z", value),
+        "id": re.match(r"[0-9]+\Z|[0-9a-fA-F-]{36}\Z", value), "lister": lister and lister.name,
+        "cs": _shell_line(invocation, []), "command": call.command,
     }  # fmt: skip
     hint = next((hint for needed, hint in _HINTS if all(map(facts.get, needed.split()))), "")
-    return hint.format(
-        cs=_shell_line(invocation, []), command=call.command, param=param, value=value,
-        lister=lister and lister.name
-    )  # fmt: skip
+    return hint.format_map(facts)
 
 
 def _typed_call(invocation):
     """Return the call that failed as it can be typed again, secrets replaced."""
-    call = invocation.under_way
-    shown, words = mask_params(call.params), []
-    for word in call.words:
-        name = word.partition("=")[0]
-        words.append(f"{name}={MASK}" if shown.get(name.strip()) == MASK else word)
+    shown = mask_params(invocation.under_way.params)
+    pairs = [(word, word.partition("=")[0]) for word in invocation.under_way.words]
+    words = [f"{name}={MASK}" if shown.get(name.strip()) == MASK else word for word, name in pairs]
     return _shell_line(invocation, words) if words else ""
 
 
@@ -3867,11 +3847,6 @@ def _write(text, flush=False):
             out.flush()
     except OSError as error:
         raise _OutputFailed(error) from None
-
-
-def _flush():
-    """Flush standard output. Raises _OutputFailed."""
-    _write("", flush=True)
 
 
 def _write_line(text):
