@@ -3516,7 +3516,8 @@ class _Invocation:
             self.fetched = event
             self.show(f"{event.seen}{f' of {event.total}' if event.total else ''} rows")
         elif isinstance(event, Waiting):
-            self.show(f"waiting for job {event.jobid}, {int(event.seconds)} s")
+            jobid = _cut(_one_line(event.jobid), 60)  # it is the server's word
+            self.show(f"waiting for job {jobid}, {int(event.seconds)} s")
 
     def masked(self, text):
         """Return the beginning of the server's words without what they repeat of our secrets."""

@@ -7026,8 +7026,8 @@ class ProgressTest(CloudCase):
 
     options = {"job_seconds": 0.15, "default_page_size": 500}
 
-    def job(self, *outcomes):
-        self.reply("startThing", {"jobid": "j-1"})
+    def job(self, *outcomes, jobid="j-1"):
+        self.reply("startThing", {"jobid": jobid})
         self.reply("queryAsyncJobResult", {"jobid": "j-1", "jobstatus": 0}, *outcomes)
 
     @each("line, outcome, code, progress, left",
@@ -7065,11 +7065,11 @@ class ProgressTest(CloudCase):
                 self.assertEqual((0, ""), (cs.main(["startThing", "-o", "text"]), err.getvalue()))
 
     def test_an_interrupt_is_told_in_its_place(self):
-        self.job()
+        self.job(jobid="j-1\u202e")
         with mock.patch.object(cs, "_sleep", side_effect=KeyboardInterrupt):
             code, text, _ = self.on_terminal("startThing", both=True)
-        self.assertHolds(text, "waiting for job j-1, ")
-        self.assertRegex(screen(text), r"\AInterrupted\. Job j-1 .*cs --wait j-1\n\Z")
+        self.assertHolds(text, "waiting for job j-1\\u202e, ")
+        self.assertRegex(screen(text), r"\AInterrupted\. Job j-1\\u202e .*cs --wait 'j-1\\u202e'\n\Z")
 
 
 class ErrorTextsTest(CloudCase):
