@@ -9065,7 +9065,7 @@ class EachTest(EachCase):
         word = "x={id}" if '"id": ' in text or '"id":\n' in text else "x={}"
         self.assertEqual(expected, self.values(text, word))
 
-    @each("text, told", *[(text, "standard input, line ") for text in (
+    @each("text, told", *[(text, "standard input is not JSON: ") for text in (
               '{"id": 1}\n{"id": 2', '{"id": 1},\n', "[1, 2", '{"id": 1}\nweb-02\n', "[" * 100000, '{"id": 1x}')],
           ("{}\n{}\nx", "line 3"), ("\udcff", "not UTF-8"),
           *[(text, "holds the answer of a call that failed") for text in (
@@ -9091,7 +9091,7 @@ class EachTest(EachCase):
         with mock.patch.object(sys, "stdin", None):
             self.assertIn("no standard input", self.usage("doThing", "--each"))
         for text in "", "\n \n", "[]", '{"count": 0, "thing": []}':
-            told = (0, "", "No rows on standard input: nothing to do\n")
+            told = (0, "", "No rows: nothing to do\n")
             self.assertEqual((told, []), (self.each(text, "doThing", "x={id}"), self.asked))
 
     ROW = {"id": "a", "n": 7, "on": True, "empty": "", "a.b": "dot", "d": {"k": ["p", "q"]}, "s p": "space"}
@@ -9163,7 +9163,7 @@ class EachTest(EachCase):
         self.assertEqual(["b"], self.values(rows, "x={id}", "--where", "state!=Running"))
         for condition in "stat=Running", "stat!=Running":  # the latter would hold for every row
             self.assertIn("no row has 'stat'; did you mean state?", self.refused(rows, "doThing", "--where", condition))
-        self.assertEqual((0, "", "No row meets --where: nothing to do\n"),
+        self.assertEqual((0, "", "No rows: nothing to do\n"),
                          self.each(rows, "doThing", "--where", "state=Lost"))  # fmt: skip
         self.assertIn("'Running' does not compare", self.each(rows, "doThing", "--where", "state>5")[2])
 
@@ -9291,7 +9291,7 @@ class EachProcessTest(EachCase):
         """What ran then is said on standard error, whatever came of it, but not all that is in its row."""
         self.option(job_seconds=0.5)
         rows = [dict(row, password="CANARY") for row in self.machines()]
-        child = self.start(rows, "rebootVirtualMachine", "id={id}", "--each", "--parallel", "2", "-q")
+        child = self.start(rows, "rebootVirtualMachine", "id={id}", "--each", "--parallel", "2")
         child.stdout.close()
         err = child.stderr.read().decode("utf-8")
         self.assertEqual(1, child.wait())
