@@ -5238,8 +5238,7 @@ class _Batch:
         if was_interrupted or not is_done:
             invocation.say(("Interrupted: " if was_interrupted else "") + self.counted())
         if self.jobids:
-            line = _shell_line(invocation, ["--wait", *self.jobids])
-            write_stderr(f"To go on waiting for jobs that were started: {line}")
+            write_stderr("To go on waiting: " + _shell_line(invocation, ["--wait", *self.jobids]))
         if was_interrupted:
             raise KeyboardInterrupt
         return is_done and not self.is_broken
@@ -5307,9 +5306,6 @@ class _Batch:
 
 # Its own words, and what they stand for.
 _SHELL_WORDS = {"help": "--help", "list": "--list", "use": "--region", "set": "--", "exit": "exit"}
-# What a line does cannot be set for all lines.
-_NOT_SET = """each parallel stop-on-error profile wait list sync shell configure completion
-    version help""".split()
 
 
 def _is_at_terminal():
@@ -5335,11 +5331,10 @@ class _Shell:
         ends = _OutputFailed if is_typed else (_OutputFailed, KeyboardInterrupt)
         first = True
         try:
-            for number, line in enumerate(self._typed_lines() if is_typed else _piped_lines(), 1):
+            for place, line in self._typed_lines() if is_typed else _piped_lines():
                 line = re.sub(r"\A\s*(?:cs\s+|#.*)?", "", line).rstrip()
                 if line in ("exit", "quit"):
                     break
-                place = "" if is_typed else f"line {number}: "
                 invocation = _Invocation(self.options, self.clients, place)
                 outcome = _attempt(invocation, self._dispatch, line) if line else True
                 first = first if _exit_code(first) else outcome
@@ -5351,25 +5346,19 @@ class _Shell:
         return is_typed or first
 
     def _dispatch(self, invocation, line):
-        """Do what a line asks for. Returns as _dispatch does."""
-        words = _split_line(line)
-        piped = list(itertools.dropwhile(lambda word: word not in ("|", ">", ">>", "<"), words))
-        if piped:
-            raise _Usage(f"pipes and redirections are a real shell's: cs ... {' '.join(piped)}")
-        first, *others = words
+        """Do what a line asks for; have an option hold for every line, if it can be used.
+
+        Returns as _dispatch does."""
+        first, *others = _split_line(line)
+        if first not in ("set", "use"):
+            return _dispatch(invocation, [_SHELL_WORDS.get(first, first), *others])
         if first == "use":
             others = ["region", " ".join(others) or "off"]
-        if first in ("use", "set"):
-            return self._set(invocation, *others)
-        return _dispatch(invocation, [_SHELL_WORDS.get(first, first), *others])
-
-    def _set(self, invocation, name="", *values):
-        """Have an option hold for every line, if it can be used. Returns True."""
-        is_known = "--" + name in _FLAGS and name not in _NOT_SET
-        given = ["--" + name, *values] if is_known and values != ("off",) else []
-        options, words = _parse_arguments(given)
-        if words or not is_known:
+        name, *values = others or [""]
+        options, words = _parse_arguments(["--" + name, *values] if values != ["off"] else [])
+        if words or "--" + name not in _FLAGS:
             raise _Usage("set takes an option that holds for every line, such as: set output table")
+        _check_options(options, "a line of the shell")
         invocation.options = _merge_options({**self.options, name: None}, options)
         invocation.connect()
         self.options = invocation.options
@@ -5388,7 +5377,7 @@ class _Shell:
             except (EOFError, KeyboardInterrupt, UnicodeError) as error:
                 write_stderr("")
                 line = "exit" if isinstance(error, EOFError) else ""
-            yield line
+            yield "", line
 
     def _prepare(self, say):
         """Have lines completed and remembered, as far as this Python's readline can."""
@@ -5462,19 +5451,19 @@ def _split_line(line):
 
 
 def _holds_secret(line, secrets):
-    """Return whether a line must not be remembered: a secret name stands at or after the first
-    `=` or `:`, or as an option, or it holds one of these secrets."""
-    front, *rest = re.split("[=:]", line.replace("\\", ""), maxsplit=1)
-    names = re.findall(r"[\w.-]+", front)[-1:] + re.findall(r"[\w.-]+", rest[0]) if rest else []
-    names += re.findall(r"--([\w.-]+)", front)
-    has_name = MASK in mask_params(dict.fromkeys(names, "")).values()
+    """Return whether a line must not be remembered: a word of it is the name of a secret value, or
+    it holds one of these secrets."""
+    words = re.findall(r"[\w.-]+", line.replace("\\", ""))
+    has_name = MASK in mask_params(dict.fromkeys(words, "")).values()
     return has_name or mask_text(line, secrets) != line
 
 
 def _piped_lines():
-    """Yield the lines of standard input; the rest of it may be for a line's name=@-."""
-    for line in sys.stdin.buffer if sys.stdin else ():
-        yield line.decode("utf-8-sig", "surrogateescape")
+    """Yield (what says where it stands, the line) of standard input, line by line.
+
+    The rest of it may be for a line's name=@-."""
+    for number, line in enumerate(sys.stdin.buffer if sys.stdin else (), 1):
+        yield f"line {number}: ", line.decode("utf-8-sig", "surrogateescape")
 
 
 if __name__ == "__main__":
