@@ -5111,8 +5111,6 @@ def _carry_out_each(invocation, words):
     template = {}
     for param, given in _parse_parameters(words[1:]).items():
         template[param] = [part for value in given for part in _split_names(param, value)]
-    if _is_terminal(sys.stdin):
-        invocation.say("Type the rows, then Ctrl-D")
     rows = _read_rows()
     for name in [condition.column for condition in invocation.conditions if rows]:
         if _is_missing(name, rows):  # != would hold for all of them
@@ -5210,12 +5208,12 @@ class _Batch:
         self.counts: Any = collections.Counter()  # of the rows by what became of them
         self.sent = 0  # requests of rows
         self.jobids: list = []  # of jobs that may still run
-        self.is_broken = False  # standard output
+        self.is_over = False  # nothing more is to be begun
 
     def run(self):
-        """Make the calls and write the account. Returns whether all succeeded.
+        """Make the calls and write the account. Returns whether all succeeded, or an interrupt.
 
-        Raises KeyboardInterrupt after a signal. A bug in a task is told by asyncio."""
+        A bug in a task is told by asyncio."""
         import asyncio
 
         invocation, interrupts = self.invocation, self.invocation.interrupts
@@ -5239,9 +5237,8 @@ class _Batch:
             invocation.say(("Interrupted: " if was_interrupted else "") + self.counted())
         if self.jobids:
             write_stderr("To go on waiting: " + _shell_line(invocation, ["--wait", *self.jobids]))
-        if was_interrupted:
-            raise KeyboardInterrupt
-        return is_done and not self.is_broken
+        # All are done, and all lines are written.
+        return KeyboardInterrupt() if was_interrupted else is_done and not self.is_over
 
     def observe(self, event):
         """Count the rows' own requests, but no log-in and no poll; the client's on_event."""
@@ -5250,20 +5247,17 @@ class _Batch:
 
     async def work(self, client):
         """Make one call after another, until nothing more is to be begun."""
-        while self.todo and not (self.is_broken or self.invocation.interrupts.is_over):
-            if self.invocation.options["stop-on-error"] and self.counts.keys() - {"done"}:
-                break
+        while self.todo and not (self.is_over or self.invocation.interrupts.is_over):
             number = self.todo.popleft()
             call, before = self.calls[number], self.sent
             try:
                 answer = await call.make(client)
-                if _tells_success(answer):
-                    end, line = "done", {"result": answer}
-                else:
+                end, line = "done", {"result": answer}
+                if not _tells_success(answer):
                     end, line = "failed", {"error": answer, "outcome_unknown": False}
             except BaseException as error:  # CancelledError, too
-                # Sent, or another was meanwhile.
-                end, line = self.failed(call, error, was_sent=self.sent > before)
+                was_sent = self.sent > before  # or another was meanwhile
+                end, line = self.failed(call, error, was_sent)
             self.note(number, end, line)
 
     def failed(self, call, error, was_sent):
@@ -5285,13 +5279,14 @@ class _Batch:
         """Write a row's line; on standard error no more than its number once output is broken."""
         row = self.rows[number]
         self.counts[end] += 1
+        self.is_over |= end != "done" and bool(self.invocation.options["stop-on-error"])
         self.invocation.show()
         try:
             _write(_json_text({**line, "row": row}, None) + "\n", flush=True)
         except _OutputFailed:
-            self.is_broken = True
-        if self.is_broken and end != "unsent":
-            write_stderr(f"row {number + 1}{_label(row)}: {end}")
+            self.is_over = True
+            if end != "unsent":
+                write_stderr(f"row {number + 1}{_label(row)}: {end}")
         self.invocation.show(self.counted())
 
     def counted(self):
@@ -5305,7 +5300,7 @@ class _Batch:
 # settings, the client)}.
 
 # Its own words, and what they stand for.
-_SHELL_WORDS = {"help": "--help", "list": "--list", "use": "--region", "set": "--", "exit": "exit"}
+_OWN_WORDS = {"help": "--help ", "list": "--list ", "use": "--region ", "set": "--", "exit": "exit"}
 
 
 def _is_at_terminal():
@@ -5351,7 +5346,7 @@ class _Shell:
         Returns as _dispatch does."""
         first, *others = _split_line(line)
         if first not in ("set", "use"):
-            return _dispatch(invocation, [_SHELL_WORDS.get(first, first), *others])
+            return _dispatch(invocation, [_OWN_WORDS.get(first, first).rstrip(), *others])
         if first == "use":
             others = ["region", " ".join(others) or "off"]
         name, *values = others or [""]
@@ -5366,10 +5361,8 @@ class _Shell:
 
     def _typed_lines(self):
         """Yield what a person types. Ctrl-C clears a line, Ctrl-D is the end."""
-        say = _Invocation(self.options).say
-        self._prepare(say)
-        words = "help [COMMAND], list [WORD ...], use [REGION], set OPTION VALUE|off, exit"
-        say(f"In the shell: {words}. Tab completes.")
+        self._prepare()
+        _Invocation(self.options).say("In the shell: help, list, use, set, exit. Tab completes.")
         while True:
             try:
                 line = input(f"cs {_one_line(self.options['region'] or _DEFAULT_REGION)}> ")
@@ -5379,7 +5372,7 @@ class _Shell:
                 line = "exit" if isinstance(error, EOFError) else ""
             yield "", line
 
-    def _prepare(self, say):
+    def _prepare(self):
         """Have lines completed and remembered, as far as this Python's readline can."""
         try:
             import readline
@@ -5398,7 +5391,7 @@ class _Shell:
             readline.set_history_length(1000)
             self.history = path
         except Exception as error:  # PyPy's readline raises errors of its own for some TERMs
-            say(f"Warning: no history is kept: {error}")
+            _Invocation(self.options).say(f"Warning: no history is kept: {error}")
 
     def _remember(self, line):
         """Keep a line for this shell and later ones, unless it holds a secret."""
@@ -5420,9 +5413,8 @@ class _Shell:
     def _candidates(self, typed):
         """Return what may stand at the end of a line."""
         first, space, rest = typed.partition(" ")
-        found = [] if space else [word + " " for word in _SHELL_WORDS if word.startswith(first)]
-        if space and first in _SHELL_WORDS:
-            typed = _SHELL_WORDS[first] + ("" if first == "set" else " ") + rest
+        found = [] if space else [word + " " for word in _OWN_WORDS if word.startswith(first)]
+        typed = _OWN_WORDS[first] + rest if space and first in _OWN_WORDS else typed
         try:
             line = _read_line("cs " + typed)
             line = line._replace(options=_merge_options(self.options, line.options))
