@@ -9060,7 +9060,8 @@ class EachTest(EachCase):
           (["a", "b"], '["a"]\n"b"'),
           # A line is a row, whatever it holds.
           *[([text], text) for text in ('{"tags":["a","b"]}', '{"tags":[]}', '{"tags":[{"key":"a"}]}', "{}",
-                                        '{"count":3}', '{"i":"a","nic":[{"ip":1}]}', '{"row":{"id":"a"}}')])
+                                        '{"count":3}', '{"i":"a","nic":[{"ip":1}]}', '{"row":{"id":"a"}}',
+                                        '{"k":"errorcode","v":"\\"errortext\\":"}')])
     def test_rows_in_every_form(self, expected, text):
         word = "x={id}" if '"id": ' in text or '"id":\n' in text else "x={}"
         self.assertEqual(expected, self.values(text, word))
@@ -9071,7 +9072,7 @@ class EachTest(EachCase):
           *[(text, "holds the answer of a call that failed") for text in (
               '{"errorcode": 401, "errortext": "no"}', '{"r": {"errorcode": 401}}', '{"id": 1}\n{"errortext": "no"}',
               '[{"id": 1}, {"r": {"errortext": "no"}}]', '{"r": {"jobstatus": 2, "jobresult": {"errorcode": 530}}}',
-              '{"jobstatus": 2, "jobresult": {"errorcode": 530}}', '{"row": "a", "error": {"errorcode": 530}}',
+              '{"a": [{"b": {"errorcode": 1}}]}', '{"row": "a", "error": {"errorcode": 530}}',
               'web-01\n{"errorcode": 401, "errortext": "x"}', 'web-01\n{"r": {"errortext": "x"}}',
               "<html>401</html>", "CloudStack error: HTTP 401")],
           *[(text, "begins like a table") for text in (
@@ -9454,8 +9455,7 @@ class ShellTest(CloudCase):
 
     @each("line, told",
         ("set", "set takes an option that holds for every line"), ("set nosuch 1", "there is no option '--nosuch'"),
-          ("set nosuch off", "set takes an option"),
-          ("set each", "--each does not go with a line of the shell"), ("set parallel 3", "--parallel needs --each"),
+          ("set nosuch off", "set takes an option"), ("set each", "--each does not go with a line of the shell"),
           ("set output csv table", "set takes an option"), ("set timeout abc", "'abc' is not a number"),
           ("set output tabel", "did you mean table?"),
         ("set timeout", "option --timeout needs a value"), ("use nowhere", "region 'nowhere' not in config"),
