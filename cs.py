@@ -5044,7 +5044,8 @@ def _filtered(conditions, rows):
 # 8.9 Many at once: --each.
 
 _FIELD = r"\{\{|\}\}|\{([^{}]*)\}|[{}]"
-_ERROR_LINE = r'\s*(?:\{.*"error(?:code|text)"|<(?:!doctype|html)\b|CloudStack error: )'
+# A server's error, as it came or as --each has written it, and what is not CloudStack's.
+_ERROR = r'\s*(?:\{.*"error(?:code|text)"\s*:|<(?:!doctype|html)\b|CloudStack error: )'
 _TABLE_HEADER = r"(?:[a-z][\w.]*(?:,|  +))*(?:id|name)(?:(?:,|  +)[a-z][\w.]*)*\Z"
 
 
@@ -5052,25 +5053,25 @@ def _carry_out_each(invocation, words):
     """Make the call once for each row of standard input. Returns whether all succeeded."""
     if any(word.partition("=")[2].strip() == "@-" for word in words):
         raise _Usage("@- does not go with --each, whose rows are standard input")
-    template = _parse_parameters(words[1:])
-    if _is_terminal(sys.stdin):
-        invocation.say("Type the rows, then Ctrl-D")
-    given = _read_rows()
-    for name in [condition.column for condition in invocation.conditions if given]:
-        if _is_missing(name, given):  # != would hold for all of them
-            raise _Usage(f"--where: {_no_such_column(name, _field_names(given))}")
-    rows = _filtered(invocation.conditions, given)
+    template = {}
+    for param, given in _parse_parameters(words[1:]).items():
+        template[param] = [part for value in given for part in _split_names(param, value)]
+    rows = _read_rows()
+    for name in [condition.column for condition in invocation.conditions if rows]:
+        if _is_missing(name, rows):  # != would hold for all of them
+            raise _Usage(f"--where: {_no_such_column(name, _field_names(rows))}")
+    rows = _filtered(invocation.conditions, rows)
     calls = []
     for number, row in enumerate(rows, 1):  # all of them before the first is sent
         try:
-            call = _row_call(invocation, words[0], template, row)
+            values = {param: [_filled(part, row) for part in template[param]] for param in template}
+            call = _check_call(invocation, values, words[:1])
             invocation.client.prepare(call.command, call.params, **call.options)
         except (_Usage, ValueError) as error:
             raise _Usage(f"row {number}{_label(row)}: {error}") from None
         calls.append(call)
     if not rows:
-        problem = "No row meets --where" if given else "No rows on standard input"
-        invocation.say(problem + ": nothing to do")
+        invocation.say("No rows: nothing to do")
     if invocation.options["dry-run"]:
         for row, call in zip(rows, calls):
             pairs = [f"{name}={text}" for name, text in mask_params(call.params).items()]
@@ -5085,11 +5086,11 @@ def _label(row):
     return f" ({_cut(_one_line(str(name)), 60)})" if name else ""
 
 
-def _row_call(invocation, command, template, row):
-    """Return the checked call for a row. Raises _Usage for a field that it lacks.
+def _filled(part, row):
+    """Return a part of a value with the row's fields for each {field}; a file stays as it is.
 
-    template: {name: [_Value, ...]}; {field} is filled in, except in the text of a file. What is
-    filled in is plain text, or one whole name to look up."""
+    What is filled in is plain text, or one whole name to look up. Raises _Usage for a field that
+    the row lacks."""
 
     def fill(found):
         field = found.group(1)
@@ -5103,12 +5104,7 @@ def _row_call(invocation, command, template, row):
             raise _Usage(f"there is no {field!a}{_did_you_mean(near)}")
         return _cell(value)
 
-    values: dict = {param: [] for param in template}
-    for param, value in [(param, value) for param, given in template.items() for value in given]:
-        for part in _split_names(param, value):
-            text = part.text if part.literal == "file" else re.sub(_FIELD, fill, part.text)
-            values[param].append(part._replace(text=text))
-    return _check_call(invocation, values, [command])
+    return part if part.literal == "file" else part._replace(text=re.sub(_FIELD, fill, part.text))
 
 
 def _read_rows():
@@ -5116,13 +5112,12 @@ def _read_rows():
 
     Raises _Usage for what is no rows, such as the answer of a call that failed."""
     text = _read_value("--each", "-")
+    rows: list = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
     if re.match(r'\s*[\[{"]', text):
         rows = _json_rows(text.strip())
-    else:
-        rows = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
-        if rows and re.match(_TABLE_HEADER, rows[0]):
-            raise _Usage(f"standard input begins like a table, {_cut(rows[0], 60)!a}; use -o jsonl")
-    if any(map(_is_error, rows)):
+    elif rows and re.match(_TABLE_HEADER, rows[0]):
+        raise _Usage(f"standard input begins like a table, {_cut(rows[0], 60)!a}; use -o jsonl")
+    if any(re.match(_ERROR, _cell(row), re.IGNORECASE) for row in rows):
         raise _Usage("standard input holds the answer of a call that failed; nothing was sent")
     return rows
 
@@ -5136,27 +5131,15 @@ def _json_rows(text):
     while index < len(text):
         try:
             document, index = _JSON.raw_decode(text, index)
-        except (ValueError, RecursionError):
-            line = text.count("\n", 0, index) + 1
-            raise _Usage(f"standard input, line {line}: not valid JSON") from None
+        except (ValueError, RecursionError) as error:
+            raise _Usage(f"standard input is not JSON: {error}") from None
         is_answer = isinstance(document, dict) and len(document) == 2 and "count" in document
-        rows += _Rows(document).rows if is_answer or isinstance(document, list) else [document]
+        for row in _Rows(document).rows if is_answer or isinstance(document, list) else [document]:
+            is_unsent = isinstance(row, dict) and row.get("unsent") is True and "row" in row
+            rows.append(row["row"] if is_unsent else row)
         while text[index : index + 1].isspace():
             index += 1
-    return [
-        row["row"] if isinstance(row, dict) and row.get("unsent") is True and "row" in row else row
-        for row in rows
-    ]
-
-
-def _is_error(row):
-    """Return whether a row is a server's error, as it came or as --each has written it."""
-    if isinstance(row, str):
-        return re.match(_ERROR_LINE, row, re.IGNORECASE)
-    bodies = dicts([row])
-    bodies += dicts(list(row.values())) if bodies and len(row) == 1 else []
-    bodies += dicts([body.get(name) for body in bodies for name in ("jobresult", "error")])
-    return any({"errorcode", "errortext"} & set(body) for body in bodies)
+    return rows
 
 
 class _Batch:
@@ -5167,15 +5150,15 @@ class _Batch:
     def __init__(self, invocation, rows, calls):
         self.invocation, self.rows, self.calls = invocation, rows, calls
         self.todo = collections.deque(range(len(rows)))
-        self.counts: Any = collections.Counter()  # of the rows in each state
-        self.sent: list = []  # an item for each request of a row
+        self.counts: Any = collections.Counter()  # of the rows by what became of them
+        self.sent = 0  # requests of rows
         self.jobids: list = []  # of jobs that may still run
-        self.failure: Any = None  # of standard output
+        self.is_over = False  # nothing more is to be begun
 
     def run(self):
-        """Make the calls and write the account. Returns whether all succeeded.
+        """Make the calls and write the account. Returns whether all succeeded, or an interrupt.
 
-        Raises KeyboardInterrupt after a signal, _OutputFailed."""
+        A bug in a task is told by asyncio."""
         import asyncio
 
         invocation, interrupts = self.invocation, self.invocation.interrupts
@@ -5192,81 +5175,69 @@ class _Batch:
         loop.run_until_complete(asyncio.wait(tasks))
         was_interrupted, interrupts.is_over = interrupts.is_over, True
         loop.close()
-        self.account("Interrupted: " if was_interrupted else "")
-        for task in tasks:
-            if not task.cancelled():
-                task.result()  # raises, if there is a bug
-        if was_interrupted:
-            raise KeyboardInterrupt
-        if self.failure and not isinstance(self.failure.args[0], BrokenPipeError):
-            raise self.failure
-        return self.counts["done"] == len(self.rows)
+        while self.todo:  # what was never begun
+            self.note(self.todo.popleft(), "unsent", {"unsent": True})
+        is_done = self.counts["done"] == len(self.rows)
+        if was_interrupted or not is_done:
+            invocation.say(("Interrupted: " if was_interrupted else "") + self.counted())
+        if self.jobids:
+            write_stderr("To go on waiting: " + _shell_line(invocation, ["--wait", *self.jobids]))
+        # All are done, and all lines are written.
+        return KeyboardInterrupt() if was_interrupted else is_done and not self.is_over
 
     def observe(self, event):
         """Count the rows' own requests, but no log-in and no poll; the client's on_event."""
         if isinstance(event, Sent) and self.calls[0].command in event.request.params.values():
-            self.sent.append(None)
+            self.sent += 1
 
     async def work(self, client):
         """Make one call after another, until nothing more is to be begun."""
-        while self.todo and not (self.failure or self.invocation.interrupts.is_over):
-            if self.invocation.options["stop-on-error"] and self.counts.keys() - {"done"}:
-                break
+        while self.todo and not (self.is_over or self.invocation.interrupts.is_over):
             number = self.todo.popleft()
-            self.note(number, *await self.make(client, self.calls[number]))
+            call, before = self.calls[number], self.sent
+            try:
+                answer = await call.make(client)
+                end, line = "done", {"result": answer}
+                if not _tells_success(answer):
+                    end, line = "failed", {"error": answer, "outcome_unknown": False}
+            except BaseException as error:  # CancelledError, too
+                was_sent = self.sent > before  # or another was meanwhile
+                end, line = self.failed(call, error, was_sent)
+            self.note(number, end, line)
 
-    async def make(self, client, call):
-        """Make a call. Returns what became of it, a state, and what its row's line says."""
-        before = len(self.sent)
-        try:
-            answer = await call.make(client)
-            if _tells_success(answer):
-                return "done", {"result": answer}
-            return "failed", {"error": answer, "outcome_unknown": False}
-        except BaseException as error:  # CancelledError, too
-            said = dict(_server_error(error) or {"message": _sentence(error) or "interrupted"})
-            jobid = getattr(error, "jobid", None)
-            was_sent = len(self.sent) > before  # or another was meanwhile
-            if not was_sent or (getattr(error, "unsent", False) and not jobid):
-                return "unsent", {"error": said, "unsent": True}
-            said.update({"jobid": jobid} if jobid else {})
-            if getattr(error, "job_failed", False):
-                left = _left_behind(call, error)
-                said.update({"left_behind": left} if left else {})
-            elif jobid or getattr(error, "outcome_unknown", not only_reads(call.command)):
-                self.jobids += [jobid] if jobid else []
-                return "unknown", {"error": said, "outcome_unknown": True}
+    def failed(self, call, error, was_sent):
+        """Return what became of a call that raised, and what its row's line says."""
+        said = dict(_server_error(error) or {"message": _sentence(error) or "interrupted"})
+        jobid = getattr(error, "jobid", None)
+        if not was_sent or (getattr(error, "unsent", False) and not jobid):
+            return "unsent", {"error": said, "unsent": True}
+        job_failed = getattr(error, "job_failed", False)
+        facts = {"jobid": jobid, "left_behind": job_failed and _left_behind(call, error)}
+        said.update((name, text) for name, text in facts.items() if text)
+        may_run = jobid or getattr(error, "outcome_unknown", not only_reads(call.command))
+        if job_failed or not may_run:
             return "failed", {"error": said, "outcome_unknown": False}
+        self.jobids += [jobid] if jobid else []
+        return "unknown", {"error": said, "outcome_unknown": True}
 
-    def note(self, number, state, line):
+    def note(self, number, end, line):
         """Write a row's line; on standard error no more than its number once output is broken."""
         row = self.rows[number]
-        self.counts[state] += 1
+        self.counts[end] += 1
+        self.is_over |= end != "done" and bool(self.invocation.options["stop-on-error"])
         self.invocation.show()
         try:
             _write(_json_text({**line, "row": row}, None) + "\n", flush=True)
-        except _OutputFailed as error:
-            self.failure = error
-        if self.failure and state != "unsent":
-            write_stderr(f"row {number + 1}{_label(row)}: {state}")
+        except _OutputFailed:
+            self.is_over = True
+            if end != "unsent":
+                write_stderr(f"row {number + 1}{_label(row)}: {end}")
         self.invocation.show(self.counted())
 
     def counted(self):
         """Return a text such as: 5 done, 1 failed, of 16 rows."""
-        texts = [f"{count} {state}" for state, count in sorted(self.counts.items())]
+        texts = [f"{count} {end}" for end, count in sorted(self.counts.items())]
         return f"{', '.join(texts) or '0 done'}, of {len(self.rows)} rows"
-
-    def account(self, front):
-        """Write the rows whose calls were never begun, and say how many came to what."""
-        while self.todo:
-            self.note(self.todo.popleft(), "unsent", {"unsent": True})
-        self.invocation.show()
-        if front or self.counts["done"] < len(self.rows):
-            say = write_stderr if front or self.failure else self.invocation.say
-            say(front + self.counted())
-        if self.jobids:
-            line = _shell_line(self.invocation, ["--wait", *self.jobids])
-            write_stderr(f"To go on waiting for jobs that were started: {line}")
 
 
 # 8.10 The shell.
@@ -5274,10 +5245,7 @@ class _Batch:
 # settings, the client)}.
 
 # Its own words, and what they stand for.
-_SHELL_WORDS = {"help": "--help", "list": "--list", "use": "--region", "set": "--", "exit": "exit"}
-# What a line does cannot be set for all lines.
-_NOT_SET = """each parallel stop-on-error profile wait list sync shell configure completion
-    version help""".split()
+_OWN_WORDS = {"help": "--help ", "list": "--list ", "use": "--region ", "set": "--", "exit": "exit"}
 
 
 def _is_at_terminal():
@@ -5303,11 +5271,10 @@ class _Shell:
         ends = _OutputFailed if is_typed else (_OutputFailed, KeyboardInterrupt)
         first = True
         try:
-            for number, line in enumerate(self._typed_lines() if is_typed else _piped_lines(), 1):
+            for place, line in self._typed_lines() if is_typed else _piped_lines():
                 line = re.sub(r"\A\s*(?:cs\s+|#.*)?", "", line).rstrip()
                 if line in ("exit", "quit"):
                     break
-                place = "" if is_typed else f"line {number}: "
                 invocation = _Invocation(self.options, self.clients, place)
                 outcome = _attempt(invocation, self._dispatch, line) if line else True
                 first = first if _exit_code(first) else outcome
@@ -5319,25 +5286,19 @@ class _Shell:
         return is_typed or first
 
     def _dispatch(self, invocation, line):
-        """Do what a line asks for. Returns as _dispatch does."""
-        words = _split_line(line)
-        piped = list(itertools.dropwhile(lambda word: word not in ("|", ">", ">>", "<"), words))
-        if piped:
-            raise _Usage(f"pipes and redirections are a real shell's: cs ... {' '.join(piped)}")
-        first, *others = words
+        """Do what a line asks for; have an option hold for every line, if it can be used.
+
+        Returns as _dispatch does."""
+        first, *others = _split_line(line)
+        if first not in ("set", "use"):
+            return _dispatch(invocation, [_OWN_WORDS.get(first, first).rstrip(), *others])
         if first == "use":
             others = ["region", " ".join(others) or "off"]
-        if first in ("use", "set"):
-            return self._set(invocation, *others)
-        return _dispatch(invocation, [_SHELL_WORDS.get(first, first), *others])
-
-    def _set(self, invocation, name="", *values):
-        """Have an option hold for every line, if it can be used. Returns True."""
-        is_known = "--" + name in _FLAGS and name not in _NOT_SET
-        given = ["--" + name, *values] if is_known and values != ("off",) else []
-        options, words = _parse_arguments(given)
-        if words or not is_known:
+        name, *values = others or [""]
+        options, words = _parse_arguments(["--" + name, *values] if values != ["off"] else [])
+        if words or "--" + name not in _FLAGS:
             raise _Usage("set takes an option that holds for every line, such as: set output table")
+        _check_options(options, "a line of the shell")
         invocation.options = _merge_options({**self.options, name: None}, options)
         invocation.connect()
         self.options = invocation.options
@@ -5345,10 +5306,8 @@ class _Shell:
 
     def _typed_lines(self):
         """Yield what a person types. Ctrl-C clears a line, Ctrl-D is the end."""
-        say = _Invocation(self.options).say
-        self._prepare(say)
-        words = "help [COMMAND], list [WORD ...], use [REGION], set OPTION VALUE|off, exit"
-        say(f"In the shell: {words}. Tab completes.")
+        self._prepare()
+        _Invocation(self.options).say("In the shell: help, list, use, set, exit. Tab completes.")
         while True:
             try:
                 line = input(f"cs {_one_line(self.options['region'] or _DEFAULT_REGION)}> ")
@@ -5356,9 +5315,9 @@ class _Shell:
             except (EOFError, KeyboardInterrupt, UnicodeError) as error:
                 write_stderr("")
                 line = "exit" if isinstance(error, EOFError) else ""
-            yield line
+            yield "", line
 
-    def _prepare(self, say):
+    def _prepare(self):
         """Have lines completed and remembered, as far as this Python's readline can."""
         try:
             import readline
@@ -5377,7 +5336,7 @@ class _Shell:
             readline.set_history_length(1000)
             self.history = path
         except Exception as error:  # PyPy's readline raises errors of its own for some TERMs
-            say(f"Warning: no history is kept: {error}")
+            _Invocation(self.options).say(f"Warning: no history is kept: {error}")
 
     def _remember(self, line):
         """Keep a line for this shell and later ones, unless it holds a secret."""
@@ -5399,9 +5358,8 @@ class _Shell:
     def _candidates(self, typed):
         """Return what may stand at the end of a line."""
         first, space, rest = typed.partition(" ")
-        found = [] if space else [word + " " for word in _SHELL_WORDS if word.startswith(first)]
-        if space and first in _SHELL_WORDS:
-            typed = _SHELL_WORDS[first] + ("" if first == "set" else " ") + rest
+        found = [] if space else [word + " " for word in _OWN_WORDS if word.startswith(first)]
+        typed = _OWN_WORDS[first] + rest if space and first in _OWN_WORDS else typed
         try:
             line = _read_line("cs " + typed)
             line = line._replace(options=_merge_options(self.options, line.options))
@@ -5430,19 +5388,19 @@ def _split_line(line):
 
 
 def _holds_secret(line, secrets):
-    """Return whether a line must not be remembered: a secret name stands at or after the first
-    `=` or `:`, or as an option, or it holds one of these secrets."""
-    front, *rest = re.split("[=:]", line.replace("\\", ""), maxsplit=1)
-    names = re.findall(r"[\w.-]+", front)[-1:] + re.findall(r"[\w.-]+", rest[0]) if rest else []
-    names += re.findall(r"--([\w.-]+)", front)
-    has_name = MASK in mask_params(dict.fromkeys(names, "")).values()
+    """Return whether a line must not be remembered: a word of it is the name of a secret value, or
+    it holds one of these secrets."""
+    words = re.findall(r"[\w.-]+", line.replace("\\", ""))
+    has_name = MASK in mask_params(dict.fromkeys(words, "")).values()
     return has_name or mask_text(line, secrets) != line
 
 
 def _piped_lines():
-    """Yield the lines of standard input; the rest of it may be for a line's name=@-."""
-    for line in sys.stdin.buffer if sys.stdin else ():
-        yield line.decode("utf-8-sig", "surrogateescape")
+    """Yield (what says where it stands, the line) of standard input, line by line.
+
+    The rest of it may be for a line's name=@-."""
+    for number, line in enumerate(sys.stdin.buffer if sys.stdin else (), 1):
+        yield f"line {number}: ", line.decode("utf-8-sig", "surrogateescape")
 
 
 if __name__ == "__main__":
