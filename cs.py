@@ -3197,7 +3197,8 @@ def _check_value(option, value):
     if not isinstance(option.value, tuple):
         return value
     if value.lower() not in option.value:
-        raise _Usage(f"--{option.name}: {value!a} is not one of {', '.join(option.value)}")
+        near = _did_you_mean(_near(value, option.value, most=1))
+        raise _Usage(f"--{option.name}: {value!a} is not one of {', '.join(option.value)}{near}")
     return value.lower()
 
 
@@ -3499,7 +3500,8 @@ class _Invocation:
                 there = ", ".join(list_regions(path)) or "none"
                 text = f"region {region!a} not in config; there are {there}"
             elif isinstance(error, SystemExit):
-                text += "; `cs --configure` makes one; or set CLOUDSTACK_ENDPOINT, _KEY, _SECRET"
+                names = "CLOUDSTACK_ENDPOINT, CLOUDSTACK_KEY, CLOUDSTACK_SECRET"
+                text += f"; `cs --configure` makes one, or set {names}"
             elif not isinstance(error, ValueError):
                 raise
             unknown = _describe_unknown(getattr(error, "config", config))
@@ -3585,7 +3587,10 @@ def _check_call(invocation, values, words):
     params = {name: _joined(given) for name, given in values.items()}
     own: dict = {name: params.pop(name) for name in _CONTROL_WORDS if name in params}
     for name in own.keys() - {"opcode_name"}:
-        own[name] = strtobool(own[name])
+        try:
+            own[name] = strtobool(own[name])
+        except ValueError:
+            raise _Usage(f"{name}={own[name]!a} is neither true nor false") from None
     if own.get("json") is False:
         _check_options(line, "json=false")
     # In a command that changes something there are no pages.
@@ -5289,7 +5294,10 @@ class _Shell:
         """Do what a line asks for; have an option hold for every line, if it can be used.
 
         Returns as _dispatch does."""
-        first, *others = _split_line(line)
+        first, *others = words = _split_line(line)
+        for sign in {"|", ">", ">>", "<"}.intersection(words):
+            piped = " ".join(words[words.index(sign) :])
+            raise _Usage(f"pipes and redirections are a real shell's: cs ... {piped}")
         if first not in ("set", "use"):
             return _dispatch(invocation, [_OWN_WORDS.get(first, first).rstrip(), *others])
         if first == "use":
@@ -5307,7 +5315,8 @@ class _Shell:
     def _typed_lines(self):
         """Yield what a person types. Ctrl-C clears a line, Ctrl-D is the end."""
         self._prepare()
-        _Invocation(self.options).say("In the shell: help, list, use, set, exit. Tab completes.")
+        words = "help [COMMAND], list [WORD ...], use [REGION], set OPTION VALUE|off, exit"
+        _Invocation(self.options).say(f"In the shell: {words}. Tab completes.")
         while True:
             try:
                 line = input(f"cs {_one_line(self.options['region'] or _DEFAULT_REGION)}> ")

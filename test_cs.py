@@ -6461,7 +6461,7 @@ class ArgumentsTest(CommandLineCase):
               ("listZones -", "'-'"), ("listZones ---", "'---'"), ("--dry listZones", "'--dry'"))],
           ("listZones -r", "option --region needs a value"), ("listZones -o -q", "option --output needs a value"),
           ("listZones --wait", "--wait needs a value"), ("listZones --quiet=1", "option --quiet takes no value: '1'"),
-          ("listZones -o tabel", "'tabel' is not one of json, jsonl, table, csv, text"),
+          ("listZones -o tabel", "'tabel' is not one of json, jsonl, table, csv, text; did you mean table?"),
           *[("listZones --timeout=" + value, "timeout: ") for value in ("abc", "0", "-1")],
           ("listZones --retry 1.5", "retry: "), ("listZones --retry=-1", "retry: "), ("-r mars listZones", "'mars'"),
           ("--shell listZones", "--shell does not go with a command"),
@@ -6471,7 +6471,7 @@ class ArgumentsTest(CommandLineCase):
           *[(line, "is not the name of a command") for line in ("name=x", "list\x01Zones", "list\udcff")],
           ("-q listZones x", "'x' has no '='; parameters are name=value, such as id=name:web-01"),
           ("listZones =x", "'=x' has no name; parameters are name=value"),
-          ("listZones json=maybe", "invalid truth value 'maybe'"), ("listZones fetch_list=", "truth value ''"),
+          ("listZones json=maybe", "json='maybe' is neither true nor false"), ("listZones fetch_list=", "fetch_list"),
           *[("listZones " + word, says) for word, says in (
               ("keyword=a\x1bb", "keyword"), ("keyword=a\udcffb", "keyword"), ("a\x1bb=x", "U+001B"),
               ("name=@missing", "file 'missing'"), ("--dry-run name=\x01", "name"))])
@@ -6938,7 +6938,7 @@ class ExitsTest(CloudCase):
         with mock.patch("sys.stdin", FakeTerminal()):
             code, out, err = self.on_terminal()
         self.assertEqual((2, ""), (code, out))
-        self.assertHolds(err, "`cs --configure` makes one", "CLOUDSTACK_ENDPOINT, _KEY, _SECRET")
+        self.assertHolds(err, "`cs --configure` makes one", "CLOUDSTACK_ENDPOINT, CLOUDSTACK_KEY, CLOUDSTACK_SECRET")
 
 
 @unittest.skipUnless(hasattr(signal, "SIGHUP"), "needs POSIX signals")
@@ -9456,9 +9456,10 @@ class ShellTest(CloudCase):
         ("set", "set takes an option that holds for every line"), ("set nosuch 1", "there is no option '--nosuch'"),
           ("set nosuch off", "set takes an option"), ("set each", "--each does not go with a line of the shell"),
           ("set output csv table", "set takes an option"), ("set timeout abc", "'abc' is not a number"),
-          ("set output tabel", "'tabel' is not one of"),
+          ("set output tabel", "did you mean table?"),
         ("set timeout", "option --timeout needs a value"), ("use nowhere", "region 'nowhere' not in config"),
-        ("listZones | head", "'|' has no '='"),
+        ("listZones | head", "pipes and redirections are a real shell's: cs ... | head"),
+        ("listZones > file", "cs ... > file"),
     )
     def test_what_is_refused_leaves_the_options_as_they_were(self, line, told):
         out, err = self.shell("listZones -o text -c name", line, "listZones -o text -c name", code=2)
