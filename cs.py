@@ -4052,8 +4052,7 @@ def _grid(invocation, rows, columns):
     """Return a header and the texts of each row, in these columns or sensible ones.
 
     Without rows there is a header only if columns were chosen."""
-    if rows.rows:
-        columns = columns or _default_columns(invocation, rows)
+    columns = columns or (_default_columns(invocation, rows) if rows.rows else [])
     texts = [[_cell(_pick(row, name)) for name in columns] for row in rows.rows]
     return [columns, *texts] if columns else []
 
@@ -4187,8 +4186,10 @@ def _print_table(invocation, rows, columns):
         invocation.say(f"no room for {', '.join(table[0][most:])}; -c chooses columns")
 
 
-# In the order in which the help names them.
-_PRINTERS = dict(zip(FORMATS, (_print_json, _print_jsonl, _print_table, _print_csv, _print_text)))
+_PRINTERS = {
+    "json": _print_json, "jsonl": _print_jsonl,
+    "table": _print_table, "csv": _print_csv, "text": _print_text,
+}  # fmt: skip
 
 
 
@@ -4380,8 +4381,7 @@ def _wrong_params(spec, params):
         if text or types.get(base) not in ("uuid", "integer", "long"):
             given.add(base)
         if base not in types and base not in _ALWAYS_KNOWN:
-            is_id = base == "name" and "id" in types
-            near = ["id=name:" + text] if is_id else _near(base, [x.name for x in spec.params])
+            near = ["id=name:" + text] if base == "name" and "id" in types else _near(base, types)
             yield f"{spec.name} has no parameter {name!a}{_did_you_mean(near)}"
     missing = [name for name in spec.required if name.lower() not in given]
     if missing:
@@ -4412,10 +4412,9 @@ def _list_commands(invocation, words):
 
     Returns whether there are any."""
     catalog = _cached_catalog(invocation) or _fetch_catalog(invocation)
-    found = [
-        pair for pair in catalog.summaries()
-        if all(_written_out(word) in _written_out(" ".join(pair)) for word in words)
-    ]  # fmt: skip
+    found = catalog.summaries()
+    for word in map(_written_out, words):
+        found = [pair for pair in found if word in _written_out(" ".join(pair))]
     if not found:
         invocation.say("No command has these words in its name or description")
     longest = max((len(name) for name, _ in found), default=0)
@@ -5006,8 +5005,7 @@ class _Condition:
             return _order_key(text) == _order_key(self.wanted)
         order = _order(text, self.wanted) if text else None
         if text and order is None and self.say:
-            wanted = f"{self.column} {self.sign} {self.wanted}"
-            self.say(f"--where: {_cut(text, 60)!a} does not compare: {wanted!a}")
+            self.say(f"--where {self.column}: {text[:60]!a} and {self.wanted!a} do not compare")
             self.say = None
         return order in _ORDERS[self.sign]
 
