@@ -3945,9 +3945,7 @@ class _Rows:
 
     def document(self, is_counted):
         """Return the answer with these rows in the place of its own, and their count if wanted."""
-        if not (self.is_list or self.rows):
-            return {}
-        new = self.rows if self.is_list else self.rows[0]
+        new = self.rows if self.is_list else (self.rows or [{}])[0]
         if self._place is self.answer or not isinstance(self.answer, dict):
             return new
         count = {"count": len(self.rows)} if is_counted and "count" in self.answer else {}
@@ -3958,7 +3956,6 @@ class _Rows:
 def _pick(value, path, unknown=None):
     """Return what a dotted path leads to, or None. A list without an index gives all of its items.
 
-    What is no object has one field, its value.
     unknown: what to return where null or an empty list or object hides whether it leads somewhere.
     """
     head, _, rest = path.partition(".")
@@ -3972,7 +3969,7 @@ def _pick(value, path, unknown=None):
             head, rest = path, ""
         inner = value[head]
     else:
-        return value if path == "value" else None
+        return None
     if inner is None or (rest and inner == {}):
         return unknown
     return _pick(inner, rest, unknown) if rest else inner
@@ -4017,7 +4014,7 @@ def _print_rows(invocation, rows, columns):
         rows.rows.sort(key=lambda row: _order_key(_cell(_pick(row, path))), reverse=column != path)
         rows.rows.sort(key=lambda row: _pick(row, path) is None)  # those without it come last
     if columns:
-        rows.rows = [{name: _pick(row, name) for name in columns} for row in rows.rows]
+        rows.rows = [{name: _pick(_fields(row), name) for name in columns} for row in rows.rows]
     invocation.show()
     _PRINTERS[invocation.format](invocation, rows, columns)
     return len(rows.rows)
@@ -4032,6 +4029,11 @@ def _cell(value):
     if isinstance(value, list) and not any(isinstance(item, dict) for item in value):
         return ",".join(map(_cell, value))
     return jsonlib.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def _fields(row):
+    """Return the fields of a row; what is no object has one, its value."""
+    return row if isinstance(row, dict) else {"value": row}
 
 
 def _default_columns(invocation, rows):
@@ -4053,7 +4055,7 @@ def _grid(invocation, rows, columns):
 
     Without rows there is a header only if columns were chosen."""
     columns = columns or (_default_columns(invocation, rows) if rows.rows else [])
-    texts = [[_cell(_pick(row, name)) for name in columns] for row in rows.rows]
+    texts = [[_cell(_pick(_fields(row), name)) for name in columns] for row in rows.rows]
     return [columns, *texts] if columns else []
 
 
@@ -4078,8 +4080,7 @@ def _no_such_column(name, known):
 def _is_missing(name, rows):
     """Return whether no row has a column. Where all it could be in is empty, it is not missing."""
     head = name.partition(".")[0]
-    rows = [row for row in rows if not isinstance(row, dict) or head in row or name in row]
-    found = [_pick(row, name, ()) for row in rows]
+    found = [_pick(row, name, ()) for row in dicts(rows) if head in row or name in row]
     return all(value in (None, ()) for value in found) and (None in found or () not in found)
 
 

@@ -7385,7 +7385,8 @@ class FormatsTest(RowsCase):
           # What is empty is printed if JSON was asked for, and only then.
           ({}, "", None), ({}, "--all", None), ({"count": 0, "thing": []}, "--all", None),
           ({}, "-o json", {}), ({}, "-o json -c id", {}), ({}, "-o json --all", []), ({}, "-o json --where id=1", {}),
-          ({"thing": WEB}, "--where id!=1", {}), ({"count": 1, "thing": [WEB]}, "--where id!=1 --all", []))  # fmt: skip
+          ({"thing": WEB}, "--where id!=1", {"thing": {}}), (WEB, "--where id!=1", {}),
+          ({"count": 1, "thing": [WEB]}, "--where id!=1 --all", []))  # fmt: skip
     def test_json(self, document, args, expected):
         self.reply("listThings", document)
         out = self.good("listThings", "-q", *args.split())
