@@ -3827,10 +3827,10 @@ def _how_to_go_on(invocation, error):
 
 # Columns that come first in a table, in this order.
 _PREFERRED = (
-    "id jobid name state status allocationstate jobstatus type zonename account username"
+    "id name state status allocationstate type zonename account username"
     " nic ipaddress cidr hostname cpunumber memory size templatename serviceofferingname"
-    " virtualmachinename vmname key value resourcetypename resourcetype max cmd level success"
-    " displayname displaytext description created".split()
+    " virtualmachinename vmname key value resourcetypename resourcetype max jobid jobstatus cmd"
+    " level success displayname displaytext description created".split()
 )
 _MOST_COLUMNS = 8
 
@@ -3871,18 +3871,14 @@ def _json_text(document, indent=2):
 
 
 def _highlighted(text, theme):
-    """Return JSON coloured by Pygments, where it is installed."""
+    """Return JSON coloured by Pygments, where it is installed and has the theme."""
     try:
-        from pygments import highlight
-        from pygments.formatters import Terminal256Formatter
-        from pygments.lexers import JsonLexer
+        from pygments import formatters, highlight, lexers
 
-        formatter = Terminal256Formatter(style=theme or "default")
-    except ImportError:
+        formatter = formatters.Terminal256Formatter(style=theme or "default")
+    except (ImportError, ValueError):  # or there is no such style
         return text
-    except ValueError:  # there is no such style
-        formatter = Terminal256Formatter()
-    return highlight(text, JsonLexer(), formatter).rstrip("\n")
+    return highlight(text, lexers.JsonLexer(), formatter).rstrip("\n")
 
 
 class _Rows:
@@ -3891,23 +3887,20 @@ class _Rows:
     Assign to rows to put others in their place; document() is the answer with them."""
 
     def __init__(self, answer):
-        fields = answer if isinstance(answer, dict) else {}
         found = answer if isinstance(answer, list) else find_rows(answer or {})
         self.answer, self.is_list = answer, found is not None
-        only = dicts(list(fields.values())) if len(fields) == 1 else []
-        self.rows = found if self.is_list else only or [answer]
-        inner = found if self.is_list else self.rows[0]
-        self._key = next((key for key, value in fields.items() if value is inner), None)
+        only = list(answer.values()) if isinstance(answer, dict) and len(answer) == 1 else []
+        self.rows = found if self.is_list else dicts(only) or [answer]
+        self._place = self.rows if self.is_list else self.rows[0]  # what they stand for
 
     def document(self, is_counted):
         """Return the answer with these rows in the place of its own, and their count if wanted."""
-        if not (self.is_list or self.rows):
-            return {}
-        inner = self.rows if self.is_list else self.rows[0]
-        if self._key is None:
-            return inner if self.rows or isinstance(self.answer, list) else self.answer
+        new = self.rows if self.is_list else (self.rows or [{}])[0]
+        if self._place is self.answer or not isinstance(self.answer, dict):
+            return new
         count = {"count": len(self.rows)} if is_counted and "count" in self.answer else {}
-        return {**self.answer, **count, self._key: inner}
+        fields = {**self.answer, **count}
+        return {key: new if value is self._place else value for key, value in fields.items()}
 
 
 def _pick(value, path, unknown=None):
@@ -3994,38 +3987,24 @@ def _fields(row):
 
 
 def _default_columns(invocation, rows):
-    """Return sensible columns, id, name, state and the like first; for csv all that there are.
-
-    They are those of the list of commands, if it is there, so that a list has the same header
-    whatever rows come."""
+    """Return sensible columns, id, name, state and the like first; for csv all that there are."""
     objects = dicts(rows.rows)
-    catalog = _cached_catalog(invocation) if objects and rows.is_list else None
-    spec = catalog.find(invocation.under_way.command) if catalog else None
-    fields = spec.fields if spec else []
-    nested = {name.partition(".")[0] for name in fields if "." in name}
-    present = dict.fromkeys(name for name in fields if "." not in name)
-    is_complete = invocation.format == "csv"
-    if is_complete or not fields:
-        present.update(dict.fromkeys(key for row in objects for key in row))
-        nested.update(key for row in objects for key in row if isinstance(row[key], (dict, list)))
+    present = dict.fromkeys(key for row in objects for key in row)
     columns = sorted(present, key=lambda name: (*_PREFERRED, name).index(name))
-    if is_complete:
-        return columns or ["value"]
-
-    if "nic" in present:  # nic.ipaddress is the same as ipaddress, and all
-        nested.add("ipaddress")
-        columns[columns.index("nic")] = "nic.ipaddress"
-    if "jobstatus" in present and "cmd" not in present:  # of the job that made it, no job itself
-        nested.update(["jobid", "jobstatus"])
-    return [name for name in columns if name not in nested][:_MOST_COLUMNS] or ["value"]
+    if invocation.format != "csv":
+        hidden = {key for row in objects for key in row if isinstance(row[key], (dict, list))}
+        if "nic" in present:  # nic.ipaddress is the same as ipaddress, and all
+            hidden.add("ipaddress")
+            columns[columns.index("nic")] = "nic.ipaddress"
+        columns = [name for name in columns if name not in hidden][:_MOST_COLUMNS]
+    return columns or ["value"]
 
 
 def _grid(invocation, rows, columns):
     """Return a header and the texts of each row, in these columns or sensible ones.
 
     Without rows there is a header only if columns were chosen."""
-    if rows.rows:
-        columns = columns or _default_columns(invocation, rows)
+    columns = columns or (_default_columns(invocation, rows) if rows.rows else [])
     texts = [[_cell(_pick(_fields(row), name)) for name in columns] for row in rows.rows]
     return [columns, *texts] if columns else []
 
@@ -4050,11 +4029,9 @@ def _no_such_column(name, known):
 
 def _is_missing(name, rows):
     """Return whether no row has a column. Where all it could be in is empty, it is not missing."""
-    found = [_pick(row, name, ()) for row in rows]
-    if any(value not in (None, ()) for value in found):
-        return False
-    heads = [_pick(row, name.partition(".")[0]) for row in rows]
-    return () not in found or any(head and value is None for head, value in zip(heads, found))
+    head = name.partition(".")[0]
+    found = [_pick(row, name, ()) for row in dicts(rows) if head in row or name in row]
+    return all(value in (None, ()) for value in found) and (None in found or () not in found)
 
 
 def _field_names(rows):
@@ -4069,10 +4046,10 @@ def _field_names(rows):
 
 def _print_json(invocation, rows, columns):
     """Print the answer as JSON; nothing for one that was empty, unless JSON was asked for."""
-    if rows.answer in ({}, [], None, "") and not invocation.options["output"]:
+    if not (rows.answer or invocation.options["output"]):
         return
-    is_counted = bool(invocation.conditions)  # else a script would look for the rest
-    text = _json_text(rows.document(is_counted))
+    # The count stays as it is without --where: a script looks for the rest by it.
+    text = _json_text(rows.document(is_counted=bool(invocation.conditions)))
     if invocation.is_colored():
         text = _highlighted(text, invocation.options["theme"] or invocation.settings.get("theme"))
     _write(text + "\n")
@@ -4120,13 +4097,11 @@ def _width(text):
     return len(seen) + sum(east_asian_width(char) in "WF" for char in seen)
 
 
-def _terminal_width(otherwise):
-    """Return the width of the terminal on standard output, `otherwise` if it is not one."""
-    if not sys.stdout.isatty():
-        return otherwise
+def _terminal_width():
+    """Return the width of the terminal on standard output; as good as endless if it is not one."""
     import shutil
 
-    return shutil.get_terminal_size().columns
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
 
 
 def _cut(text, width):
@@ -4145,34 +4120,28 @@ def _one_line(text):
 def _print_table(invocation, rows, columns):
     """Print aligned columns under a header.
 
-    On a terminal, default columns that do not fit are left out, which is said: an id that leaves
-    no 20 characters to others, then those at the end. A line that is still too long is cut."""
+    On a terminal, default columns that do not fit are left out at the end, which is said; two are
+    always shown. A line that is still too long is cut."""
     table = [list(map(_one_line, cells)) for cells in _grid(invocation, rows, columns)]
     widths = [max(map(_width, cells)) for cells in zip(*table)]
-    room = _terminal_width(sys.maxsize)
-    fits = list(range(len(widths)))
-    while len(fits) > 1 and not columns:
-        *whole, last = [widths[at] for at in fits]
-        if sum(whole) + 2 * len(whole) + min(last, 20) <= room:
-            break
-        fits.pop(0 if table[0][fits[0]] == "id" and widths[0] + 22 > room else -1)
+    room = _terminal_width()
+    starts = itertools.accumulate([0, *(width + 2 for width in widths)])
+    fitting = sum(start + min(width, 20) <= room for start, width in zip(starts, widths))
+    most = len(widths) if columns else max(fitting, 2)
     for number, line in enumerate(table):
-        padded = [line[at] + " " * (widths[at] - _width(line[at])) for at in fits]
+        padded = [text + " " * (width - _width(text)) for text, width in zip(line[:most], widths)]
         text = _cut("  ".join(padded).rstrip(), room)
         is_bold = number == 0 and invocation.is_colored()
         _write(f"\x1b[1m{text}\x1b[0m\n" if is_bold else text + "\n")
-    left_out = [table[0][at] for at in range(len(widths)) if at not in fits]
-    if left_out and _is_terminal(sys.stderr):
-        invocation.say(f"no room for {', '.join(left_out)}; -c chooses columns")
+    if len(widths) > most and _is_terminal(sys.stderr):
+        invocation.say(f"no room for {', '.join(table[0][most:])}; -c chooses columns")
 
 
 _PRINTERS = {
-    "json": _print_json,
-    "jsonl": _print_jsonl,
-    "table": _print_table,
-    "csv": _print_csv,
-    "text": _print_text,
-}
+    "json": _print_json, "jsonl": _print_jsonl,
+    "table": _print_table, "csv": _print_csv, "text": _print_text,
+}  # fmt: skip
+
 
 
 # 8.4 The list of commands.
@@ -4247,8 +4216,8 @@ def _written_out(text):
 
 def _make_catalog(rows):
     """Return the _Catalog of rows of listApis; those without a proper name are left out."""
-    rows = [row for row in rows if isinstance(row.get("name"), str)]
-    rows = [row for row in rows if re.match(r"[\w.-]{1,100}\Z", row["name"], re.ASCII)]
+    # As JSON only a text has quotes.
+    rows = [row for row in rows if re.match(r'"[\w.-]{1,100}"\Z', jsonlib.dumps(row.get("name")))]
     return _Catalog(sorted(f"{row['name']} {jsonlib.dumps(row)}\n" for row in rows), time.time())
 
 
@@ -4332,30 +4301,24 @@ def _check_against_catalog(invocation, command, params):
 
     Without a job there is nothing by which it could be found again. Raises _Usage for what the list
     of commands knows to be wrong, unless --force; an old list only warns, once."""
-    recover = invocation.settings["recover"]
     catalog = _cached_catalog(invocation)
-    if not catalog or command in ("login", "logout"):  # which no server lists
-        return command, recover
-    spec = catalog.find(command)
-    if spec is None:
+    spec = catalog.find(command) if catalog else None
+    problems = list(_wrong_params(spec, params)) if spec else []
+    if catalog and not spec and command not in ("login", "logout"):  # which no server lists
         problems = [_unknown_command(catalog, command)]
-    else:
-        command, recover = spec.name, recover and spec.is_async
-        problems = list(_wrong_params(spec, params))
-    if invocation.options["force"] or not problems:
-        return command, recover
-
-    text = "\n    ".join(problems)
-    sync = f"`{_shell_line(invocation, ['--sync'])}` fetches the list of commands again"
-    if 0 <= catalog.age < _CATALOG_LIFE:
-        if not text.startswith(f"{command} needs"):  # no newer list and no --force would help
-            text += f"\n    Nothing was sent. {sync}; --force sends the call as it is."
-        raise _Usage(text)
-    if not invocation.warned:  # of the first of many rows
-        days = f"the list of commands is {catalog.age / 86400:.0f} days old"
-        invocation.say(f"Warning: {text}\n    ({days}; {sync})")
-        invocation.warned = True
-    return command, recover
+    if problems and not invocation.options["force"]:
+        text = "\n    ".join(problems)
+        sync = f"`{_shell_line(invocation, ['--sync'])}` fetches the list of commands again"
+        if 0 <= catalog.age < _CATALOG_LIFE:
+            if not (spec and text.startswith(spec.name + " needs")):  # which neither would help
+                text += f"\n    Nothing was sent. {sync}; --force sends the call as it is."
+            raise _Usage(text)
+        if not invocation.warned:  # of the first of many rows
+            days = f"the list of commands is {catalog.age / 86400:.0f} days old"
+            invocation.say(f"Warning: {text}\n    ({days}; {sync})")
+            invocation.warned = True
+    may_have_job = spec is None or spec.is_async
+    return spec.name if spec else command, may_have_job and invocation.settings["recover"]
 
 
 def _wrong_params(spec, params):
@@ -4369,8 +4332,7 @@ def _wrong_params(spec, params):
         if text or types.get(base) not in ("uuid", "integer", "long"):
             given.add(base)
         if base not in types and base not in _ALWAYS_KNOWN:
-            is_id = base == "name" and "id" in types
-            near = ["id=name:" + text] if is_id else _near(base, [x.name for x in spec.params])
+            near = ["id=name:" + text] if base == "name" and "id" in types else _near(base, types)
             yield f"{spec.name} has no parameter {name!a}{_did_you_mean(near)}"
     missing = [name for name in spec.required if name.lower() not in given]
     if missing:
@@ -4401,15 +4363,13 @@ def _list_commands(invocation, words):
 
     Returns whether there are any."""
     catalog = _cached_catalog(invocation) or _fetch_catalog(invocation)
-    found = [
-        pair for pair in catalog.summaries()
-        if all(_written_out(word) in _written_out(" ".join(pair)) for word in words)
-    ]  # fmt: skip
+    found = catalog.summaries()
+    for word in map(_written_out, words):
+        found = [pair for pair in found if word in _written_out(" ".join(pair))]
     if not found:
-        quoted = " and ".join(map(ascii, words))
-        invocation.say(f"No command has {quoted} in its name or description")
+        invocation.say("No command has these words in its name or description")
     longest = max((len(name) for name, _ in found), default=0)
-    width = _terminal_width(sys.maxsize)
+    width = _terminal_width()
     for name, description in found:
         _write(_cut(_one_line(f"{name:{longest}}  {description.strip()}").rstrip(), width) + "\n")
     return bool(found)
@@ -4430,11 +4390,10 @@ def _describe_command(invocation, name):
         lines += [f"  {param.name} ({param.type})  {param.description}" for param in group]
     top = ", ".join(field for field in spec.fields if "." not in field)
     lines += ["", "Returns: " + top] if top else []
-    wrapper = textwrap.TextWrapper(min(_terminal_width(100), 100), subsequent_indent="    ")
+    wrapper = textwrap.TextWrapper(min(_terminal_width(), 100), subsequent_indent="    ")
     lines = [part for line in lines for part in wrapper.wrap(line[:5000]) or [""]]
-    others = [x for x in spec.params if _takes_ids(x.name) and x.name not in _PLACES]
     # Without a template, deployVirtualMachine makes nothing.
-    shown = [x for x in spec.params if x.required or x.name == "templateid"] or others[:1]
+    shown = [param for param in spec.params if param.required or param.name == "templateid"]
     lines += ["", " ".join(["Example: cs", spec.name, *map(_example, shown)])]
     _write(escape_unprintable("\n".join(lines)) + "\n")
     return True
@@ -4997,8 +4956,7 @@ class _Condition:
             return _order_key(text) == _order_key(self.wanted)
         order = _order(text, self.wanted) if text else None
         if text and order is None and self.say:
-            wanted = f"{self.column} {self.sign} {self.wanted}"
-            self.say(f"--where: {_cut(text, 60)!a} does not compare: {wanted!a}")
+            self.say(f"--where {self.column}: {text[:60]!a} and {self.wanted!a} do not compare")
             self.say = None
         return order in _ORDERS[self.sign]
 
