@@ -3498,7 +3498,7 @@ class _Invocation:
             text = str(error)
             if type(error).__name__ == "NoSectionError":  # to import configparser takes its time
                 there = ", ".join(list_regions(path)) or "none"
-                text = f"region {region!a} not in config; there are {there}"
+                text = f"Error: region {region!a} not in config; there are {there}"
             elif isinstance(error, SystemExit):
                 names = "CLOUDSTACK_ENDPOINT, CLOUDSTACK_KEY, CLOUDSTACK_SECRET"
                 text += f"; `cs --configure` makes one, or set {names}"
@@ -3711,7 +3711,9 @@ def _report(invocation, error):
         if told or invocation.clients is not None:  # a shell's prompt begins below the ^C
             write_stderr(f"Interrupted. {told}".rstrip())
     else:
-        write_stderr(f"cs: {invocation.place}{error_text(error)}")
+        text = error_text(error)
+        front = "" if text.startswith("Error: ") else "cs: "
+        write_stderr(f"{front}{invocation.place}{text}")
 
 
 def _report_failure(invocation, error):
@@ -3987,12 +3989,21 @@ def _fields(row):
 
 
 def _default_columns(invocation, rows):
-    """Return sensible columns, id, name, state and the like first; for csv all that there are."""
+    """Return sensible columns, id, name, state and the like first; for csv all that there are.
+
+    They are those of the list of commands, if it is there, so that a list has the same header
+    whatever rows come."""
     objects = dicts(rows.rows)
-    present = dict.fromkeys(key for row in objects for key in row)
+    catalog = _cached_catalog(invocation) if objects and rows.is_list else None
+    spec = catalog.find(invocation.under_way.command) if catalog else None
+    fields = spec.fields if spec else []
+    present = dict.fromkeys(name for name in fields if "." not in name)
+    hidden = {name.partition(".")[0] for name in fields if "." in name}
+    if invocation.format == "csv" or not fields:
+        present.update(dict.fromkeys(key for row in objects for key in row))
+        hidden.update(key for row in objects for key in row if isinstance(row[key], (dict, list)))
     columns = sorted(present, key=lambda name: (*_PREFERRED, name).index(name))
     if invocation.format != "csv":
-        hidden = {key for row in objects for key in row if isinstance(row[key], (dict, list))}
         if "nic" in present:  # nic.ipaddress is the same as ipaddress, and all
             hidden.add("ipaddress")
             columns[columns.index("nic")] = "nic.ipaddress"
@@ -4120,28 +4131,30 @@ def _one_line(text):
 def _print_table(invocation, rows, columns):
     """Print aligned columns under a header.
 
-    On a terminal, default columns that do not fit are left out at the end, which is said; two are
-    always shown. A line that is still too long is cut."""
+    On a terminal, default columns that do not fit are left out, which is said: an id that leaves
+    no 20 characters to others, then those at the end. A line that is still too long is cut."""
     table = [list(map(_one_line, cells)) for cells in _grid(invocation, rows, columns)]
     widths = [max(map(_width, cells)) for cells in zip(*table)]
-    room = _terminal_width()
+    left_out, room = [], _terminal_width()
+    if not columns and len(widths) > 1 and table[0][0] == "id" and widths[0] + 22 > room:
+        left_out, table, widths = ["id"], [line[1:] for line in table], widths[1:]
     starts = itertools.accumulate([0, *(width + 2 for width in widths)])
     fitting = sum(start + min(width, 20) <= room for start, width in zip(starts, widths))
-    most = len(widths) if columns else max(fitting, 2)
+    most = len(widths) if columns else max(fitting, 1)
     for number, line in enumerate(table):
         padded = [text + " " * (width - _width(text)) for text, width in zip(line[:most], widths)]
         text = _cut("  ".join(padded).rstrip(), room)
         is_bold = number == 0 and invocation.is_colored()
         _write(f"\x1b[1m{text}\x1b[0m\n" if is_bold else text + "\n")
-    if len(widths) > most and _is_terminal(sys.stderr):
-        invocation.say(f"no room for {', '.join(table[0][most:])}; -c chooses columns")
+    left_out += table[0][most:] if table else []
+    if left_out and _is_terminal(sys.stderr):
+        invocation.say(f"no room for {', '.join(left_out)}; -c chooses columns")
 
 
 _PRINTERS = {
     "json": _print_json, "jsonl": _print_jsonl,
     "table": _print_table, "csv": _print_csv, "text": _print_text,
 }  # fmt: skip
-
 
 
 # 8.4 The list of commands.
@@ -4367,7 +4380,8 @@ def _list_commands(invocation, words):
     for word in map(_written_out, words):
         found = [pair for pair in found if word in _written_out(" ".join(pair))]
     if not found:
-        invocation.say("No command has these words in its name or description")
+        quoted = " and ".join(map(ascii, words))
+        invocation.say(f"No command has {quoted} in its name or description")
     longest = max((len(name) for name, _ in found), default=0)
     width = _terminal_width()
     for name, description in found:
@@ -4392,8 +4406,9 @@ def _describe_command(invocation, name):
     lines += ["", "Returns: " + top] if top else []
     wrapper = textwrap.TextWrapper(min(_terminal_width(), 100), subsequent_indent="    ")
     lines = [part for line in lines for part in wrapper.wrap(line[:5000]) or [""]]
+    others = [x for x in spec.params if _takes_ids(x.name) and x.name not in _PLACES]
     # Without a template, deployVirtualMachine makes nothing.
-    shown = [param for param in spec.params if param.required or param.name == "templateid"]
+    shown = [x for x in spec.params if x.required or x.name == "templateid"] or others[:1]
     lines += ["", " ".join(["Example: cs", spec.name, *map(_example, shown)])]
     _write(escape_unprintable("\n".join(lines)) + "\n")
     return True

@@ -7247,13 +7247,13 @@ class FlagSettingsTest(CloudCase):
         self.unset("endpoint", "key", "secret")
         self.ini(self.section("lab", endpoint="http://lab.invalid/") + self.section("zoo"))
         self.write("work/cloudstack.ini", self.section("cloudstack"))
-        self.assertEqual("cs: region 'labs' not in config; there are cloudstack, lab, zoo\n",
+        self.assertEqual("Error: region 'labs' not in config; there are cloudstack, lab, zoo\n",
                          self.usage("listZones", "-r", "labs"))
         self.assertIn("'x' not in config; there are cloudstack, lab, lab2, zoo",
                       self.usage("listZones", "-r", "x", "--config", self.write("other.ini", self.section("lab2"))))
         os.remove(self.ini(""))
         self.write("work/cloudstack.ini", "")
-        self.assertEqual("cs: region 'x' not in config; there are none\n", self.usage("-q", "listZones", "-r", "x"))
+        self.assertEqual("Error: region 'x' not in config; there are none\n", self.usage("-q", "listZones", "-r", "x"))
 
     def warned(self, *args):
         """What a command line that must end with 0 says where standard error is a terminal."""
@@ -7404,6 +7404,20 @@ class FormatsTest(RowsCase):
           ("listPairs -o text -c name", {"count": 1, "pair": [{"name": "web\nprod"}]}, "web\\nprod\n"))  # fmt: skip
     def test_jobs_and_single_values(self, line, document, out):
         self.assertEqual(out, self.printed(document, *line.split()))
+
+    def test_a_list_has_one_header_whatever_rows_come(self):
+        """Where the list of commands tells which fields there are; csv has what only the rows have, too."""
+        fields = [{"name": "state"}, {"name": "id"}, {"name": "nic", "response": [{"name": "ipaddress"}]}]
+        self.sync_as(dict(api_entry(("listThings",)), response=fields))
+        for row in {"id": "1"}, {"id": "1", "state": "up", "zzz": "z"}:
+            for shape, header in ("table", "id  state  nic.ipaddress\n"), ("csv", "id,state,nic"):
+                self.rows(row)
+                self.assertTrue(self.shown("-o", shape).startswith(header), (row, shape))
+        self.rows({"id": "1", "zzz": "z"}, times=2)
+        self.assertEqual("1\t\t\n", self.shown("-o", "text"))
+        self.assertEqual("id,state,nic,zzz\r\n1,,,z\r\n", self.shown("-o", "csv"))
+        self.reply("listThings", {"success": True})
+        self.assertEqual("true\n", self.shown("-o", "text"))
 
     def test_csv_and_text_are_read_back(self):
         def read(cell):
@@ -7605,9 +7619,9 @@ class TableTest(RowsCase):
             self.assertEqual(columns, " ".join(header[: columns.count(" ") + 1]))
 
     @each("columns, header", (86, "id name state zonename"), (85, "id name state"), (64, "id name state"),
-          (63, "id name"), (42, "id name"), (41, "id name"), (26, "id name"))  # fmt: skip
+          (63, "id name"), (42, "id name"), (41, "name"), (20, "name"), (5, "name"))  # fmt: skip
     def test_what_has_no_room(self, columns, header):
-        """Columns go from the end; two are always shown, as far as the line goes."""
+        """Columns go from the end; but the id goes where it would be the only one."""
         row = {"id": "1" * 20, "name": "n" * 20, "state": "s" * 20, "zonename": "z" * 20}
         self.rows(row, row)
         code, out, err = self.on_terminal("listThings", "-o", "table", "--color", "never", columns=columns, both=True)
@@ -7615,7 +7629,7 @@ class TableTest(RowsCase):
         gone = [name for name in row if name not in header.split()]
         told = [f"no room for {', '.join(gone)}; -c chooses columns"] if gone else []
         self.assertEqual((header.split(), told), (first.split(), lines[2:]))
-        self.assertEqual([columns < 42] * 2, ["…" in line for line in lines[:2]])
+        self.assertEqual([columns < 20] * 2, ["…" in line for line in lines[:2]])
 
     @each("args, rows, lines",
           # A long text at the end is cut before it is left out; what was chosen is never left out.
@@ -7917,7 +7931,7 @@ class CommandHelpTest(CloudCase):
 
     @each("command, example",
           ("deployVirtualMachine", " serviceofferingid=name:... zoneid=name:... templateid=name:..."),
-          ("authorizeSecurityGroupIngress", ""), ("listCapabilities", ""))
+          ("authorizeSecurityGroupIngress", " securitygroupid=name:..."), ("listCapabilities", ""))
     def test_the_example(self, command, example):
         self.assertTrue(self.good(command, "--help").endswith(f"\n\nExample: cs {command}{example}\n"))
 
@@ -7932,7 +7946,7 @@ class CommandHelpTest(CloudCase):
         self.assertEqual([[name, COMMANDS[name].description] for name in sorted(COMMANDS)],
                          [line.split(None, 1) for line in lines])
         self.assertEqual(1, len({re.match(r"\S+ +", line).end() for line in lines}))  # aligned
-        self.assertEqual("No command has these words in its name or description\n",
+        self.assertEqual("No command has 'zzz' and 'name=x' in its name or description\n",
                          self.fails(1, "--list", "zzz", "name=x"))
 
     @each("words, names", ("VOLUME attach", ["attachVolume"]), ("vm snapshots", ["listVMSnapshot"]),
