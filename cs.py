@@ -3386,7 +3386,7 @@ def _dispatch(invocation, args):
     raw = [arg.encode("utf-8", "surrogateescape") for arg in args]
     args = [arg.decode("utf-8", "surrogateescape") for arg in raw]
     if args and args[0].startswith("--complete="):  # what the scripts of completion ask
-        _print_completions(args[0].partition("=")[2])
+        _print_completions(args[0].partition("=")[2], invocation.options)
         return True
     options, words = _parse_arguments(args)
     options = invocation.options = _merge_options(invocation.options, options)
@@ -4561,26 +4561,30 @@ complete -c cs -k -f -a '(__cs_complete)'
 _SAFE_WORD = r"(?:[A-Za-z0-9_.,:/@%+=\[\]-]|'(?! )[A-Za-z0-9_.:/@%+() -]+(?<! )')+\Z"
 _KEY_TIMEOUT = 1.0  # seconds that a list command may take at a key
 
-# option: the one whose value is being typed, or None; front: `--name=` where the value follows in
-# the same word; words: those before it that are not options; current: what is being typed, with
-# its quotes.
-_Line = collections.namedtuple("_Line", "options option front words current")
 
+class _Line:
+    """A line as far as it is typed. Raises _Usage for options that are wrong.
 
-def _read_line(text):
-    """Take a line apart as far as it is typed. Raises _Usage for options that are wrong."""
-    pattern = r"""(?:\\.?|'[^']*'?|"[^"]*"?|[^\s'"\\])+"""
-    cursor = "|"  # so that there is a last word, although nothing of it may be typed yet
-    *words, current = re.findall(pattern, text + cursor, re.DOTALL)[1:] or [cursor]
-    front = "".join(re.findall("^--[^=]*=", current))
-    words = list(map(_unquoted, words)) + ([front] if front else [])
-    option = _FLAGS.get(words[-1].rstrip("=")) if words else None
-    if option is not None and option.value:
-        del words[-1]
-    else:
-        option = None
-    options, words = _parse_arguments(words)
-    return _Line({**options, "quiet": True}, option, front, words, current[len(front) : -1])
+    option: the one whose value is being typed, if any; words: those before it that are not options;
+    front: what stays of the last word, such as `--output=`, `id=` or `ids=1,`; name: of the
+    parameter in it; typed: the rest of the last word, with its quotes. base: options of a shell."""
+
+    def __init__(self, text, base):
+        pattern = r"""(?:\\.?|'[^']*'?|"[^"]*"?|[^\s'"\\])+"""
+        cursor = "|"  # so that there is a last word, although nothing of it may be typed yet
+        *words, last = re.findall(pattern, text + cursor, re.DOTALL)[1:] or [cursor]
+        words = [*map(_unquoted, words), *re.findall("^--[^=]*=", last)]
+        option = _FLAGS.get(words[-1].rstrip("=")) if words else None
+        self.option = option if option and option.value else _Option("", None)
+        if self.option.value:
+            del words[-1]
+        options, self.words = _parse_arguments(words)
+        self.options = _merge_options(base, {**options, "quiet": True})
+        parameter = "(?:([^=]*)=(?:(?<=s=).*,)?)?"  # several ids have commas between them
+        front = "(?:--[^=]*=)?(?:-|.*,)?()" if self.option.value else parameter
+        found = re.match(front, last[:-1], re.DOTALL | re.IGNORECASE)
+        self.front, self.name = found.group(), found.group(1) or ""  # type: ignore[union-attr]
+        self.typed = last[len(self.front) : -1]
 
 
 def _unquoted(word):
@@ -4588,46 +4592,40 @@ def _unquoted(word):
     return re.sub(r"""\\(.)|['"]""", r"\1", word)
 
 
-def _print_completions(text):
+def _print_completions(text, base):
     """Print the words that may stand where the cursor is, at the end of the text."""
     try:
-        for word, description in _completions(_read_line(text)):
+        for word, description in _completions(text, base):
             _write(f"{word}\t{description}".rstrip("\t") + "\n")
     except (_Usage, ValueError) as error:  # no word, so that no shell puts it on the line
         _write(f"\t{_one_line(str(error))}\n")
 
 
-def _completions(line):
+def _completions(text, base):
     """Return (word, description) of what may stand at the end of a line, and is safe to type.
 
     Raises _Usage for what must be done first, ValueError for settings that cannot be used."""
-    pairs = _candidates(line)
-    words = {line.front + word: _cut(_one_line(about), 60) for word, about in pairs}
+    line = _Line(text, base)
+    words = {}
+    for word, about in _candidates(line).items():
+        # What may stand for an id was chosen by names.
+        if _takes_ids(line.name) or word.lower().startswith(line.typed.lower()):
+            words[line.front + word] = _cut(_one_line(about), 60)
     return [pair for pair in words.items() if re.match(_SAFE_WORD, pair[0])]
 
 
-def _starting(pairs, prefix):
-    """Return the pairs whose first text begins so, in any case."""
-    return [pair for pair in pairs if pair[0].lower().startswith(prefix.lower())]
-
-
 def _candidates(line):
-    """Return (word, description) of what may stand at the end of a line."""
+    """Return {word: description} of what may stand after a line's front."""
     option = line.option
-    words: Any = ()
-    if option is None and line.current.startswith("-"):
-        words = [flag for flag in sorted(_FLAGS) if flag[1] == "-"]
-    elif option is None or option.name in ("columns", "sort", "where"):
-        return _known_words(line)
-    elif option.name in ("region", "profile"):
-        words = list_regions(line.options["config"])
-    elif isinstance(option.value, tuple):
-        words = option.value
-    return _starting([(word, "") for word in words], line.current)
+    if option.name in ("region", "profile"):
+        return dict.fromkeys(list_regions(line.options["config"]), "")
+    if isinstance(option.value, tuple):
+        return dict.fromkeys(option.value, "")
+    if not option.value and line.typed.startswith("-"):
+        return {flag: "" for flag in sorted(_FLAGS) if flag[1] == "-"}
+    if option.name not in ("", "columns", "sort", "where"):
+        return {}
 
-
-def _known_words(line):
-    """Return (word, description) of what is known by the list of commands."""
     invocation = _Invocation(line.options)
     invocation.connect()
     catalog = _cached_catalog(invocation)
@@ -4635,62 +4633,49 @@ def _known_words(line):
         raise _Usage(f"to have commands completed, type: {_shell_line(invocation, ['--sync'])}")
     spec = catalog.find(_join_command(invocation, line.words)[0]) if line.words else None
     given = {word.partition("=")[0].lower(): word.partition("=")[2] for word in line.words}
-    name, equals, _ = line.current.partition("=")
-    pairs: list = []
     if spec is None:
-        pairs = [] if line.words or line.option else catalog.summaries()
-    elif line.option:
-        front = re.match(r"-|(?:.*,)?", line.current).group()  # type: ignore[union-attr]
-        end = "=" if line.option.name == "where" else ""
-        pairs = [(front + field + end, "") for field in spec.fields]
-    elif not equals:
+        return {} if line.words or option.value else dict(catalog.summaries())
+    if option.value:
+        end = "=" if option.name == "where" else ""
+        return {field + end: "" for field in spec.fields}
+    if not line.front:
         unused = [param for param in spec.params if param.name.lower() not in given]
-        pairs = [(param.name + "=", param.description) for param in unused]
-    elif _takes_ids(name):
-        return _id_words(invocation, spec, line.current, given)
-    elif getattr(spec.find_param(name), "type", "") == "boolean":
-        pairs = [(name + "=true", ""), (name + "=false", "")]
-    return _starting(pairs, line.current)
+        return {param.name + "=": param.description for param in unused}
+    if _takes_ids(line.name):
+        return _id_words(line, _rows_at_a_key(invocation, spec, line.name, given))
+    is_boolean = getattr(spec.find_param(line.name), "type", "") == "boolean"
+    return {"true": "", "false": ""} if is_boolean else {}
 
 
-def _id_words(invocation, spec, current, given):
-    """Yield (word, description) of what an ...id parameter may be: names, or else ids.
+def _id_words(line, rows):
+    """Return {word: description} of what an ...id parameter may be: names, or else ids.
 
     What is typed may begin a name, name: and a name, or an id. A name is offered where it is safe
-    to type and nothing else has it."""
-    name = current.partition("=")[0]
-    start = max(len(name), current.rfind(",") if name.lower().endswith("s") else 0) + 1
-    front, raw = current[:start], current[start:]
-    typed = _unquoted(raw)
-    begun = typed[5:] if typed.startswith("name:") else typed
-    rows = _rows_at_a_key(invocation, spec, name, given)
-    owners = collections.Counter(other for row in rows for other in row_names(row))
-    choices = []  # (what begins as it is typed, what stands before the text, the text, description)
-    for row in rows:
-        ident, names = str(row["id"]), row_names(row)
-        safe = [x for x in names if owners[x] == 1 and re.match(_SAFE_WORD, f"'{x}'")]
-        choices += [(x, "name:", x, ident) for x in safe]
-        begins = [] if safe else names
-        if begun == typed and (typed or not safe):
-            begins = [*begins, ident]
-        choices += [(x, "", ident, " / ".join(names)) for x in begins]
-    choices = _starting(choices, begun)
+    to type and nothing else has it. rows: {id: row}."""
+    typed = _unquoted(line.typed)
+    begun = re.sub("^name:", "", typed).lower()
+    owners = collections.Counter(name for row in rows.values() for name in row_names(row))
+    offered: list = []  # ("name:" or "", the name or id, description)
+    for ident, row in rows.items():
+        begins = [name for name in row_names(row) if name.lower().startswith(begun)]
+        safe = [x for x in begins if owners[x] == 1 and re.match(_SAFE_WORD, f"'{x}'")]
+        offered += [("name:", name, ident) for name in safe]
+        if not safe and (begins or ident.startswith(typed)):
+            offered.append(("", ident, " / ".join(row_names(row))))
     # All in quotes if one is: a shell replaces what was typed by what all words have in common.
-    quote = "'" if any(re.search("[ ()]", text) for _, _, text, _ in choices) else ""
-    for _, kind, text, about in choices:
-        is_open = raw[:1] in ("'", '"')
-        word = f"'{kind}{text}'" if is_open else f"{kind}{quote}{text}{quote}"
-        yield front + word, about
+    form = "{}'{}'" if any(re.search("[ ()]", text) for _, text, _ in offered) else "{}{}"
+    form = "'{}{}'" if line.typed[:1] in ("'", '"') else form
+    return {form.format(kind, text): about for kind, text, about in offered}
 
 
 def _rows_at_a_key(invocation, spec, name, given):
-    """Return the rows of the list command whose ids a parameter takes, one for each id.
+    """Return {id: row} of the list command whose ids a parameter takes.
 
     A log-in that is refused deletes the list of commands, without which no key causes another one:
     five of them lock an account."""
     lister = _lister(invocation.catalog, spec.name, name, given)
     if lister is None or _lacking(lister, given):
-        return []
+        return {}
     client = invocation.client
     client.timeout, client.retry = _KEY_TIMEOUT, 0  # of a log-in, too
     try:
@@ -4699,10 +4684,9 @@ def _rows_at_a_key(invocation, spec, name, given):
     except CloudStackException as error:
         if error.response is not None and "loginresponse" in error.response.text:
             os.unlink(_cache_path(client))
-        return []
-    rows = _in_place(dicts(find_rows(answer)), given)
-    by_id = {str(row.get("id") or ""): row for row in rows}
-    return [by_id[ident] for ident in by_id if re.match(r"[\w-]+\Z", ident, re.ASCII)]  # no @file
+        return {}
+    rows = {str(row.get("id") or ""): row for row in _in_place(dicts(find_rows(answer)), given)}
+    return {x: rows[x] for x in rows if re.match(r"[\w-]+\Z", x, re.ASCII)}  # no @file
 
 
 # 8.6 Configure.
@@ -5458,9 +5442,7 @@ class _Shell:
         if space and first in _SHELL_WORDS:
             typed = _SHELL_WORDS[first] + ("" if first == "set" else " ") + rest
         try:
-            line = _read_line("cs " + typed)
-            line = line._replace(options=_merge_options(self.options, line.options))
-            words = [word for word, _ in _completions(line)]
+            words = [word for word, _ in _completions("cs " + typed, self.options)]
         except (_Usage, ValueError) as error:
             return found or [_one_line(str(error)), " "]
         if first == "set":

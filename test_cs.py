@@ -8093,7 +8093,7 @@ class CompletionTest(CompletionCase):
         self.assertEqual([["id=1", "web"], ["id=2", "web"], ["id=name:x", "3"], ["id=name:db", "4"], ["id=5", ""],
                           ["id=name:y", "6"]], self.completed("cs stopVirtualMachine id="))
         for typed in ("We", "name:web"):
-            self.assertEqual(["id=1", "id=2"], self.words("cs stopVirtualMachine id=" + typed))
+            self.assertEqual(["id=1", "id=2", "id=3"], self.words("cs stopVirtualMachine id=" + typed))
         self.cloud._scripts.clear()
         self.rows("listVirtualMachines", [{"id": "1", "name": "web 1"}, {"id": "2", "name": "web-2"}])
         self.assertEqual(["id=name:'web 1'", "id=name:'web-2'"], self.words("cs stopVirtualMachine id=we"))
