@@ -3452,7 +3452,7 @@ class _Invocation:
         self.conditions: list = []  # of --where
         self.catalog: Any = None  # the list of commands, once it was read
         self.warned = False  # of what an old list of commands does not know
-        self.ids: dict = {}  # what _row_of_name found
+        self.ids: dict = {}  # what _id_of_name found
         self.client: Any = None
         self.clients = clients
         self.place = place  # "line 3: " of a script
@@ -4543,16 +4543,14 @@ if [[ "$funcstack[1]" = _cs ]]; then _cs "$@"; else compdef _cs cs; fi
 """,
     "fish": r"""
 function __cs_complete
-    if set -l word (string match -r '(.*=@)(.*)' -- (commandline -ct))
-        __fish_complete_path $word[3] | string replace -r '^' $word[2]
-        return
-    end
+    set -l word (string match -r '(.*=@)(.*)' -- (commandline -ct))
+    and __fish_complete_path $word[3] | string replace -r '^' $word[2]
+    and return
     set -l found (env (commandline -opc)[1] --complete=(commandline -cp) 2>/dev/null)
-    if string match -q \t'*' -- "$found"  # a message
-        printf '\n%s\n' (string trim -- "$found") >&2; commandline -f repaint
-    else  # fish quotes by itself
-        string replace -r "'([^'\t]*)'" '$1' -- $found
-    end
+    string match -q \t'*' -- "$found"  # a message
+    and printf '\n%s\n' (string trim -- "$found") >&2
+    and commandline -f repaint
+    or string replace -r "'([^'\t]*)'" '$1' -- $found  # fish quotes by itself
 end
 complete -c cs -k -f -a '(__cs_complete)'
 """,
@@ -4566,8 +4564,8 @@ class _Line:
     """A line as far as it is typed. Raises _Usage for options that are wrong.
 
     option: the one whose value is being typed, if any; words: those before it that are not options;
-    front: what stays of the last word, such as `--output=`, `id=` or `ids=1,`; name: of the
-    parameter in it; typed: the rest of the last word, with its quotes. base: options of a shell."""
+    front: what stays of the last word, such as `--output=`, `id=` or `ids=1,`; name: what stands
+    before = in it; typed: the rest of the last word, with its quotes. base: a shell's options."""
 
     def __init__(self, text, base):
         pattern = r"""(?:\\.?|'[^']*'?|"[^"]*"?|[^\s'"\\])+"""
@@ -4580,10 +4578,10 @@ class _Line:
             del words[-1]
         options, self.words = _parse_arguments(words)
         self.options = _merge_options(base, {**options, "quiet": True})
-        parameter = "(?:([^=]*)=(?:(?<=s=).*,)?)?"  # several ids have commas between them
-        front = "(?:--[^=]*=)?(?:-|.*,)?()" if self.option.value else parameter
-        found = re.match(front, last[:-1], re.DOTALL | re.IGNORECASE)
-        self.front, self.name = found.group(), found.group(1) or ""  # type: ignore[union-attr]
+        parameter = "(?:[^=]*=(?:(?<=s=).*,)?)?"  # several ids have commas between them
+        front = "(?:--[^=]*=)?(?:-|.*,)?" if self.option.value else parameter
+        self.front = re.findall(front, last[:-1], re.DOTALL | re.IGNORECASE)[0]
+        self.name = self.front.partition("=")[0]
         self.typed = last[len(self.front) : -1]
 
 
@@ -4619,12 +4617,10 @@ def _candidates(line):
     option = line.option
     if option.name in ("region", "profile"):
         return dict.fromkeys(list_regions(line.options["config"]), "")
-    if isinstance(option.value, tuple):
-        return dict.fromkeys(option.value, "")
+    if option.name not in ("", "columns", "sort", "where"):
+        return dict.fromkeys(option.value if isinstance(option.value, tuple) else (), "")
     if not option.value and line.typed.startswith("-"):
         return {flag: "" for flag in sorted(_FLAGS) if flag[1] == "-"}
-    if option.name not in ("", "columns", "sort", "where"):
-        return {}
 
     invocation = _Invocation(line.options)
     invocation.connect()
@@ -4639,8 +4635,7 @@ def _candidates(line):
         end = "=" if option.name == "where" else ""
         return {field + end: "" for field in spec.fields}
     if not line.front:
-        unused = [param for param in spec.params if param.name.lower() not in given]
-        return {param.name + "=": param.description for param in unused}
+        return {x.name + "=": x.description for x in spec.params if x.name.lower() not in given}
     if _takes_ids(line.name):
         return _id_words(line, _rows_at_a_key(invocation, spec, line.name, given))
     is_boolean = getattr(spec.find_param(line.name), "type", "") == "boolean"
@@ -4674,7 +4669,7 @@ def _rows_at_a_key(invocation, spec, name, given):
     A log-in that is refused deletes the list of commands, without which no key causes another one:
     five of them lock an account."""
     lister = _lister(invocation.catalog, spec.name, name, given)
-    if lister is None or _lacking(lister, given):
+    if lister is None:
         return {}
     client = invocation.client
     client.timeout, client.retry = _KEY_TIMEOUT, 0  # of a log-in, too
@@ -4751,8 +4746,7 @@ def _text_without_section(path, region):
     except FileNotFoundError:
         return ""
     if parse_ini(path, text).has_section(region):
-        hint = "edit it there, or give another name with --region"
-        raise _Usage(f"[{region}] stands in {path}; {hint}")
+        raise _Usage(f"[{region}] stands in {path}; edit it there, or give another --region")
     return text + "\n\n" if text else ""
 
 
@@ -4782,9 +4776,7 @@ def _ask(name):
 
 # The kind of thing that a parameter's ids belong to, where its name, or for a plain id the
 # command's, does not show it. There is no list command for "none".
-_IDS_OF = dict(
-    pair.split("=")
-    for pair in """
+_IDS_OF = dict(pair.split("=") for pair in """
     registeruserkeys.id=user getuserkeys.id=user discovergpudevices.id=host
     generateclusterdrsplan.id=cluster executeclusterdrsplan.id=cluster removeipfromnic.id=none
     findstoragepoolsformigration.id=volume migratesystemvm.virtualmachineid=systemvm
@@ -4796,12 +4788,16 @@ _IDS_OF = dict(
     releasepodipaddress.id=none publiciprange=vlaniprange s2scustomergateway=vpncustomergateway
     storage=storagepool target=systemvm uppolicy=autoscalepolicy vmgroup=autoscalevmgroup
     vmprofile=autoscalevmprofile
+    """.split())  # fmt: skip
+# What listApis would say, for an account that may not ask it. Templates and ISOs have a filter.
+_USUAL_PARAMS = [{"name": "keyword"}, {"name": "listall"}, {"name": "projectid"}]
+_USUAL_LISTS = [
+    {"name": f"list{thing}s", "params": [*_USUAL_PARAMS, {"name": thing.lower() + "filter"}]}
+    for thing in """
+    Account AffinityGroup DiskOffering Domain Iso NetworkOffering Network Project SecurityGroup
+    ServiceOffering Snapshot Template User VPC VirtualMachine Volume Zone
     """.split()
-)
-_USUAL_LISTS = (  # for an account that may not ask for the list of commands
-    "Accounts AffinityGroups DiskOfferings Domains Isos NetworkOfferings Networks Projects"
-    " SecurityGroups ServiceOfferings Snapshots Templates Users VPCs VirtualMachines Volumes Zones"
-)
+]
 # Parameters of a call that tell things of one name apart, and the fields with the places' names.
 # They are looked up before others.
 _PLACES = {"zoneid": "zonename", "domainid": "domain", "account": "account", "projectid": "project"}
@@ -4815,8 +4811,7 @@ def _fill_in_ids(invocation, command, params):
         parts = [part for value in params[param] for part in _split_names(param, value)]
         for index, part in enumerate(parts):
             if part.literal == "name":
-                row = _row_of_name(invocation, command, param, part.text, params)
-                parts[index] = _Value(str(row["id"]), "file")
+                parts[index] = _id_of_name(invocation, command, param, part.text, params)
         params[param] = parts
     invocation.show()
 
@@ -4832,22 +4827,18 @@ def _split_names(param, value):
     return [_Value(text, "name" if text.startswith("name:") else "quoted") for text in texts]
 
 
-def _row_of_name(invocation, command, param, text, params):
-    """Return the row that has the name in a text such as name:x. Raises _Usage.
+def _id_of_name(invocation, command, param, text, params):
+    """Return the id, a _Value, of what has the name in a text such as name:x. Raises _Usage.
 
     A listing shows a project's things only if it names the project, which is put into params."""
     given = {name.lower(): _joined(values) for name, values in params.items()}
     typed, name = f"{param}={text}", text.partition(":")[2]
-    if not name.strip():
-        raise _Usage(f"{typed}: a name is missing after name:")
-    catalog = _catalog_for_names(invocation)
+    if _cached_catalog(invocation) is None:
+        _fetch_catalog(invocation, is_needed=False)
+    catalog = invocation.catalog or _make_catalog(_USUAL_LISTS)
     spec, lister = catalog.find(command), _lister(catalog, command, param, given)
     if lister is None:
-        hint = f"""give an id, or {param}='"{text}"' for the text itself"""
-        raise _Usage(f"{typed}: there is no list command to look a name up by; {hint}")
-    lacking = _lacking(lister, given)
-    if lacking:
-        raise _Usage(f"{typed}: {lister.name} looks it up, and needs {lacking}; or give an id")
+        raise _Usage(f"{typed}: no list command can look it up with what the call has; give an id")
 
     may_choose = "projectid" not in given and (spec is None or spec.find_param("projectid"))
     if may_choose and not only_reads(command) and param.lower() not in ("id", "ids"):
@@ -4858,26 +4849,15 @@ def _row_of_name(invocation, command, param, text, params):
     row = invocation.ids[key]
     if may_choose and only_reads(command) and row.get("projectid"):
         params["projectid"] = [_Value(str(row["projectid"]), "file")]
-    return row
+    return _Value(str(row["id"]), "file")
 
 
-def _catalog_for_names(invocation):
-    """Return the list of commands, fetched if it is not there, or else the usual list commands."""
-    catalog = _cached_catalog(invocation)
-    if catalog is None:
-        catalog = _fetch_catalog(invocation, is_needed=False)
-    params = [{"name": "keyword"}, {"name": "listall"}, {"name": "projectid"}]
-    return catalog or _make_catalog(
-        {"name": "list" + thing, "params": [*params, {"name": thing[:-1].lower() + "filter"}]}
-        for thing in _USUAL_LISTS.split()
-    )
-
-
-def _lister(catalog, command, name, given=()):
+def _lister(catalog, command, name, given):
     """Return the list command whose ids a parameter takes, or None.
 
     It is listZones for zoneid, and for a plain id that of the command's own object. If the server
-    relates the parameter to list commands, it is one of them."""
+    relates the parameter to list commands, it is one of them. If it needs what the call does not
+    have, no other is taken: it would list other things."""
     spec = catalog.find(command)
     param = spec.find_param(name) if spec else None
     related = re.findall(r"\blist\w+", param.related) if param else []
@@ -4886,7 +4866,7 @@ def _lister(catalog, command, name, given=()):
     for other in [other for other in names if other in (related or names)] + related:
         lister = catalog.find(other or "")
         if lister and "id" not in lister.required:
-            return lister
+            return None if set(lister.required) - {"templatefilter", *given} else lister
     return None
 
 
@@ -4895,7 +4875,7 @@ def _things(command, name, given):
     name = name[:-1] if name.endswith("s") else name
     known = _IDS_OF.get(f"{command.lower()}.{name}")
     if name in ("resourceid", "entityid"):
-        kind = dict(given).get(name[:-2] + "type", "").lower()
+        kind = given.get(name[:-2] + "type", "").lower()
         known = _IDS_OF.get("type." + kind, kind)
     if known is not None:
         yield known
@@ -4908,11 +4888,6 @@ def _things(command, name, given):
     else:
         thing = re.sub(r"(uu)?id\Z", "", name[-50:])
         yield from (thing[start:] for start in range(max(1, len(thing) - 1)))  # zone of destzoneid
-
-
-def _lacking(lister, given):
-    """Return the parameters that a list command needs and the call does not have, as a text."""
-    return " and ".join(x for x in lister.required if x not in given and x != "templatefilter")
 
 
 def _look_up(invocation, lister, typed, name, given):
@@ -4932,17 +4907,13 @@ def _look_up(invocation, lister, typed, name, given):
         own = [row["id"] for row in _ask_list(invocation, lister, typed, questions[0])]
         own = [row for row in found if row["id"] in own]
         if len(own) == 1:
-            account = f"{len(found)} have this name; your account's own is {own[0]['id']}"
-            invocation.say(f"{typed}: {account}")
             found = own
+            invocation.say(f"{typed}: several have it; your account's own is {own[0]['id']}")
     try:
         return pick_row(lister.name, name, rows, found)
     except LookupError as error:
         problem = f"{typed}: {error}"
-    if "*" in name:
-        where = f"--where 'name~^{name.partition('*')[0]}'"
-        problem += f"\n    For all names of a kind: cs {lister.name} --all {where} | cs ... --each"
-    elif "Give its id" not in problem:
+    if "Give its id" not in problem:
         problem += f"; cs {lister.name} -o table -c id,name shows what there is"
     raise _Usage(problem + "\n    The call was not sent.")
 
@@ -4953,9 +4924,8 @@ def _questions(lister, given, keyword=""):
     What belongs to a project is listed for projects only. Templates and ISOs that cannot be run are
     listed as one's own, and to administrators among all."""
     has = lister.find_param
-    fixed = {name: given[name] for name in lister.required if name in given}
-    fixed.update({"listall": "true"} if has("listall") else {})
-    fixed.update({"keyword": keyword} if keyword else {})
+    values = {**given, "keyword": keyword, "listall": "true" if has("listall") else ""}
+    fixed = {x: values[x] for x in [*lister.required, "keyword", "listall"] if values.get(x)}
     filters = [name for name in ("templatefilter", "isofilter") if has(name)]
     project = re.sub("^name:.*", "-1", given.get("projectid", ""))  # at a key; rows tell its name
     projects = [{"projectid": project or "-1"}, {}] if has("projectid") else [{}]
@@ -4967,8 +4937,7 @@ def _questions(lister, given, keyword=""):
 def _ask_list(invocation, lister, typed, question):
     """Return the rows of a list command. Raises _Usage if this account may not ask it at all."""
     words = [lister.name, *(f"{param}={value}" for param, value in question.items())]
-    call = _CheckedCall(lister.name, question, words, pages=True)
-    invocation.under_way = call
+    call = invocation.under_way = _CheckedCall(lister.name, question, words, pages=True)
     try:
         return [row for row in dicts(call.make(invocation.client)) if "id" in row]
     except CloudStackApiException as error:
