@@ -3368,7 +3368,7 @@ def _dispatch(invocation, args):
     raw = [arg.encode("utf-8", "surrogateescape") for arg in args]
     args = [arg.decode("utf-8", "surrogateescape") for arg in raw]
     if args and args[0].startswith("--complete="):  # what the scripts of completion ask
-        _print_completions(args[0].partition("=")[2])
+        _print_completions(args[0].partition("=")[2], invocation.options)
         return True
     options, words = _parse_arguments(args)
     options = invocation.options = _merge_options(invocation.options, options)
@@ -3433,7 +3433,7 @@ class _Invocation:
         self.conditions: list = []  # of --where
         self.catalog: Any = None  # the list of commands, once it was read
         self.warned = False  # of what an old list of commands does not know
-        self.ids: dict = {}  # what _row_of_name found
+        self.ids: dict = {}  # what _id_of_name found
         self.client: Any = None
         self.clients = clients
         self.place = place  # "line 3: " of a script
@@ -4467,16 +4467,14 @@ if [[ "$funcstack[1]" = _cs ]]; then _cs "$@"; else compdef _cs cs; fi
 """,
     "fish": r"""
 function __cs_complete
-    if set -l word (string match -r '(.*=@)(.*)' -- (commandline -ct))
-        __fish_complete_path $word[3] | string replace -r '^' $word[2]
-        return
-    end
+    set -l word (string match -r '(.*=@)(.*)' -- (commandline -ct))
+    and __fish_complete_path $word[3] | string replace -r '^' $word[2]
+    and return
     set -l found (env (commandline -opc)[1] --complete=(commandline -cp) 2>/dev/null)
-    if string match -q \t'*' -- "$found"  # a message
-        printf '\n%s\n' (string trim -- "$found") >&2; commandline -f repaint
-    else  # fish quotes by itself
-        string replace -r "'([^'\t]*)'" '$1' -- $found
-    end
+    string match -q \t'*' -- "$found"  # a message
+    and printf '\n%s\n' (string trim -- "$found") >&2
+    and commandline -f repaint
+    or string replace -r "'([^'\t]*)'" '$1' -- $found  # fish quotes by itself
 end
 complete -c cs -k -f -a '(__cs_complete)'
 """,
@@ -4485,26 +4483,30 @@ complete -c cs -k -f -a '(__cs_complete)'
 _SAFE_WORD = r"(?:[A-Za-z0-9_.,:/@%+=\[\]-]|'(?! )[A-Za-z0-9_.:/@%+() -]+(?<! )')+\Z"
 _KEY_TIMEOUT = 1.0  # seconds that a list command may take at a key
 
-# option: the one whose value is being typed, or None; front: `--name=` where the value follows in
-# the same word; words: those before it that are not options; current: what is being typed, with
-# its quotes.
-_Line = collections.namedtuple("_Line", "options option front words current")
 
+class _Line:
+    """A line as far as it is typed. Raises _Usage for options that are wrong.
 
-def _read_line(text):
-    """Take a line apart as far as it is typed. Raises _Usage for options that are wrong."""
-    pattern = r"""(?:\\.?|'[^']*'?|"[^"]*"?|[^\s'"\\])+"""
-    cursor = "|"  # so that there is a last word, although nothing of it may be typed yet
-    *words, current = re.findall(pattern, text + cursor, re.DOTALL)[1:] or [cursor]
-    front = "".join(re.findall("^--[^=]*=", current))
-    words = list(map(_unquoted, words)) + ([front] if front else [])
-    option = _FLAGS.get(words[-1].rstrip("=")) if words else None
-    if option is not None and option.value:
-        del words[-1]
-    else:
-        option = None
-    options, words = _parse_arguments(words)
-    return _Line({**options, "quiet": True}, option, front, words, current[len(front) : -1])
+    option: the one whose value is being typed, if any; words: those before it that are not options;
+    front: what stays of the last word, such as `--output=`, `id=` or `ids=1,`; name: what stands
+    before = in it; typed: the rest of the last word, with its quotes. base: a shell's options."""
+
+    def __init__(self, text, base):
+        pattern = r"""(?:\\.?|'[^']*'?|"[^"]*"?|[^\s'"\\])+"""
+        cursor = "|"  # so that there is a last word, although nothing of it may be typed yet
+        *words, last = re.findall(pattern, text + cursor, re.DOTALL)[1:] or [cursor]
+        words = [*map(_unquoted, words), *re.findall("^--[^=]*=", last)]
+        option = _FLAGS.get(words[-1].rstrip("=")) if words else None
+        self.option = option if option and option.value else _Option("", None)
+        if self.option.value:
+            del words[-1]
+        options, self.words = _parse_arguments(words)
+        self.options = _merge_options(base, {**options, "quiet": True})
+        parameter = "(?:[^=]*=(?:(?<=s=).*,)?)?"  # several ids have commas between them
+        front = "(?:--[^=]*=)?(?:-|.*,)?" if self.option.value else parameter
+        self.front = re.findall(front, last[:-1], re.DOTALL | re.IGNORECASE)[0]
+        self.name = self.front.partition("=")[0]
+        self.typed = last[len(self.front) : -1]
 
 
 def _unquoted(word):
@@ -4512,46 +4514,38 @@ def _unquoted(word):
     return re.sub(r"""\\(.)|['"]""", r"\1", word)
 
 
-def _print_completions(text):
+def _print_completions(text, base):
     """Print the words that may stand where the cursor is, at the end of the text."""
     try:
-        for word, description in _completions(_read_line(text)):
+        for word, description in _completions(text, base):
             _write(f"{word}\t{description}".rstrip("\t") + "\n")
     except (_Usage, ValueError) as error:  # no word, so that no shell puts it on the line
         _write(f"\t{_one_line(str(error))}\n")
 
 
-def _completions(line):
+def _completions(text, base):
     """Return (word, description) of what may stand at the end of a line, and is safe to type.
 
     Raises _Usage for what must be done first, ValueError for settings that cannot be used."""
-    pairs = _candidates(line)
-    words = {line.front + word: _cut(_one_line(about), 60) for word, about in pairs}
+    line = _Line(text, base)
+    words = {}
+    for word, about in _candidates(line).items():
+        # What may stand for an id was chosen by names.
+        if _takes_ids(line.name) or word.lower().startswith(line.typed.lower()):
+            words[line.front + word] = _cut(_one_line(about), 60)
     return [pair for pair in words.items() if re.match(_SAFE_WORD, pair[0])]
 
 
-def _starting(pairs, prefix):
-    """Return the pairs whose first text begins so, in any case."""
-    return [pair for pair in pairs if pair[0].lower().startswith(prefix.lower())]
-
-
 def _candidates(line):
-    """Return (word, description) of what may stand at the end of a line."""
+    """Return {word: description} of what may stand after a line's front."""
     option = line.option
-    words: Any = ()
-    if option is None and line.current.startswith("-"):
-        words = [flag for flag in sorted(_FLAGS) if flag[1] == "-"]
-    elif option is None or option.name in ("columns", "sort", "where"):
-        return _known_words(line)
-    elif option.name in ("region", "profile"):
-        words = list_regions(line.options["config"])
-    elif isinstance(option.value, tuple):
-        words = option.value
-    return _starting([(word, "") for word in words], line.current)
+    if option.name in ("region", "profile"):
+        return dict.fromkeys(list_regions(line.options["config"]), "")
+    if option.name not in ("", "columns", "sort", "where"):
+        return dict.fromkeys(option.value if isinstance(option.value, tuple) else (), "")
+    if not option.value and line.typed.startswith("-"):
+        return {flag: "" for flag in sorted(_FLAGS) if flag[1] == "-"}
 
-
-def _known_words(line):
-    """Return (word, description) of what is known by the list of commands."""
     invocation = _Invocation(line.options)
     invocation.connect()
     catalog = _cached_catalog(invocation)
@@ -4559,62 +4553,48 @@ def _known_words(line):
         raise _Usage(f"to have commands completed, type: {_shell_line(invocation, ['--sync'])}")
     spec = catalog.find(_join_command(invocation, line.words)[0]) if line.words else None
     given = {word.partition("=")[0].lower(): word.partition("=")[2] for word in line.words}
-    name, equals, _ = line.current.partition("=")
-    pairs: list = []
     if spec is None:
-        pairs = [] if line.words or line.option else catalog.summaries()
-    elif line.option:
-        front = re.match(r"-|(?:.*,)?", line.current).group()  # type: ignore[union-attr]
-        end = "=" if line.option.name == "where" else ""
-        pairs = [(front + field + end, "") for field in spec.fields]
-    elif not equals:
-        unused = [param for param in spec.params if param.name.lower() not in given]
-        pairs = [(param.name + "=", param.description) for param in unused]
-    elif _takes_ids(name):
-        return _id_words(invocation, spec, line.current, given)
-    elif getattr(spec.find_param(name), "type", "") == "boolean":
-        pairs = [(name + "=true", ""), (name + "=false", "")]
-    return _starting(pairs, line.current)
+        return {} if line.words or option.value else dict(catalog.summaries())
+    if option.value:
+        end = "=" if option.name == "where" else ""
+        return {field + end: "" for field in spec.fields}
+    if not line.front:
+        return {x.name + "=": x.description for x in spec.params if x.name.lower() not in given}
+    if _takes_ids(line.name):
+        return _id_words(line, _rows_at_a_key(invocation, spec, line.name, given))
+    is_boolean = getattr(spec.find_param(line.name), "type", "") == "boolean"
+    return {"true": "", "false": ""} if is_boolean else {}
 
 
-def _id_words(invocation, spec, current, given):
-    """Yield (word, description) of what an ...id parameter may be: names, or else ids.
+def _id_words(line, rows):
+    """Return {word: description} of what an ...id parameter may be: names, or else ids.
 
     What is typed may begin a name, name: and a name, or an id. A name is offered where it is safe
-    to type and nothing else has it."""
-    name = current.partition("=")[0]
-    start = max(len(name), current.rfind(",") if name.lower().endswith("s") else 0) + 1
-    front, raw = current[:start], current[start:]
-    typed = _unquoted(raw)
-    begun = typed[5:] if typed.startswith("name:") else typed
-    rows = _rows_at_a_key(invocation, spec, name, given)
-    owners = collections.Counter(other for row in rows for other in row_names(row))
-    choices = []  # (what begins as it is typed, what stands before the text, the text, description)
-    for row in rows:
-        ident, names = str(row["id"]), row_names(row)
-        safe = [x for x in names if owners[x] == 1 and re.match(_SAFE_WORD, f"'{x}'")]
-        choices += [(x, "name:", x, ident) for x in safe]
-        begins = [] if safe else names
-        if begun == typed and (typed or not safe):
-            begins = [*begins, ident]
-        choices += [(x, "", ident, " / ".join(names)) for x in begins]
-    choices = _starting(choices, begun)
+    to type and nothing else has it. rows: {id: row}."""
+    typed = _unquoted(line.typed)
+    begun = re.sub("^name:", "", typed).lower()
+    owners = collections.Counter(name for row in rows.values() for name in row_names(row))
+    offered: list = []  # ("name:" or "", the name or id, description)
+    for ident, row in rows.items():
+        begins = [name for name in row_names(row) if name.lower().startswith(begun)]
+        safe = [x for x in begins if owners[x] == 1 and re.match(_SAFE_WORD, f"'{x}'")]
+        offered += [("name:", name, ident) for name in safe]
+        if not safe and (begins or ident.startswith(typed)):
+            offered.append(("", ident, " / ".join(row_names(row))))
     # All in quotes if one is: a shell replaces what was typed by what all words have in common.
-    quote = "'" if any(re.search("[ ()]", text) for _, _, text, _ in choices) else ""
-    for _, kind, text, about in choices:
-        is_open = raw[:1] in ("'", '"')
-        word = f"'{kind}{text}'" if is_open else f"{kind}{quote}{text}{quote}"
-        yield front + word, about
+    form = "{}'{}'" if any(re.search("[ ()]", text) for _, text, _ in offered) else "{}{}"
+    form = "'{}{}'" if line.typed[:1] in ("'", '"') else form
+    return {form.format(kind, text): about for kind, text, about in offered}
 
 
 def _rows_at_a_key(invocation, spec, name, given):
-    """Return the rows of the list command whose ids a parameter takes, one for each id.
+    """Return {id: row} of the list command whose ids a parameter takes.
 
     A log-in that is refused deletes the list of commands, without which no key causes another one:
     five of them lock an account."""
     lister = _lister(invocation.catalog, spec.name, name, given)
-    if lister is None or _lacking(lister, given):
-        return []
+    if lister is None:
+        return {}
     client = invocation.client
     client.timeout, client.retry = _KEY_TIMEOUT, 0  # of a log-in, too
     try:
@@ -4623,10 +4603,9 @@ def _rows_at_a_key(invocation, spec, name, given):
     except CloudStackException as error:
         if error.response is not None and "loginresponse" in error.response.text:
             os.unlink(_cache_path(client))
-        return []
-    rows = _in_place(dicts(find_rows(answer)), given)
-    by_id = {str(row.get("id") or ""): row for row in rows}
-    return [by_id[ident] for ident in by_id if re.match(r"[\w-]+\Z", ident, re.ASCII)]  # no @file
+        return {}
+    rows = {str(row.get("id") or ""): row for row in _in_place(dicts(find_rows(answer)), given)}
+    return {x: rows[x] for x in rows if re.match(r"[\w-]+\Z", x, re.ASCII)}  # no @file
 
 
 # 8.6 Configure.
@@ -4691,8 +4670,7 @@ def _text_without_section(path, region):
     except FileNotFoundError:
         return ""
     if parse_ini(path, text).has_section(region):
-        hint = "edit it there, or give another name with --region"
-        raise _Usage(f"[{region}] stands in {path}; {hint}")
+        raise _Usage(f"[{region}] stands in {path}; edit it there, or give another --region")
     return text + "\n\n" if text else ""
 
 
@@ -4722,9 +4700,7 @@ def _ask(name):
 
 # The kind of thing that a parameter's ids belong to, where its name, or for a plain id the
 # command's, does not show it. There is no list command for "none".
-_IDS_OF = dict(
-    pair.split("=")
-    for pair in """
+_IDS_OF = dict(pair.split("=") for pair in """
     registeruserkeys.id=user getuserkeys.id=user discovergpudevices.id=host
     generateclusterdrsplan.id=cluster executeclusterdrsplan.id=cluster removeipfromnic.id=none
     findstoragepoolsformigration.id=volume migratesystemvm.virtualmachineid=systemvm
@@ -4736,12 +4712,16 @@ _IDS_OF = dict(
     releasepodipaddress.id=none publiciprange=vlaniprange s2scustomergateway=vpncustomergateway
     storage=storagepool target=systemvm uppolicy=autoscalepolicy vmgroup=autoscalevmgroup
     vmprofile=autoscalevmprofile
+    """.split())  # fmt: skip
+# What listApis would say, for an account that may not ask it. Templates and ISOs have a filter.
+_USUAL_PARAMS = [{"name": "keyword"}, {"name": "listall"}, {"name": "projectid"}]
+_USUAL_LISTS = [
+    {"name": f"list{thing}s", "params": [*_USUAL_PARAMS, {"name": thing.lower() + "filter"}]}
+    for thing in """
+    Account AffinityGroup DiskOffering Domain Iso NetworkOffering Network Project SecurityGroup
+    ServiceOffering Snapshot Template User VPC VirtualMachine Volume Zone
     """.split()
-)
-_USUAL_LISTS = (  # for an account that may not ask for the list of commands
-    "Accounts AffinityGroups DiskOfferings Domains Isos NetworkOfferings Networks Projects"
-    " SecurityGroups ServiceOfferings Snapshots Templates Users VPCs VirtualMachines Volumes Zones"
-)
+]
 # Parameters of a call that tell things of one name apart, and the fields with the places' names.
 # They are looked up before others.
 _PLACES = {"zoneid": "zonename", "domainid": "domain", "account": "account", "projectid": "project"}
@@ -4755,8 +4735,7 @@ def _fill_in_ids(invocation, command, params):
         parts = [part for value in params[param] for part in _split_names(param, value)]
         for index, part in enumerate(parts):
             if part.literal == "name":
-                row = _row_of_name(invocation, command, param, part.text, params)
-                parts[index] = _Value(str(row["id"]), "file")
+                parts[index] = _id_of_name(invocation, command, param, part.text, params)
         params[param] = parts
     invocation.show()
 
@@ -4772,22 +4751,18 @@ def _split_names(param, value):
     return [_Value(text, "name" if text.startswith("name:") else "quoted") for text in texts]
 
 
-def _row_of_name(invocation, command, param, text, params):
-    """Return the row that has the name in a text such as name:x. Raises _Usage.
+def _id_of_name(invocation, command, param, text, params):
+    """Return the id, a _Value, of what has the name in a text such as name:x. Raises _Usage.
 
     A listing shows a project's things only if it names the project, which is put into params."""
     given = {name.lower(): _joined(values) for name, values in params.items()}
     typed, name = f"{param}={text}", text.partition(":")[2]
-    if not name.strip():
-        raise _Usage(f"{typed}: a name is missing after name:")
-    catalog = _catalog_for_names(invocation)
+    if _cached_catalog(invocation) is None:
+        _fetch_catalog(invocation, is_needed=False)
+    catalog = invocation.catalog or _make_catalog(_USUAL_LISTS)
     spec, lister = catalog.find(command), _lister(catalog, command, param, given)
     if lister is None:
-        hint = f"""give an id, or {param}='"{text}"' for the text itself"""
-        raise _Usage(f"{typed}: there is no list command to look a name up by; {hint}")
-    lacking = _lacking(lister, given)
-    if lacking:
-        raise _Usage(f"{typed}: {lister.name} looks it up, and needs {lacking}; or give an id")
+        raise _Usage(f"{typed}: no list command can look it up with what the call has; give an id")
 
     may_choose = "projectid" not in given and (spec is None or spec.find_param("projectid"))
     if may_choose and not only_reads(command) and param.lower() not in ("id", "ids"):
@@ -4798,26 +4773,15 @@ def _row_of_name(invocation, command, param, text, params):
     row = invocation.ids[key]
     if may_choose and only_reads(command) and row.get("projectid"):
         params["projectid"] = [_Value(str(row["projectid"]), "file")]
-    return row
+    return _Value(str(row["id"]), "file")
 
 
-def _catalog_for_names(invocation):
-    """Return the list of commands, fetched if it is not there, or else the usual list commands."""
-    catalog = _cached_catalog(invocation)
-    if catalog is None:
-        catalog = _fetch_catalog(invocation, is_needed=False)
-    params = [{"name": "keyword"}, {"name": "listall"}, {"name": "projectid"}]
-    return catalog or _make_catalog(
-        {"name": "list" + thing, "params": [*params, {"name": thing[:-1].lower() + "filter"}]}
-        for thing in _USUAL_LISTS.split()
-    )
-
-
-def _lister(catalog, command, name, given=()):
+def _lister(catalog, command, name, given):
     """Return the list command whose ids a parameter takes, or None.
 
     It is listZones for zoneid, and for a plain id that of the command's own object. If the server
-    relates the parameter to list commands, it is one of them."""
+    relates the parameter to list commands, it is one of them. If it needs what the call does not
+    have, no other is taken: it would list other things."""
     spec = catalog.find(command)
     param = spec.find_param(name) if spec else None
     related = re.findall(r"\blist\w+", param.related) if param else []
@@ -4826,7 +4790,7 @@ def _lister(catalog, command, name, given=()):
     for other in [other for other in names if other in (related or names)] + related:
         lister = catalog.find(other or "")
         if lister and "id" not in lister.required:
-            return lister
+            return None if set(lister.required) - {"templatefilter", *given} else lister
     return None
 
 
@@ -4835,7 +4799,7 @@ def _things(command, name, given):
     name = name[:-1] if name.endswith("s") else name
     known = _IDS_OF.get(f"{command.lower()}.{name}")
     if name in ("resourceid", "entityid"):
-        kind = dict(given).get(name[:-2] + "type", "").lower()
+        kind = given.get(name[:-2] + "type", "").lower()
         known = _IDS_OF.get("type." + kind, kind)
     if known is not None:
         yield known
@@ -4848,11 +4812,6 @@ def _things(command, name, given):
     else:
         thing = re.sub(r"(uu)?id\Z", "", name[-50:])
         yield from (thing[start:] for start in range(max(1, len(thing) - 1)))  # zone of destzoneid
-
-
-def _lacking(lister, given):
-    """Return the parameters that a list command needs and the call does not have, as a text."""
-    return " and ".join(x for x in lister.required if x not in given and x != "templatefilter")
 
 
 def _look_up(invocation, lister, typed, name, given):
@@ -4872,17 +4831,13 @@ def _look_up(invocation, lister, typed, name, given):
         own = [row["id"] for row in _ask_list(invocation, lister, typed, questions[0])]
         own = [row for row in found if row["id"] in own]
         if len(own) == 1:
-            account = f"{len(found)} have this name; your account's own is {own[0]['id']}"
-            invocation.say(f"{typed}: {account}")
             found = own
+            invocation.say(f"{typed}: several have it; your account's own is {own[0]['id']}")
     try:
         return pick_row(lister.name, name, rows, found)
     except LookupError as error:
         problem = f"{typed}: {error}"
-    if "*" in name:
-        where = f"--where 'name~^{name.partition('*')[0]}'"
-        problem += f"\n    For all names of a kind: cs {lister.name} --all {where} | cs ... --each"
-    elif "Give its id" not in problem:
+    if "Give its id" not in problem:
         problem += f"; cs {lister.name} -o table -c id,name shows what there is"
     raise _Usage(problem + "\n    The call was not sent.")
 
@@ -4893,9 +4848,8 @@ def _questions(lister, given, keyword=""):
     What belongs to a project is listed for projects only. Templates and ISOs that cannot be run are
     listed as one's own, and to administrators among all."""
     has = lister.find_param
-    fixed = {name: given[name] for name in lister.required if name in given}
-    fixed.update({"listall": "true"} if has("listall") else {})
-    fixed.update({"keyword": keyword} if keyword else {})
+    values = {**given, "keyword": keyword, "listall": "true" if has("listall") else ""}
+    fixed = {x: values[x] for x in [*lister.required, "keyword", "listall"] if values.get(x)}
     filters = [name for name in ("templatefilter", "isofilter") if has(name)]
     project = re.sub("^name:.*", "-1", given.get("projectid", ""))  # at a key; rows tell its name
     projects = [{"projectid": project or "-1"}, {}] if has("projectid") else [{}]
@@ -4907,8 +4861,7 @@ def _questions(lister, given, keyword=""):
 def _ask_list(invocation, lister, typed, question):
     """Return the rows of a list command. Raises _Usage if this account may not ask it at all."""
     words = [lister.name, *(f"{param}={value}" for param, value in question.items())]
-    call = _CheckedCall(lister.name, question, words, pages=True)
-    invocation.under_way = call
+    call = invocation.under_way = _CheckedCall(lister.name, question, words, pages=True)
     try:
         return [row for row in dicts(call.make(invocation.client)) if "id" in row]
     except CloudStackApiException as error:
@@ -5343,9 +5296,7 @@ class _Shell:
         found = [] if space else [word + " " for word in _OWN_WORDS if word.startswith(first)]
         typed = _OWN_WORDS[first] + rest if space and first in _OWN_WORDS else typed
         try:
-            line = _read_line("cs " + typed)
-            line = line._replace(options=_merge_options(self.options, line.options))
-            words = [word for word, _ in _completions(line)]
+            words = [word for word, _ in _completions("cs " + typed, self.options)]
         except (_Usage, ValueError) as error:
             return found or [_one_line(str(error)), " "]
         if first == "set":
