@@ -131,17 +131,18 @@ class CloudStackException(Exception):
     """
 
     # Each has its default here, so that nobody has to ask with getattr.
-    response: "Any" = None
-    error: "Any" = None
     shown: "Any" = None
     jobid: "str | None" = None
     jobinstanceid: "str | None" = None
     jobinstancetype: "str | None" = None
     outcome_unknown = unsent = stale = job_failed = False
+    # OSError would take two arguments for these; they are set if the cause had an errno.
+    errno: "Any" = None
+    strerror: "Any" = None
 
-    def __init__(self, *args, response=None):
+    def __init__(self, *args, error=None, response=None):
         super().__init__(*args)
-        self.response = response
+        self.error, self.response = error, response
 
     def __str__(self):
         # OSError's own would print two arguments as "[Errno first] second".
@@ -151,10 +152,6 @@ class CloudStackException(Exception):
 class CloudStackApiException(CloudStackException):
     """The server refused a command, or a job failed: `error` holds its own words."""
 
-    def __init__(self, *args, error=None, response=None):
-        super().__init__(*args, response=response)
-        self.error = error
-
     def __str__(self):
         shown = self.error if self.shown is None else self.shown
         return f"{super().__str__()}, error: {shown}"
@@ -163,13 +160,9 @@ class CloudStackApiException(CloudStackException):
 class CloudStackConnectionError(CloudStackException, ConnectionError):
     """There was no connection, or it broke before the answer was whole."""
 
-    errno = strerror = None  # OSError would take two arguments for these; set if the cause had one
-
 
 class CloudStackTimeoutError(CloudStackException, TimeoutError):
     """The server was silent for `timeout` seconds, or took ten times that in all."""
-
-    errno = strerror = None
 
 
 class CloudStackJobTimeout(CloudStackTimeoutError):
@@ -1528,7 +1521,7 @@ def pick_row(list_command, name, rows, found=None):
     """Return the one row that has a name; found: the rows that do, if that is known better.
 
     Raises LookupError, which lists the candidates: these, or those of names like it."""
-    rows = [row for row in dicts(rows) if "id" in row]
+    rows = list({str(row["id"]): row for row in dicts(rows) if "id" in row}.values())
     found = rows_named(rows, name) if found is None else found
     if len(found) == 1:
         return found[0]
@@ -1552,8 +1545,7 @@ def _rows_like(rows, name):
     names = {other.lower() for row in rows for other in row_names(row)}
     near = difflib.get_close_matches(name.lower(), names)
     near += [other for other in names if name.lower() in other]
-    found = [row for row in rows if set(near) & set(map(str.lower, row_names(row)))]
-    return list({str(row["id"]): row for row in found}.values())
+    return [row for row in rows if set(near) & set(map(str.lower, row_names(row)))]
 
 
 # 4.6 Jobs: submit, poll, wait.
@@ -1563,9 +1555,7 @@ async def _run_command(client, command, params, options):
     """Carry out a whole call: returns the answer, all rows of a list, or the result of a job.
 
     The option as_pages asks for the pages of a list, params holds more parameters."""
-    fetch_list = options["fetch_list"]
-    if type(fetch_list) is not bool:
-        fetch_list = _convert("fetch_list", _parse_flag, fetch_list)
+    fetch_list = _convert("fetch_list", _parse_flag, options["fetch_list"])
     call = _Call(client, command, {**params, **options.get("params", {})}, options)
     if "as_pages" in options:
         if not call.reads:  # a second page would carry it out a second time
@@ -1665,11 +1655,9 @@ class _JobWait:
 
         It does if polls have failed for too long, or if CloudStack states an error in JSON: that is
         about the job, but for a 429 or 503. (_is_transient would be too wide.)"""
-        has_limit = self.settings["job_timeout"] is not None
         is_stated = isinstance(error.error, dict) and _status_of(error) not in (429, 503)
-        if error.job_failed or is_stated:
-            return False
-        if not has_limit and self.failures + 1 >= MOST_FAILED_POLLS:
+        most = MOST_FAILED_POLLS if self.settings["job_timeout"] is None else float("inf")
+        if is_stated or self.failures + 1 >= most:
             return False
         # Growing also where poll_interval is 0, and not beyond what a float holds.
         growing = max(0.001, self.settings["poll_interval"]) * 2.0 ** min(self.failures, 32)
@@ -1748,15 +1736,16 @@ async def _poll_until_done(client, call, poll):
         try:
             answer = await _send_with_retries(client, poll)
             answered = poll.response
-            finished, result = _read_job(answer, poll, call)
-            if finished:
-                return result
-            wait.failures = 0
-            wait.set_due(wait.polled)
+            status = _read_job_status(answer, answered)
         except CloudStackException as error:
             answered = error.response or answered
             if not wait.may_continue(error):
                 raise
+        else:
+            if status != 0:
+                return _read_job(call, status, answer, answered)
+            wait.failures = 0
+            wait.set_due(wait.polled)
         if is_last:
             response = answered and answered.with_status(408, "Request Timeout")
             message = "Timeout waiting for async job result"
@@ -1771,19 +1760,16 @@ def _read_job_status(answer, response):
         raise _unexpected("queryAsyncJobResult gave no jobstatus", response) from None
 
 
-def _read_job(answer, poll, call):
-    """Return (finished, result) out of queryAsyncJobResult's answer.
+def _read_job(call, status, answer, response):
+    """Return the result of a job that has ended.
 
-    Raises CloudStackApiException for a failed job. That may come without jobresult: the server was
+    Raises CloudStackApiException for a failed one. That may come without jobresult: the server was
     restarted, or its queue cancelled."""
-    status = _read_job_status(answer, poll.response)
     result = answer.get("jobresult")
-    if status == 0:
-        return False, None
     if status == 1:
-        return True, {} if result is None else result
+        return {} if result is None else result
     error = answer if result is None else result
-    failure = CloudStackApiException("Job failure", error=error, response=poll.response)
+    failure = CloudStackApiException("Job failure", error=error, response=response)
     failure.job_failed = True
     failure.jobinstanceid = answer.get("jobinstanceid")
     failure.jobinstancetype = answer.get("jobinstancetype")
@@ -1810,8 +1796,7 @@ async def _submit(client, call):
         except CloudStackException as error:
             if not error.outcome_unknown:
                 raise
-            lost = error
-        return await _find_job(client, call, lost)
+            return await _find_job(client, call, error)
     except BaseException as error:
         if call.request is not None and not hasattr(error, "unsent"):  # Ctrl-C, a cancelled task
             error.jobid, error.outcome_unknown = call.job_id, True  # type: ignore[attr-defined]
@@ -2571,9 +2556,7 @@ def _parse_flag(value):
     """Return the bool that a setting means; None and an empty ini value are False."""
     if value in (None, "", 0, 1):  # False and True are among them
         return bool(value)
-    if isinstance(value, str) and value.lower() in _BOOLEANS:
-        return _BOOLEANS[value.lower()]
-    raise ValueError(f"{value!r} is neither true nor false")
+    return strtobool(str(value))
 
 
 def _number(least=float("-inf"), most=1e9, whole=False, optional=False):
@@ -2631,9 +2614,7 @@ def _parse_domain(value):
 
     Seen on 4.23: answers say `domainpath: ROOT/sub`, and log-in refuses exactly that (531)."""
     path = _parse_text(value)
-    if path == "ROOT" or (path or "").startswith("ROOT/"):
-        return path[len("ROOT") :] or "/"
-    return path
+    return path and (re.sub(r"\AROOT(?=/|\Z)", "", path) or "/")
 
 
 def _parse_ca_path(value):
@@ -2641,10 +2622,8 @@ def _parse_ca_path(value):
 
     A boolean word, such as an ini file's `verify = false`, reads as None: only
     dangerous_no_tls_verify turns verification off. (A file of such a name needs ./ before it.)"""
-    if value is None or isinstance(value, bool):
-        return None
-    path = os.fsdecode(value)
-    return None if not path or path.lower() in _BOOLEANS else path
+    path = None if isinstance(value, bool) else _parse_path(value)
+    return path if path and path.lower() not in _BOOLEANS else None
 
 
 def _parse_pem_path(value):
@@ -2762,9 +2741,6 @@ _HEADER = "header_"
 _DEFAULT_REGION = "cloudstack"
 _CONFIG_KEYS = [setting.name for setting in SETTINGS if setting.given_in != "code"]
 
-# What may follow CLOUDSTACK_ in the name of a variable, beside HEADER_ and a header's name.
-_VARIABLES = [*_CONFIG_KEYS, "config", "region", "overrides"]
-
 
 class Config:
     """A configuration, and where it came from; load_config() returns it."""
@@ -2813,13 +2789,10 @@ def _check_together(values, paths):
     by_file: dict = {}
     for key, (_, origin) in sorted(values.items()):
         if origin in paths and _group_of(key) in _TOGETHER:
-            by_file.setdefault(os.path.realpath(origin), (key, origin))
+            by_file.setdefault(os.path.realpath(origin), f"{origin!a} ({key})")
     if len(by_file) > 1:
-        (key, path), (other, elsewhere) = list(by_file.values())[:2]
-        raise ValueError(
-            f"the files {path!a} ({key}) and {elsewhere!a} ({other}) cannot be combined: "
-            "endpoint, credentials, certificates and headers must all come from one of them"
-        )
+        rule = "endpoint, credentials, certificates and headers must all come from one of them"
+        raise ValueError(f"the files {' and '.join(by_file.values())} cannot be combined: {rule}")
 
 
 def _group_of(key):
@@ -2864,14 +2837,11 @@ def parse_ini(path, text):
     try:
         parser.read_string(text, source=path)
         return parser
-    except configparser.MissingSectionHeaderError as error:
-        reason = f"line {error.lineno} stands before any [section]"
     except (configparser.DuplicateOptionError, configparser.DuplicateSectionError) as error:
         reason = f"line {error.lineno} repeats {getattr(error, 'option', None) or error.section!a}"
     except configparser.ParsingError as error:
-        reason = f"line {error.errors[0][0] if error.errors else '?'} is not 'name = value'"
-    except configparser.Error as error:
-        reason = type(error).__name__
+        line = getattr(error, "lineno", None) or error.errors[0][0]
+        reason = f"line {line} is not 'name = value' in a [section]"
     raise ValueError(f"{path!a} is not an ini file: {reason}")
 
 
@@ -2913,16 +2883,16 @@ def _read_environment():
         found = re.match(_PREFIX + "HEADER_(.+)", name, re.IGNORECASE)
         if found:
             names[_HEADER + found.group(1).lower().replace("_", "-")] = name
-    given = {key: name for key, name in names.items() if os.environ.get(name)}
+    given = {key: (os.environ[name], name) for key, name in names.items() if os.environ.get(name)}
     if os.environ.get(names["key"]) == "":
-        given["key"] = names["key"]
+        given["key"] = ("", names["key"])
         given.pop("secret", None)
-    return {key: (os.environ[name], name) for key, name in given.items()}
+    return given
 
 
 def unknown_variables():
     """Return the names of CLOUDSTACK_* variables that nothing reads."""
-    known = {_PREFIX + name.upper() for name in _VARIABLES}
+    known = {_PREFIX + name.upper() for name in [*_CONFIG_KEYS, "config", "region", "overrides"]}
     unknown = [name for name in os.environ if name not in known]
     return sorted(filter(re.compile(_PREFIX + "(?!HEADER_.)").match, unknown))
 
