@@ -1494,9 +1494,8 @@ def _without_repeats(rows):
     return list({jsonlib.dumps(row, sort_keys=True): row for row in rows}.values())
 
 
-_TELLING_APART = (  # fields that show which of several rows of one name is meant
-    "path zonename domain project account vpcname vmname volumename state created".split()
-)
+# Fields that show which of several rows of one name is meant.
+_FACTS = "path zonename domain project account vpcname vmname volumename state created".split()
 
 
 def row_names(row):
@@ -1529,7 +1528,7 @@ def pick_row(list_command, name, rows, found=None):
     near = found or _rows_like(rows, name)
     if not near:
         raise LookupError(text)
-    fields = [key for key in _TELLING_APART if len({str(row.get(key)) for row in near}) > 1]
+    fields = [key for key in _FACTS if len({str(row.get(key)) for row in near}) > 1]
     lines = [text + "; did you mean one of these? Give its id:"]
     for row in near[:10]:
         facts = ", ".join(f"{key} {row[key]}" for key in fields if key in row)
@@ -1638,10 +1637,8 @@ class _JobWait:
         self.client, self.settings, self.jobid = client, call.settings, jobid
         self.started = self.due = self.polled = _clock()
         self.failures = 0  # in a row
-
-    def deadline(self):
         limit = self.settings["job_timeout"]
-        return float("inf") if limit is None else self.started + limit
+        self.deadline = float("inf") if limit is None else self.started + limit
 
     def set_due(self, at):
         """Set the next poll, at growing intervals.
@@ -1656,8 +1653,8 @@ class _JobWait:
         It does if polls have failed for too long, or if CloudStack states an error in JSON: that is
         about the job, but for a 429 or 503. (_is_transient would be too wide.)"""
         is_stated = isinstance(error.error, dict) and _status_of(error) not in (429, 503)
-        most = MOST_FAILED_POLLS if self.settings["job_timeout"] is None else float("inf")
-        if is_stated or self.failures + 1 >= most:
+        has_limit = self.deadline < float("inf")
+        if is_stated or not (has_limit or self.failures + 1 < MOST_FAILED_POLLS):
             return False
         # Growing also where poll_interval is 0, and not beyond what a float holds.
         growing = max(0.001, self.settings["poll_interval"]) * 2.0 ** min(self.failures, 32)
@@ -1667,7 +1664,7 @@ class _JobWait:
 
     def seconds_left(self):
         """Return the seconds until the next poll."""
-        return max(0.0, min(self.due, self.deadline()) - _clock())
+        return max(0.0, min(self.due, self.deadline) - _clock())
 
     def notify(self, call):
         self.client._notify(Waiting(call.command, self.jobid, _clock() - self.started))
@@ -1679,7 +1676,7 @@ class _JobWait:
             if jobs.listed_at > self.polled and self.jobid not in jobs.pending:
                 return
             interval = self.settings["poll_interval"]
-            direct = min(self.deadline(), self.polled + DIRECT_POLL * max(SHORTEST_POLL, interval))
+            direct = min(self.deadline, self.polled + DIRECT_POLL * max(SHORTEST_POLL, interval))
             may_list = jobs.is_useful() and not self.failures and _clock() < direct
             if self.seconds_left() <= 0:
                 if may_list:
@@ -1731,8 +1728,8 @@ async def _poll_until_done(client, call, poll):
     while True:
         await wait.until_due(call, jobs)
         wait.polled = _clock()
-        is_last = wait.polled >= wait.deadline()
-        poll.total = max(0.0, wait.deadline() - wait.polled) + wait.settings["timeout"]
+        is_last = wait.polled >= wait.deadline
+        poll.total = max(0.0, wait.deadline - wait.polled) + wait.settings["timeout"]
         try:
             answer = await _send_with_retries(client, poll)
             answered = poll.response
@@ -1828,7 +1825,7 @@ async def _find_job(client, call, lost):
                 unknown_since = None
                 is_over = not wait.may_continue(error)
 
-        if is_over or asked_at >= wait.deadline():
+        if is_over or asked_at >= wait.deadline:
             break
         wait.notify(call)
         await client._pause(wait.seconds_left())
@@ -2313,12 +2310,10 @@ def _describe_failure(error, request, unsent):
 
     lost, late = CloudStackConnectionError, CloudStackTimeoutError
     if isinstance(error, (socket.timeout, TimeoutError)):  # one and the same since 3.10
-        what, why = "No answer from", f"nothing for {request.timeout:g} s (timeout)"
-        if unsent:
-            what, why = "Cannot connect to", f"no answer within {request.timeout:g} s (timeout)"
+        why = f"nothing for {request.timeout:g} s (timeout)"
         if _clock() >= request.deadline:
             why = f"it was not whole after {request.total:g} s"
-        return late, what, why
+        return late, "Cannot connect to" if unsent else "No answer from", why
     if isinstance(error, (ssl.SSLError, ssl.CertificateError)):
         return lost, "TLS failure with", _describe_tls_error(error)
     if isinstance(error, socket.gaierror):
@@ -2431,9 +2426,10 @@ def mask_params(params):
     return {name: MASK if name in secret else text for name, text in params.items()}
 
 
-def _mask_header(name, value):
-    """Return a header's line, its value replaced if it may be secret."""
-    return f"{name}: {MASK if _is_secret(name, _SECRET_HEADER_ENDS) else value}"
+def _mask_headers(headers):
+    """Return the lines of headers, values that may be secret replaced."""
+    shown = {name: MASK for name in headers if _is_secret(name, _SECRET_HEADER_ENDS)}
+    return [f"{name}: {shown.get(name, value)}" for name, value in headers.items()]
 
 
 def mask_address(endpoint):
@@ -2512,20 +2508,17 @@ def write_stderr(text):
 
 def trace_event(event):
     """Show a request as it goes out and its answer as it came, secrets replaced in place."""
-    request: Any = event.request if isinstance(event, (Sent, Answered, Failed)) else None
     if isinstance(event, Sent):
-        lines = [f"{request.method} {request.masked_url()}"]
-        lines += [_mask_header(name, value) for name, value in request.headers.items()]
-        lines.append("")
+        request: Any = event.request
+        lines = [f"{request.method} {request.masked_url()}", *_mask_headers(request.headers), ""]
         if request.method == "POST":
             lines += [_join_query(request.masked_params()), ""]
         write_stderr("\n".join(lines))
     elif isinstance(event, Answered):
         response = event.response
-        lines = [f"{response.status_code} {response.reason}"]
-        lines += [_mask_header(name, value) for name, value in response.headers.items()]
+        lines = [f"{response.status_code} {response.reason}", *_mask_headers(response.headers)]
         lines += ["", response.text, "", f"({event.seconds * 1000:.0f} ms)", ""]
-        write_stderr(mask_text("\n".join(lines), request.all_secrets()))
+        write_stderr(mask_text("\n".join(lines), event.request.all_secrets()))
     elif isinstance(event, Failed):
         write_stderr(f"{event.error} ({event.seconds * 1000:.0f} ms)\n")
 
@@ -2601,12 +2594,11 @@ def _parse_text(value):
         raise ValueError(f"text was expected, got {type(value).__name__}")
     try:
         # The base type's own conversions: a subclass (Ansible's tagged text) may have others.
-        if isinstance(value, bytes):
-            value = bytes.decode(value, "utf-8")
-        str.encode(value or "", "utf-8")
+        text = bytes.decode(value) if isinstance(value, bytes) else str.__str__(value or "")
+        text.encode("utf-8")
     except UnicodeError:
         raise ValueError("it holds something that is not UTF-8") from None
-    return str.__str__(value) if value else None
+    return text or None
 
 
 def _parse_domain(value):
@@ -2641,8 +2633,6 @@ def _parse_path(value):
 
 def _parse_headers(value):
     """Return a dict of headers that can be sent."""
-    if value is not None and not hasattr(value, "items"):
-        raise ValueError(f"a dict was expected, got {type(value).__name__}")
     headers = dict(value or {})
     for name, content in headers.items():
         _check_header(name, content)
@@ -2721,9 +2711,7 @@ SETTINGS: "tuple[Any, ...]" = (
     _Setting("theme", None, _parse_text, "tool", ""),
 )
 # fmt: on
-_CLIENT_SETTINGS: "dict[str, Any]" = {
-    setting.name: setting for setting in SETTINGS if setting.given_in != "tool"
-}
+_CLIENT_SETTINGS: "Any" = {each.name: each for each in SETTINGS if each.given_in != "tool"}
 _ATTRIBUTES = frozenset(setting.name for setting in SETTINGS if "attribute" in setting.traits)
 _TOGETHER = [setting.name for setting in SETTINGS if "together" in setting.traits]
 
@@ -2918,10 +2906,9 @@ def _merge_layers(*layers):
     There is a key or there is a user name; and an empty key means that there is no key."""
     merged: dict = {}
     for layer in layers:
+        overruled = ["key", "secret"] if "username" in layer else []
         if "key" in layer:
-            overruled = ["username", "password", "domain"] if layer["key"][0] else ["secret"]
-        else:
-            overruled = ["key", "secret"] if "username" in layer else []
+            overruled += ["username", "password", "domain"] if layer["key"][0] else ["secret"]
         for key in overruled:
             merged.pop(key, None)
         merged.update(layer)
