@@ -1624,9 +1624,8 @@ class _JobList:
             before, self.pending = self.pending, frozenset(str(row.get("jobid")) for row in rows)
             self.listed_at = now
             helps = len((before | self.pending).intersection(self.waiting)) >= self.FEWEST
-            self.rest = 0.0 if helps else min(self.USELESS, 4 * self.rest + 0.3)
-            if helps or self.pending:  # more pages of it will be read for more waiters
-                seconds = self.rest
+            # It may help later: more pages of it are read for more waiters.
+            seconds = self.rest = 0.0 if helps else min(self.USELESS, 4 * self.rest + 0.3)
         self.off_until = _clock() + seconds
 
 
@@ -2327,16 +2326,13 @@ def _describe_failure(error, request, unsent):
     if isinstance(error, http.client.IncompleteRead):
         return lost, "Broken answer from", "it is cut off"
     if isinstance(error, OSError):
-        is_silent = isinstance(error, http.client.RemoteDisconnected)
-        why = "closed without an answer" if is_silent else error_text(error)
-        return lost, "Connection lost to", why
+        return lost, "Connection lost to", error_text(error)
     return lost, "Broken answer from", f"not HTTP ({type(error).__name__})"
 
 
 def _describe_tls_error(error):
     """Return why TLS failed, and the setting that may help."""
-    why = getattr(error, "verify_message", None) or getattr(error, "reason", None)
-    text = str(why or error)
+    text = str(getattr(error, "verify_message", None) or getattr(error, "reason", None) or error)
     if text.isupper():  # OpenSSL's own name for it
         text = text.replace("_", " ").lower()
     if "certificate" in str(error).lower():

@@ -318,7 +318,7 @@ def unsent(kind=cs.CloudStackConnectionError):
 
 
 def lost(stale=False):
-    error = cs.CloudStackConnectionError("Connection lost to " + ENDPOINT, "closed without an answer")
+    error = cs.CloudStackConnectionError("Connection lost to " + ENDPOINT, "Remote end closed connection")
     error.stale = stale
     return error
 
@@ -3550,7 +3550,7 @@ class JobsAtOnceTest(JumpingCase):
         self.assertLessEqual(polls["job-0001"], 4)
 
     @each("listed, most", (api_error(432, "unknown command"), 1), (answer("<html>", 502), 15),
-          *[(listed, 2) for listed in (
+          *[(listed, 4) for listed in (
         answer({"r": {"success": True}}), answer({"r": "x"}), api_error(401), answer([1]))],
           *[(answer({"r": {"count": 3, "asyncjobs": rows}}), 60) for rows in (
               [None, 5, "x", []], [{"jobid": None}, {"jobid": ["job-0001"]}, {}], [{"jobid": {"a": 1}}] * 3)])
@@ -4295,10 +4295,10 @@ class KeptConnectionTest(TransportCase):
     def test_one_that_dies_unnoticed_is_replaced_once_for_a_reading_command(self):
         die = [Step.READ, reply(), Step.READ]
         server, client = self.pair([Step.READ], die, die, [Step.READ])
-        self.failure(client, "closed without an answer", command="listPods")  # a fresh one: it is not asked again
+        self.failure(client, "Remote end closed", command="listPods")  # a fresh one: it is not asked again
         client.listZones()
         self.assertEqual(RESULT, client.listUsers())
-        self.failure(client, "closed without an answer", command="listHosts")  # nor is the one that took its place
+        self.failure(client, "Remote end closed", command="listHosts")  # nor is the one that took its place
         self.assertEqual([["listPods"], ["listZones", "listUsers"], ["listUsers", "listHosts"], ["listHosts"]],
                          server.asked)
 
@@ -4394,7 +4394,7 @@ class BodyTest(TransportCase):
         *[reply(b"", "200 OK", f"Content-Length: {length}", length=False) for length in (10**12, 2**63, 10**30)]]
     NO_BODY = [b"HTTP/1.1 200 OK", b"HTTP/1.1 200 OK\r\nContent-Ty", b"HTTP/1.1 200 OK\r\nContent-Type: text/xml\r\n"]
 
-    @each("says, kind, content", ("closed without an answer", LOST, b""), ("Connection lost", LOST, Step.RESET),
+    @each("says, kind, content", ("Remote end closed", LOST, b""), ("Connection lost", LOST, Step.RESET),
           ("Connection lost", LOST, lambda wire: wire.send(reply()[:-5]) and Step.RESET(wire)),
           *[("not HTTP", LOST, content) for content in NOT_HTTP],
           *[("Broken answer", LOST, content) for content in CUT_OFF],
@@ -4975,7 +4975,7 @@ class AsyncTransportTest(TransportCase):
 
     KIND = cs.AIOCloudStack
 
-    @each("says, kind, steps", ("closed without", LOST, []), ("cut off", LOST, [reply()[:-5]]),
+    @each("says, kind, steps", ("Remote end closed", LOST, []), ("cut off", LOST, [reply()[:-5]]),
           ("not HTTP", LOST, [b"x\r\n"]), ("nothing for 0.3 s", LATE, [Step.HOLD]),
           ("max_response_size", cs.CloudStackException, [reply(b"x" * 5000)]))
     def test_each_kind_of_failure(self, says, kind, steps):
