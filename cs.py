@@ -195,8 +195,7 @@ def flatten(params):
 
 def _flatten_value(name, value):
     """Yield the (name, text) pairs of a parameter; text is None where there is nothing to send."""
-    entries = [value] if isinstance(value, dict) else value if isinstance(value, _LISTS) else []
-    entries = [entry for entry in entries if entry is not None]
+    entries = _entries(value)
     if not any(isinstance(entry, dict) for entry in entries):
         yield name, _encode_value(name, value)
         return
@@ -208,13 +207,17 @@ def _flatten_value(name, value):
             yield full, _encode_value(full, item)
 
 
+def _entries(value):
+    """Return what a list holds, or the one value; None is nothing."""
+    entries = value if isinstance(value, _LISTS) else [value]
+    return [entry for entry in entries if entry is not None]
+
+
 def _encode_value(name, value):
     """Return the text of a value or a list, None for nothing.
 
     The server splits lists at commas, without escaping or trimming."""
-    if not isinstance(value, _LISTS):
-        return None if value is None else _encode_scalar(name, value)
-    texts = [_encode_scalar(name, item) for item in value if item is not None]
+    texts = [_encode_scalar(name, entry) for entry in _entries(value)]
     if isinstance(value, (set, frozenset)):  # which have no order: the same call, the same bytes
         texts.sort()
     return ",".join(texts) if texts else None
@@ -1727,7 +1730,6 @@ async def _poll_until_done(client, call, poll):
     while True:
         await wait.until_due(call, jobs)
         wait.polled = _clock()
-        is_last = wait.polled >= wait.deadline
         poll.total = max(0.0, wait.deadline - wait.polled) + wait.settings["timeout"]
         try:
             answer = await _send_with_retries(client, poll)
@@ -1742,7 +1744,7 @@ async def _poll_until_done(client, call, poll):
                 return _read_job(call, status, answer, answered)
             wait.failures = 0
             wait.set_due(wait.polled)
-        if is_last:
+        if wait.polled >= wait.deadline:
             response = answered and answered.with_status(408, "Request Timeout")
             message = "Timeout waiting for async job result"
             raise CloudStackJobTimeout(message, wait.jobid, response=response)
@@ -2526,10 +2528,8 @@ def trace_event(event):
 # returns what the client works with; it raises ValueError, and never quotes what may be a secret.
 
 
-_BOOLEANS = {
-    **dict.fromkeys("y yes t true on 1".split(), True),
-    **dict.fromkeys("n no f false off 0".split(), False),
-}
+_BOOLEANS = dict.fromkeys("y yes t true on 1".split(), True)
+_BOOLEANS.update(dict.fromkeys("n no f false off 0".split(), False))
 
 
 def strtobool(value):
@@ -2804,10 +2804,8 @@ def _read_text(path):
             return file.read()
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(path) from None
-    except UnicodeDecodeError:
-        raise ValueError(f"cannot read {path!a}: it is not UTF-8 text") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path!a}: {error_text(error)}") from None
+        raise ValueError(f"cannot read {path!a} as UTF-8 text: {error_text(error)}") from None
 
 
 def parse_ini(path, text):
