@@ -2528,8 +2528,8 @@ def trace_event(event):
 # returns what the client works with; it raises ValueError, and never quotes what may be a secret.
 
 
-_BOOLEANS = dict.fromkeys("y yes t true on 1".split(), True)
-_BOOLEANS.update(dict.fromkeys("n no f false off 0".split(), False))
+_TRUE, _FALSE = "y yes t true on 1".split(), "n no f false off 0".split()
+_BOOLEANS = {**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)}
 
 
 def strtobool(value):
