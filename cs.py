@@ -130,7 +130,7 @@ class CloudStackException(Exception):
     .stale            True if a kept connection had been closed by the server when it was used again
     """
 
-    # Each has its default here, so that nobody has to ask with getattr.
+    # All have a default, so that nobody has to ask with getattr.
     shown: "Any" = None
     jobid: "str | None" = None
     jobinstanceid: "str | None" = None
@@ -1655,8 +1655,8 @@ class _JobWait:
         It does if polls have failed for too long, or if CloudStack states an error in JSON: that is
         about the job, but for a 429 or 503. (_is_transient would be too wide.)"""
         is_stated = isinstance(error.error, dict) and _status_of(error) not in (429, 503)
-        has_limit = self.deadline < float("inf")
-        if is_stated or not (has_limit or self.failures + 1 < MOST_FAILED_POLLS):
+        has_no_limit = self.deadline == float("inf")
+        if is_stated or (has_no_limit and self.failures + 1 >= MOST_FAILED_POLLS):
             return False
         # Growing also where poll_interval is 0, and not beyond what a float holds.
         growing = max(0.001, self.settings["poll_interval"]) * 2.0 ** min(self.failures, 32)
