@@ -1557,7 +1557,6 @@ async def _run_command(client, command, params, options):
     """Carry out a whole call: returns the answer, all rows of a list, or the result of a job.
 
     The option as_pages asks for the pages of a list, params holds more parameters."""
-    fetch_list = _convert("fetch_list", _parse_flag, options["fetch_list"])
     call = _Call(client, command, {**params, **options.get("params", {})}, options)
     if "as_pages" in options:
         if not call.reads:  # a second page would carry it out a second time
@@ -1566,7 +1565,7 @@ async def _run_command(client, command, params, options):
 
     if call.job_id is not None:
         answer = await _submit(client, call)
-    elif fetch_list and call.reads:
+    elif options["fetch_list"] and call.reads:
         answer = await _collect_rows(client, call)
     else:
         answer = await _send_with_retries(client, call)

@@ -3097,7 +3097,7 @@ class PagesTest(ProtocolCase):
         self.assertEqual((["a b"] * 3, ["x"] * 3), (played.column("keyword"), played.column("tags[0].key")))
         self.assertEqual((3, [None] * 3), (len(set(played.column("expires"))), played.column("pageSize")))
 
-    @each("fetch_list", False, "false", None)
+    @each("fetch_list", False, None)
     def test_without_fetch_list_there_is_one_request_without_pages(self, fetch_list):
         played = self.play(list_server(1148), asking("listThings", fetch_list=fetch_list))
         self.assertEqual(({"count": 1148, "thing": rows_of(0, 500)}, [None]), (played.value, played.column("page")))
