@@ -2747,11 +2747,7 @@ class Config:
             return
         raw = dict(parser.items(region))
         for key in raw:
-            try:
-                value = _expand(key, raw)
-            except KeyError:
-                reason = f"in [{region}], {key!a} refers to a name that is not there, or to itself"
-                raise ValueError(f"{path!a}: {reason}") from None
+            value = _convert(f"{path!a}: [{region}] {key!a}", lambda key: _expand(key, raw), key)
             is_header = key.startswith(_HEADER) and key != _HEADER
             if key in _CLIENT_SETTINGS and "\n" in value:
                 # It may hold a secret that was meant for the next line.
@@ -2830,8 +2826,10 @@ def _expand(key, raw, depth=10):
     """Return the value of a key of a section.
 
     `%%` and `%(name)s` mean what they always mean in ini files, any other `%` stands for itself:
-    `50%` is `50%`. Raises KeyError for a `%(name)s` that is not there, that leads back here, or
+    `50%` is `50%`. Raises ValueError for a `%(name)s` that is not there, that leads back here, or
     that leads on for more than ten names, as configparser does: each may double the text."""
+    if key not in raw:  # which may be part of a secret with a % in it, and is not quoted
+        raise ValueError("it refers to a name that is not there, or to itself")
     others = {name: text for name, text in raw.items() if name != key and depth}
 
     def replace(found):
