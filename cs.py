@@ -130,18 +130,19 @@ class CloudStackException(Exception):
     .stale            True if a kept connection had been closed by the server when it was used again
     """
 
-    # Each has its default here, so that nobody has to ask with getattr.
-    response: "Any" = None
-    error: "Any" = None
+    # All have a default, so that nobody has to ask with getattr.
     shown: "Any" = None
     jobid: "str | None" = None
     jobinstanceid: "str | None" = None
     jobinstancetype: "str | None" = None
     outcome_unknown = unsent = stale = job_failed = False
+    # OSError would take two arguments for these; they are set if the cause had an errno.
+    errno: "Any" = None
+    strerror: "Any" = None
 
-    def __init__(self, *args, response=None):
+    def __init__(self, *args, error=None, response=None):
         super().__init__(*args)
-        self.response = response
+        self.error, self.response = error, response
 
     def __str__(self):
         # OSError's own would print two arguments as "[Errno first] second".
@@ -151,10 +152,6 @@ class CloudStackException(Exception):
 class CloudStackApiException(CloudStackException):
     """The server refused a command, or a job failed: `error` holds its own words."""
 
-    def __init__(self, *args, error=None, response=None):
-        super().__init__(*args, response=response)
-        self.error = error
-
     def __str__(self):
         shown = self.error if self.shown is None else self.shown
         return f"{super().__str__()}, error: {shown}"
@@ -163,13 +160,9 @@ class CloudStackApiException(CloudStackException):
 class CloudStackConnectionError(CloudStackException, ConnectionError):
     """There was no connection, or it broke before the answer was whole."""
 
-    errno = strerror = None  # OSError would take two arguments for these; set if the cause had one
-
 
 class CloudStackTimeoutError(CloudStackException, TimeoutError):
     """The server was silent for `timeout` seconds, or took ten times that in all."""
-
-    errno = strerror = None
 
 
 class CloudStackJobTimeout(CloudStackTimeoutError):
@@ -202,8 +195,7 @@ def flatten(params):
 
 def _flatten_value(name, value):
     """Yield the (name, text) pairs of a parameter; text is None where there is nothing to send."""
-    entries = [value] if isinstance(value, dict) else value if isinstance(value, _LISTS) else []
-    entries = [entry for entry in entries if entry is not None]
+    entries = _entries(value)
     if not any(isinstance(entry, dict) for entry in entries):
         yield name, _encode_value(name, value)
         return
@@ -215,13 +207,17 @@ def _flatten_value(name, value):
             yield full, _encode_value(full, item)
 
 
+def _entries(value):
+    """Return what a list holds, or the one value; None is nothing."""
+    entries = value if isinstance(value, _LISTS) else [value]
+    return [entry for entry in entries if entry is not None]
+
+
 def _encode_value(name, value):
     """Return the text of a value or a list, None for nothing.
 
     The server splits lists at commas, without escaping or trimming."""
-    if not isinstance(value, _LISTS):
-        return None if value is None else _encode_scalar(name, value)
-    texts = [_encode_scalar(name, item) for item in value if item is not None]
+    texts = [_encode_scalar(name, entry) for entry in _entries(value)]
     if isinstance(value, (set, frozenset)):  # which have no order: the same call, the same bytes
         texts.sort()
     return ",".join(texts) if texts else None
@@ -1501,9 +1497,8 @@ def _without_repeats(rows):
     return list({jsonlib.dumps(row, sort_keys=True): row for row in rows}.values())
 
 
-_TELLING_APART = (  # fields that show which of several rows of one name is meant
-    "path zonename domain project account vpcname vmname volumename state created".split()
-)
+# Fields that show which of several rows of one name is meant.
+_FACTS = "path zonename domain project account vpcname vmname volumename state created".split()
 
 
 def row_names(row):
@@ -1528,7 +1523,7 @@ def pick_row(list_command, name, rows, found=None):
     """Return the one row that has a name; found: the rows that do, if that is known better.
 
     Raises LookupError, which lists the candidates: these, or those of names like it."""
-    rows = [row for row in dicts(rows) if "id" in row]
+    rows = list({str(row["id"]): row for row in dicts(rows) if "id" in row}.values())
     found = rows_named(rows, name) if found is None else found
     if len(found) == 1:
         return found[0]
@@ -1536,7 +1531,7 @@ def pick_row(list_command, name, rows, found=None):
     near = found or _rows_like(rows, name)
     if not near:
         raise LookupError(text)
-    fields = [key for key in _TELLING_APART if len({str(row.get(key)) for row in near}) > 1]
+    fields = [key for key in _FACTS if len({str(row.get(key)) for row in near}) > 1]
     lines = [text + "; did you mean one of these? Give its id:"]
     for row in near[:10]:
         facts = ", ".join(f"{key} {row[key]}" for key in fields if key in row)
@@ -1552,8 +1547,7 @@ def _rows_like(rows, name):
     names = {other.lower() for row in rows for other in row_names(row)}
     near = difflib.get_close_matches(name.lower(), names)
     near += [other for other in names if name.lower() in other]
-    found = [row for row in rows if set(near) & set(map(str.lower, row_names(row)))]
-    return list({str(row["id"]): row for row in found}.values())
+    return [row for row in rows if set(near) & set(map(str.lower, row_names(row)))]
 
 
 # 4.6 Jobs: submit, poll, wait.
@@ -1563,9 +1557,6 @@ async def _run_command(client, command, params, options):
     """Carry out a whole call: returns the answer, all rows of a list, or the result of a job.
 
     The option as_pages asks for the pages of a list, params holds more parameters."""
-    fetch_list = options["fetch_list"]
-    if type(fetch_list) is not bool:
-        fetch_list = _convert("fetch_list", _parse_flag, fetch_list)
     call = _Call(client, command, {**params, **options.get("params", {})}, options)
     if "as_pages" in options:
         if not call.reads:  # a second page would carry it out a second time
@@ -1574,7 +1565,7 @@ async def _run_command(client, command, params, options):
 
     if call.job_id is not None:
         answer = await _submit(client, call)
-    elif fetch_list and call.reads:
+    elif options["fetch_list"] and call.reads:
         answer = await _collect_rows(client, call)
     else:
         answer = await _send_with_retries(client, call)
@@ -1635,9 +1626,8 @@ class _JobList:
             before, self.pending = self.pending, frozenset(str(row.get("jobid")) for row in rows)
             self.listed_at = now
             helps = len((before | self.pending).intersection(self.waiting)) >= self.FEWEST
-            self.rest = 0.0 if helps else min(self.USELESS, 4 * self.rest + 0.3)
-            if helps or self.pending:  # more pages of it will be read for more waiters
-                seconds = self.rest
+            # It may help later: more pages of it are read for more waiters.
+            seconds = self.rest = 0.0 if helps else min(self.USELESS, 4 * self.rest + 0.3)
         self.off_until = _clock() + seconds
 
 
@@ -1648,10 +1638,8 @@ class _JobWait:
         self.client, self.settings, self.jobid = client, call.settings, jobid
         self.started = self.due = self.polled = _clock()
         self.failures = 0  # in a row
-
-    def deadline(self):
         limit = self.settings["job_timeout"]
-        return float("inf") if limit is None else self.started + limit
+        self.deadline = float("inf") if limit is None else self.started + limit
 
     def set_due(self, at):
         """Set the next poll, at growing intervals.
@@ -1665,11 +1653,9 @@ class _JobWait:
 
         It does if polls have failed for too long, or if CloudStack states an error in JSON: that is
         about the job, but for a 429 or 503. (_is_transient would be too wide.)"""
-        has_limit = self.settings["job_timeout"] is not None
         is_stated = isinstance(error.error, dict) and _status_of(error) not in (429, 503)
-        if error.job_failed or is_stated:
-            return False
-        if not has_limit and self.failures + 1 >= MOST_FAILED_POLLS:
+        has_no_limit = self.deadline == float("inf")
+        if is_stated or (has_no_limit and self.failures + 1 >= MOST_FAILED_POLLS):
             return False
         # Growing also where poll_interval is 0, and not beyond what a float holds.
         growing = max(0.001, self.settings["poll_interval"]) * 2.0 ** min(self.failures, 32)
@@ -1679,7 +1665,7 @@ class _JobWait:
 
     def seconds_left(self):
         """Return the seconds until the next poll."""
-        return max(0.0, min(self.due, self.deadline()) - _clock())
+        return max(0.0, min(self.due, self.deadline) - _clock())
 
     def notify(self, call):
         self.client._notify(Waiting(call.command, self.jobid, _clock() - self.started))
@@ -1691,7 +1677,7 @@ class _JobWait:
             if jobs.listed_at > self.polled and self.jobid not in jobs.pending:
                 return
             interval = self.settings["poll_interval"]
-            direct = min(self.deadline(), self.polled + DIRECT_POLL * max(SHORTEST_POLL, interval))
+            direct = min(self.deadline, self.polled + DIRECT_POLL * max(SHORTEST_POLL, interval))
             may_list = jobs.is_useful() and not self.failures and _clock() < direct
             if self.seconds_left() <= 0:
                 if may_list:
@@ -1743,21 +1729,21 @@ async def _poll_until_done(client, call, poll):
     while True:
         await wait.until_due(call, jobs)
         wait.polled = _clock()
-        is_last = wait.polled >= wait.deadline()
-        poll.total = max(0.0, wait.deadline() - wait.polled) + wait.settings["timeout"]
+        poll.total = max(0.0, wait.deadline - wait.polled) + wait.settings["timeout"]
         try:
             answer = await _send_with_retries(client, poll)
             answered = poll.response
-            finished, result = _read_job(answer, poll, call)
-            if finished:
-                return result
-            wait.failures = 0
-            wait.set_due(wait.polled)
+            status = _read_job_status(answer, answered)
         except CloudStackException as error:
             answered = error.response or answered
             if not wait.may_continue(error):
                 raise
-        if is_last:
+        else:
+            if status != 0:
+                return _read_job(call, status, answer, answered)
+            wait.failures = 0
+            wait.set_due(wait.polled)
+        if wait.polled >= wait.deadline:
             response = answered and answered.with_status(408, "Request Timeout")
             message = "Timeout waiting for async job result"
             raise CloudStackJobTimeout(message, wait.jobid, response=response)
@@ -1771,19 +1757,16 @@ def _read_job_status(answer, response):
         raise _unexpected("queryAsyncJobResult gave no jobstatus", response) from None
 
 
-def _read_job(answer, poll, call):
-    """Return (finished, result) out of queryAsyncJobResult's answer.
+def _read_job(call, status, answer, response):
+    """Return the result of a job that has ended.
 
-    Raises CloudStackApiException for a failed job. That may come without jobresult: the server was
+    Raises CloudStackApiException for a failed one. That may come without jobresult: the server was
     restarted, or its queue cancelled."""
-    status = _read_job_status(answer, poll.response)
     result = answer.get("jobresult")
-    if status == 0:
-        return False, None
     if status == 1:
-        return True, {} if result is None else result
+        return {} if result is None else result
     error = answer if result is None else result
-    failure = CloudStackApiException("Job failure", error=error, response=poll.response)
+    failure = CloudStackApiException("Job failure", error=error, response=response)
     failure.job_failed = True
     failure.jobinstanceid = answer.get("jobinstanceid")
     failure.jobinstancetype = answer.get("jobinstancetype")
@@ -1810,8 +1793,7 @@ async def _submit(client, call):
         except CloudStackException as error:
             if not error.outcome_unknown:
                 raise
-            lost = error
-        return await _find_job(client, call, lost)
+            return await _find_job(client, call, error)
     except BaseException as error:
         if call.request is not None and not hasattr(error, "unsent"):  # Ctrl-C, a cancelled task
             error.jobid, error.outcome_unknown = call.job_id, True  # type: ignore[attr-defined]
@@ -1843,7 +1825,7 @@ async def _find_job(client, call, lost):
                 unknown_since = None
                 is_over = not wait.may_continue(error)
 
-        if is_over or asked_at >= wait.deadline():
+        if is_over or asked_at >= wait.deadline:
             break
         wait.notify(call)
         await client._pause(wait.seconds_left())
@@ -2328,12 +2310,10 @@ def _describe_failure(error, request, unsent):
 
     lost, late = CloudStackConnectionError, CloudStackTimeoutError
     if isinstance(error, (socket.timeout, TimeoutError)):  # one and the same since 3.10
-        what, why = "No answer from", f"nothing for {request.timeout:g} s (timeout)"
-        if unsent:
-            what, why = "Cannot connect to", f"no answer within {request.timeout:g} s (timeout)"
+        why = f"nothing for {request.timeout:g} s (timeout)"
         if _clock() >= request.deadline:
             why = f"it was not whole after {request.total:g} s"
-        return late, what, why
+        return late, "Cannot connect to" if unsent else "No answer from", why
     if isinstance(error, (ssl.SSLError, ssl.CertificateError)):
         return lost, "TLS failure with", _describe_tls_error(error)
     if isinstance(error, socket.gaierror):
@@ -2347,16 +2327,13 @@ def _describe_failure(error, request, unsent):
     if isinstance(error, http.client.IncompleteRead):
         return lost, "Broken answer from", "it is cut off"
     if isinstance(error, OSError):
-        is_silent = isinstance(error, http.client.RemoteDisconnected)
-        why = "closed without an answer" if is_silent else error_text(error)
-        return lost, "Connection lost to", why
+        return lost, "Connection lost to", error_text(error)
     return lost, "Broken answer from", f"not HTTP ({type(error).__name__})"
 
 
 def _describe_tls_error(error):
     """Return why TLS failed, and the setting that may help."""
-    why = getattr(error, "verify_message", None) or getattr(error, "reason", None)
-    text = str(why or error)
+    text = str(getattr(error, "verify_message", None) or getattr(error, "reason", None) or error)
     if text.isupper():  # OpenSSL's own name for it
         text = text.replace("_", " ").lower()
     if "certificate" in str(error).lower():
@@ -2446,9 +2423,10 @@ def mask_params(params):
     return {name: MASK if name in secret else text for name, text in params.items()}
 
 
-def _mask_header(name, value):
-    """Return a header's line, its value replaced if it may be secret."""
-    return f"{name}: {MASK if _is_secret(name, _SECRET_HEADER_ENDS) else value}"
+def _mask_headers(headers):
+    """Return the lines of headers, values that may be secret replaced."""
+    shown = {name: MASK for name in headers if _is_secret(name, _SECRET_HEADER_ENDS)}
+    return [f"{name}: {shown.get(name, value)}" for name, value in headers.items()]
 
 
 def mask_address(endpoint):
@@ -2527,20 +2505,17 @@ def write_stderr(text):
 
 def trace_event(event):
     """Show a request as it goes out and its answer as it came, secrets replaced in place."""
-    request: Any = event.request if isinstance(event, (Sent, Answered, Failed)) else None
     if isinstance(event, Sent):
-        lines = [f"{request.method} {request.masked_url()}"]
-        lines += [_mask_header(name, value) for name, value in request.headers.items()]
-        lines.append("")
+        request: Any = event.request
+        lines = [f"{request.method} {request.masked_url()}", *_mask_headers(request.headers), ""]
         if request.method == "POST":
             lines += [_join_query(request.masked_params()), ""]
         write_stderr("\n".join(lines))
     elif isinstance(event, Answered):
         response = event.response
-        lines = [f"{response.status_code} {response.reason}"]
-        lines += [_mask_header(name, value) for name, value in response.headers.items()]
+        lines = [f"{response.status_code} {response.reason}", *_mask_headers(response.headers)]
         lines += ["", response.text, "", f"({event.seconds * 1000:.0f} ms)", ""]
-        write_stderr(mask_text("\n".join(lines), request.all_secrets()))
+        write_stderr(mask_text("\n".join(lines), event.request.all_secrets()))
     elif isinstance(event, Failed):
         write_stderr(f"{event.error} ({event.seconds * 1000:.0f} ms)\n")
 
@@ -2552,10 +2527,8 @@ def trace_event(event):
 # returns what the client works with; it raises ValueError, and never quotes what may be a secret.
 
 
-_BOOLEANS = {
-    **dict.fromkeys("y yes t true on 1".split(), True),
-    **dict.fromkeys("n no f false off 0".split(), False),
-}
+_TRUE, _FALSE = "y yes t true on 1".split(), "n no f false off 0".split()
+_BOOLEANS = {**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)}
 
 
 def strtobool(value):
@@ -2571,9 +2544,7 @@ def _parse_flag(value):
     """Return the bool that a setting means; None and an empty ini value are False."""
     if value in (None, "", 0, 1):  # False and True are among them
         return bool(value)
-    if isinstance(value, str) and value.lower() in _BOOLEANS:
-        return _BOOLEANS[value.lower()]
-    raise ValueError(f"{value!r} is neither true nor false")
+    return strtobool(str(value))
 
 
 def _number(least=float("-inf"), most=1e9, whole=False, optional=False):
@@ -2618,12 +2589,11 @@ def _parse_text(value):
         raise ValueError(f"text was expected, got {type(value).__name__}")
     try:
         # The base type's own conversions: a subclass (Ansible's tagged text) may have others.
-        if isinstance(value, bytes):
-            value = bytes.decode(value, "utf-8")
-        str.encode(value or "", "utf-8")
+        text = bytes.decode(value) if isinstance(value, bytes) else str.__str__(value or "")
+        text.encode("utf-8")
     except UnicodeError:
         raise ValueError("it holds something that is not UTF-8") from None
-    return str.__str__(value) if value else None
+    return text or None
 
 
 def _parse_domain(value):
@@ -2631,9 +2601,7 @@ def _parse_domain(value):
 
     Seen on 4.23: answers say `domainpath: ROOT/sub`, and log-in refuses exactly that (531)."""
     path = _parse_text(value)
-    if path == "ROOT" or (path or "").startswith("ROOT/"):
-        return path[len("ROOT") :] or "/"
-    return path
+    return path and (re.sub(r"\AROOT(?=/|\Z)", "", path) or "/")
 
 
 def _parse_ca_path(value):
@@ -2641,10 +2609,8 @@ def _parse_ca_path(value):
 
     A boolean word, such as an ini file's `verify = false`, reads as None: only
     dangerous_no_tls_verify turns verification off. (A file of such a name needs ./ before it.)"""
-    if value is None or isinstance(value, bool):
-        return None
-    path = os.fsdecode(value)
-    return None if not path or path.lower() in _BOOLEANS else path
+    path = None if isinstance(value, bool) else _parse_path(value)
+    return path if path and path.lower() not in _BOOLEANS else None
 
 
 def _parse_pem_path(value):
@@ -2662,8 +2628,6 @@ def _parse_path(value):
 
 def _parse_headers(value):
     """Return a dict of headers that can be sent."""
-    if value is not None and not hasattr(value, "items"):
-        raise ValueError(f"a dict was expected, got {type(value).__name__}")
     headers = dict(value or {})
     for name, content in headers.items():
         _check_header(name, content)
@@ -2742,9 +2706,7 @@ SETTINGS: "tuple[Any, ...]" = (
     _Setting("theme", None, _parse_text, "tool", ""),
 )
 # fmt: on
-_CLIENT_SETTINGS: "dict[str, Any]" = {
-    setting.name: setting for setting in SETTINGS if setting.given_in != "tool"
-}
+_CLIENT_SETTINGS: "Any" = {each.name: each for each in SETTINGS if each.given_in != "tool"}
 _ATTRIBUTES = frozenset(setting.name for setting in SETTINGS if "attribute" in setting.traits)
 _TOGETHER = [setting.name for setting in SETTINGS if "together" in setting.traits]
 
@@ -2761,9 +2723,6 @@ _PREFIX = "CLOUDSTACK_"
 _HEADER = "header_"
 _DEFAULT_REGION = "cloudstack"
 _CONFIG_KEYS = [setting.name for setting in SETTINGS if setting.given_in != "code"]
-
-# What may follow CLOUDSTACK_ in the name of a variable, beside HEADER_ and a header's name.
-_VARIABLES = [*_CONFIG_KEYS, "config", "region", "overrides"]
 
 
 class Config:
@@ -2788,11 +2747,7 @@ class Config:
             return
         raw = dict(parser.items(region))
         for key in raw:
-            try:
-                value = _expand(key, raw)
-            except KeyError:
-                reason = f"in [{region}], {key!a} refers to a name that is not there, or to itself"
-                raise ValueError(f"{path!a}: {reason}") from None
+            value = _convert(f"{path!a}: [{region}] {key!a}", lambda key: _expand(key, raw), key)
             is_header = key.startswith(_HEADER) and key != _HEADER
             if key in _CLIENT_SETTINGS and "\n" in value:
                 # It may hold a secret that was meant for the next line.
@@ -2813,13 +2768,10 @@ def _check_together(values, paths):
     by_file: dict = {}
     for key, (_, origin) in sorted(values.items()):
         if origin in paths and _group_of(key) in _TOGETHER:
-            by_file.setdefault(os.path.realpath(origin), (key, origin))
+            by_file.setdefault(os.path.realpath(origin), f"{origin!a} ({key})")
     if len(by_file) > 1:
-        (key, path), (other, elsewhere) = list(by_file.values())[:2]
-        raise ValueError(
-            f"the files {path!a} ({key}) and {elsewhere!a} ({other}) cannot be combined: "
-            "endpoint, credentials, certificates and headers must all come from one of them"
-        )
+        rule = "endpoint, credentials, certificates and headers must all come from one of them"
+        raise ValueError(f"the files {' and '.join(by_file.values())} cannot be combined: {rule}")
 
 
 def _group_of(key):
@@ -2847,10 +2799,8 @@ def _read_text(path):
             return file.read()
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(path) from None
-    except UnicodeDecodeError:
-        raise ValueError(f"cannot read {path!a}: it is not UTF-8 text") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path!a}: {error_text(error)}") from None
+        raise ValueError(f"cannot read {path!a} as UTF-8 text: {error_text(error)}") from None
 
 
 def parse_ini(path, text):
@@ -2864,14 +2814,11 @@ def parse_ini(path, text):
     try:
         parser.read_string(text, source=path)
         return parser
-    except configparser.MissingSectionHeaderError as error:
-        reason = f"line {error.lineno} stands before any [section]"
     except (configparser.DuplicateOptionError, configparser.DuplicateSectionError) as error:
         reason = f"line {error.lineno} repeats {getattr(error, 'option', None) or error.section!a}"
     except configparser.ParsingError as error:
-        reason = f"line {error.errors[0][0] if error.errors else '?'} is not 'name = value'"
-    except configparser.Error as error:
-        reason = type(error).__name__
+        line = getattr(error, "lineno", None) or error.errors[0][0]
+        reason = f"line {line} is not 'name = value' in a [section]"
     raise ValueError(f"{path!a} is not an ini file: {reason}")
 
 
@@ -2879,8 +2826,10 @@ def _expand(key, raw, depth=10):
     """Return the value of a key of a section.
 
     `%%` and `%(name)s` mean what they always mean in ini files, any other `%` stands for itself:
-    `50%` is `50%`. Raises KeyError for a `%(name)s` that is not there, that leads back here, or
+    `50%` is `50%`. Raises ValueError for a `%(name)s` that is not there, that leads back here, or
     that leads on for more than ten names, as configparser does: each may double the text."""
+    if key not in raw:  # which may be part of a secret with a % in it, and is not quoted
+        raise ValueError("it refers to a name that is not there, or to itself")
     others = {name: text for name, text in raw.items() if name != key and depth}
 
     def replace(found):
@@ -2913,16 +2862,16 @@ def _read_environment():
         found = re.match(_PREFIX + "HEADER_(.+)", name, re.IGNORECASE)
         if found:
             names[_HEADER + found.group(1).lower().replace("_", "-")] = name
-    given = {key: name for key, name in names.items() if os.environ.get(name)}
+    given = {key: (os.environ[name], name) for key, name in names.items() if os.environ.get(name)}
     if os.environ.get(names["key"]) == "":
-        given["key"] = names["key"]
+        given["key"] = ("", names["key"])
         given.pop("secret", None)
-    return {key: (os.environ[name], name) for key, name in given.items()}
+    return given
 
 
 def unknown_variables():
     """Return the names of CLOUDSTACK_* variables that nothing reads."""
-    known = {_PREFIX + name.upper() for name in _VARIABLES}
+    known = {_PREFIX + name.upper() for name in [*_CONFIG_KEYS, "config", "region", "overrides"]}
     unknown = [name for name in os.environ if name not in known]
     return sorted(filter(re.compile(_PREFIX + "(?!HEADER_.)").match, unknown))
 
@@ -2948,10 +2897,9 @@ def _merge_layers(*layers):
     There is a key or there is a user name; and an empty key means that there is no key."""
     merged: dict = {}
     for layer in layers:
+        overruled = ["key", "secret"] if "username" in layer else []
         if "key" in layer:
-            overruled = ["username", "password", "domain"] if layer["key"][0] else ["secret"]
-        else:
-            overruled = ["key", "secret"] if "username" in layer else []
+            overruled += ["username", "password", "domain"] if layer["key"][0] else ["secret"]
         for key in overruled:
             merged.pop(key, None)
         merged.update(layer)
