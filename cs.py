@@ -4541,7 +4541,7 @@ def _rows_at_a_key(invocation, spec, name, given):
     A log-in that is refused deletes the list of commands, without which no key causes another one:
     five of them lock an account."""
     lister = _lister(invocation.catalog, spec.name, name, given)
-    if lister is None:
+    if lister is None or _lacking(lister, given):
         return {}
     client = invocation.client
     client.timeout, client.retry = _KEY_TIMEOUT, 0  # of a log-in, too
@@ -4705,12 +4705,17 @@ def _id_of_name(invocation, command, param, text, params):
     A listing shows a project's things only if it names the project, which is put into params."""
     given = {name.lower(): _joined(values) for name, values in params.items()}
     typed, name = f"{param}={text}", text.partition(":")[2]
+    if not name.strip():
+        raise _Usage(f"{typed}: a name is missing after name:")
     if _cached_catalog(invocation) is None:
         _fetch_catalog(invocation, is_needed=False)
     catalog = invocation.catalog or _make_catalog(_USUAL_LISTS)
     spec, lister = catalog.find(command), _lister(catalog, command, param, given)
     if lister is None:
-        raise _Usage(f"{typed}: no list command can look it up with what the call has; give an id")
+        raise _Usage(f"{typed}: there is no list command to look a name up by; give an id")
+    lacking = _lacking(lister, given)
+    if lacking:
+        raise _Usage(f"{typed}: {lister.name} looks it up, and needs {lacking}; or give an id")
 
     may_choose = "projectid" not in given and (spec is None or spec.find_param("projectid"))
     if may_choose and not only_reads(command) and param.lower() not in ("id", "ids"):
@@ -4728,8 +4733,7 @@ def _lister(catalog, command, name, given):
     """Return the list command whose ids a parameter takes, or None.
 
     It is listZones for zoneid, and for a plain id that of the command's own object. If the server
-    relates the parameter to list commands, it is one of them. If it needs what the call does not
-    have, no other is taken: it would list other things."""
+    relates the parameter to list commands, it is one of them."""
     spec = catalog.find(command)
     param = spec.find_param(name) if spec else None
     related = re.findall(r"\blist\w+", param.related) if param else []
@@ -4738,7 +4742,7 @@ def _lister(catalog, command, name, given):
     for other in [other for other in names if other in (related or names)] + related:
         lister = catalog.find(other or "")
         if lister and "id" not in lister.required:
-            return None if set(lister.required) - {"templatefilter", *given} else lister
+            return lister
     return None
 
 
@@ -4760,6 +4764,11 @@ def _things(command, name, given):
     else:
         thing = re.sub(r"(uu)?id\Z", "", name[-50:])
         yield from (thing[start:] for start in range(max(1, len(thing) - 1)))  # zone of destzoneid
+
+
+def _lacking(lister, given):
+    """Return the parameters that a list command needs and the call does not have, as a text."""
+    return " and ".join(x for x in lister.required if x not in given and x != "templatefilter")
 
 
 def _look_up(invocation, lister, typed, name, given):
@@ -4785,7 +4794,10 @@ def _look_up(invocation, lister, typed, name, given):
         return pick_row(lister.name, name, rows, found)
     except LookupError as error:
         problem = f"{typed}: {error}"
-    if "Give its id" not in problem:
+    if "*" in name:
+        where = f"--where 'name~^{name.partition('*')[0]}'"
+        problem += f"\n    For all names of a kind: cs {lister.name} --all {where} | cs ... --each"
+    elif "Give its id" not in problem:
         problem += f"; cs {lister.name} -o table -c id,name shows what there is"
     raise _Usage(problem + "\n    The call was not sent.")
 

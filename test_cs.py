@@ -8684,9 +8684,11 @@ class NamesForIdsTest(CompletionCase):
         one_name = cs._Value("name:x,name:y", "name")  # out of a row
         self.assertEqual([one_name], cs._split_names("ids", one_name))
 
-    def test_refused_without_a_question(self):
-        words = "createTags tags[0].key=a tags[0].value=b resourceids=name:x resourcetype=Nonsense"
-        self.assertIn("no list command can look it up", self.usage(*words.split()))
+    @each("word, told", ("startVirtualMachine id=name:", "id=name:: a name is missing after name:"),
+          ("createTags tags[0].key=a tags[0].value=b resourceids=name:x resourcetype=Nonsense",
+           "no list command to look a name up by; give an id"))
+    def test_refused_without_a_question(self, word, told):
+        self.assertIn(told, self.usage(*word.split()))
 
     def test_none(self):
         err = self.refused("startVirtualMachine", "id=name:web-1")
@@ -8696,7 +8698,8 @@ class NamesForIdsTest(CompletionCase):
         self.assertIn("Rocky Linux 9", self.refused("listVirtualMachines", "templateid=name:rocky"))
         self.assertIn("has nothing of this name; cs listServiceOfferings -o table -c id,name shows what there is\n",
                       self.refused("listVirtualMachines", "serviceofferingid=name:zzzzzz"))
-        self.assertIn("id=name:: listVirtualMachines has nothing", self.refused("startVirtualMachine", "id=name:"))
+        self.assertIn("cs listVirtualMachines --all --where 'name~^qqq-' | cs ... --each",
+                      self.refused("stopVirtualMachine", "id=name:qqq-*"))
 
     def test_several(self):
         err = self.refused("restartNetwork", "id=name:web", "--force")
@@ -8838,7 +8841,7 @@ class NamesForIdsTest(CompletionCase):
     def test_a_list_command_that_needs_more(self):
         self.sync_as(("listProjectRoles", "projectid!", "keyword"), ("updateProjectRole", "id!", "projectid"))
         self.answers("listProjectRoles", lambda params: [{"id": "7", "name": "x"}] if "projectid" in params else 431)
-        told = "id=name:x: no list command can look it up with what the call has; give an id\n"
+        told = "id=name:x: listProjectRoles looks it up, and needs projectid; or give an id\n"
         self.assertIn(told, self.usage("updateProjectRole", "id=name:x"))
         self.assertEqual({"id": "7", "projectid": "p"}, self.planned("updateProjectRole", "id=name:x", "projectid=p"))
         self.assertIn("has nothing of this name", self.refused("updateProjectRole", "id=name:no", "projectid=p"))
@@ -8887,7 +8890,7 @@ None: revokeSecurityGroupIngress.id
         entry = api_entry(("stopThing", "id!", "otherid"))
         for name in ("listThings", "listUsers,stopThing", "listNothing", "stopThing", ""):
             entry["params"][0]["related"] = name
-            catalog = cs._make_catalog([entry, api_entry(("listThings",)), api_entry(("listUsers",))])
+            catalog = cs._make_catalog([entry, api_entry(("listThings",)), api_entry(("listUsers", "x!"))])
             found = cs._lister(catalog, "stopThing", "id", {})
             self.assertEqual({"listUsers,stopThing": "listUsers", "listNothing": None}.get(name, "listThings"),
                              found and found.name, name)
