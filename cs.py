@@ -3837,7 +3837,8 @@ class _Rows:
     Assign to rows to put others in their place; document() is the answer with them."""
 
     def __init__(self, answer):
-        found = answer if isinstance(answer, list) else find_rows(answer or {})
+        document = {} if answer in (None, "") else answer
+        found = answer if isinstance(answer, list) else find_rows(document)
         self.answer, self.is_list = answer, found is not None
         only = list(answer.values()) if isinstance(answer, dict) and len(answer) == 1 else []
         self.rows = found if self.is_list else dicts(only) or [answer]
@@ -4005,7 +4006,7 @@ def _field_names(rows):
 
 def _print_json(invocation, rows, columns):
     """Print the answer as JSON; nothing for one that was empty, unless JSON was asked for."""
-    if not (rows.answer or invocation.options["output"]):
+    if rows.answer in ({}, [], None, "") and not invocation.options["output"]:
         return
     # The count stays as it is without --where: a script looks for the rest by it.
     text = _json_text(rows.document(is_counted=bool(invocation.conditions)))
@@ -4058,9 +4059,11 @@ def _width(text):
 
 def _terminal_width():
     """Return the width of the terminal on standard output; as good as endless if it is not one."""
+    if not sys.stdout.isatty():
+        return sys.maxsize
     import shutil
 
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    return shutil.get_terminal_size().columns
 
 
 def _cut(text, width):
@@ -4452,7 +4455,8 @@ class _Line:
         self.options = _merge_options(base, {**options, "quiet": True})
         parameter = "(?:[^=]*=(?:(?<=s=).*,)?)?"  # several ids have commas between them
         front = "(?:--[^=]*=)?(?:-|.*,)?" if self.option.value else parameter
-        self.front = re.findall(front, last[:-1], re.DOTALL | re.IGNORECASE)[0]
+        found: Any = re.match(front, last[:-1], re.DOTALL | re.IGNORECASE)
+        self.front = found.group()
         self.name = self.front.partition("=")[0]
         self.typed = last[len(self.front) : -1]
 
@@ -4661,15 +4665,18 @@ _IDS_OF = dict(pair.split("=") for pair in """
     storage=storagepool target=systemvm uppolicy=autoscalepolicy vmgroup=autoscalevmgroup
     vmprofile=autoscalevmprofile
     """.split())  # fmt: skip
-# What listApis would say, for an account that may not ask it. Templates and ISOs have a filter.
+# What listApis would say, for an account that may not ask it.
 _USUAL_PARAMS = [{"name": "keyword"}, {"name": "listall"}, {"name": "projectid"}]
 _USUAL_LISTS = [
-    {"name": f"list{thing}s", "params": [*_USUAL_PARAMS, {"name": thing.lower() + "filter"}]}
-    for thing in """
-    Account AffinityGroup DiskOffering Domain Iso NetworkOffering Network Project SecurityGroup
-    ServiceOffering Snapshot Template User VPC VirtualMachine Volume Zone
-    """.split()
-]
+    {"name": "list" + things, "params": [*_USUAL_PARAMS, *more]}
+    for names, more in (
+        ("Accounts AffinityGroups DiskOfferings Domains NetworkOfferings Networks Projects"
+         " SecurityGroups ServiceOfferings Snapshots Users VPCs VirtualMachines Volumes Zones", []),
+        ("Templates", [{"name": "templatefilter"}]),
+        ("Isos", [{"name": "isofilter"}]),
+    )
+    for things in names.split()
+]  # fmt: skip
 # Parameters of a call that tell things of one name apart, and the fields with the places' names.
 # They are looked up before others.
 _PLACES = {"zoneid": "zonename", "domainid": "domain", "account": "account", "projectid": "project"}
