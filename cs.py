@@ -34,7 +34,7 @@ A call, by names
     -> _run_command                     4.6: one answer, all pages, or a job's result
     -> _Call                            4.1: the parameters as texts, and this call's settings
     -> _send_with_retries               4.3: until it is answered, or may not be sent again
-    -> _build_request                   4.1: credentials and headers, for one attempt
+    -> Request                          4.1: credentials and headers, for one attempt
     -> CloudStack._exchange             signs (Request.prepare), reports events, sends
     -> _Transport.send                  5.2: a kept or a new connection, one request, one answer
     -> _decode_answer                   4.2: the value, or the exception that the answer means
@@ -414,12 +414,11 @@ class CloudStack:
         An answer that is not a list comes as a tuple that holds it. Options are those of call()."""
         options = _given_options(options, as_pages=True)
         pages = self._request(command, **_request_arguments(params, options))
-        while True:
-            try:
-                rows = _run(pages.__anext__())
-            except StopAsyncIteration:
-                return
-            yield rows
+        try:
+            while True:
+                yield _run(pages.__anext__())
+        except StopAsyncIteration:
+            pass
 
     def iter_list(self, command, **params):
         """Yield the rows of a list command one by one, with a page or two in memory.
@@ -433,7 +432,7 @@ class CloudStack:
 
         masked_url() and masked_params() are what a person may see of it. Nothing is sent; of a
         session that would be needed, there is nothing in it."""
-        request = _build_request(self, _Call(self, command, params or {}, _given_options(options)))
+        request = Request(self, _Call(self, command, params or {}, _given_options(options)))
         request.prepare()
         return request
 
@@ -441,12 +440,10 @@ class CloudStack:
         """Raise ValueError, which names them, for settings that do not go together."""
         settings = self._settings
         _check_endpoint(settings["endpoint"])
-        for pair in (("key", "secret"), ("username", "password")):
-            missing = [name for name in pair if settings[name] is None]
-            if len(missing) == 1:
-                raise ValueError(f"{missing[0]}: missing; {pair[0]} and {pair[1]} go together")
-        if settings["cert_key"] is not None and settings["cert"] is None:
-            raise ValueError("cert: missing, although cert_key is given; they go together")
+        pairs = "key secret/secret key/username password/password username/cert_key cert"
+        for given, missing in map(str.split, pairs.split("/")):
+            if settings[given] is not None and settings[missing] is None:
+                raise ValueError(f"{missing}: missing; {given} and {missing} go together")
         if settings["key"] is not None and settings["username"] is not None:
             advice = "use key and secret, or username and password"
             raise ValueError(f"username: given together with key; {advice}")
@@ -548,7 +545,7 @@ class CloudStack:
         outcomes: list = []
         for coroutine in coroutines:
             try:
-                outcomes.append(_submit_work(self._kept.workers(), _run, coroutine))
+                outcomes.append(self._kept.submit(_run, coroutine))
             except CloudStackException as error:
                 coroutine.close()
                 outcomes.append(error)
@@ -558,28 +555,10 @@ class CloudStack:
         return outcomes
 
 
-def _submit_work(workers, function, argument):
-    """Have a function run by the threads of an executor; returns the future.
-
-    Context variables are those of the caller. Raises CloudStackConnectionError if the system has no
-    thread left to give; what was submitted may then be run all the same."""
-    work = functools.partial(function, argument)
-    contextvars = sys.modules.get("contextvars")  # whoever has such variables has imported it
-    if contextvars is not None:
-        work = functools.partial(contextvars.copy_context().run, work)
-    try:
-        return workers.submit(work)
-    except RuntimeError as error:
-        failure = CloudStackConnectionError("Cannot start a thread", str(error))
-        failure.unsent = True
-        raise failure from None
-
-
 # The options of one call: control arguments, and settings in place of the client's.
 _CONTROLS = ("json", "opcode_name", "headers", "fetch_list", "fetch_result")
 _OWN_SETTINGS = ("timeout", "retry", "job_timeout", "poll_interval", "recover")
 _CALL_OPTIONS = _CONTROLS[:3] + _OWN_SETTINGS + ("post",)
-_CONVERTED = _OWN_SETTINGS + ("fetch_result", "method")
 
 
 def _given_options(options, **more):
@@ -638,7 +617,7 @@ class AIOCloudStack(CloudStack):
         import asyncio
 
         try:
-            future = _submit_work(self._kept.workers(), self._exchange_in_thread, request)
+            future = self._kept.submit(self._exchange_in_thread, request)
             return await asyncio.wrap_future(future)
         except BaseException:
             request.cancel()  # for a caller who was cancelled, and where no thread was to be had
@@ -732,13 +711,11 @@ class _Call:
         self.options = options = options or {}
         self.json = options.get("json", True)
         self.opcode_name = options.get("opcode_name", "command")
-        self.headers = options.get("headers")
-        if self.headers:
-            self.headers = _convert("headers", _parse_headers, self.headers)
         own = {}
-        for name in _CONVERTED:
-            if options.get(name) is not None:
-                own[name] = _convert(name, _CLIENT_SETTINGS[name].convert, options[name])
+        for name, value in options.items():
+            if value is not None and name in _CLIENT_SETTINGS:
+                own[name] = _convert(name, _CLIENT_SETTINGS[name].convert, value)
+        self.headers = own.pop("headers", None)  # which come on top of the client's
         # The client's are at every moment as they are then.
         self.settings = collections.ChainMap(own, client._settings) if own else client._settings
         self.reads = only_reads(command)
@@ -810,7 +787,8 @@ def _check_sendable(name, text):
 class Request:
     """One HTTP request: method, url, body and headers as they go out, once it is prepared.
 
-    params are those of the query or form; masked_url() and masked_params() may be shown."""
+    A call makes one anew for each attempt. params are those of the query or form; masked_url() and
+    masked_params() may be shown."""
 
     cancelled = anonymous = False
     method = "GET"
@@ -819,17 +797,47 @@ class Request:
     signing: "Any" = None  # (secret, expiration), if it is to be signed
     deadline = 0.0  # when the exchange must be over
 
-    def __init__(self, settings, call, params, secrets):
+    _socket: "Any" = None  # of the exchange while it is under way
+
+    def __init__(self, client, call, login=None, post=False):
+        settings, server = call.settings, client._server
         self.endpoint = settings["endpoint"].partition("#")[0]
-        self.params = params
-        self.secrets = secrets  # values that must not be shown, beside those of secret parameters
-        self.headers = {}
         self.timeout = settings["timeout"]
         self.total = min(call.total, 10 * self.timeout)
         self.tls = tuple([settings[name] for name in _TLS_SETTINGS])
         self.limit = settings["max_response_size"]
         self._lock = threading.Lock()
-        self._socket = None  # of the exchange while it is under way
+        # On the management host itself packing takes longer than the bytes it saves.
+        packing = "identity" if server.is_loopback else "gzip"
+        self.headers = {"User-Agent": "cs/" + __version__, "Accept-Encoding": packing}
+        self.params = params = dict(call.params)
+        params[call.opcode_name] = call.command
+        if call.json:
+            params["response"] = "json"
+
+        # Values that must not be shown, beside those of secret parameters.
+        self.secrets = [settings["password"]]
+        if login is not None:
+            params["sessionkey"] = login.key
+            self.secrets += login.cookies.values()
+            if login.cookies:  # an empty header would hide those of a `session`
+                self.headers["Cookie"] = login.header
+        elif settings["key"] is not None and settings["username"] is None:
+            for name in [name for name in params if name.lower() == "apikey"]:
+                del params[name]
+            params["apiKey"] = settings["key"]
+            self.secrets.append(settings["secret"])
+            self.signing = (settings["secret"], settings["expiration"])
+        else:
+            # With a user name it is to get a session; prepare() shows it before there is one.
+            self.anonymous = not call.is_login and settings["username"] is None
+        if settings["headers"] or call.headers:
+            self.headers = _merge_headers(self.headers, settings["headers"], call.headers or {})
+
+        # The integration port does not read bodies: there secrets stay in the URL.
+        required = call.is_secret or (server.post_only and not call.reads)
+        if not self.anonymous and (post or required or settings["method"] == "post"):
+            self.method = "POST"
 
     def prepare(self):
         """Sign the parameters and write out url and body.
@@ -914,43 +922,6 @@ def _tls_files(ca_path, is_dangerous, cert, key):
     return ca_path or not is_dangerous, (cert, key) if key and isinstance(cert, str) else cert
 
 
-def _build_request(client, call, login=None, post=False):
-    """Return a Request for a call, anew for each attempt; prepare() will sign it."""
-    settings, server = call.settings, client._server
-    params = dict(call.params)
-    params[call.opcode_name] = call.command
-    if call.json:
-        params["response"] = "json"
-    request = Request(settings, call, params, [settings["password"]])
-
-    if login is not None:
-        params["sessionkey"] = login.key
-        request.secrets += login.cookies.values()
-    elif settings["key"] is not None and settings["username"] is None:
-        for name in [name for name in params if name.lower() == "apikey"]:
-            del params[name]
-        params["apiKey"] = settings["key"]
-        request.secrets.append(settings["secret"])
-        request.signing = (settings["secret"], settings["expiration"])
-    else:
-        # With a user name it is to get a session; prepare() shows it before there is one.
-        request.anonymous = not call.is_login and settings["username"] is None
-
-    # On the management host itself packing takes longer than the bytes it saves.
-    packing = "identity" if server.is_loopback else "gzip"
-    request.headers = {"User-Agent": "cs/" + __version__, "Accept-Encoding": packing}
-    if login is not None and login.cookies:  # an empty header would hide those of a `session`
-        request.headers["Cookie"] = login.header
-    if settings["headers"] or call.headers:
-        request.headers = _merge_headers(request.headers, settings["headers"], call.headers or {})
-
-    # The integration port does not read bodies: an anonymous request keeps its secrets in the URL.
-    required = call.is_secret or (server.post_only and not call.reads)
-    if not request.anonymous and (post or required or settings["method"] == "post"):
-        request.method = "POST"
-    return request
-
-
 def _merge_headers(*maps):
     """Merge headers: later ones win, names compare without case, None takes one out."""
     pairs = [pair for headers in maps for pair in headers.items()]
@@ -1020,16 +991,12 @@ _JSON = jsonlib.JSONDecoder(
 _BESIDE_BRACKETS = bytes(set(range(256)) - set(b'[]{}"'))
 
 
-def _check_depth(content):
+def _check_depth(left):
     """Refuse lists in lists in lists: what walks through them would recurse too deeply.
 
-    Texts are taken out: first the quotes of those without brackets, which are nearly all. Each
-    round then takes the innermost pairs of brackets out, of which nothing else is left."""
-    if b"\\" in content:  # a search is nothing beside a replacement
-        content = content.replace(rb"\\", b"").replace(rb"\"", b"")
-    left = content.translate(None, _BESIDE_BRACKETS)
-    if len(left) <= 2 * _DEEPEST:
-        return
+    Takes an answer's brackets and quotes. Texts go first: the quotes of those without brackets,
+    which are nearly all. Each round then takes the innermost pairs of brackets out, of which
+    nothing else is left."""
     left = re.sub(rb'"[^"]*"', b"", left.replace(b'""', b""))
     for _ in range(_DEEPEST):
         shorter = left.replace(b"[]", b"").replace(b"{}", b"")
@@ -1047,9 +1014,14 @@ def _parse_json(response):
     (The decoder is C code that no other thread interrupts.)"""
     import gc
 
-    text = response.content.decode("utf-8", "replace")
+    content = response.content
+    text = content.decode("utf-8", "replace")
     text = text[1:] if text[:1] == "\ufeff" else text  # a byte order mark
-    _check_depth(response.content)
+    if b"\\" in content:  # a search is nothing beside a replacement
+        content = content.replace(rb"\\", b"").replace(rb"\"", b"")
+    brackets = content.translate(None, _BESIDE_BRACKETS)
+    if len(brackets) > 2 * _DEEPEST:
+        _check_depth(brackets)
     if len(text) < _LONG_ANSWER or not gc.isenabled():
         return _JSON.decode(text)
     try:
@@ -1243,7 +1215,7 @@ async def _send_with_retries(client, call):
         login = None
         if client._settings["username"] is not None and not call.is_login:
             login = await _current_login(client)
-        request = call.request = _build_request(client, call, login, post)
+        request = call.request = Request(client, call, login, post)
         if call.cancelled:
             request.cancel()
         try:
@@ -1347,7 +1319,7 @@ async def _close(client, send):
     login, client._server.login = client._server.login, None
     try:
         if login:
-            request = _build_request(client, _Call(client, "logout", {}), login, post=True)
+            request = Request(client, _Call(client, "logout", {}), login, post=True)
             await send(request)
     except CloudStackException:
         pass
@@ -1850,11 +1822,12 @@ class _Response:
     status_code, reason, headers (a mapping, names in any case), content (bytes), text, ok, json()
     """
 
-    def __init__(self, status_code, reason, headers, content):
-        self.status_code = status_code
-        self.reason = reason
-        self.headers = headers
-        self.content = content
+    def __init__(self, status_code, reason, headers, content, request=None):
+        if request is not None and reason != "OK" and isinstance(reason, str):
+            # A server may repeat what was asked, secrets and all.
+            reason = mask_text(reason, request.all_secrets())
+        self.status_code, self.reason = status_code, reason
+        self.headers, self.content = headers, content
 
     def __repr__(self):
         return f"<Response [{self.status_code}]>"
@@ -2025,13 +1998,25 @@ class _Transport:
 
     __del__ = close
 
-    def workers(self):
-        """Return the threads that exchange for AIOCloudStack, and fetch pages."""
+    def submit(self, function, argument):
+        """Have a thread run a function: an exchange of AIOCloudStack, a page. Returns the future.
+
+        Context variables are those of the caller. Raises CloudStackConnectionError if the system
+        has no thread left to give; what was submitted may then be run all the same."""
         if self._executor is None:
             from concurrent.futures import ThreadPoolExecutor
 
             self._executor = ThreadPoolExecutor(self.concurrency, "cs")
-        return self._executor
+        work = functools.partial(function, argument)
+        contextvars = sys.modules.get("contextvars")  # whoever has such variables has imported it
+        if contextvars is not None:
+            work = functools.partial(contextvars.copy_context().run, work)
+        try:
+            return self._executor.submit(work)
+        except RuntimeError as error:
+            failure = CloudStackConnectionError("Cannot start a thread", str(error))
+            failure.unsent = True
+            raise failure from None
 
     def _close_idle(self, seconds, keep):
         """Close connections that were idle for so long, and the oldest beyond so many."""
@@ -2075,7 +2060,7 @@ class _Transport:
                     self._close_idle(IDLE, self.concurrency)
             else:
                 connection.stream.sock.close()
-            return _make_response(request, response.status, response, content)
+            return _Response(response.status, response.reason, response.headers, content, request)
         try:
             # Raised out here, so that what http.client quoted is not its context either.
             raise failure
@@ -2106,7 +2091,9 @@ class _Transport:
 
 
 def _round_trip(connection, route, request):
-    """Send a request over a connection; returns http.client's response and the whole body."""
+    """Send a request over a connection; returns http.client's response and the body, unpacked.
+
+    Raises _TooLarge, or IncompleteRead for a body without its end."""
     target = request.url[route.start :]
     if not route.start:
         target = "http" + target[4:]  # spelled otherwise, http.client would name the proxy as host
@@ -2117,8 +2104,22 @@ def _round_trip(connection, route, request):
     headers = {**request.headers, **route.headers}
     connection.request(request.method, target, request.body, headers)
     response = connection.getresponse()
-    content = _read_body(response, request.limit)
+    if response.length is None:
+        parts, left = [], request.limit
+        for part in iter(lambda: response.read1(_CHUNK), b""):
+            parts.append(part)
+            left -= len(part)
+            if left < 0:
+                raise _TooLarge
+        content = b"".join(parts)
+    elif response.length > request.limit:
+        raise _TooLarge
+    else:
+        content = response.read()
     response.close()  # which frees the connection for another request
+    packing = response.headers.get("Content-Encoding", "").strip().lower()
+    if content and packing in ("gzip", "x-gzip"):
+        content = _unpack(content, request.limit)
     return response, content
 
 
@@ -2133,7 +2134,9 @@ class _TimedStream:
         self.sendall, self.setsockopt = sock.sendall, sock.setsockopt
 
     def makefile(self, mode):
-        return io.BufferedReader(_TimedReader(self))
+        reader = _TimedReader()
+        reader.stream = self
+        return io.BufferedReader(reader)
 
     def close(self):
         pass
@@ -2143,8 +2146,7 @@ class _TimedReader(io.RawIOBase):
     """The file of one answer. It has no close() of its own: when Python disposes of a file it drops
     what is raised there, and so a Ctrl-C at that moment."""
 
-    def __init__(self, stream):
-        self.stream = stream
+    stream: "Any"
 
     def readable(self):
         return True
@@ -2212,24 +2214,6 @@ def _load_certificate(context, own, key):
         raise _UnusableFile(f"cert: cannot use client certificate {own!a}: {why}") from None
 
 
-def _read_body(response, limit):
-    """Return the whole body, unpacked. Raises _TooLarge, or IncompleteRead without its end."""
-    if response.length is None:
-        parts, left = [], limit
-        for part in iter(lambda: response.read1(_CHUNK), b""):
-            parts.append(part)
-            left -= len(part)
-            if left < 0:
-                raise _TooLarge
-        content = b"".join(parts)
-    elif response.length > limit:
-        raise _TooLarge
-    else:
-        content = response.read()
-    encoding = response.headers.get("Content-Encoding", "").strip().lower()
-    return _unpack(content, limit) if content and encoding in ("gzip", "x-gzip") else content
-
-
 def _unpack(content, limit):
     """Return what gzip has packed. Raises _TooLarge, or IncompleteRead for what is damaged."""
     import contextlib
@@ -2244,14 +2228,6 @@ def _unpack(content, limit):
         if gunzip.eof and not gunzip.unused_data:
             return content
     raise http.client.IncompleteRead(b"")
-
-
-def _make_response(request, status_code, answer, content):
-    """Return the _Response. A server may repeat what was asked, secrets and all, as the reason."""
-    reason = answer.reason
-    if reason != "OK" and isinstance(reason, str):
-        reason = mask_text(reason, request.all_secrets())
-    return _Response(status_code, reason, answer.headers, content)
 
 
 # 5.3 Failures in words.
@@ -2362,7 +2338,7 @@ def _exchange_through(session, request):
         content = answer.content
         if not isinstance(content, bytes):
             content = answer.text.encode("utf-8")
-        return _make_response(request, answer.status_code, answer, content)
+        return _Response(answer.status_code, answer.reason, answer.headers, content, request)
     except OSError as error:
         is_late = isinstance(error, TimeoutError) or "Timeout" in type(error).__name__
         kind = CloudStackTimeoutError if is_late else CloudStackConnectionError
