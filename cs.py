@@ -2104,19 +2104,23 @@ def _round_trip(connection, route, request):
     headers = {**request.headers, **route.headers}
     connection.request(request.method, target, request.body, headers)
     response = connection.getresponse()
-    if response.length is None:
-        parts, left = [], request.limit
-        for part in iter(lambda: response.read1(_CHUNK), b""):
-            parts.append(part)
-            left -= len(part)
-            if left < 0:
-                raise _TooLarge
-        content = b"".join(parts)
-    elif response.length > request.limit:
-        raise _TooLarge
-    else:
-        content = response.read()
-    response.close()  # which frees the connection for another request
+    try:
+        if response.length is None:
+            parts, left = [], request.limit
+            for part in iter(lambda: response.read1(_CHUNK), b""):
+                parts.append(part)
+                left -= len(part)
+                if left < 0:
+                    raise _TooLarge
+            content = b"".join(parts)
+        elif response.length > request.limit:
+            raise _TooLarge
+        else:
+            content = response.read()
+    finally:
+        # Which frees the connection for another request. One that is left open is told of on
+        # standard error by Python 3.13, when it disposes of it together with an exception.
+        response.close()
     packing = response.headers.get("Content-Encoding", "").strip().lower()
     if content and packing in ("gzip", "x-gzip"):
         content = _unpack(content, request.limit)
