@@ -52,9 +52,10 @@ Invariants
     _retry_delay (the server did not see it, or said that it did not run it) and, before that, the
     answers 400 "use POST" and 401 "session expired", which come before anything is done.
     only_reads decides what changes something; unknown commands do.
-    Secrets are in a request's params and headers, and nowhere else: what is shown or raised goes
-    through section 6. An exception of what was sent says outcome_unknown or unsent if it is so.
-    Every exchange ends: each silence after `timeout`, the whole after ten times that.
+    Secrets stay in settings, sessions and requests: what is shown or raised goes through section 6.
+    An exception of what was sent says outcome_unknown or unsent if it is so.
+    Every exchange ends: each silence after `timeout`, the whole after ten times that. (How long a
+    name is looked up is the system's to say, and a program's `session` has no limit for the whole.)
 
 For the auditor
     Sockets are opened in section 5 only. Files are read in sections 5 (certificates, by ssl), 7
@@ -276,7 +277,7 @@ def _join_query(params):
 # --- 3 clients ------------------------------------------------------------------------------------
 
 # What CloudStack.on_event is called with. A request is a Request (prepare() describes it).
-# Of Rows, seen counts those before a given first page, too; total is None if it is not known.
+# Of Rows, seen includes the rows before the first page asked for; total is None if not known.
 Sent = collections.namedtuple("Sent", "request")
 Answered = collections.namedtuple("Answered", "request response seconds")
 Failed = collections.namedtuple("Failed", "request error seconds")
@@ -430,8 +431,8 @@ class CloudStack:
     def prepare(self, command, params=None, **options):
         """Return the Request that a call would send now, signed: method, url, headers, ...
 
-        masked_url() and masked_params() are what a person may see of it. Nothing is sent; of a
-        session that would be needed, there is nothing in it."""
+        masked_url() and masked_params() are what a person may see of it. Nothing is sent; it has no
+        session key, if it would need one."""
         request = Request(self, _Call(self, command, params or {}, _given_options(options)))
         request.prepare()
         return request
@@ -459,7 +460,7 @@ class CloudStack:
         return str(pick_row(list_command, name, rows)["id"])
 
     def wait_job(self, jobid, **options):
-        """Wait for a job that was submitted earlier, as fetch_result does; returns its result.
+        """Wait for a job that was submitted earlier, as fetch_result does, and return its result.
 
         The options are those of call()."""
         return self._drive(_resume_wait(self, jobid, _given_options(options)))
@@ -657,8 +658,8 @@ PAGE_SIZE = 500  # the server's default.page.size, unless the site changed it
 PAGES_AHEAD = 4  # page requests of one fetch_list that may be under way at once
 MOST_PAGES = 100000  # of one list: a longer one goes in circles
 
-# Seconds before a retry, as retry_backoff in SETTINGS says, or before a poll after one that failed;
-# if the server asks for a longer wait before a retry, the error is raised.
+# The longest wait, in seconds, before a retry or after a failed poll. If the server asks for more
+# before a retry, the error is raised.
 LONGEST_WAIT = 30.0
 LONGEST_HEAD = 8000  # bytes of request line and headers; the server answers 414 over 8192
 LONGEST_FORM = 1 << 20  # bytes of a POST's body; the server answers 404 over it
@@ -829,7 +830,7 @@ class Request:
             self.secrets.append(settings["secret"])
             self.signing = (settings["secret"], settings["expiration"])
         else:
-            # With a user name it is to get a session; prepare() shows it before there is one.
+            # With a user name it gets a session before it is sent; prepare() shows it without one.
             self.anonymous = not call.is_login and settings["username"] is None
         if settings["headers"] or call.headers:
             self.headers = _merge_headers(self.headers, settings["headers"], call.headers or {})
@@ -969,7 +970,9 @@ def _refuse_constant(name):
 def _parse_float(digits):
     """Refuse numbers such as 1e999, which Python's decoder would take for Infinity."""
     number = float(digits)
-    return number if abs(number) != float("inf") else _refuse_constant(digits)
+    if abs(number) == float("inf"):
+        _refuse_constant(digits)
+    return number
 
 
 def _parse_short_int(digits):
@@ -988,15 +991,14 @@ _JSON = jsonlib.JSONDecoder(
 )
 
 
-_BESIDE_BRACKETS = bytes(set(range(256)) - set(b'[]{}"'))
+_NO_BRACKETS = bytes(set(range(256)) - set(b'[]{}"'))
 
 
 def _check_depth(left):
     """Refuse lists in lists in lists: what walks through them would recurse too deeply.
 
-    Takes an answer's brackets and quotes. Texts go first: the quotes of those without brackets,
-    which are nearly all. Each round then takes the innermost pairs of brackets out, of which
-    nothing else is left."""
+    Takes an answer's brackets and quotes. Texts are removed first; most hold no bracket, and are
+    two quotes. Each round then removes the innermost pairs of brackets."""
     left = re.sub(rb'"[^"]*"', b"", left.replace(b'""', b""))
     for _ in range(_DEEPEST):
         shorter = left.replace(b"[]", b"").replace(b"{}", b"")
@@ -1019,7 +1021,7 @@ def _parse_json(response):
     text = text[1:] if text[:1] == "\ufeff" else text  # a byte order mark
     if b"\\" in content:  # a search is nothing beside a replacement
         content = content.replace(rb"\\", b"").replace(rb"\"", b"")
-    brackets = content.translate(None, _BESIDE_BRACKETS)
+    brackets = content.translate(None, _NO_BRACKETS)
     if len(brackets) > 2 * _DEEPEST:
         _check_depth(brackets)
     if len(text) < _LONG_ANSWER or not gc.isenabled():
@@ -1197,7 +1199,7 @@ def _mark_outcome(call, error):
 
 
 def _add_hint(error, hint):
-    """Add a hint to an exception's message; of an OSError's arguments a third would be lost."""
+    """Add a hint to an exception's message, as part of the second: OSError drops a third."""
     error.args = (error.args[0], "; ".join([str(arg) for arg in error.args[1:]] + [hint]))
 
 
@@ -1267,8 +1269,8 @@ class _Server:
 async def _current_login(client):
     """Return the session to send with, made if there is none yet.
 
-    Of many callers one logs in; the others poll for its outcome and share its failure, since wrong
-    passwords in a row would lock the account."""
+    Of many callers one logs in, for ten timeouts at the most; the others poll for its outcome and
+    share its failure, since wrong passwords in a row would lock the account."""
     server = client._server
     while True:
         with server.lock:
@@ -1323,7 +1325,8 @@ async def _close(client, send):
             await send(request)
     except CloudStackException:
         pass
-    client._forget()
+    finally:
+        client._forget()
 
 
 # 4.5 Pages: all rows of a list, and the one that has a name.
@@ -1334,11 +1337,11 @@ def _is_same_page(rows, page):
 
     Rows are the same if they are equal, or go by the same ids and names while figures in them
     have moved. The id alone would not do: listTemplates repeats it for every zone."""
-    if len(rows) != len(page) or rows == page:
-        return rows == page
+    if rows == page:
+        return True
     pairs = zip(map(_identity, rows), map(_identity, page))
     # A page of one row says too little.
-    return len(rows) > 1 and all(one and one == other for one, other in pairs)
+    return len(rows) == len(page) > 1 and all(one and one == other for one, other in pairs)
 
 
 def _identity(row):
@@ -1362,7 +1365,7 @@ async def _fetch_pages(client, call, ahead=1, most=None):
     first = previous = None
     seen, total, skip, pages = (page - 1) * size, 0, 0, 0  # seen: the rows before are, too
     while True:
-        # Only a full page and a count above it promise more; the last page may be full, too.
+        # More pages are certain only if this one is full and the count is higher.
         is_sure = previous is not None and len(previous) >= size and total > seen
         sure = min(ahead, (total - seen) // size + 1) if is_sure else 1
         try:
@@ -1474,7 +1477,7 @@ _FACTS = "path zonename domain project account vpcname vmname volumename state c
 
 
 def row_names(row):
-    """Return the names of a row; a domain's path is one, a user has but the one to log in with."""
+    """Return the names of a row; a domain's path is one, a user's name is the username."""
     names = [row.get("name"), row.get("displayname")]
     if re.match(r"ROOT(/|\Z)", str(row.get("path"))):
         names += [row["path"], row["path"][4:] or "/"]
@@ -1528,7 +1531,7 @@ def _rows_like(rows, name):
 async def _run_command(client, command, params, options):
     """Carry out a whole call: returns the answer, all rows of a list, or the result of a job.
 
-    The option as_pages asks for the pages of a list, params holds more parameters."""
+    The option as_pages asks for the pages of a list; the option params holds more parameters."""
     call = _Call(client, command, {**params, **options.get("params", {})}, options)
     if "as_pages" in options:
         if not call.reads:  # a second page would carry it out a second time
@@ -1803,7 +1806,8 @@ async def _find_job(client, call, lost):
         await client._pause(wait.seconds_left())
 
     lost.jobid = call.job_id
-    verb = "the server knows no job" if unknown_since else "the server could not be asked for job"
+    is_unknown = unknown_since is not None
+    verb = "the server knows no job" if is_unknown else "the server could not be asked for job"
     later = f"wait_job() or `cs --wait {call.job_id}` asks again later"
     _add_hint(lost, f"{verb} {call.job_id}; {later}")
     raise lost
@@ -1980,7 +1984,7 @@ class _Transport:
     deque's append and pop are atomic."""
 
     _executor: "Any" = None
-    _idle: "Any" = {}  # for one that an interrupt unmakes before it is made
+    _idle: "Any" = {}  # an interrupt may dispose of it before __init__ has ended
 
     def __init__(self, concurrency):
         self.concurrency = concurrency  # of threads, and of idle connections
@@ -2734,7 +2738,7 @@ class Config:
                 reason = "the value continues in the next, indented line; each setting stands on a"
                 raise ValueError(f"{path!a}: {key}: {reason} line of its own")
             if key not in _CONFIG_KEYS and not is_header:
-                used = any(f"%({key})s" in other for other in raw.values())
+                used = any(f"%({key})s" in other.lower() for other in raw.values())
                 if not used and key not in parser.defaults():
                     self.unknown.append((key, path))
             elif value:
@@ -2853,7 +2857,7 @@ def unknown_variables():
     """Return the names of CLOUDSTACK_* variables that nothing reads."""
     known = {_PREFIX + name.upper() for name in [*_CONFIG_KEYS, "config", "region", "overrides"]}
     unknown = [name for name in os.environ if name not in known]
-    return sorted(filter(re.compile(_PREFIX + "(?!HEADER_.)").match, unknown))
+    return sorted(filter(re.compile(_PREFIX + "(?!(?i:HEADER_.))").match, unknown))
 
 
 def _to_settings(values):
@@ -4934,6 +4938,8 @@ def _carry_out_each(invocation, words):
     template = {}
     for param, given in _parse_parameters(words[1:]).items():
         template[param] = [part for value in given for part in _split_names(param, value)]
+    if _is_terminal(sys.stdin):
+        invocation.say("Type the rows, then Ctrl-D")
     rows = _read_rows()
     for name in [condition.column for condition in invocation.conditions if rows]:
         if _is_missing(name, rows):  # != would hold for all of them

@@ -2911,6 +2911,13 @@ class LoginTest(ProtocolCase):
         played = self.play([login_answer(), one()[0], item], call, retry=3, **USER)
         self.assertEqual((None, ["login", "listZones", "logout"]), (played.error, played.commands))
 
+    def test_connections_are_closed_although_nothing_can_be_sent(self):
+        clients = []
+        calls = one_after_another(asking("listZones"), end)
+        played = self.play([login_answer(), one()[0], ValueError("x")],
+                           lambda client: clients.append(client) or calls(client), **USER)
+        self.assertEqual(("x", [{}, {}]), (str(played.error), [client._by_process for client in clients]))
+
     # what the call and log-in are answered; the commands sent; what the error is
     @each("script, commands, error",
           ([login_answer(), api_error(401), login_answer("SK2"), one({"a": 1})[0]], "login X login X", None),
@@ -6088,10 +6095,12 @@ class LoadConfigTest(ConfigCase):
         self.assertRaisesRegex(SystemExit, "Tried .*/none.ini", cs.load_config, path="/none.ini")
 
     def test_keys_that_no_setting_has(self):
-        path = self.ini("[DEFAULT]\nbase = 1\n[cloudstack]\nendpoint = http://%(host)s/\nhost = e\nfoo = %(base)s\n"
+        path = self.ini("[DEFAULT]\nbase = 1\n[cloudstack]\nendpoint = http://%(Host)s/\nhost = e\nfoo = %(base)s\n"
                         "session = x\nheader_ = n\nheader_a = b\n[eu]\nbar = 1\n")
         found = cs.load_config()
         self.assertEqual([("foo", path), ("header_", path), ("session", path)], sorted(found.unknown))
+        with mock.patch.dict(os.environ, CLOUDSTACK_header_b="c", CLOUDSTACK_HEADER_D="e", CLOUDSTACK_timeout="1"):
+            self.assertEqual(["CLOUDSTACK_timeout"], cs.unknown_variables())
 
     def test_list_regions(self):
         self.assertEqual([], cs.list_regions())
