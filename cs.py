@@ -132,6 +132,8 @@ class CloudStackException(Exception):
     """
 
     # All have a default, so that nobody has to ask with getattr.
+    response: "Any" = None
+    error: "Any" = None
     shown: "Any" = None
     jobid: "str | None" = None
     jobinstanceid: "str | None" = None
@@ -1532,6 +1534,9 @@ async def _run_command(client, command, params, options):
     """Carry out a whole call: returns the answer, all rows of a list, or the result of a job.
 
     The option as_pages asks for the pages of a list; the option params holds more parameters."""
+    fetch_list = options["fetch_list"]
+    if type(fetch_list) is not bool:
+        fetch_list = _convert("fetch_list", _parse_flag, fetch_list)
     call = _Call(client, command, {**params, **options.get("params", {})}, options)
     if "as_pages" in options:
         if not call.reads:  # a second page would carry it out a second time
@@ -1540,7 +1545,7 @@ async def _run_command(client, command, params, options):
 
     if call.job_id is not None:
         answer = await _submit(client, call)
-    elif options["fetch_list"] and call.reads:
+    elif fetch_list and call.reads:
         answer = await _collect_rows(client, call)
     else:
         answer = await _send_with_retries(client, call)
@@ -1613,8 +1618,11 @@ class _JobWait:
         self.client, self.settings, self.jobid = client, call.settings, jobid
         self.started = self.due = self.polled = _clock()
         self.failures = 0  # in a row
+
+    @property
+    def deadline(self):
         limit = self.settings["job_timeout"]
-        self.deadline = float("inf") if limit is None else self.started + limit
+        return float("inf") if limit is None else self.started + limit
 
     def set_due(self, at):
         """Set the next poll, at growing intervals.
@@ -2528,7 +2536,7 @@ def _parse_flag(value):
     """Return the bool that a setting means; None and an empty ini value are False."""
     if value in (None, "", 0, 1):  # False and True are among them
         return bool(value)
-    return strtobool(str(value))
+    return strtobool(value if isinstance(value, str) else repr(value))
 
 
 def _number(least=float("-inf"), most=1e9, whole=False, optional=False):
@@ -2612,6 +2620,8 @@ def _parse_path(value):
 
 def _parse_headers(value):
     """Return a dict of headers that can be sent."""
+    if value is not None and not hasattr(value, "items"):
+        raise ValueError(f"a dict was expected, got {type(value).__name__}")
     headers = dict(value or {})
     for name, content in headers.items():
         _check_header(name, content)
@@ -2784,7 +2794,8 @@ def _read_text(path):
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(path) from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path!a} as UTF-8 text: {error_text(error)}") from None
+        why = "it is not UTF-8 text" if isinstance(error, UnicodeError) else error_text(error)
+        raise ValueError(f"cannot read {path!a}: {why}") from None
 
 
 def parse_ini(path, text):

@@ -2153,6 +2153,11 @@ class HelpersTest(unittest.TestCase):
         self.assertEqual([False] * 8, [cs.strtobool(word) for word in "n no f false off 0 False OFF".split()])
         for word in ("", "2", "nope", "False ; comment", " true"):
             self.assertRaises(ValueError, cs.strtobool, word)
+        self.assertFalse(cs.CloudStack(ENDPOINT, trace=enum.Enum("Word", {"OFF": "off"}, type=str).OFF).trace)
+
+    def test_an_exception_of_a_program_s_own_may_do_without_the_constructor(self):
+        own = type("Own", (cs.CloudStackApiException,), {"__init__": lambda self, text: None})("x")
+        self.assertEqual(("x, error: None", None), (str(own), own.response))
 
     def test_all_is_what_programs_use(self):
         needed = {"CloudStack", "AIOCloudStack", "CloudStackException", "CloudStackApiException", "read_config"}
@@ -3104,7 +3109,7 @@ class PagesTest(ProtocolCase):
         self.assertEqual((["a b"] * 3, ["x"] * 3), (played.column("keyword"), played.column("tags[0].key")))
         self.assertEqual((3, [None] * 3), (len(set(played.column("expires"))), played.column("pageSize")))
 
-    @each("fetch_list", False, None)
+    @each("fetch_list", False, "false", None)
     def test_without_fetch_list_there_is_one_request_without_pages(self, fetch_list):
         played = self.play(list_server(1148), asking("listThings", fetch_list=fetch_list))
         self.assertEqual(({"count": 1148, "thing": rows_of(0, 500)}, [None]), (played.value, played.column("page")))
@@ -3450,6 +3455,18 @@ class JobsTest(ProtocolCase):
         played = self.play([SUBMITTED, PENDING, faster, PENDING, DONE],
                            lambda client: clients.append(client) or started()(client))
         self.assertEqual([0.1, 0.05, 0.05], played.pauses)
+
+    def test_job_timeout_may_change_during_the_wait(self):
+        clients = []
+
+        def sooner(played, request):
+            clients[-1].job_timeout = 3
+            return PENDING
+
+        played = self.play([SUBMITTED, PENDING, sooner, PENDING],
+                           lambda client: clients.append(client) or started()(client), job_timeout=100)
+        self.assertIs(cs.CloudStackJobTimeout, type(played.error))
+        self.assertAlmostEqual(3, sum(played.pauses))
 
     @each("script, options, settings, expected", *[([PENDING, DONE], {"json": json}, {}, MACHINE) for json in (1, 0)],
           ([looked(2)], {}, {}, cs.CloudStackApiException), ([api_error(431, "Unable to find")], {},
