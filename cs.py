@@ -3619,6 +3619,7 @@ def _show_plan(invocation, call):
 _HINTS = (
     ("532", "A limit of the account or project is reached: {cs} listResourceLimits."),
     ("533", "There is no room for it now: another zone, host or a smaller offering may do."),
+    ("536", "Something else still uses it."),
     ("job-failed", ""),  # all others are about a request, not about its job
     ("--wait 431", "The server knows no such job."),
     ("job stated", "The command was accepted; only asking for its job failed."),
@@ -3632,6 +3633,7 @@ _HINTS = (
     ("no-api", "Check the endpoint: it usually ends in /client/api."),
     ("401", "Check endpoint, key, secret and clock; or there is no such command: {cs} --list."),
     ("429", "Send fewer requests, or have them sent again: --retry 3."),
+    ("430", "Run {cs} {command} --help to list its parameters."),
     ("431 field", "{value} is filled in from the rows of standard input with --each."),
     ("431 id lister", "Nothing has this id, or it is not yours: {cs} {lister} --all -c id,name"),
     ("431 id", "Nothing has this id, or it is not yours."),
@@ -3772,10 +3774,10 @@ def _how_to_go_on(invocation, error):
 
 # Columns that come first in a table, in this order.
 _PREFERRED = (
-    "id name state status allocationstate type zonename account username"
+    "id jobid name state status allocationstate jobstatus type zonename account username"
     " nic ipaddress cidr hostname cpunumber memory size templatename serviceofferingname"
-    " virtualmachinename vmname key value resourcetypename resourcetype max jobid jobstatus cmd"
-    " level success displayname displaytext description created".split()
+    " virtualmachinename vmname key value resourcetypename resourcetype max cmd level success"
+    " displayname displaytext description created".split()
 )
 _MOST_COLUMNS = 8
 
@@ -3841,7 +3843,11 @@ class _Rows:
 
     def document(self, is_counted):
         """Return the answer with these rows in the place of its own, and their count if wanted."""
-        new = self.rows if self.is_list else (self.rows or [{}])[0]
+        if self.answer in (None, ""):
+            return self.answer
+        if not (self.is_list or self.rows):
+            return {}
+        new = self.rows if self.is_list else self.rows[0]
         if self._place is self.answer or not isinstance(self.answer, dict):
             return new
         count = {"count": len(self.rows)} if is_counted and "count" in self.answer else {}
@@ -3951,6 +3957,8 @@ def _default_columns(invocation, rows):
         if "nic" in present:  # nic.ipaddress is the same as ipaddress, and all
             hidden.add("ipaddress")
             columns[columns.index("nic")] = "nic.ipaddress"
+        if "jobstatus" in present and "cmd" not in present:  # of the job that made it, no job
+            hidden.update(["jobid", "jobstatus"])
         columns = [name for name in columns if name not in hidden][:_MOST_COLUMNS]
     return columns or ["value"]
 
@@ -4490,7 +4498,7 @@ def _candidates(line):
         return dict.fromkeys(list_regions(line.options["config"]), "")
     if option.name not in ("", "columns", "sort", "where"):
         return dict.fromkeys(option.value if isinstance(option.value, tuple) else (), "")
-    if not option.value and line.typed.startswith("-"):
+    if not (option.value or line.front) and line.typed.startswith("-"):
         return {flag: "" for flag in sorted(_FLAGS) if flag[1] == "-"}
 
     invocation = _Invocation(line.options)
@@ -4526,7 +4534,7 @@ def _id_words(line, rows):
         begins = [name for name in row_names(row) if name.lower().startswith(begun)]
         safe = [x for x in begins if owners[x] == 1 and re.match(_SAFE_WORD, f"'{x}'")]
         offered += [("name:", name, ident) for name in safe]
-        if not safe and (begins or ident.startswith(typed)):
+        if not safe and (begins or ident.lower().startswith(typed.lower())):
             offered.append(("", ident, " / ".join(row_names(row))))
     # All in quotes if one is: a shell replaces what was typed by what all words have in common.
     form = "{}'{}'" if any(re.search("[ ()]", text) for _, text, _ in offered) else "{}{}"
@@ -5074,11 +5082,11 @@ class _Batch:
             self.note(self.todo.popleft(), "unsent", {"unsent": True})
         is_done = self.counts["done"] == len(self.rows)
         if was_interrupted or not is_done:
-            invocation.say(("Interrupted: " if was_interrupted else "") + self.counted())
+            say = write_stderr if was_interrupted or self.is_over else invocation.say
+            say(("Interrupted: " if was_interrupted else "") + self.counted())
         if self.jobids:
             write_stderr("To go on waiting: " + _shell_line(invocation, ["--wait", *self.jobids]))
-        # All are done, and all lines are written.
-        return KeyboardInterrupt() if was_interrupted else is_done and not self.is_over
+        return KeyboardInterrupt() if was_interrupted else is_done
 
     def observe(self, event):
         """Count the rows' own requests, but no log-in and no poll; the client's on_event."""
@@ -5143,6 +5151,10 @@ class _Batch:
 _OWN_WORDS = {"help": "--help ", "list": "--list ", "use": "--region ", "set": "--", "exit": "exit"}
 
 
+# What a line does cannot be set for all lines. (_CLASHES refuses the rest.)
+_NOT_SET = "wait list sync configure completion version help".split()
+
+
 def _is_at_terminal():
     """Return whether a person sits at both ends."""
     return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
@@ -5194,7 +5206,7 @@ class _Shell:
             others = ["region", " ".join(others) or "off"]
         name, *values = others or [""]
         options, words = _parse_arguments(["--" + name, *values] if values != ["off"] else [])
-        if words or "--" + name not in _FLAGS:
+        if words or "--" + name not in _FLAGS or name in _NOT_SET:
             raise _Usage("set takes an option that holds for every line, such as: set output table")
         _check_options(options, "a line of the shell")
         invocation.options = _merge_options({**self.options, name: None}, options)

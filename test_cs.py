@@ -7131,9 +7131,9 @@ class ErrorTextsTest(CloudCase):
                           "  Codes: errorcode 530, cserrorcode 4350", "  Hint: The management server's log says more."],
                          self.error(1, "startVirtualMachine", "id=5").splitlines())
 
-    @each("code, part", (401, "key"), (431, "startThing --help"), (432, "cs --list"),
+    @each("code, part", (401, "key"), (430, "startThing --help"), (431, "startThing --help"), (432, "cs --list"),
           (429, "--retry"), (503, "--retry"), (530, "log"), (531, "role"), (532, "cs listResourceLimits"),
-          (533, "room"), (404, "/client/api."))
+          (533, "room"), (536, "uses"), (404, "/client/api."))
     def test_each_code_has_something_to_try(self, code, part):
         self.say_error("startThing", code)
         self.assertIn(part, self.error(1, "startThing", "id=5").partition("  Hint: ")[2])
@@ -7426,7 +7426,8 @@ class FormatsTest(RowsCase):
           # What is empty is printed if JSON was asked for, and only then.
           ({}, "", None), ({}, "--all", None), ({"count": 0, "thing": []}, "--all", None),
           ({}, "-o json", {}), ({}, "-o json -c id", {}), ({}, "-o json --all", []), ({}, "-o json --where id=1", {}),
-          ({"thing": WEB}, "--where id!=1", {"thing": {}}), (WEB, "--where id!=1", {}),
+          ("", "-o json", ""),
+          ({"thing": WEB}, "--where id!=1", {}), (WEB, "--where id!=1", {}),
           ({"count": 1, "thing": [WEB]}, "--where id!=1 --all", []))  # fmt: skip
     def test_json(self, document, args, expected):
         self.reply("listThings", document)
@@ -7434,9 +7435,9 @@ class FormatsTest(RowsCase):
         self.assertEqual(expected, json.loads(out) if out else None)
 
     @each("line, document, out",
-          # The result of a job comes before the job.
+          # The result of a job is shown and not the job.
           ("startThing -o table", {"x": dict(WEB, jobid="j", jobstatus=0, ipaddress="::1", nic=[{"ipaddress": "::1"}])},
-           "id  name  state    nic.ipaddress  jobid  jobstatus\n1   web   Running  ::1            j      0\n"),
+           "id  name  state    nic.ipaddress\n1   web   Running  ::1\n"),
           ("startThing -o table --async", {"jobid": "j", "id": "1"}, "id  jobid\n1   j\n"),
           ("listAsyncJobs -o text", {"count": 1, "job": [{"jobid": "j", "jobstatus": 0, "cmd": "x"}]}, "j\t0\tx\n"),
           # The text of one value is the value. Of a list it would be taken for two rows, and a tenant chooses names.
@@ -8138,8 +8139,9 @@ class CompletionTest(CompletionCase):
         for typed in ("We", "name:web"):
             self.assertEqual(["id=1", "id=2", "id=3"], self.words("cs stopVirtualMachine id=" + typed))
         self.cloud._scripts.clear()
-        self.rows("listVirtualMachines", [{"id": "1", "name": "web 1"}, {"id": "2", "name": "web-2"}])
-        self.assertEqual(["id=name:'web 1'", "id=name:'web-2'"], self.words("cs stopVirtualMachine id=we"))
+        self.rows("listVirtualMachines", [{"id": "aB1", "name": "web 1"}, {"id": "-2", "name": "web-2"}])
+        for typed, offered in ("we", ["id=name:'web 1'", "id=name:'web-2'"]), ("Ab", ["id=aB1"]), ("-", ["id=-2"]):
+            self.assertEqual(offered, self.words("cs stopVirtualMachine id=" + typed))
 
     @each("line, question, offered",
         ("zoneid=z1 virtualmachineid=", {"listall": "true"}, ["a", "d"]),
@@ -9335,12 +9337,16 @@ class EachProcessTest(EachCase):
         """What ran then is said on standard error, whatever came of it, but not all that is in its row."""
         self.option(job_seconds=0.5)
         rows = [dict(row, password="CANARY") for row in self.machines()]
-        child = self.start(rows, "rebootVirtualMachine", "id={id}", "--each", "--parallel", "2")
+        child = self.start(rows, "rebootVirtualMachine", "id={id}", "--each", "--parallel", "2", "-q")
         child.stdout.close()
         err = child.stderr.read().decode("utf-8")
         self.assertEqual(1, child.wait())
         told = {f"row {number} ({rows[number - 1]['name']}): done" for number in (1, 2)}
         self.assertEqual(told | {"2 done, 18 unsent, of 20 rows"}, set(err.splitlines()))
+        child = self.start(rows[:2], "rebootVirtualMachine", "id={id}", "--each")  # and if all were, that is success
+        child.stdout.close()
+        self.assertEqual(told, set(child.stderr.read().decode("utf-8").splitlines()))
+        self.assertEqual(0, child.wait())
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
     def test_a_full_disk(self):
@@ -9498,7 +9504,8 @@ class ShellTest(CloudCase):
 
     @each("line, told",
         ("set", "set takes an option that holds for every line"), ("set nosuch 1", "there is no option '--nosuch'"),
-          ("set nosuch off", "set takes an option"), ("set each", "--each does not go with a line of the shell"),
+          ("set nosuch off", "set takes an option"),
+          ("set help", "set takes an option"), ("set each", "--each does not go with a line of the shell"),
           ("set output csv table", "set takes an option"), ("set timeout abc", "'abc' is not a number"),
           ("set output tabel", "did you mean table?"),
         ("set timeout", "option --timeout needs a value"), ("use nowhere", "region 'nowhere' not in config"),
