@@ -799,7 +799,6 @@ class Request:
     body: "Any" = None
     signing: "Any" = None  # (secret, expiration), if it is to be signed
     deadline = 0.0  # when the exchange must be over
-
     _socket: "Any" = None  # of the exchange while it is under way
 
     def __init__(self, client, call, login=None, post=False):
@@ -1493,14 +1492,19 @@ def rows_named(rows, name):
         found = [row for row in rows if to(name) in map(to, row_names(row))]
         if found:
             break
-    return list({str(row["id"]): row for row in found}.values())
+    return _one_for_each_id(found)
+
+
+def _one_for_each_id(rows):
+    """Return the last row of each id."""
+    return list({str(row["id"]): row for row in rows}.values())
 
 
 def pick_row(list_command, name, rows, found=None):
     """Return the one row that has a name; found: the rows that do, if that is known better.
 
     Raises LookupError, which lists the candidates: these, or those of names like it."""
-    rows = list({str(row["id"]): row for row in dicts(rows) if "id" in row}.values())
+    rows = _one_for_each_id(row for row in dicts(rows) if "id" in row)
     found = rows_named(rows, name) if found is None else found
     if len(found) == 1:
         return found[0]
@@ -2740,8 +2744,9 @@ class Config:
         if not parser.has_section(region):
             return
         raw = dict(parser.items(region))
+        expand = functools.partial(_expand, raw=raw)
         for key in raw:
-            value = _convert(f"{path!a}: [{region}] {key!a}", lambda key: _expand(key, raw), key)
+            value = _convert(f"{path!a}: [{region}] {key!a}", expand, key)
             is_header = key.startswith(_HEADER) and key != _HEADER
             if key in _CLIENT_SETTINGS and "\n" in value:
                 # It may hold a secret that was meant for the next line.
@@ -4183,8 +4188,8 @@ def _written_out(text):
 
 def _make_catalog(rows):
     """Return the _Catalog of rows of listApis; those without a proper name are left out."""
-    # As JSON only a text has quotes.
-    rows = [row for row in rows if re.match(r'"[\w.-]{1,100}"\Z', jsonlib.dumps(row.get("name")))]
+    rows = [row for row in rows if isinstance(row.get("name"), str)]
+    rows = [row for row in rows if re.match(r"[\w.-]{1,100}\Z", row["name"], re.ASCII)]
     return _Catalog(sorted(f"{row['name']} {jsonlib.dumps(row)}\n" for row in rows), time.time())
 
 
